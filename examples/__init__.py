@@ -1,0 +1,1 @@
+"""What ships to try the toolkit with: a generated log, a training script, a trained checkpoint."""

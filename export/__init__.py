@@ -1,0 +1,1 @@
+"""Checkpoint → torch module → one ONNX request graph → split by dataflow → bundle."""

@@ -1,0 +1,148 @@
+"""The operator as ONNX functions in standard operators, so that one file runs in any ONNX runtime.
+
+Two functions: `AttendSegment` is one request's attention, `TargetHistoryAttention` walks the requests of a batch.
+A batch of one, the usual case, skips the walk and its copies of key and value. Everything inside is float32, whatever
+the inputs are. An empty history takes the branch that returns zeros: a softmax over nothing would be NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import onnx
+from onnx import parser
+
+from stca.plugins.spec import DOMAIN, OP_NAME, OP_VERSION
+
+OPSET = 18
+
+# Heads that share a key head are stacked as rows, so that the absorbed form (one key head) is one large product.
+_ATTEND_SEGMENT = """
+<domain: "stca", opset_import: ["" : 18]>
+AttendSegment (query, key, value) => (out)
+{
+    rows_shape = Shape <start: int = 0, end: int = 1> (query)
+    heads = Shape <start: int = 1, end: int = 2> (query)
+    depth = Shape <start: int = 2, end: int = 3> (query)
+    key_heads = Shape <start: int = 1, end: int = 2> (key)
+    value_depth = Shape <start: int = 2, end: int = 3> (value)
+    group = Div (heads, key_heads)
+    stacked_rows = Mul (rows_shape, group)
+    split_shape = Concat <axis: int = 0> (rows_shape, key_heads, group, depth)
+    stacked_shape = Concat <axis: int = 0> (key_heads, stacked_rows, depth)
+    unstacked_shape = Concat <axis: int = 0> (key_heads, rows_shape, group, value_depth)
+    out_shape = Concat <axis: int = 0> (rows_shape, heads, value_depth)
+
+    query_split = Reshape <allowzero: int = 1> (query, split_shape)
+    query_by_head = Transpose <perm: ints = [1, 0, 2, 3]> (query_split)
+    query_stacked = Reshape <allowzero: int = 1> (query_by_head, stacked_shape)
+    key_by_head = Transpose <perm: ints = [1, 2, 0]> (key)
+    value_by_head = Transpose <perm: ints = [1, 0, 2]> (value)
+
+    logits = MatMul (query_stacked, key_by_head)
+    weights = Softmax <axis: int = -1> (logits)
+    mixed = MatMul (weights, value_by_head)
+
+    mixed_unstacked = Reshape <allowzero: int = 1> (mixed, unstacked_shape)
+    mixed_by_target = Transpose <perm: ints = [1, 0, 2, 3]> (mixed_unstacked)
+    out = Reshape <allowzero: int = 1> (mixed_by_target, out_shape)
+}
+"""
+
+_TARGET_HISTORY_ATTENTION = """
+<domain: "stca", opset_import: ["" : 18, "stca" : 1]>
+TargetHistoryAttention <scale>
+    (query, key, value, target_offsets, history_offsets, history_lengths) => (out)
+{
+    factor = Constant <value_float: float = @scale> ()
+    query32 = Cast <to: int = 1> (query)
+    scaled = Mul (query32, factor)
+    key32 = Cast <to: int = 1> (key)
+    value32 = Cast <to: int = 1> (value)
+
+    zero = Constant <value: tensor = int64 {0}> ()
+    one = Constant <value: tensor = int64 {1}> ()
+    axis0 = Constant <value: tensor = int64[1] {0}> ()
+    from1 = Constant <value: tensor = int64[1] {1}> ()
+    to_last = Constant <value: tensor = int64[1] {-1}> ()
+    to_end = Constant <value: tensor = int64[1] {9223372036854775807}> ()
+
+    targets64 = Cast <to: int = 7> (target_offsets)
+    tokens64 = Cast <to: int = 7> (history_offsets)
+    lengths64 = Cast <to: int = 7> (history_lengths)
+    target_begin = Slice (targets64, axis0, to_last, axis0)
+    target_end = Slice (targets64, from1, to_end, axis0)
+    token_begin = Slice (tokens64, axis0, to_last, axis0)
+    token_end = Add (token_begin, lengths64)
+
+    batch = Size (lengths64)
+    tokens_used = ReduceSum <keepdims: int = 0> (lengths64)
+    tokens_shape = Shape <start: int = 0, end: int = 1> (key)
+    tokens_held = Squeeze (tokens_shape, axis0)
+    is_one = Equal (batch, one)
+    is_whole = Equal (tokens_used, tokens_held)
+    has_tokens = Greater (tokens_held, zero)
+    one_whole = And (is_one, is_whole)
+    direct = And (one_whole, has_tokens)
+
+    heads = Shape <start: int = 1, end: int = 2> (query)
+    value_depth = Shape <start: int = 2, end: int = 3> (value)
+    none_shape = Concat <axis: int = 0> (axis0, heads, value_depth)
+    none = ConstantOfShape <value: tensor = float[1] {0}> (none_shape)
+
+    out32 = If (direct) <
+        then_branch = one_request () => (direct_out) {
+            direct_out = stca.AttendSegment (scaled, key32, value32)
+        },
+        else_branch = many_requests () => (walked) {
+            walk = Constant <value: tensor = bool {1}> ()
+            walked = Loop (batch, walk, none) <
+                body = each (int64 b, bool go_on, float[n, h, d] done) => (bool again, float[k, h, d] more) {
+                    again = Identity (go_on)
+                    b1 = Unsqueeze (b, axis0)
+                    t0 = Gather <axis: int = 0> (target_begin, b1)
+                    t1 = Gather <axis: int = 0> (target_end, b1)
+                    l0 = Gather <axis: int = 0> (token_begin, b1)
+                    l1 = Gather <axis: int = 0> (token_end, b1)
+                    query_part = Slice (scaled, t0, t1, axis0)
+                    count1 = Sub (l1, l0)
+                    count = Squeeze (count1, axis0)
+                    some = Greater (count, zero)
+                    part = If (some) <
+                        then_branch = attend () => (float[p, h, d] attended) {
+                            key_part = Slice (key32, l0, l1, axis0)
+                            value_part = Slice (value32, l0, l1, axis0)
+                            attended = stca.AttendSegment (query_part, key_part, value_part)
+                        },
+                        else_branch = empty () => (float[p, h, d] zeros) {
+                            m = Sub (t1, t0)
+                            zeros_shape = Concat <axis: int = 0> (m, heads, value_depth)
+                            zeros = ConstantOfShape <value: tensor = float[1] {0}> (zeros_shape)
+                        }
+                    >
+                    more = Concat <axis: int = 0> (done, part)
+                }
+            >
+        }
+    >
+    out = CastLike (out32, query)
+}
+"""
+
+
+@functools.cache
+def functions() -> tuple[onnx.FunctionProto, ...]:
+    """The function bodies an ONNX model with the operator must carry in `model.functions`."""
+    parsed = tuple(parser.parse_function(text) for text in (_ATTEND_SEGMENT, _TARGET_HISTORY_ATTENTION))
+    assert parsed[-1].name == OP_NAME and parsed[-1].domain == DOMAIN and OP_VERSION == 1
+    return parsed
+
+
+def attach(model: onnx.ModelProto) -> None:
+    """Give `model` the function bodies and the `stca` opset import, in place; what it already has is replaced."""
+    names = {(f.domain, f.name) for f in functions()}
+    kept = [f for f in model.functions if (f.domain, f.name) not in names]
+    del model.functions[:]
+    model.functions.extend([*kept, *functions()])
+    if DOMAIN not in {entry.domain for entry in model.opset_import}:
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, OP_VERSION))

@@ -1,0 +1,55 @@
+"""Name, version and argument contract of `stca::TargetHistoryAttention`, shared by all of its implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+DOMAIN: Final = "stca"
+OP_NAME: Final = "TargetHistoryAttention"
+OP_VERSION: Final = 1
+QUALIFIED_NAME: Final = f"{DOMAIN}::{OP_NAME}"
+
+
+def check_shapes(
+    query: Sequence[int],
+    key: Sequence[int],
+    value: Sequence[int],
+    target_offsets: Sequence[int],
+    history_offsets: Sequence[int],
+    history_lengths: Sequence[int] | None,
+) -> None:
+    """Check the operator's static contract on shapes alone.
+
+    Shapes: `query (N_t, H, D)`, `key (N_h, H_k, D)`, `value (N_h, H_k, D_v)`, offsets `(B + 1,)`, lengths `(B,)`,
+    with `H_k` either 1 (absorbed) or `H` (projected).
+
+    Raises:
+        ValueError: naming the argument, its shape and what is expected.
+    """
+    for name, shape, rank in (
+        ("query", query, 3),
+        ("key", key, 3),
+        ("value", value, 3),
+        ("target_offsets", target_offsets, 1),
+        ("history_offsets", history_offsets, 1),
+    ):
+        if len(shape) != rank:
+            raise ValueError(f"{QUALIFIED_NAME}: {name} has rank {len(shape)}, expected {rank}")
+    if key[2] != query[2]:
+        raise ValueError(f"{QUALIFIED_NAME}: key has head size {key[2]}, query has {query[2]}; they must be equal")
+    if key[0] != value[0] or key[1] != value[1]:
+        raise ValueError(f"{QUALIFIED_NAME}: key {tuple(key)} and value {tuple(value)} differ in tokens or heads")
+    if key[1] not in (1, query[1]):
+        raise ValueError(
+            f"{QUALIFIED_NAME}: key has {key[1]} heads; expected 1 (absorbed) or the query's {query[1]} (projected)"
+        )
+    if target_offsets[0] != history_offsets[0]:
+        raise ValueError(
+            f"{QUALIFIED_NAME}: target_offsets has {target_offsets[0]} entries, history_offsets {history_offsets[0]}; "
+            "both need batch + 1"
+        )
+    if history_lengths is not None and (len(history_lengths) != 1 or history_lengths[0] != history_offsets[0] - 1):
+        raise ValueError(
+            f"{QUALIFIED_NAME}: history_lengths has shape {tuple(history_lengths)}, expected ({history_offsets[0] - 1},)"
+        )
