@@ -1,0 +1,126 @@
+"""Checkpoints in and out: safetensors with the config in the metadata, or a torch state dict with a `.json` beside it.
+
+Nothing in a checkpoint is executed: safetensors cannot hold code, and a torch file is read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from stca.errors import CheckpointError
+from stca.export.config import StcaConfig
+from stca.export.model import AttentionForm, Stca
+
+CONFIG_KEY = "stca.config"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model's tensors, its config, and whatever else its metadata says (strings)."""
+
+    config: StcaConfig
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def build(self, form: AttentionForm = "projected") -> Stca:
+        """The reference module with these weights, in eval mode.
+
+        Raises:
+            CheckpointError: naming the first key or shape that does not fit the config, or tensor that is not finite.
+        """
+        model = Stca(self.config, form)
+        load_strictly(model, self.tensors)
+        return model.eval()
+
+
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` into `model`, which must have exactly these names, shapes and floating dtypes."""
+    wanted = model.state_dict()
+    for name in wanted:
+        if name not in tensors:
+            near = next((n for n in tensors if n.endswith(name) or name.endswith(n)), None)
+            hint = f"; it has {near!r}: rename the key" if near else "; is this the config it was trained with?"
+            raise CheckpointError(f"checkpoint has no tensor {name!r}{hint}")
+    for name, tensor in tensors.items():
+        if name not in wanted:
+            raise CheckpointError(
+                f"checkpoint has a tensor {name!r} the config has no place for; remove it or mend the config"
+            )
+        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(
+                f"checkpoint tensor {name!r} is {list(tensor.shape)}, the config needs {list(wanted[name].shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"checkpoint tensor {name!r} is {tensor.dtype}; expected floating point")
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"checkpoint tensor {name!r} has NaN or infinite values; export an earlier step")
+    model.load_state_dict(dict(tensors))
+
+
+def save_checkpoint(path: str | os.PathLike[str], model: Stca, metadata: Mapping[str, str] | None = None) -> None:
+    """Write `model` as safetensors with its config in the metadata; a reader never sees a half-written file."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+    try:
+        safetensors.torch.save_file(tensors, temporary, {CONFIG_KEY: model.config.to_json(), **(metadata or {})})
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint.
+
+    The config comes from the safetensors metadata (`stca.config`), or from a `.json` of the same name beside the file.
+
+    Raises:
+        CheckpointError: when the file is missing, is no checkpoint, would need unpickling, or has no config.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such checkpoint file")
+    with file.open("rb") as f:
+        head = f.read(9)
+    if head[8:9] == b"{":
+        tensors, metadata = _read_safetensors(file)
+    else:
+        tensors, metadata = _read_state_dict(file), {}
+    beside = file.with_suffix(".json")
+    if CONFIG_KEY in metadata:
+        config_text = metadata[CONFIG_KEY]
+    elif beside.is_file():
+        config_text = beside.read_text(encoding="utf-8")
+    else:
+        raise CheckpointError(f"{file}: no config in its metadata; put it beside the file as {beside.name}")
+    return Checkpoint(StcaConfig.from_json(config_text), tensors, metadata)
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(file, framework="pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118
+    except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as e:
+        raise CheckpointError(f"{file}: damaged safetensors file ({e}); copy it again") from e
+
+
+def _read_state_dict(file: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises half a dozen types here, each meaning the same to the user
+        raise CheckpointError(
+            f"{file}: not safetensors, and torch refuses it as plain weights; save it with safetensors, "
+            "or torch.save(model.state_dict())"
+        ) from e
+    if not isinstance(loaded, Mapping) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise CheckpointError(f"{file}: holds {type(loaded).__name__}, not a state dict; save model.state_dict() alone")
+    return dict(loaded)

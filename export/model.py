@@ -1,0 +1,242 @@
+"""The reference STCA in PyTorch (arXiv 2511.06077), ragged and request-level: one history, many targets, per request.
+
+Every tensor is packed: history tokens `[N_h, …]` and targets `[N_t, …]` of all requests one after the other, with
+int32 offsets `[B + 1]`. Nothing is padded, and no history token looks at another one, which is why the user side can
+be computed once, cached and appended to exactly.
+
+Weights are stored `[in, out]` so that `x @ W` exports as one MatMul on the very tensor of the checkpoint: an ONNX
+initializer and a checkpoint tensor are then the same bytes, and new weights go into an old graph without a new export.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import stca.plugins.torch_op  # noqa: F401  registers torch.ops.stca.target_history_attention
+from stca.bundle import Scope, TensorSpec
+from stca.export.config import StcaConfig
+
+AttentionForm = Literal["projected", "absorbed"]
+
+# Buckets of a duration in seconds: k counts the powers of two up to 2^(k-1) it reaches; 2^23 s is 97 days.
+TIME_BUCKETS = 25
+
+
+def request_inputs(config: StcaConfig) -> tuple[TensorSpec, ...]:
+    """The request graph's inputs for `config`, in order, with dtype, symbolic shape, scope and id limit."""
+
+    def ids(name: str, rows: str, scope: Scope, limit: int | None) -> TensorSpec:
+        return TensorSpec(name=name, dtype="int64", shape=(rows,), scope=scope, limit=limit)
+
+    def offsets(name: str, scope: Scope) -> TensorSpec:
+        return TensorSpec(name=name, dtype="int32", shape=("B_plus_1",), scope=scope)
+
+    return (
+        ids("history_item", "N_h", "user", config.items),
+        *(ids(f"history_{f.name}", "N_h", "user", f.size) for f in config.history_fields),
+        ids("history_time", "N_h", "user", None),
+        ids("history_gap", "N_h", "user", None),
+        offsets("history_offsets", "user"),
+        *(ids(f"user_{f.name}", "B", "user", f.size) for f in config.user_fields),
+        *(ids(f"request_{f.name}", "B", "request", f.size) for f in config.request_fields),
+        *([ids("request_time", "B", "request", None)] if config.time == "delta" else []),
+        ids("target_item", "N_t", "target", config.items),
+        *(ids(f"target_{f.name}", "N_t", "target", f.size) for f in config.target_fields),
+        offsets("target_offsets", "target"),
+    )
+
+
+def duration_bucket(seconds: Tensor) -> Tensor:
+    """Log-scale bucket of an int64 duration: how many powers of two it reaches; 0 for nothing or less.
+
+    Integer comparisons, because a floating-point logarithm rounds a boundary differently in each precision.
+    """
+    powers = torch.tensor([1 << k for k in range(TIME_BUCKETS - 1)], dtype=torch.int64, device=seconds.device)
+    return (seconds.unsqueeze(1) >= powers).to(torch.int64).sum(dim=1)
+
+
+def segment_of(rows: int, offsets: Tensor) -> Tensor:
+    """Which request each of `rows` packed rows belongs to, int64 `[rows]`, from offsets `[B + 1]`."""
+    index = torch.arange(rows, device=offsets.device)
+    return (index.unsqueeze(1) >= offsets[1:].to(torch.int64)).to(torch.int64).sum(dim=1)
+
+
+class Projection(nn.Module):
+    """`x @ weight (+ bias)` with `weight [in, out]`."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / math.sqrt(inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
+class SwiGluFfn(nn.Module):
+    """`((x W_u) ⊙ Swish(x W_v)) W_o` (arXiv 2511.06077), `[…, d] → […, d]` through a hidden width of `r · d`."""
+
+    def __init__(self, width: int, expansion: int) -> None:
+        super().__init__()
+        self.up = Projection(width, expansion * width)
+        self.gate = Projection(width, expansion * width)
+        self.out = Projection(expansion * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(self.up(x) * F.silu(self.gate(x)))
+        return y
+
+
+class CrossAttention(nn.Module):
+    """One STCA layer: the target's query over its request's encoded history.
+
+    `α = softmax(q W_Q (X̃ W_K)ᵀ / √d_h)`, `o = [α_1 X̃ W_V,1 ‖ …] W_O`, with `X̃ = LN(SwiGLUFFN(X))` of its own per layer.
+    """
+
+    def __init__(self, config: StcaConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.heads, self.head_width = config.heads, config.head_width
+        self.history_ffn = SwiGluFfn(d, config.ffn_expansion)
+        self.history_norm = nn.LayerNorm(d)
+        self.query, self.key, self.value, self.out = (Projection(d, d) for _ in range(4))
+
+    def forward(
+        self, query: Tensor, history: Tensor, target_offsets: Tensor, history_offsets: Tensor, form: AttentionForm
+    ) -> Tensor:
+        """`query [N_t, d]`, `history [N_h, d]` (X) → `o [N_t, d]`; both forms give the same numbers."""
+        encoded = self.history_norm(self.history_ffn(history))
+        h, d_h = self.heads, self.head_width
+        q = self.query(query).view(-1, h, d_h)
+        if form == "projected":
+            key = self.key(encoded).view(-1, h, d_h)
+            value = self.value(encoded).view(-1, h, d_h)
+        else:  # fold W_K into the query: q_j W_K,jᵀ is [N_t, h, d], and the history needs no projection at all
+            q = (q.transpose(0, 1) @ self.key.weight.view(-1, h, d_h).permute(1, 2, 0)).transpose(0, 1)
+            key = value = encoded.unsqueeze(1)
+        lengths = history_offsets[1:] - history_offsets[:-1]
+        o: Tensor = torch.ops.stca.target_history_attention(
+            q, key, value, target_offsets, history_offsets, lengths, 1.0 / math.sqrt(d_h)
+        )
+        if form == "absorbed":  # and W_V into the output
+            o = (o.transpose(0, 1) @ self.value.weight.view(-1, h, d_h).transpose(0, 1)).transpose(0, 1)
+        y: Tensor = self.out(o.reshape(-1, h * d_h))
+        return y
+
+
+class MixerBlock(nn.Module):
+    """One RankMixer block (arXiv 2507.15551): `S = LN(Mix(X) + X)`, `X' = LN(PFFN(S) + S)` on tokens `[N, T, D]`.
+
+    Mix hands head i of token j to token i as its head j; PFFN is a GELU MLP with weights of its own per token.
+    """
+
+    def __init__(self, tokens: int, width: int, expansion: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.mix_norm, self.ffn_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        hidden = expansion * width
+        self.weight_in = nn.Parameter(torch.randn(tokens, width, hidden) / math.sqrt(width))
+        self.bias_in = nn.Parameter(torch.zeros(tokens, 1, hidden))
+        self.weight_out = nn.Parameter(torch.randn(tokens, hidden, width) / math.sqrt(hidden))
+        self.bias_out = nn.Parameter(torch.zeros(tokens, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        t, width = self.tokens, x.shape[2]
+        mixed = x.view(-1, t, t, width // t).transpose(1, 2).reshape(-1, t, width)
+        s = self.mix_norm(mixed + x)
+        hidden = F.gelu(s.transpose(0, 1) @ self.weight_in + self.bias_in)
+        y: Tensor = self.ffn_norm((hidden @ self.weight_out + self.bias_out).transpose(0, 1) + s)
+        return y
+
+
+class Stca(nn.Module):
+    """History and targets in, one probability per task out. `form` picks the attention's exact form."""
+
+    def __init__(self, config: StcaConfig, form: AttentionForm = "projected") -> None:
+        super().__init__()
+        self.config = config
+        self.form: AttentionForm = form
+        d, w = config.width, config.field_width
+        times = ["hour", "gap"] + (["delta"] if config.time == "delta" else [])
+        self.item_table = nn.Parameter(torch.randn(config.items, config.item_width) * 0.1)
+        tables = {f.name: f.size for f in config.fields()}
+        self.field_tables = nn.ParameterDict({n: nn.Parameter(torch.randn(s, w) * 0.1) for n, s in tables.items()})
+        time_rows = {"hour": 24, "gap": TIME_BUCKETS, "delta": TIME_BUCKETS}
+        self.time_tables = nn.ParameterDict({n: nn.Parameter(torch.randn(time_rows[n], w) * 0.1) for n in times})
+
+        history_width = config.item_width + w * (len(config.history_fields) + len(times))
+        target_width = config.item_width + w * len(config.target_fields)
+        self.history_in = Projection(history_width, d, bias=True)
+        self.target_in = Projection(target_width, d, bias=True)
+        self.layers = nn.ModuleList(CrossAttention(config) for _ in range(config.layers))
+        # Query i looks at x_t and the i - 1 outputs before it; the first one at x_t alone, without W_C.
+        self.query_in = nn.ModuleList(Projection((i + 1) * d, d) for i in range(1, config.layers))
+        self.query_ffn = nn.ModuleList(SwiGluFfn(d, config.ffn_expansion) for _ in range(config.layers))
+        self.query_norm = nn.ModuleList(nn.LayerNorm(d) for _ in range(config.layers))
+        self.summary_in = Projection((config.layers + 1) * d, d)
+        self.summary_ffn = SwiGluFfn(d, config.ffn_expansion)
+
+        token_widths = [d, *[w] * (len(config.user_fields) + len(config.request_fields)), config.item_width]
+        token_widths += [w] * len(config.target_fields)
+        self.token_in = nn.ModuleList(Projection(n, config.mixer_width, bias=True) for n in token_widths)
+        self.mixer = nn.ModuleList(
+            MixerBlock(config.tokens, config.mixer_width, config.mixer_expansion) for _ in range(config.mixer_layers)
+        )
+        self.task_out = Projection(config.mixer_width, len(config.tasks), bias=True)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Probabilities `[N_t, tasks]`; `inputs` as `request_inputs(config)` lists them."""
+        return torch.sigmoid(self.logits(inputs))
+
+    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Log-odds `[N_t, tasks]` before the sigmoid."""
+        target_offsets, history_offsets = inputs["target_offsets"], inputs["history_offsets"]
+        history = self._history(inputs)
+        item = F.embedding(inputs["target_item"], self.item_table)
+        fields = [self._embed(f"target_{f.name}", f.name, inputs) for f in self.config.target_fields]
+        target = self.target_in(torch.cat([item, *fields], dim=1))
+
+        outputs: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            seen = target if i == 0 else self.query_in[i - 1](torch.cat([*outputs, target], dim=1))
+            query = self.query_norm[i](self.query_ffn[i](seen))
+            outputs.append(layer(query, history, target_offsets, history_offsets, self.form))
+        summary = self.summary_ffn(self.summary_in(torch.cat([*outputs, target], dim=1)))
+
+        segment = segment_of(target.shape[0], target_offsets)
+        shared = [self._embed(f"user_{f.name}", f.name, inputs) for f in self.config.user_fields]
+        shared += [self._embed(f"request_{f.name}", f.name, inputs) for f in self.config.request_fields]
+        # What a request's targets share is projected once per request, then handed to each of them.
+        first_shared, first_target = 1, 1 + len(shared)
+        tokens = [self.token_in[0](summary)]
+        tokens += [self.token_in[first_shared + i](x).index_select(0, segment) for i, x in enumerate(shared)]
+        tokens += [self.token_in[first_target + i](x) for i, x in enumerate([item, *fields])]
+        x = torch.stack(tokens, dim=1)
+        for block in self.mixer:
+            x = block(x)
+        y: Tensor = self.task_out(x.mean(dim=1))
+        return y
+
+    def _history(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Raw history tokens X `[N_h, d]`, each from its own event alone."""
+        parts = [F.embedding(inputs["history_item"], self.item_table)]
+        parts += [self._embed(f"history_{f.name}", f.name, inputs) for f in self.config.history_fields]
+        time = inputs["history_time"]
+        hour = torch.div(time, 3600, rounding_mode="floor") % 24
+        parts.append(F.embedding(hour, self.time_tables["hour"]))
+        parts.append(F.embedding(duration_bucket(inputs["history_gap"]), self.time_tables["gap"]))
+        if self.config.time == "delta":
+            asked = inputs["request_time"].index_select(0, segment_of(time.shape[0], inputs["history_offsets"]))
+            parts.append(F.embedding(duration_bucket(asked - time), self.time_tables["delta"]))
+        x: Tensor = self.history_in(torch.cat(parts, dim=1))
+        return x
+
+    def _embed(self, name: str, table: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        return F.embedding(inputs[name], self.field_tables[table])

@@ -1,0 +1,312 @@
+"""The deployment artifact: a directory whose `manifest.json` names every file with its SHA-256.
+
+`docs/bundle_format.md` is the specification. Loading executes and unpickles nothing, and trusts nothing: a file that is
+missing, changed, extra, linked or outside the directory is refused before any engine library sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from stca.errors import BundleError
+
+FORMAT = "stca-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+
+Scope = Literal["user", "request", "target"]
+SCOPES: tuple[Scope, ...] = ("user", "request", "target")
+GRAPHS = ("request", "user_encoder", "target_scorer")
+
+# Bytes of one element, by the dtype names that manifests use (numpy's, and ml_dtypes' for the rest).
+ITEM_BYTES: Mapping[str, int] = {
+    "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "int32": 4, "int64": 8,
+    "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph.
+
+    Attributes:
+        name: its name in the graph.
+        dtype: numpy's name of the element type.
+        shape: sizes; a string is symbolic. `N_h`, `N_t`, `B`, `B_plus_1` are packed tokens, packed targets, requests
+            and offsets; tensors that use them can be packed into ragged batches.
+        scope: where an input's values come from; None for an output.
+        limit: ids must be in `[0, limit)`; None when any value will do.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    scope: Scope | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One tensor of a user state: `name` leaves the user encoder and enters the target scorer, dtype and shape as there.
+
+    `bytes_per_token` is set when the first axis is the history's, else the tensor costs `bytes_fixed` per user.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    bytes_per_token: int | None = None
+    bytes_fixed: int | None = None
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """An ONNX file of the bundle and what goes in and out of it."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All a bundle says of itself; `docs/bundle_format.md` has each field's meaning.
+
+    Attributes:
+        model: `{"kind": "stca", "config": {…}}`, `{"kind": "callable", "name": …}` or `{"kind": "onnx"}`.
+        weights: the weights' version, the SHA-256 of the weights file.
+        precision: dtype of the floating-point graph.
+        attention: `projected` or `absorbed` where the operator is used, else None.
+        graphs: `request`, `user_encoder` and `target_scorer`.
+        state: the tensors of a user state.
+        appendable: whether encoding new events alone and joining them to a state was shown exact at export.
+        max_history: longest history served, in tokens; None for no limit.
+        split: the cut's report. parity: the report of the export's own checks. producer: versions that made it.
+        engines: what `build` added.
+        files: name → `{"sha256", "bytes"}` for every file but the manifest.
+    """
+
+    model: Mapping[str, Any]
+    weights: str
+    precision: str
+    attention: str | None
+    graphs: Mapping[str, GraphSpec]
+    state: tuple[StateSpec, ...]
+    appendable: bool
+    max_history: int | None
+    split: Mapping[str, Any]
+    parity: Mapping[str, Any]
+    producer: Mapping[str, str]
+    engines: tuple[Mapping[str, Any], ...] = ()
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The manifest as JSON, with `format` and `version` first."""
+        return json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parse and check a manifest.
+
+        Raises:
+            BundleError: when it is not ours, newer than this library, or lacks a field or has one of the wrong kind.
+        """
+        try:
+            raw = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as e:
+            raise BundleError(f"{MANIFEST} is not JSON ({e}); export the bundle again") from e
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise BundleError(f"{MANIFEST} does not say format {FORMAT!r}; this is not a bundle")
+        version = raw.get("version")
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise BundleError(f"{MANIFEST} has version {version!r}; expected an integer from 1")
+        if version > FORMAT_VERSION:
+            raise BundleError(
+                f"bundle has manifest version {version}, this stca reads up to {FORMAT_VERSION}; upgrade stca"
+            )
+        try:
+            values = {f.name: raw[f.name] for f in dataclasses.fields(cls)}
+            values["graphs"] = {name: _graph(g) for name, g in _typed(values["graphs"], dict).items()}
+            values["state"] = tuple(_record(StateSpec, s) for s in _typed(values["state"], list))
+            values["engines"] = tuple(_typed(e, dict) for e in _typed(values["engines"], list))
+            for name in ("model", "split", "parity", "producer", "files"):
+                _typed(values[name], dict)
+            for name in ("weights", "precision"):
+                _typed(values[name], str)
+            for entry in values["files"].values():
+                _typed(_typed(entry, dict)["sha256"], str)
+                _typed(entry["bytes"], int)
+            if missing := [g for g in GRAPHS if g not in values["graphs"]]:
+                raise KeyError(f"graphs.{missing[0]}")
+        except KeyError as e:
+            raise BundleError(f"{MANIFEST} misses {e.args[0]!r}; export the bundle again") from e
+        except (TypeError, ValueError) as e:
+            raise BundleError(f"{MANIFEST} is malformed ({e}); export the bundle again") from e
+        return cls(**values)
+
+
+T = TypeVar("T")
+
+
+def _typed(value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {kind.__name__}, got {value!r:.60}")
+    return value
+
+
+def _record(kind: type[T], raw: Any) -> T:
+    values = dict(_typed(raw, dict))
+    values["shape"] = tuple(_typed(values["shape"], list))
+    if not all(isinstance(n, (int, str)) and not isinstance(n, bool) for n in values["shape"]):
+        raise TypeError(f"shape {values['shape']!r}")
+    if values["dtype"] not in ITEM_BYTES:
+        raise TypeError(f"dtype {values['dtype']!r}")
+    return kind(**values)
+
+
+def _graph(raw: Any) -> GraphSpec:
+    inputs, outputs = ([_record(TensorSpec, t) for t in _typed(raw[k], list)] for k in ("inputs", "outputs"))
+    return GraphSpec(_typed(raw["file"], str), tuple(inputs), tuple(outputs))
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose files are all what its manifest says."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, graph: str) -> Path:
+        """Path of a graph's ONNX file."""
+        return self.path / self.manifest.graphs[graph].file
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Read the manifest and hold every file against it.
+
+        Raises:
+            BundleError: naming the first file or field that is not as it should be, and what to do.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise BundleError(f"{root}: no such bundle directory; make one with `stca export`")
+        try:
+            text = (root / MANIFEST).read_text(encoding="utf-8")
+        except FileNotFoundError as e:
+            raise BundleError(f"{root}: has no {MANIFEST}; this is not a bundle, or its export did not finish") from e
+        except (OSError, UnicodeDecodeError) as e:
+            raise BundleError(f"{root / MANIFEST}: cannot be read ({e})") from e
+        manifest = Manifest.from_json(text)
+        _check_files(root, manifest)
+        return cls(root, manifest)
+
+
+def _check_files(root: Path, manifest: Manifest) -> None:
+    present = {p.name for p in root.iterdir()}
+    named = {MANIFEST, *manifest.files}
+    if missing := sorted(named - present):
+        raise BundleError(f"{root}: {missing[0]} is missing; copy the bundle again or export it anew")
+    if extra := sorted(present - named):
+        raise BundleError(f"{root}: {extra[0]} is not in the manifest; remove it, or export the bundle anew")
+    for graph in manifest.graphs.values():
+        if graph.file not in manifest.files:
+            raise BundleError(f"{root}: graph file {graph.file!r} is not among the manifest's files; export it anew")
+    for name, entry in manifest.files.items():
+        file = root / name
+        if file.parent != root or file.is_symlink() or not file.is_file():
+            raise BundleError(f"{root}: {name} is not a plain file inside the bundle; copy the bundle again")
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            raise BundleError(f"{root}: {name} has {size} bytes, the manifest says {entry['bytes']}; copy it again")
+        if (digest := sha256_of(file)) != entry["sha256"]:
+            raise BundleError(
+                f"{root}: {name} was changed (SHA-256 {digest[:12]}…, expected {entry['sha256'][:12]}…); copy it again"
+            )
+    if WEIGHTS in manifest.files and manifest.files[WEIGHTS]["sha256"] != manifest.weights:
+        raise BundleError(f"{root}: the weights' version is not the digest of {WEIGHTS}; export the bundle anew")
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Callable[[Manifest], Bundle]]]:
+    """Write a bundle beside its place, then put it there in one step; on any failure what was there stays untouched.
+
+    Yields:
+        A fresh directory to write files into, and `commit(manifest)`, which records the files, writes the manifest
+        and swaps the directory in. Without a commit nothing happens to `path`.
+
+    Raises:
+        BundleError: when `path` exists and is not a bundle, or its parent cannot be written to.
+    """
+    target = Path(os.path.abspath(path))
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise BundleError(f"{target}: exists and is not a bundle; choose another --out or remove it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    except OSError as e:
+        raise BundleError(f"{target}: cannot be written ({e.strerror}); choose another --out") from e
+
+    def commit(manifest: Manifest) -> Bundle:
+        files = {
+            p.name: {"sha256": sha256_of(p), "bytes": p.stat().st_size}
+            for p in sorted(work.iterdir())
+            if p.name != MANIFEST
+        }
+        done = dataclasses.replace(manifest, files=files)
+        (work / MANIFEST).write_text(done.to_json(), encoding="utf-8")
+        for p in work.iterdir():
+            with p.open("rb") as f:
+                os.fsync(f.fileno())
+        os.chmod(work, 0o777 & ~_umask())
+        _put(work, target)
+        return Bundle(target, done)
+
+    try:
+        yield work, commit
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # after a swap this is the old bundle
+
+
+def _put(work: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(work, target)
+    elif not _exchange(work, target):
+        # A file system that cannot exchange two names: for a moment no bundle has the name, but both are whole.
+        aside = work.with_name(work.name + ".old")
+        os.rename(target, aside)
+        os.rename(work, target)
+        os.rename(aside, work)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two directories' names atomically (Linux `renameat2` with RENAME_EXCHANGE); False where that is not to be had."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_cwd, exchange = -100, 2
+    return bool(renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
