@@ -1,0 +1,277 @@
+# mypy: ignore-errors
+# Triton's decorators and language carry no types; every caller of this module (launch, AOT, tests) is typed.
+"""The operator's two Triton kernels: `attend_kernel` and, when the history is split across blocks, `combine_kernel`.
+
+One source serves CUDA from torch, the ahead-of-time TensorRT plugins and Triton's interpreter, so the arguments follow
+TensorRT's order: tensor inputs, int32 scalars, tensor outputs, then compile-time constants. Grids need shapes only;
+where a ragged request begins is looked up on the device. There is no workspace and no atomic.
+
+**Rows.** A key head serves `GROUP = HEADS / KEY_HEADS` query heads. The rows of a tile are the (target, head) pairs
+that read that key head: in the absorbed form (`KEY_HEADS = 1`) the `H` heads of several targets stacked, so that few
+targets still fill a tile and a token is read once for all heads; in the projected form (`KEY_HEADS = H`) the targets of
+one head. Row `r` of a segment is `r * KEY_HEADS` heads after the segment's first, in both forms.
+
+**Tiles of a ragged batch.** Segment `b` owns tiles `start(b) … start(b + 1) - 1`, with
+`start(b) = target_offsets[b] * GROUP // BLOCK_M + b`. A segment of `n` rows gets at least `ceil(n / BLOCK_M)` of them
+wherever it begins, so the grid is `N_t * GROUP // BLOCK_M + B` blocks: known from shapes, at most one idle block a
+segment, no prefix sum.
+
+**Softmax.** Running maximum and sum in float32, base 2 with `log2(e)` folded into the scale. The maximum starts at a
+large finite number instead of -inf, so that nothing here ever computes `inf - inf`: an empty history has sum 0 and
+gives zeros. Products of float32 inputs are true float32 products, never TF32.
+"""
+
+import triton
+import triton.language as tl
+
+# Kernels may read a module global only when it is a constexpr.
+_LOWEST = tl.constexpr(-1.0e38)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_SEARCH = tl.constexpr(128)
+
+
+@triton.jit
+def _segment_of_tile(target_offsets, n_requests, tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The request a tile belongs to: how many of the requests after the first start at or before the tile.
+
+    A count over a block of offsets is one round trip to memory where a binary search would be one a step, and a batch
+    of one request needs none.
+    """
+    segment = 0
+    for first in range(1, n_requests, _SEARCH):
+        b = first + tl.arange(0, _SEARCH)
+        begin = tl.load(target_offsets + b, mask=b < n_requests, other=0)
+        started = (b < n_requests) & (begin * GROUP // BLOCK_M + b <= tile)
+        segment += tl.sum(started.to(tl.int32), 0)
+    return segment
+
+
+@triton.jit
+def _load_tile(
+    base,
+    row_stride: tl.constexpr,
+    rows_left,
+    first_column: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A tile `(ROWS, COLUMNS)` of consecutive rows; zero beyond `rows_left` and beyond `WIDTH` columns.
+
+    Every key and value passes through here: a block table of pages would change `rows`, and quantized tokens would be
+    widened and scaled before the return.
+    """
+    rows = tl.arange(0, ROWS)
+    columns = first_column + tl.arange(0, COLUMNS)
+    pointers = base + rows[:, None] * row_stride + columns[None, :]
+    if CHECK_ROWS and WIDTH % COLUMNS != 0:
+        tile = tl.load(pointers, mask=(rows[:, None] < rows_left) & (columns[None, :] < WIDTH), other=0.0)
+    elif CHECK_ROWS:
+        tile = tl.load(pointers, mask=rows[:, None] < rows_left, other=0.0)
+    elif WIDTH % COLUMNS != 0:
+        tile = tl.load(pointers, mask=columns[None, :] < WIDTH, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def _attend_tokens(
+    acc,
+    row_max,
+    row_sum,
+    query_tile,
+    query_base,
+    rows_left,
+    key_base,
+    value_base,
+    first_value_column,
+    tokens_left,
+    SCALE: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    LAST: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Fold `BLOCK_N` tokens into the running softmax; in the `LAST` block only `tokens_left` of them exist."""
+    logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for chunk in tl.static_range(0, D, BLOCK_D):
+        # The first chunk stays in registers over the whole loop; a wide head's others come from the cache each time.
+        if chunk == 0:
+            q = query_tile
+        else:
+            q = _load_tile(query_base, KEY_HEADS * D, rows_left, chunk, BLOCK_M, BLOCK_D, D, True, UPCAST)
+        k = _load_tile(key_base, KEY_HEADS * D, tokens_left, chunk, BLOCK_N, BLOCK_D, D, LAST, UPCAST)
+        logits = tl.dot(q, tl.trans(k), logits, input_precision="ieee")
+    # exp2(logit * factor - max) is one fused multiply-add and one exp2, for which the factor must be positive.
+    if SCALE > 0.0:
+        factor: tl.constexpr = SCALE * _LOG2_E
+    else:
+        logits *= SCALE
+        factor: tl.constexpr = _LOG2_E
+    if LAST:
+        logits = tl.where(tl.arange(0, BLOCK_N)[None, :] < tokens_left, logits, float("-inf"))
+
+    new_max = tl.maximum(row_max, tl.max(logits, 1) * factor)
+    weights = tl.exp2(logits * factor - new_max[:, None])
+    rescale = tl.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.sum(weights, 1)
+    acc = acc * rescale[:, None]
+
+    v = _load_tile(
+        value_base + first_value_column, KEY_HEADS * D_V, tokens_left, 0, BLOCK_N, BLOCK_DV, D_V, LAST, UPCAST
+    )
+    weights = weights.to(value_base.dtype.element_ty)
+    if UPCAST:
+        weights = weights.to(tl.float32)
+    acc = tl.dot(weights, v, acc, input_precision="ieee")
+    return acc, new_max, row_sum
+
+
+@triton.jit
+def attend_kernel(
+    query,  # (N_t, HEADS, D)
+    key,  # (N_h, KEY_HEADS, D)
+    value,  # (N_h, KEY_HEADS, D_V)
+    target_offsets,  # (B + 1,) int32
+    history_offsets,  # (B + 1,) int32
+    history_lengths,  # (B,) int32
+    n_targets,  # N_t
+    n_requests,  # B
+    out,  # (N_t, HEADS, D_V) of the inputs' type; SPLIT: (S, N_t, HEADS, D_V) float32, not yet divided by the sum
+    stats,  # SPLIT only, else None: (S, N_t, HEADS, 2) float32, maximum (base 2) and sum
+    SCALE: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Attention of one tile of rows over one part of its history.
+
+    Grid: `(N_t * GROUP // BLOCK_M + B, KEY_HEADS * ceil(D_V / BLOCK_DV), S)`, `S` being 1 without SPLIT. All tensors
+    are contiguous. UPCAST widens operands before a product: the interpreter's dot reads bfloat16 as integers.
+    """
+    GROUP: tl.constexpr = HEADS // KEY_HEADS
+    VALUE_TILES: tl.constexpr = (D_V + BLOCK_DV - 1) // BLOCK_DV
+    tile = tl.program_id(0)
+    key_head = tl.program_id(1) // VALUE_TILES
+    value_tile = tl.program_id(1) % VALUE_TILES
+    split = tl.program_id(2)
+    if tile >= n_targets * GROUP // BLOCK_M + n_requests:  # a grid rounded up, or no request at all
+        return
+
+    segment = _segment_of_tile(target_offsets, n_requests, tile, GROUP, BLOCK_M)
+    first_target = tl.load(target_offsets + segment)
+    n_rows = (tl.load(target_offsets + segment + 1) - first_target) * GROUP
+    first_token = tl.load(history_offsets + segment).to(tl.int64)
+    length = tl.load(history_lengths + segment)
+    first_row = (tile - first_target * GROUP // BLOCK_M - segment) * BLOCK_M
+    rows_left = n_rows - first_row
+    if rows_left <= 0:
+        return
+
+    # Equal parts of whole blocks; a short history leaves the last parts empty.
+    blocks_a_part = tl.cdiv(tl.cdiv(length, BLOCK_N), tl.num_programs(2))
+    begin = split * blocks_a_part * BLOCK_N
+    end = tl.minimum(begin + blocks_a_part * BLOCK_N, length)
+    end_of_whole_blocks = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
+
+    # 64-bit offsets for everything that grows with the batch; inside a tile 32 bits are enough.
+    head_row = first_target.to(tl.int64) * HEADS + key_head + first_row.to(tl.int64) * KEY_HEADS
+    query_base = query + head_row * D
+    key_base = key + (first_token * KEY_HEADS + key_head) * D
+    value_base = value + (first_token * KEY_HEADS + key_head) * D_V
+    first_value_column = value_tile * BLOCK_DV
+
+    query_tile = _load_tile(query_base, KEY_HEADS * D, rows_left, 0, BLOCK_M, BLOCK_D, D, True, UPCAST)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    row_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    for token in range(begin, end_of_whole_blocks, BLOCK_N):
+        acc, row_max, row_sum = _attend_tokens(
+            acc, row_max, row_sum, query_tile, query_base, rows_left,
+            key_base + tl.cast(token, tl.int64) * (KEY_HEADS * D),
+            value_base + tl.cast(token, tl.int64) * (KEY_HEADS * D_V),
+            first_value_column, BLOCK_N,
+            SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, UPCAST,
+        )  # fmt: skip
+    if end_of_whole_blocks < end:
+        last = end_of_whole_blocks.to(tl.int64)
+        acc, row_max, row_sum = _attend_tokens(
+            acc, row_max, row_sum, query_tile, query_base, rows_left,
+            key_base + last * (KEY_HEADS * D), value_base + last * (KEY_HEADS * D_V),
+            first_value_column, end - end_of_whole_blocks,
+            SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, UPCAST,
+        )  # fmt: skip
+
+    rows = tl.arange(0, BLOCK_M)
+    if SPLIT:
+        head_row += split.to(tl.int64) * n_targets * HEADS
+        if value_tile == 0:
+            stat_pointers = stats + (head_row + rows * KEY_HEADS) * 2
+            tl.store(stat_pointers, row_max, mask=rows < rows_left)
+            tl.store(stat_pointers + 1, row_sum, mask=rows < rows_left)
+        if begin >= end:  # the sum 0 says all: combine_kernel drops what it finds in this part's `out`
+            return
+    else:
+        acc = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
+    columns = first_value_column + tl.arange(0, BLOCK_DV)
+    pointers = out + head_row * D_V + (rows * (KEY_HEADS * D_V))[:, None] + columns[None, :]
+    stored = (rows[:, None] < rows_left) & (columns[None, :] < D_V)
+    tl.store(pointers, acc.to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def combine_kernel(
+    partial_out,  # (S, N_t, HEADS, D_V) float32
+    partial_stats,  # (S, N_t, HEADS, 2) float32
+    n_rows,  # N_t * HEADS
+    n_splits,  # S
+    out,  # (N_t, HEADS, D_V)
+    D_V: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Join the parts of the history: each is brought to the common maximum, then summed and divided by the common sum.
+
+    Grid: `(N_t * HEADS,)`. `BLOCK_DV` is at least `D_V`; `BLOCK_S` parts are in flight at a time.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_DV)
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    top = tl.full([], _LOWEST, tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    for first in range(0, n_splits, BLOCK_S):
+        part = first + tl.arange(0, BLOCK_S)
+        held = part < n_splits
+        part_row = part.to(tl.int64) * n_rows + row
+        part_max = tl.load(partial_stats + part_row * 2, mask=held, other=_LOWEST)
+        part_sum = tl.load(partial_stats + part_row * 2 + 1, mask=held, other=0.0)
+        # Loaded before it is known whether the part is empty, which saves a round trip; then dropped if it is.
+        pointers = partial_out + part_row[:, None] * D_V + columns[None, :]
+        values = tl.load(pointers, mask=held[:, None] & (columns[None, :] < D_V), other=0.0)
+        values = tl.where(part_sum[:, None] > 0.0, values, 0.0)
+
+        new_top = tl.maximum(top, tl.max(part_max, 0))
+        rescale = tl.exp2(top - new_top)
+        part_rescale = tl.exp2(part_max - new_top)
+        acc = acc * rescale + tl.sum(values * part_rescale[:, None], 0)
+        total = total * rescale + tl.sum(part_sum * part_rescale, 0)
+        top = new_top
+    acc = acc / tl.where(total > 0.0, total, 1.0)
+    tl.store(out + row * D_V + columns, acc.to(out.dtype.element_ty), mask=columns < D_V)
