@@ -24,7 +24,7 @@ from stca.export.config import StcaConfig
 
 AttentionForm = Literal["projected", "absorbed"]
 
-# Buckets of a duration in seconds: k counts the powers of two up to 2^(k-1) it reaches; 2^23 s is 97 days.
+# A duration's bucket is how many powers of two, in seconds, it has reached; the last, 2^23 s, is 97 days.
 TIME_BUCKETS = 25
 
 
@@ -52,19 +52,18 @@ def request_inputs(config: StcaConfig) -> tuple[TensorSpec, ...]:
     )
 
 
-def duration_bucket(seconds: Tensor) -> Tensor:
-    """Log-scale bucket of an int64 duration: how many powers of two it reaches; 0 for nothing or less.
+def count_reached(values: Tensor, thresholds: Tensor) -> Tensor:
+    """How many of `thresholds [K]` each of `values [N]` has reached, int64 `[N]`.
 
-    Integer comparisons, because a floating-point logarithm rounds a boundary differently in each precision.
+    Buckets and segments are found with integer comparisons alone: a logarithm or a division in floating point rounds
+    differently in each precision, and one token in the wrong bucket is no rounding error.
     """
-    powers = torch.tensor([1 << k for k in range(TIME_BUCKETS - 1)], dtype=torch.int64, device=seconds.device)
-    return (seconds.unsqueeze(1) >= powers).to(torch.int64).sum(dim=1)
+    return (values.unsqueeze(1) >= thresholds).to(torch.int64).sum(dim=1)
 
 
 def segment_of(rows: int, offsets: Tensor) -> Tensor:
     """Which request each of `rows` packed rows belongs to, int64 `[rows]`, from offsets `[B + 1]`."""
-    index = torch.arange(rows, device=offsets.device)
-    return (index.unsqueeze(1) >= offsets[1:].to(torch.int64)).to(torch.int64).sum(dim=1)
+    return count_reached(torch.arange(rows, device=offsets.device), offsets[1:].to(torch.int64))
 
 
 class Projection(nn.Module):
@@ -119,22 +118,24 @@ class CrossAttention(nn.Module):
             key = self.key(encoded).view(-1, h, d_h)
             value = self.value(encoded).view(-1, h, d_h)
         else:  # fold W_K into the query: q_j W_K,jᵀ is [N_t, h, d], and the history needs no projection at all
-            q = (q.transpose(0, 1) @ self.key.weight.view(-1, h, d_h).permute(1, 2, 0)).transpose(0, 1)
+            q = torch.einsum("thd,chd->thc", q, self.key.weight.view(-1, h, d_h))
             key = value = encoded.unsqueeze(1)
         lengths = history_offsets[1:] - history_offsets[:-1]
         o: Tensor = torch.ops.stca.target_history_attention(
             q, key, value, target_offsets, history_offsets, lengths, 1.0 / math.sqrt(d_h)
         )
         if form == "absorbed":  # and W_V into the output
-            o = (o.transpose(0, 1) @ self.value.weight.view(-1, h, d_h).transpose(0, 1)).transpose(0, 1)
+            o = torch.einsum("thc,chd->thd", o, self.value.weight.view(-1, h, d_h))
         y: Tensor = self.out(o.reshape(-1, h * d_h))
         return y
 
 
 class MixerBlock(nn.Module):
-    """One RankMixer block (arXiv 2507.15551): `S = LN(Mix(X) + X)`, `X' = LN(PFFN(S) + S)` on tokens `[N, T, D]`.
+    """One RankMixer block (arXiv 2507.15551): `S = LN(Mix(X) + X)`, `X' = LN(PFFN(S) + S)` on tokens `[T, N, D]`.
 
-    Mix hands head i of token j to token i as its head j; PFFN is a GELU MLP with weights of its own per token.
+    Mix hands head i of token j to token i as its head j; PFFN is a GELU MLP with weights of its own per token. Tokens
+    come first so that PFFN is a batched product without a transpose, which ONNX Runtime (1.31) would fuse into one
+    that divides by zero when there are no targets.
     """
 
     def __init__(self, tokens: int, width: int, expansion: int) -> None:
@@ -149,15 +150,18 @@ class MixerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         t, width = self.tokens, x.shape[2]
-        mixed = x.view(-1, t, t, width // t).transpose(1, 2).reshape(-1, t, width)
+        mixed = x.view(t, -1, t, width // t).transpose(0, 2).reshape(t, -1, width)
         s = self.mix_norm(mixed + x)
-        hidden = F.gelu(s.transpose(0, 1) @ self.weight_in + self.bias_in)
-        y: Tensor = self.ffn_norm((hidden @ self.weight_out + self.bias_out).transpose(0, 1) + s)
+        hidden = F.gelu(s @ self.weight_in + self.bias_in)
+        y: Tensor = self.ffn_norm(hidden @ self.weight_out + self.bias_out + s)
         return y
 
 
 class Stca(nn.Module):
     """History and targets in, one probability per task out. `form` picks the attention's exact form."""
+
+    durations: Tensor
+    hours: Tensor
 
     def __init__(self, config: StcaConfig, form: AttentionForm = "projected") -> None:
         super().__init__()
@@ -165,6 +169,8 @@ class Stca(nn.Module):
         self.form: AttentionForm = form
         d, w = config.width, config.field_width
         times = ["hour", "gap"] + (["delta"] if config.time == "delta" else [])
+        self.register_buffer("durations", torch.tensor([1 << k for k in range(TIME_BUCKETS - 1)]), persistent=False)
+        self.register_buffer("hours", torch.arange(3600, 86400, 3600), persistent=False)
         self.item_table = nn.Parameter(torch.randn(config.items, config.item_width) * 0.1)
         tables = {f.name: f.size for f in config.fields()}
         self.field_tables = nn.ParameterDict({n: nn.Parameter(torch.randn(s, w) * 0.1) for n, s in tables.items()})
@@ -218,10 +224,10 @@ class Stca(nn.Module):
         tokens = [self.token_in[0](summary)]
         tokens += [self.token_in[first_shared + i](x).index_select(0, segment) for i, x in enumerate(shared)]
         tokens += [self.token_in[first_target + i](x) for i, x in enumerate([item, *fields])]
-        x = torch.stack(tokens, dim=1)
+        x = torch.stack(tokens)
         for block in self.mixer:
             x = block(x)
-        y: Tensor = self.task_out(x.mean(dim=1))
+        y: Tensor = self.task_out(x.mean(dim=0))
         return y
 
     def _history(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -229,12 +235,11 @@ class Stca(nn.Module):
         parts = [F.embedding(inputs["history_item"], self.item_table)]
         parts += [self._embed(f"history_{f.name}", f.name, inputs) for f in self.config.history_fields]
         time = inputs["history_time"]
-        hour = torch.div(time, 3600, rounding_mode="floor") % 24
-        parts.append(F.embedding(hour, self.time_tables["hour"]))
-        parts.append(F.embedding(duration_bucket(inputs["history_gap"]), self.time_tables["gap"]))
+        parts.append(F.embedding(count_reached(time % 86400, self.hours), self.time_tables["hour"]))
+        parts.append(F.embedding(count_reached(inputs["history_gap"], self.durations), self.time_tables["gap"]))
         if self.config.time == "delta":
             asked = inputs["request_time"].index_select(0, segment_of(time.shape[0], inputs["history_offsets"]))
-            parts.append(F.embedding(duration_bucket(asked - time), self.time_tables["delta"]))
+            parts.append(F.embedding(count_reached(asked - time, self.durations), self.time_tables["delta"]))
         x: Tensor = self.history_in(torch.cat(parts, dim=1))
         return x
 

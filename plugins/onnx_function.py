@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 
 import onnx
-from onnx import parser
+from onnx import defs, parser
+from onnx.defs import OpSchema
 
 from stca.plugins.spec import DOMAIN, OP_NAME, OP_VERSION
 
 OPSET = 18
 
+# `query` comes in scaled and in float32; key and value are converted here, request by request.
 # Heads that share a key head are stacked as rows, so that the absorbed form (one key head) is one large product.
 _ATTEND_SEGMENT = """
 <domain: "stca", opset_import: ["" : 18]>
@@ -33,11 +35,13 @@ AttendSegment (query, key, value) => (out)
     unstacked_shape = Concat <axis: int = 0> (key_heads, rows_shape, group, value_depth)
     out_shape = Concat <axis: int = 0> (rows_shape, heads, value_depth)
 
+    key32 = Cast <to: int = 1> (key)
+    value32 = Cast <to: int = 1> (value)
     query_split = Reshape <allowzero: int = 1> (query, split_shape)
     query_by_head = Transpose <perm: ints = [1, 0, 2, 3]> (query_split)
     query_stacked = Reshape <allowzero: int = 1> (query_by_head, stacked_shape)
-    key_by_head = Transpose <perm: ints = [1, 2, 0]> (key)
-    value_by_head = Transpose <perm: ints = [1, 0, 2]> (value)
+    key_by_head = Transpose <perm: ints = [1, 2, 0]> (key32)
+    value_by_head = Transpose <perm: ints = [1, 0, 2]> (value32)
 
     logits = MatMul (query_stacked, key_by_head)
     weights = Softmax <axis: int = -1> (logits)
@@ -57,8 +61,6 @@ TargetHistoryAttention <scale>
     factor = Constant <value_float: float = @scale> ()
     query32 = Cast <to: int = 1> (query)
     scaled = Mul (query32, factor)
-    key32 = Cast <to: int = 1> (key)
-    value32 = Cast <to: int = 1> (value)
 
     zero = Constant <value: tensor = int64 {0}> ()
     one = Constant <value: tensor = int64 {1}> ()
@@ -92,7 +94,7 @@ TargetHistoryAttention <scale>
 
     out32 = If (direct) <
         then_branch = one_request () => (direct_out) {
-            direct_out = stca.AttendSegment (scaled, key32, value32)
+            direct_out = stca.AttendSegment (scaled, key, value)
         },
         else_branch = many_requests () => (walked) {
             walk = Constant <value: tensor = bool {1}> ()
@@ -110,8 +112,8 @@ TargetHistoryAttention <scale>
                     some = Greater (count, zero)
                     part = If (some) <
                         then_branch = attend () => (float[p, h, d] attended) {
-                            key_part = Slice (key32, l0, l1, axis0)
-                            value_part = Slice (value32, l0, l1, axis0)
+                            key_part = Slice (key, l0, l1, axis0)
+                            value_part = Slice (value, l0, l1, axis0)
                             attended = stca.AttendSegment (query_part, key_part, value_part)
                         },
                         else_branch = empty () => (float[p, h, d] zeros) {
@@ -128,6 +130,57 @@ TargetHistoryAttention <scale>
     out = CastLike (out32, query)
 }
 """
+
+
+def _infer(context: onnx.shape_inference.InferenceContext) -> None:
+    """`(N_t, H, D_v)` of the query's type: the targets and heads are the query's, the depth is the value's."""
+    query, value = context.get_input_type(0), context.get_input_type(2)
+    if query is None or not query.tensor_type.HasField("shape"):
+        return
+    out = onnx.TypeProto()
+    out.CopyFrom(query)
+    if len(out.tensor_type.shape.dim) != 3:
+        raise onnx.shape_inference.InferenceError(f"{OP_NAME}: query must have rank 3")
+    depth = out.tensor_type.shape.dim[2]
+    depth.Clear()
+    if value is not None and len(value.tensor_type.shape.dim) == 3:
+        depth.CopyFrom(value.tensor_type.shape.dim[2])
+    context.set_output_type(0, out)
+
+
+@functools.cache
+def schema() -> OpSchema:
+    """The operator's ONNX schema: names, types and shapes of its inputs, and shape inference for its output."""
+    arguments = (
+        ("query", "T", "(N_t, H, D), packed targets"),
+        ("key", "T", "(N_h, H_k, D), packed history; H_k is 1 (absorbed) or H (projected)"),
+        ("value", "T", "(N_h, H_k, D_v)"),
+        ("target_offsets", "I", "(B + 1), where each request's targets begin; the last entry is N_t"),
+        ("history_offsets", "I", "(B + 1), where each request's history begins; the last entry is N_h"),
+        ("history_lengths", "I", "(B), tokens used from the start of each segment"),
+    )
+    made = OpSchema(
+        OP_NAME,
+        DOMAIN,
+        OP_VERSION,
+        doc="Attention of each target over its own request's history; softmax and sums in float32, "
+        "zeros where the history is empty.",
+        inputs=[OpSchema.FormalParameter(n, t, d) for n, t, d in arguments],
+        outputs=[OpSchema.FormalParameter("out", "T", "(N_t, H, D_v)")],
+        type_constraints=[
+            ("T", [f"tensor({t})" for t in ("float", "float16", "bfloat16")], "floating-point values"),
+            ("I", ["tensor(int32)"], "offsets and lengths"),
+        ],
+        attributes=[OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT, "factor on the logits", required=True)],
+    )
+    made.set_type_and_shape_inference_function(_infer)
+    return made
+
+
+def register_schema() -> None:
+    """Make the schema known to this process's `onnx`, once; the exporter and the checker look it up there."""
+    if not defs.has(OP_NAME, DOMAIN):
+        defs.register_schema(schema())
 
 
 @functools.cache

@@ -59,7 +59,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One tensor of a user state: `name` leaves the user encoder and enters the target scorer, dtype and shape as there.
+    """One tensor of a user state: `name` leaves the user encoder and enters the target scorer.
 
     `bytes_per_token` is set when the first axis is the history's, else the tensor costs `bytes_fixed` per user.
     """
@@ -297,7 +297,7 @@ def _put(work: Path, target: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two directories' names atomically (Linux `renameat2` with RENAME_EXCHANGE); False where that is not to be had."""
+    """Swap two directories' names atomically (Linux `renameat2`, RENAME_EXCHANGE); False where that cannot be had."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):

@@ -1,0 +1,163 @@
+"""A torch module → one ONNX model of the whole request, with the operator as a single node and the module's own weights.
+
+The exporter is torch's (`torch.export` + `torch.onnx`), told to leave the weights alone: every floating-point
+initializer is a tensor of the checkpoint, by name and by bytes, which is what lets `refit` replace them later.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_ir
+import onnx_ir.passes.common as ir_passes
+import torch
+from onnx_ir.passes import Sequential
+from onnxscript import values
+from torch import Tensor, nn
+
+from stca.bundle import TensorSpec
+from stca.errors import ExportError
+from stca.plugins import onnx_function
+from stca.plugins.spec import DOMAIN, OP_VERSION
+
+_OPSET = values.Opset(DOMAIN, OP_VERSION)
+
+
+@dataclass(frozen=True)
+class RequestModel:
+    """A module to export and what goes in and out of it.
+
+    Attributes:
+        module: called with one dict of named tensors; returns a tensor, or a tuple of as many as `outputs`.
+        inputs: its inputs; each has a scope. Every symbolic size must be free to vary, 0 included.
+        outputs: names of its outputs.
+    """
+
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...] = ("scores",)
+
+
+def to_request_graph(model: RequestModel) -> onnx.ModelProto:
+    """Export `model` to ONNX, function bodies of the operator included, symbolic sizes named as in its inputs.
+
+    Raises:
+        ExportError: when torch cannot trace the module or ONNX has no operator for a part of it.
+    """
+    onnx_function.register_schema()
+    feeds = example_inputs(model.inputs)
+    dynamic = {
+        s.name: {axis: torch.export.Dim.DYNAMIC for axis, n in enumerate(s.shape) if isinstance(n, str)}
+        for s in model.inputs
+    }
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+            traced = torch.export.export(model.module.eval(), (feeds,), dynamic_shapes=(dynamic,), strict=False)
+            program = torch.onnx.export(
+                traced,
+                (),
+                input_names=[s.name for s in model.inputs],
+                output_names=list(model.outputs),
+                opset_version=onnx_function.OPSET,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                custom_translation_table={torch.ops.stca.target_history_attention.default: _translate},
+            )
+    except Exception as e:  # torch raises many types here; the cause is what the user can act on
+        raise ExportError(f"the model cannot be exported: {_cause(e)}") from e
+    assert program is not None
+    graph = _tidy(program.model)
+    _name_sizes(graph, model.inputs)
+    onnx_function.attach(graph)
+    graph.producer_name, graph.producer_version = "stca", ""
+    return graph
+
+
+def example_inputs(inputs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+    """Small valid inputs for tracing: 2 requests, distinct sizes above 1 so that none is taken for a constant."""
+    sizes = {"B": 2, "B_plus_1": 3, "N_h": 7, "N_t": 5}
+    made: dict[str, Tensor] = {}
+    for spec in inputs:
+        shape = [n if isinstance(n, int) else sizes.setdefault(n, 6 + 2 * len(sizes)) for n in spec.shape]
+        dtype = getattr(torch, spec.dtype)
+        if spec.name.endswith("_offsets"):
+            rows = sizes["N_h" if spec.scope == "user" else "N_t"]
+            made[spec.name] = torch.tensor([0, rows // 2, rows], dtype=dtype)
+        elif dtype.is_floating_point:
+            made[spec.name] = torch.linspace(-1, 1, max(1, _product(shape))).reshape(shape).to(dtype)
+        else:
+            made[spec.name] = (torch.arange(_product(shape)) % (spec.limit or 2)).reshape(shape).to(dtype)
+    return made
+
+
+def _translate(
+    query: Any, key: Any, value: Any, target_offsets: Any, history_offsets: Any, history_lengths: Any, scale: float
+) -> Any:
+    """The torch op as one ONNX node; the exporter calls this with its symbolic tensors."""
+    if history_lengths is None:
+        raise ExportError("target_history_attention needs history_lengths in an exported model; pass the segments' own")
+    return _OPSET.TargetHistoryAttention(
+        query, key, value, target_offsets, history_offsets, history_lengths, scale=scale
+    )
+
+
+def _tidy(model: onnx_ir.Model) -> onnx.ModelProto:
+    """Remove what the exporter repeats. Weights are not folded or renamed: they stay the checkpoint's."""
+    passes = Sequential(
+        ir_passes.IdentityEliminationPass(),
+        ir_passes.CommonSubexpressionEliminationPass(),
+        ir_passes.RemoveUnusedNodesPass(),
+        ir_passes.RemoveUnusedOpsetsPass(),
+        ir_passes.ClearMetadataAndDocStringPass(),
+    )
+    return onnx_ir.to_proto(passes(model).model)
+
+
+def _name_sizes(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:
+    """Give symbolic sizes the names of the input specs (`s18` → `N_h`), in place, everywhere they occur."""
+    names: dict[str, str] = {}
+    by_name = {i.name: i for i in model.graph.input}
+    for spec in inputs:
+        if spec.name not in by_name:
+            raise ExportError(f"input {spec.name!r} is not used by the model; remove it from the inputs")
+        for size, dim in zip(spec.shape, by_name[spec.name].type.tensor_type.shape.dim, strict=True):
+            if isinstance(size, str):
+                if dim.HasField("dim_value"):
+                    raise ExportError(
+                        f"input {spec.name!r}: size {size} became the constant {dim.dim_value} in tracing; "
+                        "make the model's code independent of it"
+                    )
+                names[dim.dim_param] = size
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b") if names else None
+    for info in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in info.type.tensor_type.shape.dim:
+            if pattern and dim.HasField("dim_param"):
+                dim.dim_param = pattern.sub(lambda m: names[m[1]], dim.dim_param).replace("B_plus_1 - 1", "B")
+
+
+def _product(shape: Sequence[int]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n
+
+
+def _cause(e: BaseException) -> str:
+    """The innermost reason, on one line."""
+    while (inner := e.__cause__ or e.__context__) is not None:
+        e = inner
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:400]}"
+
+
+def initializer_names(model: onnx.ModelProto) -> Mapping[str, onnx.TensorProto]:
+    """The graph's weights by name."""
+    return {t.name: t for t in model.graph.initializer}
