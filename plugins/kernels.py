@@ -51,7 +51,7 @@ def _load_tile(
     base,
     row_stride: tl.constexpr,
     rows_left,
-    first_column: tl.constexpr,
+    first_column,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -99,6 +99,7 @@ def _attend_tokens(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    SHARED: tl.constexpr,
     LAST: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -127,9 +128,12 @@ def _attend_tokens(
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     acc = acc * rescale[:, None]
 
-    v = _load_tile(
-        value_base + first_value_column, KEY_HEADS * D_V, tokens_left, 0, BLOCK_N, BLOCK_DV, D_V, LAST, UPCAST
-    )
+    if SHARED:
+        v = k
+    else:
+        v = _load_tile(
+            value_base, KEY_HEADS * D_V, tokens_left, first_value_column, BLOCK_N, BLOCK_DV, D_V, LAST, UPCAST
+        )
     weights = weights.to(value_base.dtype.element_ty)
     if UPCAST:
         weights = weights.to(tl.float32)
@@ -159,12 +163,14 @@ def attend_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     SPLIT: tl.constexpr,
+    SHARED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Attention of one tile of rows over one part of its history.
 
     Grid: `(N_t * GROUP // BLOCK_M + B, KEY_HEADS * ceil(D_V / BLOCK_DV), S)`, `S` being 1 without SPLIT. All tensors
-    are contiguous. UPCAST widens operands before a product: the interpreter's dot reads bfloat16 as integers.
+    are contiguous. SHARED says that key and value are the same numbers and that one block holds all of D, so that a token
+    is loaded once; then `value` is not read. UPCAST widens operands before a product: the interpreter's dot reads bfloat16 as integers.
     """
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     VALUE_TILES: tl.constexpr = (D_V + BLOCK_DV - 1) // BLOCK_DV
@@ -208,7 +214,7 @@ def attend_kernel(
             key_base + tl.cast(token, tl.int64) * (KEY_HEADS * D),
             value_base + tl.cast(token, tl.int64) * (KEY_HEADS * D_V),
             first_value_column, BLOCK_N,
-            SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, UPCAST,
+            SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SHARED, False, UPCAST,
         )  # fmt: skip
     if end_of_whole_blocks < end:
         last = end_of_whole_blocks.to(tl.int64)
@@ -216,7 +222,7 @@ def attend_kernel(
             acc, row_max, row_sum, query_tile, query_base, rows_left,
             key_base + last * (KEY_HEADS * D), value_base + last * (KEY_HEADS * D_V),
             first_value_column, end - end_of_whole_blocks,
-            SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, UPCAST,
+            SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SHARED, True, UPCAST,
         )  # fmt: skip
 
     rows = tl.arange(0, BLOCK_M)
