@@ -1,0 +1,265 @@
+"""What a value weighs and what a node costs, at a nominal workload: the two currencies of the split.
+
+Estimates, to compare one cut with another, and not predictions of time. Shapes come from ONNX shape inference with the
+symbolic sizes replaced by nominal ones. Where a shape stays unknown, a value counts as large as the largest input of
+its node, and an unknown inner size as the workload's largest: too much work rather than too little, because work
+moved to the scorer by mistake is paid on every request. `Sizes.guesses` names those values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import numpy as np
+import onnx
+
+from stca.errors import SplitError
+from stca.export.scope import reads, subgraphs, walk
+from stca.plugins.spec import DOMAIN, OP_NAME
+
+DEFAULT_WORKLOAD: Final[Mapping[str, int]] = {"N_h": 10_000, "N_t": 300, "B": 1, "B_plus_1": 2}
+
+# Floating-point operations per element. Pure views cost 1 for the whole node, so that a shorter graph wins a tie;
+# everything not listed costs 1 per output element, which is also the price of moving it (Cast, Transpose, Gather…).
+_VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Size", "Constant"}
+_PER_OUTPUT = dict.fromkeys((
+    "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Cos", "Cosh", "Sin", "Sinh", "Tan", "Tanh", "Exp", "Log",
+    "Pow", "Sqrt", "Sigmoid", "Erf", "Gelu", "Elu", "Selu", "Celu", "Mish", "Softplus", "Swish", "HardSwish",
+    "Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization", "GroupNormalization", "BatchNormalization",
+    "InstanceNormalization", "LpNormalization", "MeanVarianceNormalization", "RotaryEmbedding",
+), 8)  # fmt: skip
+_PER_INPUT = {"ArgMax": 1, "ArgMin": 1, "NonZero": 1, "TopK": 8, "Unique": 8}  # and every Reduce…: 1
+_RECURRENT = {"RNN", "GRU", "LSTM"}
+_STANDARD_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
+
+# An initializer with more elements is data, not a shape: inference does without its contents.
+_SMALL = 1024
+_BITS_BELOW_A_BYTE = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
+
+
+def element_bits(element_type: int) -> int | None:
+    """Size of one element of an ONNX type; None when it is not a number (strings, unknown)."""
+    if element_type in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING):
+        return None
+    name = onnx.TensorProto.DataType.Name(element_type)
+    return _BITS_BELOW_A_BYTE.get(name) or 8 * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(element_type)).itemsize
+
+
+class Sizes:
+    """Types and nominal sizes of every value of `model`, bodies of control flow included.
+
+    Args:
+        model: with its weights inline or not; their contents are not read.
+        workload: nominal size of each symbolic dimension of the inputs. An input's dimension that has neither name nor
+            size goes by `<input>.<axis>`.
+
+    Attributes:
+        workload: as given.
+        guesses: values whose shape stayed unknown.
+
+    Raises:
+        SplitError: when an input's symbolic dimension has no nominal size, or inference finds the graph wrong.
+    """
+
+    def __init__(self, model: onnx.ModelProto, workload: Mapping[str, int]) -> None:
+        self.workload = workload
+        skeleton = _skeleton(model)
+        self._types = _types(_infer(skeleton).graph)
+        _make_nominal(skeleton, workload)
+        self._shapes = {name: _sizes(kind.tensor_type) for name, kind in _types(_infer(skeleton).graph).items()}
+        self._shapes.update((t.name, tuple(t.dims)) for t in model.graph.initializer)
+        self._elements: dict[str, int] = {}
+        self.guesses: list[str] = []
+        for node in walk(model.graph.node):
+            largest = max((self.elements(name) for name in reads(node)), default=1)
+            for name in filter(None, node.output):
+                if self._shapes.get(name) is None:
+                    self._elements[name] = largest
+                    self.guesses.append(name)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Nominal shape, None when unknown."""
+        return self._shapes.get(name)
+
+    def elements(self, name: str) -> int:
+        """Nominal number of elements."""
+        shape = self._shapes.get(name)
+        return self._elements.get(name, 1) if shape is None else math.prod(shape)
+
+    def bytes(self, name: str) -> int | None:
+        """Nominal bytes; None for what cannot be cached: strings, sequences, unknown types or ranks."""
+        bits = element_bits(self.element_type(name))
+        return None if bits is None or self.dims(name) is None else math.ceil(self.elements(name) * bits / 8)
+
+    def element_type(self, name: str) -> int:
+        """ONNX element type; UNDEFINED when unknown or not a tensor."""
+        kind = self._types.get(name)
+        return kind.tensor_type.elem_type if kind else onnx.TensorProto.UNDEFINED
+
+    def dims(self, name: str) -> tuple[int | str | None, ...] | None:
+        """Symbolic shape, with None where a size has no name; None when not even the rank is known."""
+        kind = self._types.get(name)
+        if kind and kind.tensor_type.HasField("shape"):
+            return tuple(
+                d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.tensor_type.shape.dim
+            )
+        shape = self.shape(name)
+        return None if shape is None else (None,) * len(shape)
+
+    def work(self, node: onnx.NodeProto) -> int:
+        """Nominal floating-point operations of one run of `node`; at least 1.
+
+        Both branches of an If are counted, the body of a Scan as often as it scans, that of a Loop as often as its
+        constant trip count says, else as the workload's largest size. An operator of an unknown domain counts as a
+        dense product of its first input's last axis.
+        """
+        return max(1, self._work(node))
+
+    def _work(self, node: onnx.NodeProto) -> int:
+        op, out = node.op_type, sum(self.elements(name) for name in node.output if name)
+        if bodies := tuple(subgraphs(node)):
+            return self._trips(node) * sum(self.work(inner) for body in bodies for inner in body.node)
+        if node.domain == DOMAIN and op == OP_NAME:
+            return self._attention(node)
+        if node.domain not in _STANDARD_DOMAINS or op in ("MatMul", "MatMulInteger", "QLinearMatMul"):
+            return 2 * out * self._size(node.input[0] if node.input else "", -1)
+        if op == "Gemm":
+            return 2 * out * self._size(node.input[0], 0 if _attribute(node, "transA", 0) else 1)
+        if op == "Einsum":
+            return 2 * self._einsum_space(node)
+        if op in ("Conv", "ConvTranspose"):
+            positions = out if op == "Conv" else self.elements(node.input[0])
+            return 2 * positions * math.prod((self.shape(node.input[1]) or (1, 1))[1:])
+        if op == "Attention":  # of opset 23: keys are the last axis but one of input 1, whatever the layout
+            return 4 * self.elements(node.input[0]) * self._size(node.input[1], -2)
+        if op in _RECURRENT:  # every step multiplies with all of W and R
+            steps = self._size(node.input[0], 0) * self._size(node.input[0], 1)
+            return 2 * steps * (self.elements(node.input[1]) + self.elements(node.input[2]))
+        if op in _VIEWS:
+            return 1
+        if op in _PER_INPUT or op.startswith("Reduce"):
+            return _PER_INPUT.get(op, 1) * self.elements(node.input[0])
+        return _PER_OUTPUT.get(op, 1) * out
+
+    def _attention(self, node: onnx.NodeProto) -> int:
+        """Logits and mix are 2 operations per multiply-add, the softmax 8 per logit, over an average history."""
+        query, key, value, offsets = node.input[:4]
+        history = self._size(key, 0) / max(1, self._size(offsets, 0) - 1)
+        logits = self._size(query, 0) * self._size(query, 1) * history
+        return round(logits * (2 * self._size(query, 2) + 2 * self._size(value, 2) + 8))
+
+    def _einsum_space(self, node: onnx.NodeProto) -> int:
+        """Size of the index space: the product over all labels."""
+        terms = _attribute(node, "equation", b"").decode().replace(" ", "").split("->")[0].split(",")
+        sizes: dict[str, int] = {}
+        for term, name in zip(terms, node.input, strict=False):
+            shape = self.shape(name)
+            if shape is None or "." in term or len(shape) != len(term):
+                return max(self.elements(x) for x in node.input) * self._size(node.input[-1], -1)
+            sizes.update(zip(term, shape, strict=True))
+        return math.prod(sizes.values())
+
+    def _trips(self, node: onnx.NodeProto) -> int:
+        if node.op_type == "Scan":
+            scanned = int(_attribute(node, "num_scan_inputs", 1))
+            return self._size(node.input[len(node.input) - scanned], 0)
+        if node.op_type == "Loop":
+            return max((*self.workload.values(), 1))
+        return 1
+
+    def _size(self, name: str, axis: int) -> int:
+        shape = self.shape(name)
+        if shape is None:
+            return max((*self.workload.values(), 1))
+        return shape[axis] if -len(shape) <= axis < len(shape) else 1
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose large initializers are inputs of the same type: light, and alike to shape inference and checker."""
+    graph = model.graph
+    copy = onnx.ModelProto(ir_version=model.ir_version)
+    copy.opset_import.extend(model.opset_import)
+    copy.functions.extend(model.functions)
+    copy.graph.name = graph.name
+    copy.graph.node.extend(graph.node)
+    for field in ("input", "output", "value_info", "sparse_initializer"):
+        getattr(copy.graph, field).extend(getattr(graph, field))
+    inputs = {value.name for value in graph.input}
+    for tensor in graph.initializer:
+        if math.prod(tensor.dims) <= _SMALL:
+            copy.graph.initializer.append(tensor)
+        elif tensor.name not in inputs:
+            copy.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
+    return copy
+
+
+def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy for inference, with `TargetHistoryAttention` as an Einsum of the same type and shape.
+
+    Inference cannot see the shape through the operator's function body; the contraction
+    `[N_t, H, D], [N_h, H_k, D_v] → [N_t, H, D_v]` tells it.
+    """
+    copy = without_weights(model)
+    for node in walk(copy.graph.node):
+        if node.domain == DOMAIN and node.op_type == OP_NAME:
+            query, _, value = node.input[:3]
+            del node.input[:], node.attribute[:]
+            node.domain, node.op_type = "", "Einsum"
+            node.input.extend((query, value))
+            node.attribute.append(onnx.helper.make_attribute("equation", "thd,lkv->thv"))
+    return copy
+
+
+def _infer(model: onnx.ModelProto) -> onnx.ModelProto:
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except onnx.shape_inference.InferenceError as e:
+        raise SplitError(f"shape inference fails: {' '.join(str(e).split())}; check the model first") from e
+
+
+def _make_nominal(model: onnx.ModelProto, workload: Mapping[str, int]) -> None:
+    """Replace symbolic sizes by nominal ones, in place; those that no input has are left to inference."""
+    for value in model.graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if not dim.HasField("dim_value"):
+                name = dim.dim_param or f"{value.name}.{axis}"
+                if name not in workload:
+                    raise SplitError(
+                        f"dimension {axis} of input {value.name!r} has no nominal size; "
+                        f"give one for {name!r} in the workload"
+                    )
+                dim.dim_value = workload[name]
+    for value in _declared(model.graph):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in workload:
+                dim.dim_value = workload[dim.dim_param]
+            elif dim.dim_param:
+                dim.Clear()
+
+
+def _declared(graph: onnx.GraphProto) -> Iterable[onnx.ValueInfoProto]:
+    """Values with a declared type, inputs and bodies included."""
+    yield from (*graph.input, *graph.value_info, *graph.output)
+    for node in graph.node:
+        for body in subgraphs(node):
+            yield from _declared(body)
+
+
+def _types(graph: onnx.GraphProto) -> dict[str, onnx.TypeProto]:
+    return {value.name: value.type for value in _declared(graph)} | {
+        t.name: onnx.helper.make_tensor_type_proto(t.data_type, list(t.dims)) for t in graph.initializer
+    }
+
+
+def _sizes(tensor: onnx.TypeProto.Tensor) -> tuple[int, ...] | None:
+    if not tensor.HasField("shape") or not all(dim.HasField("dim_value") for dim in tensor.shape.dim):
+        return None
+    return tuple(dim.dim_value for dim in tensor.shape.dim)

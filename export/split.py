@@ -1,0 +1,356 @@
+"""Cut a request graph by dataflow into a user encoder, whose outputs are the cacheable user state, and a target scorer.
+
+`stca.export.cut` decides where; this module builds the halves, proves what a cut must guarantee, and reports.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+from numpy.typing import NDArray
+
+from stca.errors import SplitError
+from stca.export.cost import DEFAULT_WORKLOAD, Sizes, without_weights
+from stca.export.cut import DEFAULT_FLOPS_PER_BYTE, Cut, RequestDependency
+from stca.export.scope import Dataflow, Scope, infer_scopes, input_scopes, label, walk
+from stca.plugins.spec import DOMAIN
+
+Runner = Callable[[onnx.ModelProto, Mapping[str, NDArray[Any]]], Sequence[NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor of the user state: an output of the encoder and, under the same name, an input of the scorer.
+
+    Attributes:
+        name: its name in both halves: the value's own, or `state_<value>` where the whole graph has it as an input or
+            output, which ONNX does not allow to be both in one graph.
+        value: its name in the whole graph.
+        dtype: numpy's name of the element type.
+        shape: sizes; a string is symbolic.
+        bytes: at the nominal workload.
+        bytes_per_token: for each history token; 0 when the first axis is not the history's.
+        verbatim: whether it is a user input stored as it came.
+    """
+
+    name: str
+    value: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    bytes: int
+    bytes_per_token: int
+    verbatim: bool
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What the cut decided, at the nominal workload; work in floating-point operations per request.
+
+    `user_work` is all that could be cached, `recomputed_work` the part of it the scorer does again each time.
+    `recomputed_nodes` are the user-scope nodes of the scorer; some of them the encoder may compute for itself too.
+    """
+
+    workload: Mapping[str, int]
+    flops_per_byte: float
+    state_bytes: int
+    bytes_per_token: int
+    user_work: int
+    recomputed_work: int
+    request_work: int
+    target_work: int
+    encoder_nodes: tuple[str, ...]
+    scorer_nodes: tuple[str, ...]
+    recomputed_nodes: tuple[str, ...]
+    request_dependencies: tuple[RequestDependency, ...]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values; a dependency has its sentence as `text`."""
+        plain = dataclasses.asdict(self)
+        plain["workload"] = dict(self.workload)
+        for entry, dependency in zip(plain["request_dependencies"], self.request_dependencies, strict=True):
+            entry["text"] = str(dependency)
+        return plain
+
+
+@dataclass(frozen=True)
+class Split:
+    """A graph in two halves. `user_encoder` outputs exactly `state`; `target_scorer` reads it and outputs the rest."""
+
+    user_encoder: onnx.ModelProto
+    target_scorer: onnx.ModelProto
+    state: tuple[StateTensor, ...]
+    report: SplitReport
+
+
+def split(
+    model: onnx.ModelProto,
+    scopes: Mapping[str, Scope | str],
+    *,
+    workload: Mapping[str, int] = DEFAULT_WORKLOAD,
+    flops_per_byte: float = DEFAULT_FLOPS_PER_BYTE,
+    history_dim: str = "N_h",
+) -> Split:
+    """Cut `model` into its two halves and prove the cut's postconditions.
+
+    Functions other than the operator's are inlined first, so that the cut can go through them. Node names, value names
+    and order stay; each half keeps the initializers, functions and inputs that it reads. An input that nothing reads
+    is in neither half.
+
+    Args:
+        model: a valid model with its weights inline; not changed.
+        scopes: scope of each graph input.
+        workload: nominal size of each symbolic dimension of the inputs, at least 1.
+        flops_per_byte: work worth recomputing per request to save one byte of state; raise it for a smaller state.
+        history_dim: the symbolic dimension that counts history tokens.
+
+    Raises:
+        SplitError: when the model is invalid, a scope or size is missing, nothing can be cached, no output depends on
+            a target, what must be cached cannot be, or a postcondition fails.
+    """
+    if not 0 < flops_per_byte < math.inf:
+        raise SplitError(f"flops_per_byte is {flops_per_byte}; it must be a positive number")
+    for name, size in workload.items():
+        if size < 1:
+            raise SplitError(f"workload: {name} is {size}; a nominal size must be at least 1")
+    _check("the model", model)
+    model = _inline(model)
+    marked = input_scopes(model.graph, scopes)
+    cut = Cut(model, infer_scopes(model, scopes), Sizes(model, workload))
+    cut.refuse_hopeless()
+    recomputed = cut.recomputed(Fraction(flops_per_byte))
+    crossing = cut.crossing(recomputed)
+    state = tuple(_state_tensor(name, cut, history_dim) for name in crossing)
+    encoder, scorer = _user_encoder(model, cut, state), _target_scorer(model, cut, state)
+    report = SplitReport(
+        workload=dict(workload),
+        flops_per_byte=flops_per_byte,
+        state_bytes=sum(t.bytes for t in state),
+        bytes_per_token=sum(t.bytes_per_token for t in state),
+        user_work=cut.work(Scope.USER),
+        recomputed_work=sum(cut.sizes.work(cut.nodes[i]) for i in recomputed),
+        request_work=cut.work(Scope.REQUEST),
+        target_work=cut.work(Scope.TARGET),
+        encoder_nodes=tuple(label(node) for node in encoder.graph.node),
+        scorer_nodes=tuple(label(node) for node in scorer.graph.node),
+        recomputed_nodes=tuple(label(cut.nodes[i]) for i in sorted(recomputed)),
+        request_dependencies=cut.request_dependencies(scopes),
+        notes=_notes(cut, state),
+    )
+    result = Split(encoder, scorer, state, report)
+    check_postconditions(model, marked, result)
+    return result
+
+
+def _state_tensor(value: str, cut: Cut, history_dim: str) -> StateTensor:
+    name = value
+    if value in cut.inputs or value in cut.outputs:
+        name = f"state_{value}"
+        while name in cut.scopes:
+            name += "_"
+    dims = cut.sizes.dims(value) or ()
+    shape = tuple(f"{name}_{axis}" if dim is None else dim for axis, dim in enumerate(dims))
+    size = cut.sizes.bytes(value) or 0
+    tokens = cut.sizes.workload.get(history_dim)
+    return StateTensor(
+        name=name,
+        value=value,
+        dtype=np.dtype(onnx.helper.tensor_dtype_to_np_dtype(cut.sizes.element_type(value))).name,
+        shape=shape,
+        bytes=size,
+        bytes_per_token=math.ceil(size / tokens) if tokens and shape[:1] == (history_dim,) else 0,
+        verbatim=value in cut.inputs,
+    )
+
+
+def _notes(cut: Cut, state: tuple[StateTensor, ...]) -> tuple[str, ...]:
+    """What a reader of the report should know and would not see."""
+    notes = [f"input {name!r} is not used" for name in cut.inputs if not cut.readers(name)]
+    dead = len(cut.nodes) - len(cut.live)
+    if dead:
+        notes.append(f"{dead} nodes reach no output and are left out")
+    if all(tensor.verbatim for tensor in state):
+        notes.append("the state is user inputs as they came: at this price no user work is worth caching")
+    guessed = [n for n in cut.sizes.guesses if cut.scopes.get(n) == Scope.USER]
+    if guessed:
+        notes.append(f"sizes guessed where the shape is unknown: {', '.join(map(repr, guessed))}")
+    return tuple(notes)
+
+
+def _named(state: StateTensor, cut: Cut) -> onnx.ValueInfoProto:
+    return onnx.helper.make_tensor_value_info(state.name, cut.sizes.element_type(state.value), state.shape)
+
+
+def _user_encoder(model: onnx.ModelProto, cut: Cut, state: tuple[StateTensor, ...]) -> onnx.ModelProto:
+    """User inputs → state. Ends in one Identity for each state tensor that cannot have its value's own name."""
+    nodes, leaves = cut.flow.needed(tensor.value for tensor in state)
+    half = _half(model, "user_encoder", cut, nodes, leaves)
+    for tensor in state:
+        if tensor.name != tensor.value:
+            half.graph.node.append(onnx.helper.make_node("Identity", [tensor.value], [tensor.name], tensor.name))
+    half.graph.output.extend(_named(tensor, cut) for tensor in state)
+    return half
+
+
+def _target_scorer(model: onnx.ModelProto, cut: Cut, state: tuple[StateTensor, ...]) -> onnx.ModelProto:
+    """State, then request and target inputs → the outputs of the whole. Starts with the encoder's Identities undone."""
+    nodes, leaves = cut.flow.needed(cut.outputs, given=[tensor.value for tensor in state])
+    half = _half(model, "target_scorer", cut, nodes, leaves - {tensor.value for tensor in state})
+    body, inputs = list(half.graph.node), list(half.graph.input)
+    del half.graph.node[:], half.graph.input[:]
+    for tensor in state:
+        if tensor.name != tensor.value:
+            half.graph.node.append(onnx.helper.make_node("Identity", [tensor.name], [tensor.value], tensor.name))
+    half.graph.node.extend(body)
+    half.graph.input.extend(_named(tensor, cut) for tensor in state)
+    half.graph.input.extend(inputs)
+    half.graph.output.extend(model.graph.output)
+    return half
+
+
+def _half(model: onnx.ModelProto, name: str, cut: Cut, nodes: set[int], leaves: set[str]) -> onnx.ModelProto:
+    """The part of `model` with these nodes and leaf values, still without outputs."""
+    source = model.graph
+    half = onnx.ModelProto(
+        ir_version=max(model.ir_version, 4),  # before 4, every initializer had to be an input too
+        producer_name=model.producer_name,
+        producer_version=model.producer_version,
+        domain=model.domain,
+        model_version=model.model_version,
+        doc_string=model.doc_string,
+    )
+    half.metadata_props.extend(model.metadata_props)
+    graph = half.graph
+    graph.name, graph.doc_string = name, source.doc_string
+    graph.node.extend(source.node[i] for i in sorted(nodes))
+    graph.metadata_props.extend(source.metadata_props)
+    weights = {leaf for leaf in leaves if cut.scopes[leaf] == Scope.CONSTANT}
+    graph.input.extend(value for value in source.input if value.name in leaves - weights)
+    graph.initializer.extend(tensor for tensor in source.initializer if tensor.name in weights)
+    graph.sparse_initializer.extend(t for t in source.sparse_initializer if t.values.name in weights)
+    made = {value for node in graph.node for value in node.output}
+    outputs = set(cut.outputs)
+    graph.value_info.extend(v for v in source.value_info if v.name in made and v.name not in outputs)
+    graph.quantization_annotation.extend(a for a in source.quantization_annotation if a.tensor_name in made | leaves)
+
+    half.functions.extend(_functions(model, graph.node))
+    used = {n.domain for n in walk([*graph.node, *(n for f in half.functions for n in f.node)])}
+    half.opset_import.extend(o for o in model.opset_import if o.domain in ("", "ai.onnx") or o.domain in used)
+    return half
+
+
+def _functions(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> list[onnx.FunctionProto]:
+    """The model's functions that `nodes` call, directly or through one another, in the model's order."""
+    known = {(f.domain, f.name): f for f in model.functions}
+    called: set[tuple[str, str]] = set()
+    open_nodes = list(walk(nodes))
+    while open_nodes:
+        node = open_nodes.pop()
+        key = (node.domain, node.op_type)
+        if key in known and key not in called:
+            called.add(key)
+            open_nodes.extend(walk(known[key].node))
+    return [f for key, f in known.items() if key in called]
+
+
+def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
+    foreign = [(f.domain, f.name) for f in model.functions if f.domain != DOMAIN]
+    return onnx.inliner.inline_selected_functions(model, foreign) if foreign else model
+
+
+def _check(what: str, model: onnx.ModelProto) -> None:
+    """ONNX's full checker and strict shape inference; the weights one by one, so that their sum may exceed 2 GB."""
+    light = without_weights(model)
+    try:
+        onnx.checker.check_model(light, full_check=True)
+        onnx.shape_inference.infer_shapes(light, check_type=True, strict_mode=True, data_prop=True)
+        for tensor in model.graph.initializer:
+            onnx.checker.check_tensor(tensor)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
+        raise SplitError(f"{what} is not valid ONNX: {' '.join(str(e).split())}") from e
+
+
+def check_postconditions(model: onnx.ModelProto, scopes: Mapping[str, Scope], result: Split) -> None:
+    """Prove what a cut of `model` must guarantee, from the halves themselves and the inputs' marks alone.
+
+    No request or target input reaches the encoder; its outputs are the state; the scorer reads only state, request
+    and target inputs; its outputs are the whole's; together they compute every value the whole's outputs need;
+    both are valid ONNX.
+
+    Raises:
+        SplitError: naming the first that fails.
+    """
+    names = [tensor.name for tensor in result.state]
+    by_scope = {s: {name for name, scope in scopes.items() if scope == s} for s in Scope}
+    halves = (
+        ("the user encoder", result.user_encoder, by_scope[Scope.USER], names),
+        (
+            "the target scorer",
+            result.target_scorer,
+            {*names, *by_scope[Scope.REQUEST], *by_scope[Scope.TARGET]},
+            [value.name for value in model.graph.output],
+        ),
+    )
+    computed: set[str] = set()
+    for what, half, allowed, outputs in halves:
+        flow = Dataflow(half.graph)
+        _, leaves = flow.needed(value.name for value in half.graph.output)
+        read = ({value.name for value in half.graph.input} | leaves) - flow.constants
+        if read - allowed:
+            raise SplitError(f"postcondition: {what} reads {min(read - allowed)!r}; it may not")
+        if [value.name for value in half.graph.output] != outputs:
+            raise SplitError(f"postcondition: the outputs of {what} are not {', '.join(outputs)}")
+        computed |= flow.writer.keys()
+    flow = Dataflow(model.graph)
+    live, _ = flow.needed(value.name for value in model.graph.output)
+    missing = {name for name, i in flow.writer.items() if i in live} - computed
+    if missing:
+        raise SplitError(f"postcondition: neither half computes {min(missing)!r}")
+    for what, half, _, _ in halves:
+        _check(what, half)
+
+
+def run_reference(model: onnx.ModelProto, feeds: Mapping[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
+    """Outputs of `model` in ONNX's reference implementation: slow, and the same operations in the same order."""
+    from onnx.reference import ReferenceEvaluator
+
+    return list(ReferenceEvaluator(model).run(None, dict(feeds)))
+
+
+def run_joined(result: Split, feeds: Mapping[str, NDArray[Any]], run: Runner = run_reference) -> Sequence[NDArray[Any]]:
+    """Outputs of the scorer fed with the encoder's state; `feeds` are those of the whole graph."""
+
+    def inputs(half: onnx.ModelProto, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        return {value.name: values[value.name] for value in half.graph.input}
+
+    state = run(result.user_encoder, inputs(result.user_encoder, feeds))
+    named = {tensor.name: array for tensor, array in zip(result.state, state, strict=True)}
+    return run(result.target_scorer, inputs(result.target_scorer, {**feeds, **named}))
+
+
+def joined_equals_whole(
+    model: onnx.ModelProto,
+    result: Split,
+    feeds: Mapping[str, NDArray[Any]],
+    run: Runner = run_reference,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+) -> bool:
+    """Whether the joined halves give what `model` gives; bit for bit by default, NaN equal to NaN.
+
+    Exactness can be asked of the reference implementation. A runtime that fuses each graph in its own way rounds
+    differently, and needs a tolerance.
+    """
+    whole, joined = run(model, feeds), run_joined(result, feeds, run)
+    return all(
+        a.dtype == b.dtype and a.shape == b.shape and np.allclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
+        for a, b in zip(whole, joined, strict=True)
+    )
