@@ -99,7 +99,7 @@ def _attend_tokens(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    SHARED: tl.constexpr,
+    TIED: tl.constexpr,
     LAST: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -128,7 +128,7 @@ def _attend_tokens(
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     acc = acc * rescale[:, None]
 
-    if SHARED:
+    if TIED:
         v = k
     else:
         v = _load_tile(
@@ -163,14 +163,15 @@ def attend_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     SPLIT: tl.constexpr,
-    SHARED: tl.constexpr,
+    TIED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Attention of one tile of rows over one part of its history.
 
     Grid: `(N_t * GROUP // BLOCK_M + B, KEY_HEADS * ceil(D_V / BLOCK_DV), S)`, `S` being 1 without SPLIT. All tensors
-    are contiguous. SHARED says that key and value are the same numbers and that one block holds all of D, so that a token
-    is loaded once; then `value` is not read. UPCAST widens operands before a product: the interpreter's dot reads bfloat16 as integers.
+    are contiguous. TIED says that key and value are the same numbers and that one block holds all of D, so that a token
+    is loaded once; then `value` is not read. UPCAST widens operands before a product: the interpreter's dot reads
+    bfloat16 as integers.
     """
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     VALUE_TILES: tl.constexpr = (D_V + BLOCK_DV - 1) // BLOCK_DV
@@ -214,7 +215,7 @@ def attend_kernel(
             key_base + tl.cast(token, tl.int64) * (KEY_HEADS * D),
             value_base + tl.cast(token, tl.int64) * (KEY_HEADS * D_V),
             first_value_column, BLOCK_N,
-            SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SHARED, False, UPCAST,
+            SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, TIED, False, UPCAST,
         )  # fmt: skip
     if end_of_whole_blocks < end:
         last = end_of_whole_blocks.to(tl.int64)
@@ -222,7 +223,7 @@ def attend_kernel(
             acc, row_max, row_sum, query_tile, query_base, rows_left,
             key_base + last * (KEY_HEADS * D), value_base + last * (KEY_HEADS * D_V),
             first_value_column, end - end_of_whole_blocks,
-            SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SHARED, True, UPCAST,
+            SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, TIED, True, UPCAST,
         )  # fmt: skip
 
     rows = tl.arange(0, BLOCK_M)
