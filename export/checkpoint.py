@@ -89,12 +89,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     file = Path(path)
     if not file.is_file():
         raise CheckpointError(f"{file}: no such checkpoint file")
-    with file.open("rb") as f:
-        head = f.read(9)
-    if head[8:9] == b"{":
-        tensors, metadata = _read_safetensors(file)
-    else:
-        tensors, metadata = _read_state_dict(file), {}
+    tensors, metadata = read_tensors(file)
     beside = file.with_suffix(".json")
     if CONFIG_KEY in metadata:
         config_text = metadata[CONFIG_KEY]
@@ -103,6 +98,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     else:
         raise CheckpointError(f"{file}: no config in its metadata; put it beside the file as {beside.name}")
     return Checkpoint(StcaConfig.from_json(config_text), tensors, metadata)
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and string metadata of a safetensors file, or of a torch state dict (no metadata)."""
+    with file.open("rb") as f:
+        head = f.read(9)
+    return _read_safetensors(file) if head[8:9] == b"{" else (_read_state_dict(file), {})
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""A torch module → one ONNX model of the whole request, with the operator as a single node and the module's own weights.
+"""A torch module → one ONNX model of the whole request: the operator as a single node, the weights the module's own.
 
 The exporter is torch's (`torch.export` + `torch.onnx`), told to leave the weights alone: every floating-point
 initializer is a tensor of the checkpoint, by name and by bytes, which is what lets `refit` replace them later.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from stca.bundle import TensorSpec
 from stca.errors import ExportError
 from stca.plugins import onnx_function
-from stca.plugins.spec import DOMAIN, OP_VERSION
+from stca.plugins.spec import DOMAIN, OP_NAME, OP_VERSION
 
 _OPSET = values.Opset(DOMAIN, OP_VERSION)
 
@@ -77,6 +77,7 @@ def to_request_graph(model: RequestModel) -> onnx.ModelProto:
     assert program is not None
     graph = _tidy(program.model)
     _name_sizes(graph, model.inputs)
+    _name_attention(graph)
     onnx_function.attach(graph)
     graph.producer_name, graph.producer_version = "stca", ""
     return graph
@@ -144,6 +145,24 @@ def _name_sizes(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:
                 dim.dim_param = pattern.sub(lambda m: names[m[1]], dim.dim_param).replace("B_plus_1 - 1", "B")
 
 
+def _name_attention(model: onnx.ModelProto) -> None:
+    """Name what each attention reads (`attention_0_key`, …), in place: these values become the user state."""
+    names: dict[str, str] = {}
+    nodes = [n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, OP_NAME)]
+    for i, node in enumerate(nodes):
+        tied = node.input[1] == node.input[2]
+        for role, name in zip(("query", "key", "value"), node.input[:3], strict=True):
+            names.setdefault(name, f"attention_{i}_{'history' if tied and role != 'query' else role}")
+    made = {o for n in model.graph.node for o in n.output}
+    names = {old: new for old, new in names.items() if old in made and new not in made}
+    for node in model.graph.node:
+        for values in (node.input, node.output):
+            for j, name in enumerate(values):
+                values[j] = names.get(name, name)
+    for info in model.graph.value_info:
+        info.name = names.get(info.name, info.name)
+
+
 def _product(shape: Sequence[int]) -> int:
     n = 1
     for size in shape:
@@ -156,8 +175,3 @@ def _cause(e: BaseException) -> str:
     while (inner := e.__cause__ or e.__context__) is not None:
         e = inner
     return f"{type(e).__name__}: {' '.join(str(e).split())[:400]}"
-
-
-def initializer_names(model: onnx.ModelProto) -> Mapping[str, onnx.TensorProto]:
-    """The graph's weights by name."""
-    return {t.name: t for t in model.graph.initializer}

@@ -59,16 +59,19 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One tensor of a user state: `name` leaves the user encoder and enters the target scorer.
+    """One tensor of a user state: under this name it leaves the user encoder and enters the target scorer.
 
-    `bytes_per_token` is set when the first axis is the history's, else the tensor costs `bytes_fixed` per user.
+    Attributes:
+        name, dtype, shape: as in the two graphs.
+        bytes_per_token: what one history token adds; 0 when the first axis is not the history's.
+        input: the user input it is a copy of, or None when it was computed.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
-    bytes_per_token: int | None = None
-    bytes_fixed: int | None = None
+    bytes_per_token: int
+    input: str | None = None
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,18 @@ def _check_files(root: Path, manifest: Manifest) -> None:
         raise BundleError(f"{root}: the weights' version is not the digest of {WEIGHTS}; export the bundle anew")
 
 
+def seal(root: Path, manifest: Manifest) -> Bundle:
+    """Write `manifest` into the directory `root` with the digests of the files that lie there."""
+    files = {
+        p.name: {"sha256": sha256_of(p), "bytes": p.stat().st_size}
+        for p in sorted(root.iterdir())
+        if p.name != MANIFEST
+    }
+    sealed = dataclasses.replace(manifest, files=files)
+    (root / MANIFEST).write_text(sealed.to_json(), encoding="utf-8")
+    return Bundle(root, sealed)
+
+
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as f:
@@ -265,13 +280,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Callable[[Mani
         raise BundleError(f"{target}: cannot be written ({e.strerror}); choose another --out") from e
 
     def commit(manifest: Manifest) -> Bundle:
-        files = {
-            p.name: {"sha256": sha256_of(p), "bytes": p.stat().st_size}
-            for p in sorted(work.iterdir())
-            if p.name != MANIFEST
-        }
-        done = dataclasses.replace(manifest, files=files)
-        (work / MANIFEST).write_text(done.to_json(), encoding="utf-8")
+        done = seal(work, manifest).manifest
         for p in work.iterdir():
             with p.open("rb") as f:
                 os.fsync(f.fileno())

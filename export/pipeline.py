@@ -1,0 +1,292 @@
+"""From a checkpoint, a module or an ONNX file to a proven bundle: trace, split, write, prove, and only then name it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+
+import stca
+from stca import probe
+from stca.bundle import WEIGHTS, Bundle, GraphSpec, Manifest, Scope, StateSpec, TensorSpec, seal, sha256_of, writing
+from stca.errors import ExportError, SplitError
+from stca.export.checkpoint import Checkpoint
+from stca.export.config import StcaConfig
+from stca.export.cost import DEFAULT_WORKLOAD, without_weights
+from stca.export.cut import DEFAULT_FLOPS_PER_BYTE
+from stca.export.model import AttentionForm, request_inputs
+from stca.export.split import Split, run_reference, split
+from stca.export.to_onnx import RequestModel, to_request_graph
+from stca.export.weights import externalize
+from stca.plugins import onnx_function
+from stca.plugins.spec import DOMAIN, OP_NAME
+
+# What proves a finished bundle before it gets its name: returns the parity report to record, raises when it fails.
+Prover = Callable[[Bundle], Mapping[str, Any]]
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class CutOptions:
+    """How to cut: the nominal request to cut for, and the work worth redoing per request to save a byte of state."""
+
+    workload: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict(DEFAULT_WORKLOAD))
+    flops_per_byte: float = DEFAULT_FLOPS_PER_BYTE
+
+
+def choose_form(config: StcaConfig, targets: int) -> AttentionForm:
+    """The attention form with less work for a request of `targets` that finds no state (model.md, two exact forms).
+
+    Per layer and history token, absorbed costs 4·m·h·d and projected 4·m·d + 4·d², so they break even at
+    m = d / (h - 1). With a kept state projected always works less per request, for twice the bytes of state.
+    """
+    absorbed = targets * config.heads
+    projected = targets + config.width
+    return "absorbed" if absorbed < projected else "projected"
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint,
+    out: str | os.PathLike[str],
+    *,
+    prove: Callable[[Bundle], Mapping[str, Any]],
+    form: AttentionForm | Literal["auto"] = "auto",
+    cut: CutOptions | None = None,
+    progress: Progress = lambda _: None,
+) -> Bundle:
+    """A trained reference STCA → a proven bundle at `out`.
+
+    Args:
+        checkpoint: from `load_checkpoint`.
+        out: directory of the bundle; an existing bundle there is replaced at the very end, or stays as it was.
+        prove: runs on the finished bundle before it gets its name; `stca.verify.prove` is the one to use.
+        form: attention form, or `auto` to take the one with less work at the cut's nominal request.
+        cut: how to split.
+        progress: told each step as it starts.
+
+    Raises:
+        CheckpointError, ExportError, SplitError, BundleError, ParityError: one line; `out` is untouched.
+    """
+    config = checkpoint.config
+    cut = cut or CutOptions()
+    chosen = choose_form(config, cut.workload.get("N_t", 1)) if form == "auto" else form
+    progress(f"checkpoint: {sum(t.numel() for t in checkpoint.tensors.values()):,} parameters, {chosen} attention")
+    model = RequestModel(checkpoint.build(chosen), request_inputs(config))
+    return export_module(
+        model,
+        out,
+        prove=prove,
+        source={"kind": "stca", "config": json.loads(config.to_json())},
+        attention=chosen,
+        max_history=config.max_history,
+        cut=cut,
+        progress=progress,
+    )
+
+
+def export_module(
+    model: RequestModel,
+    out: str | os.PathLike[str],
+    *,
+    prove: Prover,
+    source: Mapping[str, Any],
+    attention: str | None = None,
+    max_history: int | None = None,
+    cut: CutOptions | None = None,
+    progress: Progress = lambda _: None,
+) -> Bundle:
+    """Any torch module with scoped inputs → a proven bundle; see `export_checkpoint`.
+
+    Args:
+        source: recorded as the manifest's `model`.
+        attention: recorded as the manifest's `attention`.
+        max_history: longest history to serve, in tokens; None for no limit.
+    """
+    progress("tracing the request graph")
+    graph = to_request_graph(model)
+    return _write(graph, model.inputs, out, prove, source, attention, max_history, cut or CutOptions(), progress)
+
+
+def split_onnx(
+    file: str | os.PathLike[str],
+    scopes: Mapping[str, Scope],
+    out: str | os.PathLike[str],
+    *,
+    prove: Prover,
+    max_history: int | None = None,
+    cut: CutOptions | None = None,
+    progress: Progress = lambda _: None,
+) -> Bundle:
+    """Any ONNX model → a proven bundle with its two halves.
+
+    Args:
+        file: the model; external data must lie inside its directory.
+        scopes: scope of each input, by name.
+        out, prove, max_history, cut, progress: as in `export_module`.
+
+    Raises:
+        SplitError: when the file is no valid ONNX model, an input has no scope, or nothing can be cached.
+    """
+    progress("reading the model")
+    graph = load_onnx(file)
+    unknown = [name for name in scopes if name not in {i.name for i in graph.graph.input}]
+    if unknown:
+        names = ", ".join(i.name for i in graph.graph.input)
+        raise SplitError(f"the model has no input {unknown[0]!r}; its inputs are {names}")
+    specs = tuple(
+        dataclasses.replace(_spec(i), scope=scopes.get(i.name), limit=_id_limit(graph.graph, i.name))
+        for i in graph.graph.input
+        if i.name not in {t.name for t in graph.graph.initializer}
+    )
+    attention = next((n.op_type for n in graph.graph.node if (n.domain, n.op_type) == (DOMAIN, OP_NAME)), None)
+    if attention:
+        onnx_function.attach(graph)
+    return _write(graph, specs, out, prove, {"kind": "onnx"}, None, max_history, cut or CutOptions(), progress)
+
+
+def load_onnx(file: str | os.PathLike[str]) -> onnx.ModelProto:
+    """Read a model with its weights, refusing external data outside the model's own directory.
+
+    Raises:
+        SplitError: when there is no such file, it is no ONNX model, or its weights are missing or elsewhere.
+    """
+    path = Path(file)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except FileNotFoundError as e:
+        raise SplitError(f"{path}: no such ONNX file") from e
+    except Exception as e:  # protobuf's DecodeError is not importable from a stable place
+        raise SplitError(f"{path}: is not an ONNX model ({' '.join(str(e).split())[:200]})") from e
+    onnx_function.register_schema()
+    home = path.resolve().parent
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and home not in (home / entry.value).resolve().parents:
+                raise SplitError(
+                    f"{path}: weight {tensor.name!r} lies outside the model's directory; move it beside it"
+                )
+    try:
+        onnx.load_external_data_for_model(model, str(home))
+        onnx.checker.check_model(without_weights(model))
+    except Exception as e:
+        raise SplitError(f"{path}: is not a valid ONNX model ({' '.join(str(e).split())[:300]})") from e
+    return model
+
+
+def _write(
+    graph: onnx.ModelProto,
+    specs: tuple[TensorSpec, ...],
+    out: str | os.PathLike[str],
+    prove: Prover,
+    source: Mapping[str, Any],
+    attention: str | None,
+    max_history: int | None,
+    cut: CutOptions,
+    progress: Progress,
+) -> Bundle:
+    progress("splitting by dataflow")
+    scopes = {s.name: s.scope for s in specs if s.scope is not None}
+    halves = split(graph, scopes, workload=cut.workload, flops_per_byte=cut.flops_per_byte)
+    appendable = _appendable(halves, specs)
+    with writing(out) as (work, commit):
+        progress("writing the bundle")
+        models = {"request": graph, "user_encoder": halves.user_encoder, "target_scorer": halves.target_scorer}
+        externalize(models.values(), work)
+        by_name = {s.name: s for s in specs}
+        graphs: dict[str, GraphSpec] = {}
+        for name, model in models.items():
+            file = f"{name}.onnx"
+            onnx.save(model, work / file)
+            _check_file(work / file)
+            inputs = tuple(by_name.get(i.name) or _spec(i) for i in model.graph.input)
+            graphs[name] = GraphSpec(file, inputs, tuple(_spec(o) for o in model.graph.output))
+        manifest = Manifest(
+            model=source,
+            weights="",
+            precision=_precision(graphs["request"]),
+            attention=attention,
+            graphs=graphs,
+            state=tuple(
+                StateSpec(t.name, t.dtype, t.shape, t.bytes_per_token, t.value if t.verbatim else None)
+                for t in halves.state
+            ),
+            appendable=appendable,
+            max_history=max_history,
+            split=halves.report.as_dict(),
+            parity={},
+            producer={"stca": stca.__version__, "onnx": onnx.__version__},
+        )
+        manifest = dataclasses.replace(manifest, weights=sha256_of(work / WEIGHTS))
+        parity = prove(seal(work, manifest))
+        return commit(dataclasses.replace(manifest, parity=parity))
+
+
+def _appendable(halves: Split, specs: tuple[TensorSpec, ...]) -> bool:
+    """Whether the state of a history is the state of its parts joined: shown on random events, in two ragged parts."""
+    user = tuple(s for s in specs if s.scope == "user")
+    per_token = [t for t in halves.state if t.shape[:1] == ("N_h",)]
+    if not per_token or not any(s.shape == ("B_plus_1",) for s in user):
+        return False
+    whole = probe.single(user, 9, 0, np.random.default_rng(0))
+    tokens = {s.name for s in user if s.shape[:1] == ("N_h",)}
+    parts = [{n: x[rows] if n in tokens else x for n, x in whole.items()} for rows in (slice(0, 4), slice(4, 9))]
+
+    def state(request: dict[str, Any]) -> dict[str, Any]:
+        feeds = probe.pack(user, [request])
+        wanted = {i.name: feeds[i.name] for i in halves.user_encoder.graph.input}
+        return dict(zip((t.name for t in halves.state), run_reference(halves.user_encoder, wanted), strict=True))
+
+    full, first, second = state(whole), state(parts[0]), state(parts[1])
+    for tensor in halves.state:
+        a = full[tensor.name]
+        if tensor in per_token:
+            b = np.concatenate([first[tensor.name], second[tensor.name]])
+            scale = float(np.abs(a).max(initial=0.0))
+            # A matrix product of fewer rows may sum in another order: roundings, nothing more.
+            if not np.allclose(a, b, rtol=0, atol=64 * np.finfo(np.float32).eps * scale):
+                return False
+        elif tensor.value not in {s.name for s in user} and not np.array_equal(a, first[tensor.name]):
+            return False
+    return True
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    kind = value.type.tensor_type
+    dims: Iterable[Any] = kind.shape.dim
+    shape = tuple(
+        d.dim_value if d.HasField("dim_value") else d.dim_param or f"{value.name}_{axis}" for axis, d in enumerate(dims)
+    )
+    return TensorSpec(value.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name, shape)
+
+
+def _id_limit(graph: onnx.GraphProto, name: str) -> int | None:
+    """Rows of the smallest table that the input indexes directly; None when it indexes none."""
+    rows = {t.name: t.dims[0] for t in graph.initializer if len(t.dims)}
+    limits = [
+        rows[n.input[0]]
+        for n in graph.node
+        if n.op_type == "Gather"
+        and n.input[1] == name
+        and n.input[0] in rows
+        and next((a.i for a in n.attribute if a.name == "axis"), 0) == 0
+    ]
+    return min(limits, default=None)
+
+
+def _precision(graph: GraphSpec) -> str:
+    return graph.outputs[0].dtype
+
+
+def _check_file(file: Path) -> None:
+    """ONNX's full checker and strict shape inference on the file as it will be read, external weights and all."""
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+        onnx.shape_inference.infer_shapes(onnx.load(file, load_external_data=False), check_type=True, strict_mode=True)
+    except Exception as e:
+        raise ExportError(f"{file.name}: fails ONNX's own check: {' '.join(str(e).split())[:300]}") from e

@@ -1,0 +1,50 @@
+"""A copy of an ONNX model that computes in float64, to serve as the reference of a model that has no torch module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, TensorProto, numpy_helper
+
+from stca.export.scope import walk
+
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+def to_double(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with every floating-point type, weight, constant and cast widened to float64.
+
+    For `onnx.reference`, which follows the values it is given; a strict runtime would also want every type constraint
+    of every operator met.
+    """
+    wide = onnx.ModelProto()
+    wide.CopyFrom(model)
+    graph = wide.graph
+    for tensor in graph.initializer:
+        _widen(tensor)
+    for info in (*graph.input, *graph.output):
+        if info.type.tensor_type.elem_type in _FLOATS:
+            info.type.tensor_type.elem_type = TensorProto.DOUBLE
+    del graph.value_info[:]
+    for nodes in (graph.node, *(f.node for f in wide.functions)):
+        _widen_nodes(walk(nodes))
+    return wide
+
+
+def _widen_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.TENSOR:
+                _widen(attribute.t)
+            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i in _FLOATS:
+                attribute.i = TensorProto.DOUBLE
+            elif node.op_type == "LayerNormalization" and attribute.name == "stash_type":
+                attribute.i = TensorProto.DOUBLE
+
+
+def _widen(tensor: TensorProto) -> None:
+    if tensor.data_type in _FLOATS:
+        values = numpy_helper.to_array(tensor).astype(np.float64)
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))

@@ -1,0 +1,71 @@
+"""One weights file for all graphs of a bundle: ONNX external data that points into a safetensors file.
+
+The graphs then hold structure alone, the weights exist once on disk, and new weights are one new file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx
+import safetensors.torch
+import torch
+from onnx import TensorProto, external_data_helper
+
+from stca.bundle import WEIGHTS
+from stca.errors import ExportError
+
+_DTYPES = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.DOUBLE: torch.float64,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.BFLOAT16: torch.bfloat16,
+}
+
+
+def externalize(models: Iterable[onnx.ModelProto], directory: Path) -> None:
+    """Move the floating-point initializers of `models` into `directory/weights.safetensors`, in place.
+
+    An initializer of one name is one tensor, whichever graphs use it. Integers stay in the graphs: they are structure.
+    The file depends on names, dtypes, shapes and values alone, so equal weights have equal digests.
+
+    Raises:
+        ExportError: when two graphs have different tensors of one name.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    uses: list[TensorProto] = []
+    for model in models:
+        for tensor in model.graph.initializer:
+            if tensor.data_type not in _DTYPES:
+                continue
+            data = onnx.numpy_helper.to_array(tensor).reshape(-1).view("u1").copy()
+            weight = torch.from_numpy(data).view(_DTYPES[tensor.data_type]).reshape(list(tensor.dims))
+            if not torch.equal(tensors.setdefault(tensor.name, weight), weight):
+                raise ExportError(f"weight {tensor.name!r} differs between graphs; give the two tensors two names")
+            uses.append(tensor)
+    file = directory / WEIGHTS
+    safetensors.torch.save_file(tensors, file)
+    places = offsets(file)
+    for tensor in uses:
+        begin, end = places[tensor.name]
+        tensor.ClearField("float_data")
+        tensor.ClearField("int32_data")
+        tensor.ClearField("double_data")
+        tensor.raw_data = b""
+        external_data_helper.set_external_data(tensor, WEIGHTS, offset=begin, length=end - begin)
+        tensor.ClearField("raw_data")
+
+
+def offsets(file: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file begins and ends, in bytes from the start of the file."""
+    with file.open("rb") as f:
+        header_bytes = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(header_bytes))
+    start = 8 + header_bytes
+    return {
+        name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }

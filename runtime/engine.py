@@ -1,0 +1,76 @@
+"""Things that execute a graph. ONNX Runtime on a CPU is the embedded default."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from stca.errors import BuildError, RequestError
+
+Array = NDArray[Any]
+
+
+class Engine(Protocol):
+    """Executes one graph. Safe to call from several threads at once."""
+
+    name: str
+    outputs: tuple[str, ...]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name; `inputs` has exactly the graph's inputs, as contiguous arrays of their dtypes."""
+        ...
+
+
+class OnnxRuntimeEngine:
+    """A graph in ONNX Runtime.
+
+    Args:
+        model: path of the ONNX file; its weights may lie beside it.
+        threads: threads of one run; None leaves it to ONNX Runtime (one per core).
+        providers: execution providers in order of preference. One that cannot be loaded is an error, because ONNX
+            Runtime itself would fall back to the CPU without a word.
+
+    Raises:
+        BuildError: when ONNX Runtime refuses the graph or a provider is not to be had.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+    ) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = ort.InferenceSession(str(model), options, providers=list(providers))
+        except Exception as e:  # ONNX Runtime's exceptions share no base class of their own
+            raise BuildError(
+                f"{Path(model).name}: ONNX Runtime cannot load it: {' '.join(str(e).split())[:300]}"
+            ) from e
+        missing = [p for p in providers if p not in self._session.get_providers()]
+        if missing:
+            raise BuildError(
+                f"{missing[0]} could not be loaded and ONNX Runtime would fall back to the CPU; install its libraries, "
+                "or ask for CPUExecutionProvider"
+            )
+        self.name = f"onnxruntime {ort.__version__} ({providers[0].removesuffix('ExecutionProvider')})"
+        self.outputs = tuple(o.name for o in self._session.get_outputs())
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Engine.run`. Inputs are read in place, without a copy."""
+        try:
+            values = self._session.run(self.outputs, dict(inputs))
+        except Exception as e:
+            shapes = ", ".join(f"{name} {list(np.shape(x))}" for name, x in inputs.items())
+            raise RequestError(f"ONNX Runtime failed on {shapes}: {' '.join(str(e).split())[:300]}") from e
+        return dict(zip(self.outputs, values, strict=True))

@@ -1,0 +1,233 @@
+"""The production front: five calls, with the user side computed once and reused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stca.bundle import Bundle, Manifest, StateSpec
+from stca.errors import RequestError
+from stca.runtime.engine import Engine, OnnxRuntimeEngine
+from stca.runtime.request import TOKENS, Door, Request, RequestBatch
+from stca.runtime.state import CacheStats, StateCache, StateKey, UserState
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One loaded bundle; immutable, so that a swap is one assignment and running requests finish on what they began."""
+
+    manifest: Manifest
+    door: Door
+    encoder: Engine
+    scorer: Engine
+    format: str
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], threads: int | None, truncate: bool) -> _Model:
+        bundle = Bundle.load(path)
+        encoder, scorer = (
+            OnnxRuntimeEngine(bundle.file(graph), threads=threads) for graph in ("user_encoder", "target_scorer")
+        )
+        manifest = bundle.manifest
+        layout = ";".join(f"{s.name}:{s.dtype}:{','.join(map(str, s.shape))}" for s in manifest.state)
+        return cls(manifest, Door(manifest, truncate=truncate), encoder, scorer, layout)
+
+    def key(self, user: Hashable, version: Hashable) -> StateKey:
+        return StateKey(user, version, self.manifest.weights, self.format)
+
+    def encode(self, arrays: Mapping[str, Array]) -> UserState:
+        """Run the user encoder on one user's admitted inputs."""
+        wanted = [s.name for s in self.manifest.graphs["user_encoder"].inputs]
+        out = self.encoder.run({name: arrays[name] for name in wanted})
+        tokens = next((len(arrays[n]) for n in self.door.names("user") if self.door.inputs[n].shape[0] == TOKENS), 0)
+        return UserState(out, tokens)
+
+    def score(self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]]) -> list[Array]:
+        """Run the target scorer once for several users; `rows` are their request and target inputs."""
+        if len(states) == 1:
+            feeds = {**rows[0], **states[0].tensors}
+        else:
+            tokens = np.cumsum([0, *(s.tokens for s in states)])
+            feeds = {
+                spec.name: self._join(spec, [s.tensors[spec.name] for s in states], tokens)
+                for spec in self.manifest.state
+            }
+            for name in rows[0]:
+                if name in self.door.offsets:
+                    feeds[name] = np.cumsum([0, *(r[name][-1] for r in rows)]).astype(rows[0][name].dtype)
+                else:
+                    feeds[name] = np.concatenate([r[name] for r in rows])
+        wanted = [s.name for s in self.manifest.graphs["target_scorer"].inputs]
+        scores = self.scorer.run({name: feeds[name] for name in wanted})[self.scorer.outputs[0]]
+        if len(states) == 1:
+            return [scores]
+        targets = next(n for n, s in self.door.offsets.items() if s.scope == "target")
+        return np.split(scores, np.cumsum([r[targets][-1] for r in rows])[:-1])
+
+    def _join(self, spec: StateSpec, parts: Sequence[Array], tokens: Array) -> Array:
+        if spec.input in self.door.offsets:
+            return tokens.astype(spec.dtype)
+        return np.concatenate(parts)
+
+    def extend(self, old: UserState, new: UserState) -> UserState:
+        """The state of both histories one after the other, its oldest tokens dropped beyond the window."""
+        total = old.tokens + new.tokens
+        kept = min(total, self.manifest.max_history or total)
+        tensors = dict(old.tensors)
+        for spec in self.manifest.state:
+            if spec.input in self.door.offsets:
+                tensors[spec.name] = np.array([0, kept], dtype=spec.dtype)
+            elif spec.shape[0] == TOKENS:
+                joined = [old.tensors[spec.name], new.tensors[spec.name]]
+                # Slice before joining, so that only what is kept is copied, once.
+                dropped = total - kept
+                joined = [joined[0][dropped:], joined[1][max(0, dropped - old.tokens) :]]
+                tensors[spec.name] = np.concatenate(joined)
+        return UserState(tensors, kept)
+
+
+class Session:
+    """Scores targets for users. One session serves many threads.
+
+    Make one with `Session.load`.
+    """
+
+    def __init__(self, model: _Model, cache: StateCache, threads: int | None, truncate: bool) -> None:
+        self._model, self._cache, self._threads, self._truncate = model, cache, threads, truncate
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | os.PathLike[str],
+        *,
+        cache_bytes: int = 1 << 30,
+        threads: int | None = None,
+        truncate: bool = False,
+    ) -> Session:
+        """Load a bundle, checking every file of it.
+
+        Args:
+            bundle: its directory.
+            cache_bytes: most bytes of user states to keep between requests; 0 keeps none.
+            threads: threads of one request; None takes every core.
+            truncate: serve a history longer than the bundle's limit from its most recent part, instead of refusing it.
+
+        Raises:
+            BundleError: when the bundle is missing, damaged or too new.
+            BuildError: when the engine cannot load a graph.
+        """
+        return cls(_Model.load(bundle, threads, truncate), StateCache(cache_bytes), threads, truncate)
+
+    def score(self, request: Request | RequestBatch) -> Array:
+        """Scores `(targets, tasks)` of a request; of a batch, all requests' targets one after the other.
+
+        A user whose state is kept is not encoded again; a batch goes through the target scorer in one piece.
+
+        Raises:
+            RequestError: naming the input, the value and the limit; nothing was computed or kept.
+        """
+        model = self._model
+        requests = model.door.unpack(request) if isinstance(request, RequestBatch) else [request]
+        rows = [model.door.admit(_without(r.inputs, model.door.names("user")), "request", "target") for r in requests]
+        looked_up = [self._look_up(model, r) for r in requests]
+        states = [held if held is not None else self._encode(model, key, arrays) for key, held, arrays in looked_up]
+        if not requests:
+            shape = [n for n in model.manifest.graphs["request"].outputs[0].shape if isinstance(n, int)]
+            return np.zeros((0, *shape), dtype=model.manifest.graphs["request"].outputs[0].dtype)
+        return np.concatenate(scores) if len(scores := model.score(states, rows)) > 1 else scores[0]
+
+    def append(self, user: Hashable, events: Mapping[str, ArrayLike], version: Hashable) -> bool:
+        """Add new events, oldest first, to a kept state: only they are encoded, and the result is exact.
+
+        Args:
+            user: whose state.
+            events: the per-token user inputs of the new events, by name.
+            version: of the history with the new events; the next request for it is a hit.
+
+        Returns:
+            Whether a state was there to append to; if not, nothing happens and the next request brings the history.
+
+        Raises:
+            RequestError: when an input is wrong, or the model's tokens depend on each other or on the request.
+        """
+        model = self._model
+        if not model.manifest.appendable:
+            raise RequestError("this bundle's states cannot be appended to; send the whole history with a new version")
+        names = model.door.names("user")
+        once = {n: model.door.placeholder(n) for n in names if model.door.inputs[n].shape[0] != TOKENS}
+        if given := [n for n in events if n in once]:
+            raise RequestError(f"{given[0]}: is no part of an event; append takes the per-token user inputs alone")
+        arrays = model.door.admit({**once, **events}, "user")
+        held = self._cache.find(user)
+        if held is None or (held[0].weights, held[0].format) != (model.manifest.weights, model.format):
+            return False
+        state = model.extend(held[1], model.encode(arrays))
+        return self._cache.put(model.key(user, version), state)
+
+    def forget(self, user: Hashable) -> bool:
+        """Drop what is kept of a user; False when nothing was."""
+        return self._cache.forget(user)
+
+    def swap(self, bundle: str | os.PathLike[str]) -> None:
+        """Serve another bundle from the next request on; running ones finish on the old. States of other weights go.
+
+        Raises:
+            BundleError, BuildError: as `load`; the session goes on with the bundle it has.
+        """
+        model = _Model.load(bundle, self._threads, self._truncate)
+        same = (model.manifest.weights, model.format) == (self._model.manifest.weights, self._model.format)
+        self._model = model
+        if not same:
+            self._cache.clear()
+
+    @property
+    def manifest(self) -> Manifest:
+        """Manifest of the bundle being served."""
+        return self._model.manifest
+
+    @property
+    def engines(self) -> Mapping[str, str]:
+        """Which engine runs each half."""
+        return {"user_encoder": self._model.encoder.name, "target_scorer": self._model.scorer.name}
+
+    def stats(self) -> CacheStats:
+        """What the state cache holds and did."""
+        return self._cache.stats()
+
+    def _look_up(
+        self, model: _Model, request: Request
+    ) -> tuple[StateKey | None, UserState | None, Mapping[str, Array] | None]:
+        """Key, kept state, and admitted user inputs where there is no such state."""
+        user_names = model.door.names("user")
+        sent = {n: x for n, x in request.inputs.items() if n in user_names}
+        if request.user is None:
+            return None, None, model.door.admit(sent, "user")
+        if request.version is not None:
+            key = model.key(request.user, request.version)
+            held = self._cache.get(key)
+            if held is None and not sent and user_names:
+                raise RequestError(
+                    f"user {request.user!r}: no state of version {request.version!r} is kept; send the user inputs"
+                )
+            return key, held, None if held is not None else model.door.admit(sent, "user")
+        arrays = model.door.admit(sent, "user")
+        key = model.key(request.user, model.door.digest(arrays))
+        return key, self._cache.get(key), arrays
+
+    def _encode(self, model: _Model, key: StateKey | None, arrays: Mapping[str, Array] | None) -> UserState:
+        assert arrays is not None
+        state = model.encode(arrays)
+        if key is not None:
+            self._cache.put(key, state)
+        return state
+
+
+def _without(inputs: Mapping[str, ArrayLike], names: Sequence[str]) -> dict[str, ArrayLike]:
+    return {n: x for n, x in inputs.items() if n not in names}

@@ -1,0 +1,60 @@
+"""Random valid inputs made from a model's own input specs, for checks and measurements on any bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stca.bundle import TensorSpec
+
+# What an integer without an id limit may be: seconds, counts. Up to 97 days covers every duration bucket.
+_UNBOUNDED = 1 << 23
+
+
+def single(
+    inputs: Sequence[TensorSpec], tokens: int, targets: int, rng: np.random.Generator, **sizes: int
+) -> dict[str, NDArray[Any]]:
+    """Inputs of one request, offsets left out as `Request` wants them.
+
+    Targets differ from one another where the id limit allows it: equal targets tie, and ties have no top k.
+
+    Args:
+        inputs: specs of the request graph's inputs.
+        tokens, targets: rows of the symbolic sizes `N_h` and `N_t`.
+        rng: source of the values.
+        sizes: of other symbolic dimensions; 1 where not given.
+    """
+    known = {"N_h": tokens, "N_t": targets, **sizes}
+    made: dict[str, NDArray[Any]] = {}
+    for spec in inputs:
+        if spec.shape == ("B_plus_1",):
+            continue
+        shape = tuple(n if isinstance(n, int) else known.get(n, 1) for n in spec.shape)
+        if spec.dtype.startswith("float"):
+            made[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
+        elif spec.scope == "target" and spec.limit and shape == (targets,) and targets <= spec.limit:
+            made[spec.name] = rng.choice(spec.limit, targets, replace=False).astype(spec.dtype)
+        else:
+            made[spec.name] = rng.integers(0, spec.limit or _UNBOUNDED, shape).astype(spec.dtype)
+    return made
+
+
+def pack(inputs: Sequence[TensorSpec], requests: Sequence[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """Feeds of the request graph for several requests of `single`, joined with offsets where the model has them."""
+    feeds: dict[str, NDArray[Any]] = {}
+    for spec in inputs:
+        if spec.shape == ("B_plus_1",):
+            rows = next(s.name for s in inputs if s.scope == spec.scope and s.shape[:1] != ("B_plus_1",) and _ragged(s))
+            feeds[spec.name] = np.cumsum([0, *(len(r[rows]) for r in requests)]).astype(spec.dtype)
+        elif len(requests) == 1:
+            feeds[spec.name] = requests[0][spec.name]
+        else:
+            feeds[spec.name] = np.concatenate([r[spec.name] for r in requests])
+    return feeds
+
+
+def _ragged(spec: TensorSpec) -> bool:
+    return spec.shape[:1] in (("N_h",), ("N_t",))

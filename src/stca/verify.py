@@ -1,0 +1,278 @@
+"""Are the numbers still the model's numbers? Every stage of a bundle against a float64 reference.
+
+float64 reference → torch → request graph → joined halves → session. PyTorch's own error in the bundle's precision is the
+yardstick: a later stage may be off by twice that, plus a rounding floor. A bundle without a torch module (one split from
+an ONNX file) takes the request graph in ONNX Runtime as its yardstick and the same graph in float64 as its reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stca import probe
+from stca.bundle import WEIGHTS, Bundle
+from stca.errors import BundleError, ParityError
+from stca.runtime import OnnxRuntimeEngine, Request, RequestBatch, Session
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Array = NDArray[Any]
+Progress = Callable[[str], None]
+
+# Requests every stage is asked: (history tokens, targets); the last list is one ragged batch.
+PROBES: tuple[tuple[tuple[int, int], ...], ...] = (
+    ((0, 16),),
+    ((1, 16),),
+    ((64, 1),),
+    ((1000, 300),),
+    ((5, 3), (0, 2), (40, 4)),
+)
+TOP_K = 10
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far from the reference a stage may be: twice PyTorch's own error in the precision, plus a rounding floor."""
+
+    yardstick: float
+    floor: float
+
+    @classmethod
+    def of(cls, yardstick_error: float, reference: Sequence[Array], eps: float) -> Tolerance:
+        """The floor is four roundings of the largest reference value."""
+        largest = max((float(np.abs(r).max()) for r in reference if r.size), default=0.0)
+        return cls(yardstick_error, 4 * eps * largest)
+
+    @property
+    def limit(self) -> float:
+        """Largest absolute error allowed."""
+        return 2 * self.yardstick + self.floor
+
+
+@dataclass(frozen=True)
+class StageParity:
+    """One stage against another: over all probes, the worst error, the cosine, and what a user feels of it.
+
+    `topk_overlap` is the share of the reference's ten best targets, per request and task, that are among the stage's
+    ten best; a target whose reference score is within the limit of the tenth counts as one of them.
+    """
+
+    name: str
+    against: str
+    max_abs: float
+    max_rel: float
+    cosine: float
+    topk_overlap: float
+    limit: float | None
+    passed: bool
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What `verify` found."""
+
+    passed: bool
+    weights: str
+    precision: str
+    reference: str
+    stages: tuple[StageParity, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {**dataclasses.asdict(self), "stages": [dataclasses.asdict(s) for s in self.stages]}
+
+    def require(self) -> ParityReport:
+        """Itself when it passed.
+
+        Raises:
+            ParityError: naming the first stage that failed, its error and the limit.
+        """
+        for s in self.stages:
+            if not s.passed:
+                raise ParityError(
+                    f"stage {s.name} differs from {s.against} by {s.max_abs:.3g} (limit {s.limit:.3g}), "
+                    f"top-{TOP_K} overlap {s.topk_overlap:.3f}; see `stca verify --json`"
+                )
+        return self
+
+
+def verify(
+    bundle: Bundle,
+    *,
+    module: nn.Module | None = None,
+    probes: Sequence[Sequence[tuple[int, int]]] = PROBES,
+    seed: int = 0,
+    progress: Progress = lambda _: None,
+) -> ParityReport:
+    """Compare every stage of `bundle` with a float64 reference on random requests.
+
+    Args:
+        bundle: a loaded bundle.
+        module: the torch module it was exported from, called with a dict of tensors; the reference STCA is rebuilt from
+            the bundle itself.
+        probes: requests to ask, as batches of (history tokens, targets).
+        seed: of the probes.
+        progress: told each stage as it starts.
+    """
+    manifest = bundle.manifest
+    specs = manifest.graphs["request"].inputs
+    rng = np.random.default_rng(seed)
+    ragged = any(s.shape == ("B_plus_1",) for s in specs)
+    batches = [[probe.single(specs, n, m, rng) for n, m in batch] for batch in probes if ragged or len(batch) == 1]
+    feeds = [probe.pack(specs, batch) for batch in batches]
+    sizes = [[m for _, m in batch] for batch in probes if ragged or len(batch) == 1]
+
+    stages: list[tuple[str, list[Array]]] = []
+    if module is None and manifest.model["kind"] == "stca":
+        module = _rebuild(bundle)
+    if module is not None:
+        progress("float64 reference (torch)")
+        reference_name, reference = "float64 torch", _run_torch(module, feeds, double=True)
+        progress("torch")
+        stages.append(("torch", _run_torch(module, feeds, double=False)))
+    else:
+        progress("float64 reference (onnx.reference)")
+        reference_name, reference = "float64 onnx.reference", _run_double(bundle, feeds)
+    progress("request graph")
+    engines = {name: OnnxRuntimeEngine(bundle.file(name)) for name in manifest.graphs}
+    stages.append(("request_graph", [_run(engines["request"], bundle, "request", f) for f in feeds]))
+    progress("joined halves")
+    stages.append(("joined_halves", [_run_joined(engines, bundle, f) for f in feeds]))
+    progress("session")
+    stages.append(("session", [_run_session(Session.load(bundle.path), batch, ragged) for batch in batches]))
+
+    eps = float(np.finfo(np.dtype(manifest.precision)).eps)
+    tolerance: Tolerance | None = None
+    results: list[StageParity] = []
+    for name, values in stages:
+        found = _compare(name, reference_name, values, reference, sizes, tolerance)
+        results.append(found)
+        if tolerance is None:
+            tolerance = Tolerance.of(found.max_abs, reference, eps)
+    return ParityReport(
+        all(s.passed for s in results), manifest.weights, manifest.precision, reference_name, tuple(results)
+    )
+
+
+def prove(bundle: Bundle, *, module: nn.Module | None = None, progress: Progress = lambda _: None) -> dict[str, Any]:
+    """`verify` for the end of an export: the report as JSON values.
+
+    Raises:
+        ParityError: when a stage fails, so that the export keeps its bundle to itself.
+    """
+    return verify(bundle, module=module, progress=progress).require().as_dict()
+
+
+def _compare(
+    name: str,
+    against: str,
+    values: Sequence[Array],
+    reference: Sequence[Array],
+    sizes: Sequence[Sequence[int]],
+    tolerance: Tolerance | None,
+) -> StageParity:
+    """The yardstick itself, compared without a tolerance, has only to be finite and near: within 1 % of the scores."""
+    a, b = (np.concatenate([np.ravel(x).astype(np.float64) for x in xs]) for xs in (values, reference))
+    finite = bool(np.isfinite(a).all())
+    error = np.abs(a - b)
+    max_abs = float(error.max(initial=0.0)) if finite else float("inf")
+    max_rel = float((error / np.maximum(np.abs(b), 1e-30)).max(initial=0.0)) if finite else float("inf")
+    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
+    cosine = float(a @ b) / norm if norm > 0 else 1.0
+    limit = tolerance.limit if tolerance else 0.01 * float(np.abs(b).max(initial=0.0))
+    overlap = _topk_overlap(values, reference, sizes, limit if tolerance else 0.0)
+    passed = finite and max_abs <= limit and overlap == 1.0
+    return StageParity(name, against, max_abs, max_rel, cosine, overlap, limit, passed)
+
+
+def _topk_overlap(
+    values: Sequence[Array], reference: Sequence[Array], sizes: Sequence[Sequence[int]], tie: float
+) -> float:
+    found = wanted = 0
+    for got, true, targets in zip(values, reference, sizes, strict=True):
+        if got.ndim < 1 or len(got) != sum(targets):
+            continue  # outputs that are not per target have no ranking
+        for start, m in zip(np.cumsum([0, *targets]), targets, strict=False):
+            for task in range(got.reshape(len(got), -1).shape[1]):
+                g, t = (x.reshape(len(x), -1)[start : start + m, task] for x in (got, true))
+                k = min(TOP_K, m)
+                best = np.argsort(-g, kind="stable")[:k]
+                threshold = np.sort(t)[::-1][k - 1] - tie if k else 0.0
+                found += int((t[best] >= threshold).sum())
+                wanted += k
+    return found / wanted if wanted else 1.0
+
+
+def _rebuild(bundle: Bundle) -> nn.Module:
+    """The reference module of a bundle made from a checkpoint, from the bundle's own config and weights."""
+    import json
+
+    from stca.export.checkpoint import Checkpoint, read_tensors
+    from stca.export.config import StcaConfig
+
+    config = StcaConfig.from_json(json.dumps(bundle.manifest.model["config"]))
+    form = bundle.manifest.attention
+    if form not in ("projected", "absorbed"):
+        raise BundleError(f"{bundle.path}: attention is {form!r}; expected projected or absorbed, export it anew")
+    return Checkpoint(config, read_tensors(bundle.path / WEIGHTS)[0]).build(form)  # type: ignore[arg-type]
+
+
+def _run_torch(module: nn.Module, feeds: Sequence[Mapping[str, Array]], *, double: bool) -> list[Array]:
+    import copy
+
+    import torch
+
+    model = copy.deepcopy(module).eval()
+    model = model.double() if double else model
+    with torch.no_grad():
+        out = []
+        for f in feeds:
+            tensors = {n: torch.from_numpy(np.ascontiguousarray(x)) for n, x in f.items()}
+            if double:
+                tensors = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+            y = model(tensors)
+            out.append((y if isinstance(y, torch.Tensor) else y[0]).numpy())
+    return out
+
+
+def _run_double(bundle: Bundle, feeds: Sequence[Mapping[str, Array]]) -> list[Array]:
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    from stca.export.to_double import to_double
+
+    evaluator = ReferenceEvaluator(to_double(onnx.load(bundle.file("request"))))
+    wide = [{n: x.astype(np.float64) if x.dtype.kind == "f" else x for n, x in f.items()} for f in feeds]
+    return [np.asarray(evaluator.run(None, f)[0]) for f in wide]
+
+
+def _run(engine: OnnxRuntimeEngine, bundle: Bundle, graph: str, feeds: Mapping[str, Array]) -> Array:
+    wanted = [s.name for s in bundle.manifest.graphs[graph].inputs]
+    return engine.run({n: feeds[n] for n in wanted})[engine.outputs[0]]
+
+
+def _run_joined(engines: Mapping[str, OnnxRuntimeEngine], bundle: Bundle, feeds: Mapping[str, Array]) -> Array:
+    wanted = [s.name for s in bundle.manifest.graphs["user_encoder"].inputs]
+    state = engines["user_encoder"].run({n: feeds[n] for n in wanted})
+    return _run(engines["target_scorer"], bundle, "target_scorer", {**feeds, **state})
+
+
+def _run_session(session: Session, batch: Sequence[Mapping[str, Array]], ragged: bool) -> Array:
+    """Through the front door, twice: the second time from kept states, which must not change a bit."""
+    users = [f"user {i}" for i in range(len(batch))]
+    if len(batch) == 1:
+        request: Request | RequestBatch = Request(batch[0], user=users[0])
+    else:
+        specs = session.manifest.graphs["request"].inputs
+        request = RequestBatch(probe.pack(specs, [dict(r) for r in batch]), users=users)
+    miss, hit = session.score(request), session.score(request)
+    if not np.array_equal(miss, hit, equal_nan=True):
+        raise ParityError("a request scored from a kept state differs from the same request scored anew")
+    return miss
