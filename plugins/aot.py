@@ -1,0 +1,273 @@
+"""Triton kernels compiled ahead of time: PTX whose parameters are exactly the kernel's own, and what it costs to run.
+
+A TensorRT engine embeds this PTX, and the C++ plugin ships it, so neither needs Triton, Python or a compiler later. No
+GPU is needed to build it. PTX for SM 90, 100 and 120 uses instructions of that architecture alone and runs nowhere
+else; PTX for SM 80 runs on every later GPU and is the fallback (`artifact_sm`).
+
+`python -m stca.plugins.aot --out DIR` builds the artifacts for every SM, assembles each one, and writes them with an
+index for the C++ plugin and a table of registers, spills and shared memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from stca.errors import BuildError
+from stca.plugins.tiling import ARTIFACT_SMS, Shape, Tile, is_tied, power_of_two
+
+# What CUDA 13.0 assembles; Triton's own default is newer than the drivers this must load on.
+PTX_VERSION: Final = 88
+FALLBACK_SM: Final = 80
+# Pointers are promised to be aligned to this many bytes, without which no load is wider than one element.
+ALIGNMENT: Final = 16
+COMBINE_PARTS: Final = 8  # parts of the history that a block of `combine_kernel` has in flight
+_COMBINE_WARPS: Final = 4
+
+_TRITON_TYPES: Final = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One compiled kernel and all that a launch needs besides its grid and its arguments.
+
+    Attributes:
+        kernel: entry point.
+        ptx: source for the driver; its parameters are tensor inputs, int32 values, tensor outputs, and nothing else.
+        target: "sm_80", "sm_90a", …: the architecture the PTX is for.
+        threads: block size; the other two dimensions are 1.
+        shared: dynamic shared memory, bytes.
+        parameters: "u64" (pointer) or "u32" (int32), in order.
+    """
+
+    kernel: str
+    ptx: str
+    target: str
+    threads: int
+    shared: int
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What `ptxas` says of an artifact. Registers are per thread; spills are bytes per thread."""
+
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    static_shared: int
+
+
+def artifact_sm(sm: int) -> int:
+    """The SM whose artifacts a GPU of compute capability `sm` loads: its own, or the portable ones.
+
+    Raises:
+        BuildError: for a GPU before SM 80.
+    """
+    if sm in ARTIFACT_SMS:
+        return sm
+    if sm > FALLBACK_SM:
+        return FALLBACK_SM
+    raise BuildError(
+        f"no kernel for SM {sm}: supported are {', '.join(map(str, ARTIFACT_SMS))}, and later ones through SM {FALLBACK_SM}"
+    )
+
+
+@functools.cache
+def compile_attend(shape: Shape, tile: Tile, sm: int, scale: float, split: bool) -> Artifact:
+    """`attend_kernel` for one tile.
+
+    Parameters of the result: `query, key, value, target_offsets, history_offsets, history_lengths, n_targets, n_requests,
+    out` and, with `split`, `stats`. Grid: `attend_grid`.
+
+    Args:
+        shape: head counts, head sizes and dtype, all compiled in.
+        tile: block sizes, warps and stages.
+        sm: one of `ARTIFACT_SMS`.
+        scale: factor on the logits, compiled in.
+        split: write float32 parts and their statistics, for `combine_kernel` to join.
+
+    Raises:
+        BuildError: when Triton is missing, runs as an interpreter, or left a parameter that TensorRT would not pass.
+    """
+    element = _TRITON_TYPES[shape.dtype]
+    pointers = {"query": element, "key": element, "value": element, "out": "fp32" if split else element}
+    if split:
+        pointers["stats"] = "fp32"
+    return _compile(
+        "attend_kernel",
+        pointers=pointers,
+        structure=("target_offsets", "history_offsets", "history_lengths"),
+        scalars=("n_targets", "n_requests"),
+        constants={
+            **({} if split else {"stats": None}),
+            "SCALE": scale,
+            "HEADS": shape.heads,
+            "KEY_HEADS": shape.key_heads,
+            "D": shape.depth,
+            "D_V": shape.value_depth,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_D": tile.block_d,
+            "BLOCK_DV": tile.block_dv,
+            "SPLIT": split,
+            "TIED": is_tied(shape, tile),
+            "UPCAST": False,
+        },
+        sm=sm,
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+
+
+@functools.cache
+def compile_combine(value_depth: int, dtype: str, sm: int) -> Artifact:
+    """`combine_kernel`: parameters `partial_out, partial_stats, n_rows, n_splits, out`; grid `(N_t * H,)`.
+
+    Raises:
+        BuildError: as for `compile_attend`.
+    """
+    return _compile(
+        "combine_kernel",
+        pointers={"partial_out": "fp32", "partial_stats": "fp32", "out": _TRITON_TYPES[dtype]},
+        structure=(),
+        scalars=("n_rows", "n_splits"),
+        constants={"D_V": value_depth, "BLOCK_S": COMBINE_PARTS, "BLOCK_DV": power_of_two(value_depth)},
+        sm=sm,
+        warps=_COMBINE_WARPS,
+        stages=1,
+    )
+
+
+def attend_grid(n_targets: Any, n_requests: Any, shape: Shape, tile: Tile, splits: int) -> tuple[Any, int, int]:
+    """Blocks of `attend_kernel`; the two counts may be integers or TensorRT's symbolic expressions."""
+    value_tiles = -(-shape.value_depth // tile.block_dv)
+    return n_targets * shape.group // tile.block_m + n_requests, shape.key_heads * value_tiles, splits
+
+
+def _compile(
+    kernel: str,
+    *,
+    pointers: dict[str, str],
+    structure: tuple[str, ...],
+    scalars: tuple[str, ...],
+    constants: dict[str, Any],
+    sm: int,
+    warps: int,
+    stages: int,
+) -> Artifact:
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+    except ImportError as error:
+        raise BuildError("compiling the kernels needs Triton: pip install triton") from error
+    from stca.plugins import kernels
+
+    function = getattr(kernels, kernel)
+    if not isinstance(function, triton.JITFunction):
+        raise BuildError("Triton runs as an interpreter: unset TRITON_INTERPRET to compile kernels")
+    if sm not in ARTIFACT_SMS:
+        raise BuildError(f"no artifact for SM {sm}: supported are {', '.join(map(str, ARTIFACT_SMS))}")
+    types = {
+        **{name: f"*{element}" for name, element in pointers.items()},
+        **{name: "*i32" for name in structure},
+        **{name: "i32" for name in scalars},
+    }
+    source = ASTSource(
+        function,
+        signature={name: types.get(name, "constexpr") for name in function.arg_names},
+        constexprs=constants,
+        attrs={(function.arg_names.index(name),): [["tt.divisibility", ALIGNMENT]] for name in pointers},
+    )
+    options = {"num_warps": warps, "num_stages": stages, "ptx_version": PTX_VERSION, "enable_fp_fusion": True}
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True  # no paths of this machine inside an engine
+        compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    metadata = compiled.metadata
+    parameters = tuple("u64" if types[name][0] == "*" else "u32" for name in function.arg_names if name in types)
+    if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
+        raise BuildError(f"{kernel} for SM {sm} wants scratch memory or a cluster, which TensorRT does not launch with")
+    ptx = strip_hidden_parameters(compiled.asm["ptx"], metadata.name, parameters)
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert target is not None
+    return Artifact(metadata.name, ptx, target[1], metadata.num_warps * 32, metadata.shared, parameters)
+
+
+def strip_hidden_parameters(ptx: str, kernel: str, parameters: tuple[str, ...]) -> str:
+    """Remove the trailing scratch pointers that Triton adds to every kernel, after making sure that nothing reads them.
+
+    TensorRT passes what the plugin declares. It is said to pad the rest with nulls; this does not rely on it.
+
+    Args:
+        ptx: one entry point.
+        kernel: its name.
+        parameters: "u64" or "u32" for each parameter that may stay, in order.
+
+    Raises:
+        BuildError: when the entry differs from `parameters` in number or type, or reads a hidden parameter.
+    """
+    entry = re.search(rf"(\.entry\s+{kernel}\s*\()(.*?)(\s*\))", ptx, re.DOTALL)
+    if entry is None:
+        raise BuildError(f"the PTX has no entry point {kernel}")
+    declared = [text.strip() for text in entry[2].split(",")]
+    types = [text.split()[1].lstrip(".") for text in declared]
+    kept, hidden = declared[: len(parameters)], declared[len(parameters) :]
+    if tuple(types[: len(parameters)]) != parameters or len(hidden) > 2 or set(types[len(parameters) :]) - {"u64"}:
+        raise BuildError(f"{kernel} has parameters {', '.join(types)}; expected {', '.join(parameters)}, scratch, scratch")
+    body = ptx[entry.end() :]
+    for text in hidden:
+        name = text.split()[-1]
+        if re.search(rf"\b{re.escape(name)}\b", body):
+            raise BuildError(f"{kernel} reads its hidden parameter {name}: it needs scratch memory that TensorRT has not")
+    return ptx[: entry.start()] + entry[1] + "\n\t" + ",\n\t".join(kept) + entry[3] + body
+
+
+def find_ptxas(target: str) -> str:
+    """The assembler: the CUDA toolkit's when it is on the PATH, else the one that comes with Triton.
+
+    Raises:
+        BuildError: when there is neither.
+    """
+    if found := shutil.which("ptxas"):
+        return found
+    try:
+        import triton.backends.nvidia as backend
+    except ImportError as error:
+        raise BuildError("ptxas not found: install the CUDA toolkit, or pip install triton") from error
+    blackwell = int(re.sub(r"\D", "", target)) >= 100
+    return str(Path(backend.__file__).parent / "bin" / ("ptxas-blackwell" if blackwell else "ptxas"))
+
+
+def assemble(artifact: Artifact, cubin: Path | None = None) -> Resources:
+    """Run `ptxas` over an artifact; the machine code goes to `cubin` if given.
+
+    Raises:
+        BuildError: with the assembler's first complaint.
+    """
+    with tempfile.TemporaryDirectory(prefix="stca-ptx-") as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(artifact.ptx)
+        output = str(cubin or os.devnull)
+        command = [find_ptxas(artifact.target), "-v", f"--gpu-name={artifact.target}", str(source), "-o", output]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"ptxas refuses {artifact.kernel} for {artifact.target}: {done.stderr.strip().splitlines()[0]}")
+
+    def count(pattern: str) -> int:
+        found = re.search(pattern, done.stderr)
+        return int(found[1]) if found else 0
+
+    return Resources(
+        registers=count(r"Used (\d+) registers"),
+        spill_stores=count(r"(\d+) bytes spill stores"),
+        spill_loads=count(r"(\d+) bytes spill loads"),
+        static_shared=count(r"(\d+) bytes smem"),
+    )

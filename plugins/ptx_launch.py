@@ -1,0 +1,119 @@
+"""Run an artifact on a GPU with exactly the arguments that TensorRT would pass: a proof of the PTX without TensorRT.
+
+Needs `cuda-bindings` and a driver, both looked for on first use. Tensors are device addresses, so any framework's will
+do (`tensor.data_ptr()`); the launch goes into the primary context, which is also torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, Final
+
+from stca.errors import BuildError
+from stca.plugins.aot import ALIGNMENT, Artifact
+
+# A block gets more than this only after the function's limit is raised; nobody has tried whether TensorRT raises it.
+DEFAULT_SHARED_LIMIT: Final = 48 * 1024
+_TYPES: Final = {"u64": ctypes.c_void_p, "u32": ctypes.c_int}
+
+
+def device_sm(device: int = 0) -> int:
+    """Compute capability of a GPU of this machine, 90 for 9.0.
+
+    Raises:
+        BuildError: when `cuda-bindings`, the driver or the GPU is missing.
+    """
+    driver = _driver()
+    handle = _check(driver.cuDeviceGet(device))
+    attribute = driver.CUdevice_attribute
+    major = _check(driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle))
+    minor = _check(driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle))
+    return int(major) * 10 + int(minor)
+
+
+def arguments(
+    artifact: Artifact, inputs: Sequence[int], values: Sequence[int], outputs: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[type[Any], ...]]:
+    """The kernel's arguments in TensorRT's order (input tensors, int32 values, output tensors) and their C types.
+
+    Args:
+        artifact: says how many and which parameters the kernel has.
+        inputs: device addresses.
+        values: int32 values.
+        outputs: device addresses.
+
+    Raises:
+        ValueError: when they are not the artifact's parameters, an address is not aligned, or a value is not an int32.
+    """
+    given = ("u64",) * len(inputs) + ("u32",) * len(values) + ("u64",) * len(outputs)
+    if given != artifact.parameters:
+        raise ValueError(f"{artifact.kernel} takes ({', '.join(artifact.parameters)}); given were ({', '.join(given)})")
+    for address in (*inputs, *outputs):
+        if address % ALIGNMENT:
+            raise ValueError(f"{artifact.kernel}: address {address:#x} is not a multiple of {ALIGNMENT}")
+    for value in values:
+        if not -(2**31) <= value < 2**31:
+            raise ValueError(f"{artifact.kernel}: {value} is not an int32")
+    return (*inputs, *values, *outputs), tuple(_TYPES[kind] for kind in given)
+
+
+class LoadedKernel:
+    """An artifact, compiled by the driver for the GPU at hand, ready to launch."""
+
+    def __init__(self, artifact: Artifact, device: int = 0) -> None:
+        """Raises BuildError when there is no GPU or the driver refuses the PTX, which it does for another architecture."""
+        self.artifact = artifact
+        self._driver = _driver()
+        context = _check(self._driver.cuDevicePrimaryCtxRetain(_check(self._driver.cuDeviceGet(device))))
+        _check(self._driver.cuCtxSetCurrent(context))
+        self._module = _check(self._driver.cuModuleLoadData(artifact.ptx.encode() + b"\0"))
+        self._function = _check(self._driver.cuModuleGetFunction(self._module, artifact.kernel.encode()))
+        if artifact.shared > DEFAULT_SHARED_LIMIT:
+            limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(self._driver.cuFuncSetAttribute(self._function, limit, artifact.shared))
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        inputs: Sequence[int],
+        values: Sequence[int],
+        outputs: Sequence[int],
+        stream: int = 0,
+    ) -> None:
+        """Enqueue one launch; it does not wait.
+
+        Args:
+            grid: blocks in each dimension.
+            inputs: device addresses of the input tensors.
+            values: int32 values.
+            outputs: device addresses of the output tensors.
+            stream: a CUDA stream's handle, 0 for the default one.
+
+        Raises:
+            ValueError: as `arguments` does.
+            BuildError: with the driver's error.
+        """
+        packed = arguments(self.artifact, inputs, values, outputs)
+        block = (self.artifact.threads, 1, 1)
+        _check(self._driver.cuLaunchKernel(self._function, *grid, *block, self.artifact.shared, stream, packed, 0))
+
+
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise BuildError("launching a kernel needs the driver's bindings: pip install cuda-bindings") from error
+    try:
+        _check(driver.cuInit(0))
+    except RuntimeError as error:  # the library itself is not there
+        raise BuildError(f"no NVIDIA driver on this machine ({error})") from error
+    return driver
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    """The value of a driver call. Raises BuildError with the error's name."""
+    error, *values = result
+    if error:
+        raise BuildError(f"the NVIDIA driver answered {error.name}")
+    return values[0] if values else None
