@@ -11,7 +11,7 @@ initializer and a checkpoint tensor are then the same bytes, and new weights go 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -107,19 +107,29 @@ class CrossAttention(nn.Module):
         self.history_norm = nn.LayerNorm(d)
         self.query, self.key, self.value, self.out = (Projection(d, d) for _ in range(4))
 
-    def forward(
-        self, query: Tensor, history: Tensor, target_offsets: Tensor, history_offsets: Tensor, form: AttentionForm
-    ) -> Tensor:
-        """`query [N_t, d]`, `history [N_h, d]` (X) → `o [N_t, d]`; both forms give the same numbers."""
+    def encode(self, history: Tensor, form: AttentionForm) -> tuple[Tensor, Tensor]:
+        """The user side: X `[N_h, d]` → key and value, `[N_h, h, d_h]` projected or one X̃ `[N_h, 1, d]` absorbed."""
         encoded = self.history_norm(self.history_ffn(history))
+        if form == "absorbed":
+            tied = encoded.unsqueeze(1)
+            return tied, tied
+        shape = (-1, self.heads, self.head_width)
+        return self.key(encoded).view(shape), self.value(encoded).view(shape)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        target_offsets: Tensor,
+        history_offsets: Tensor,
+        form: AttentionForm,
+    ) -> Tensor:
+        """The target side: `query [N_t, d]` over `encode`'s key and value → `o [N_t, d]`."""
         h, d_h = self.heads, self.head_width
         q = self.query(query).view(-1, h, d_h)
-        if form == "projected":
-            key = self.key(encoded).view(-1, h, d_h)
-            value = self.value(encoded).view(-1, h, d_h)
-        else:  # fold W_K into the query: q_j W_K,jᵀ is [N_t, h, d], and the history needs no projection at all
+        if form == "absorbed":  # fold W_K into the query: q_j W_K,jᵀ is [N_t, h, d], the history needs no projection
             q = torch.einsum("thd,chd->thc", q, self.key.weight.view(-1, h, d_h))
-            key = value = encoded.unsqueeze(1)
         lengths = history_offsets[1:] - history_offsets[:-1]
         o: Tensor = torch.ops.stca.target_history_attention(
             q, key, value, target_offsets, history_offsets, lengths, 1.0 / math.sqrt(d_h)
@@ -203,17 +213,25 @@ class Stca(nn.Module):
 
     def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Log-odds `[N_t, tasks]` before the sigmoid."""
-        target_offsets, history_offsets = inputs["target_offsets"], inputs["history_offsets"]
+        return self.score_logits(inputs, self.encode(inputs))
+
+    def encode(self, inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """The user side alone: key and value of every layer, as `CrossAttention.encode` gives them."""
         history = self._history(inputs)
+        return [layer.encode(history, self.form) for layer in self.layers]  # type: ignore[operator]
+
+    def score_logits(self, inputs: Mapping[str, Tensor], state: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The target side alone: log-odds `[N_t, tasks]` from `encode`'s state and the history's offsets."""
+        target_offsets, history_offsets = inputs["target_offsets"], inputs["history_offsets"]
         item = F.embedding(inputs["target_item"], self.item_table)
         fields = [self._embed(f"target_{f.name}", f.name, inputs) for f in self.config.target_fields]
         target = self.target_in(torch.cat([item, *fields], dim=1))
 
         outputs: list[Tensor] = []
-        for i, layer in enumerate(self.layers):
+        for i, (layer, (key, value)) in enumerate(zip(self.layers, state, strict=True)):
             seen = target if i == 0 else self.query_in[i - 1](torch.cat([*outputs, target], dim=1))
             query = self.query_norm[i](self.query_ffn[i](seen))
-            outputs.append(layer(query, history, target_offsets, history_offsets, self.form))
+            outputs.append(layer.attend(query, key, value, target_offsets, history_offsets, self.form))  # type: ignore[operator]
         summary = self.summary_ffn(self.summary_in(torch.cat([*outputs, target], dim=1)))
 
         segment = segment_of(target.shape[0], target_offsets)

@@ -10,6 +10,8 @@ from onnx import AttributeProto, TensorProto, numpy_helper
 
 from stca.export.scope import walk
 
+# Attributes that name an element type, by operator.
+_TYPES = {("Cast", "to"), ("LayerNormalization", "stash_type"), ("EyeLike", "dtype")}
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
@@ -38,9 +40,7 @@ def _widen_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
         for attribute in node.attribute:
             if attribute.type == AttributeProto.TENSOR:
                 _widen(attribute.t)
-            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i in _FLOATS:
-                attribute.i = TensorProto.DOUBLE
-            elif node.op_type == "LayerNormalization" and attribute.name == "stash_type":
+            elif (node.op_type, attribute.name) in _TYPES and attribute.i in _FLOATS:
                 attribute.i = TensorProto.DOUBLE
 
 

@@ -156,9 +156,9 @@ def _name_attention(model: onnx.ModelProto) -> None:
     made = {o for n in model.graph.node for o in n.output}
     names = {old: new for old, new in names.items() if old in made and new not in made}
     for node in model.graph.node:
-        for values in (node.input, node.output):
-            for j, name in enumerate(values):
-                values[j] = names.get(name, name)
+        for ends in (node.input, node.output):
+            for j, name in enumerate(ends):
+                ends[j] = names.get(name, name)
     for info in model.graph.value_info:
         info.name = names.get(info.name, info.name)
 

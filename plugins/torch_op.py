@@ -17,7 +17,8 @@ def _segments(target_offsets: Tensor, history_offsets: Tensor, history_lengths: 
     rows = torch.stack(
         [target_offsets[:-1], target_offsets[1:], history_offsets[:-1], history_offsets[:-1] + history_lengths], dim=1
     )
-    return rows.tolist()  # type: ignore[no-any-return]
+    segments: list[list[int]] = rows.tolist()
+    return segments
 
 
 def eager(
@@ -125,10 +126,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Recompute, then differentiate: nothing of size targets x history is kept between forward and backward."""
-    query, key, value, *structure = ctx.saved_tensors
+    query, key, value, target_offsets, history_offsets, history_lengths = ctx.saved_tensors
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-        out = eager(*leaves, *structure, ctx.scale)
+        leaves = (query.detach().requires_grad_(), key.detach().requires_grad_(), value.detach().requires_grad_())
+        out = eager(*leaves, target_offsets, history_offsets, history_lengths, ctx.scale)
         # Empty requests leave no path from some leaf to the output; their gradient is zero.
         grads = torch.autograd.grad(out, leaves, grad, allow_unused=True) if out.requires_grad else (None,) * 3
     filled = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]

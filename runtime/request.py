@@ -62,7 +62,8 @@ class Door:
     def __init__(self, manifest: Manifest, *, truncate: bool = False) -> None:
         self.inputs = {s.name: s for s in manifest.graphs["request"].inputs}
         self.offsets = {s.name: s for s in self.inputs.values() if s.shape == (OFFSETS,)}
-        self.ragged = bool(self.offsets)
+        packable = (TOKENS, TARGETS, USERS, OFFSETS)
+        self.ragged = bool(self.offsets) and all(s.shape[:1] and s.shape[0] in packable for s in self.inputs.values())
         self._max_history = manifest.max_history
         self._truncate = truncate
 
@@ -137,12 +138,12 @@ class Door:
             if name in self.offsets:
                 continue
             rows[name] = np.asarray(value)
-            if (spec := self.inputs.get(name)) is None:
-                continue
-            if rows[name].ndim < 1 or len(rows[name]) != bounds[spec.shape[0]][-1]:
-                raise RequestError(
-                    f"{name}: has shape {list(rows[name].shape)}, the offsets end at {bounds[spec.shape[0]][-1]}"
-                )
+            known = self.inputs.get(name)
+            if known is None:
+                continue  # the request that gets it will refuse it, with the list of inputs there are
+            end = bounds[known.shape[0]][-1]
+            if rows[name].ndim < 1 or len(rows[name]) != end:
+                raise RequestError(f"{name}: has shape {list(rows[name].shape)}, the offsets end at {end}")
         return [
             Request(
                 {

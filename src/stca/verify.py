@@ -1,8 +1,9 @@
 """Are the numbers still the model's numbers? Every stage of a bundle against a float64 reference.
 
-float64 reference → torch → request graph → joined halves → session. PyTorch's own error in the bundle's precision is the
-yardstick: a later stage may be off by twice that, plus a rounding floor. A bundle without a torch module (one split from
-an ONNX file) takes the request graph in ONNX Runtime as its yardstick and the same graph in float64 as its reference.
+float64 reference → torch → request graph → joined halves → session. PyTorch's own error in the bundle's precision is
+the yardstick: a later stage may be off by twice that, plus a rounding floor. A bundle without a torch module (one split
+from an ONNX file) takes the request graph in ONNX Runtime as its yardstick, and the same graph in float64 as its
+reference.
 """
 
 from __future__ import annotations
@@ -129,29 +130,29 @@ def verify(
     feeds = [probe.pack(specs, batch) for batch in batches]
     sizes = [[m for _, m in batch] for batch in probes if ragged or len(batch) == 1]
 
-    stages: list[tuple[str, list[Array]]] = []
+    outcomes: list[tuple[str, list[Array]]] = []
     if module is None and manifest.model["kind"] == "stca":
         module = _rebuild(bundle)
     if module is not None:
         progress("float64 reference (torch)")
         reference_name, reference = "float64 torch", _run_torch(module, feeds, double=True)
         progress("torch")
-        stages.append(("torch", _run_torch(module, feeds, double=False)))
+        outcomes.append(("torch", _run_torch(module, feeds, double=False)))
     else:
         progress("float64 reference (onnx.reference)")
         reference_name, reference = "float64 onnx.reference", _run_double(bundle, feeds)
     progress("request graph")
     engines = {name: OnnxRuntimeEngine(bundle.file(name)) for name in manifest.graphs}
-    stages.append(("request_graph", [_run(engines["request"], bundle, "request", f) for f in feeds]))
+    outcomes.append(("request_graph", [_run(engines["request"], bundle, "request", f) for f in feeds]))
     progress("joined halves")
-    stages.append(("joined_halves", [_run_joined(engines, bundle, f) for f in feeds]))
+    outcomes.append(("joined_halves", [_run_joined(engines, bundle, f) for f in feeds]))
     progress("session")
-    stages.append(("session", [_run_session(Session.load(bundle.path), batch, ragged) for batch in batches]))
+    outcomes.append(("session", [_run_session(Session.load(bundle.path), batch, ragged) for batch in batches]))
 
     eps = float(np.finfo(np.dtype(manifest.precision)).eps)
     tolerance: Tolerance | None = None
     results: list[StageParity] = []
-    for name, values in stages:
+    for name, values in outcomes:
         found = _compare(name, reference_name, values, reference, sizes, tolerance)
         results.append(found)
         if tolerance is None:
@@ -250,7 +251,8 @@ def _run_double(bundle: Bundle, feeds: Sequence[Mapping[str, Array]]) -> list[Ar
 
     evaluator = ReferenceEvaluator(to_double(onnx.load(bundle.file("request"))))
     wide = [{n: x.astype(np.float64) if x.dtype.kind == "f" else x for n, x in f.items()} for f in feeds]
-    return [np.asarray(evaluator.run(None, f)[0]) for f in wide]
+    runs: list[list[Array]] = [evaluator.run(None, f) for f in wide]  # type: ignore[misc]
+    return [outputs[0] for outputs in runs]
 
 
 def _run(engine: OnnxRuntimeEngine, bundle: Bundle, graph: str, feeds: Mapping[str, Array]) -> Array:
