@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -51,12 +52,29 @@ def choose_form(config: StcaConfig, targets: int) -> AttentionForm:
     return "absorbed" if absorbed < projected else "projected"
 
 
+def resolve(name: str) -> RequestModel:
+    """Call what `package.module:callable` names; it must return a `RequestModel`.
+
+    Raises:
+        ExportError: when there is no such callable, it fails, or it returns something else.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), attribute)()
+    except Exception as e:  # the user's own code: whatever it raises, the name and the cause are what helps
+        raise ExportError(f"--model {name}: {type(e).__name__}: {e}; expected PACKAGE.MODULE:CALLABLE") from e
+    if not isinstance(made, RequestModel):
+        raise ExportError(f"--model {name}: returned {type(made).__name__}, expected stca.export.RequestModel")
+    return made
+
+
 def export_checkpoint(
     checkpoint: Checkpoint,
     out: str | os.PathLike[str],
     *,
     prove: Callable[[Bundle], Mapping[str, Any]],
     form: AttentionForm | Literal["auto"] = "auto",
+    max_history: int | None = None,
     cut: CutOptions | None = None,
     progress: Progress = lambda _: None,
 ) -> Bundle:
@@ -67,6 +85,7 @@ def export_checkpoint(
         out: directory of the bundle; an existing bundle there is replaced at the very end, or stays as it was.
         prove: runs on the finished bundle before it gets its name; `stca.verify.prove` is the one to use.
         form: attention form, or `auto` to take the one with less work at the cut's nominal request.
+        max_history: longest history to serve, in tokens; None takes the config's.
         cut: how to split.
         progress: told each step as it starts.
 
@@ -84,7 +103,7 @@ def export_checkpoint(
         prove=prove,
         source={"kind": "stca", "config": json.loads(config.to_json())},
         attention=chosen,
-        max_history=config.max_history,
+        max_history=max_history or config.max_history,
         cut=cut,
         progress=progress,
     )
