@@ -58,8 +58,9 @@ class RequestDependency:
     bytes: int
 
     def __str__(self) -> str:
+        shown = ", ".join(map(repr, self.encodings[:4])) + (" …" if len(self.encodings) > 4 else "")
         return (
-            f"history encoding {self.value!r} depends on request input {self.path[0]!r} via {' → '.join(self.path)}; "
+            f"history encoding {shown} depends on request input {self.path[0]!r} via {' → '.join(self.path)}; "
             f"{self.flops / 1e9:.3g} GFLOP of history work per request cannot be cached"
         )
 
