@@ -88,9 +88,6 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--request-inputs", type=_names, default=[], metavar="C", help="known when a request comes")
     p.add_argument("--target-inputs", type=_names, default=[], metavar="D", help="one or more per target")
     p.add_argument("--out", required=True, metavar="BUNDLE")
-    p.add_argument(
-        "--size", action="append", type=_size, default=[], metavar="DIM=N", help="nominal size of a dimension"
-    )
     _cut_options(p)
 
     p = add("verify", _verify, "parity of every stage against a float64 reference")
@@ -116,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 def _cut_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--history", type=int, default=10_000, metavar="N", help="history tokens to cut for")
     p.add_argument("--targets", type=int, default=300, metavar="N", help="targets to cut for")
+    p.add_argument("--size", action="append", type=_size, default=[], metavar="DIM=N", help="the same for other sizes")
     p.add_argument("--flops-per-byte", type=float, metavar="F", help="work worth redoing to save a byte of state")
     p.add_argument("--max-history", type=int, metavar="N", help="longest history to serve")
 
@@ -145,11 +143,11 @@ def _emit(args: argparse.Namespace, data: Mapping[str, Any], text: str) -> None:
     print(json.dumps(data) if args.json else text, flush=True)
 
 
-def _cut(args: argparse.Namespace, sizes: Mapping[str, int]) -> Any:
+def _cut(args: argparse.Namespace) -> Any:
     from stca.export.cut import DEFAULT_FLOPS_PER_BYTE
     from stca.export.pipeline import CutOptions
 
-    workload = {"N_h": args.history, "N_t": args.targets, "B": 1, "B_plus_1": 2, **sizes}
+    workload = {"N_h": args.history, "N_t": args.targets, "B": 1, "B_plus_1": 2, **dict(args.size)}
     return CutOptions(workload, args.flops_per_byte or DEFAULT_FLOPS_PER_BYTE)
 
 
@@ -189,7 +187,7 @@ def _export(args: argparse.Namespace) -> int:
             prove=lambda b: prove(b, module=model.module, progress=progress),
             source={"kind": "callable", "name": args.model},
             max_history=args.max_history,
-            cut=_cut(args, {}),
+            cut=_cut(args),
             progress=progress,
         )
     else:
@@ -199,7 +197,7 @@ def _export(args: argparse.Namespace) -> int:
             prove=lambda b: prove(b, progress=progress),
             form=args.form,
             max_history=args.max_history,
-            cut=_cut(args, {}),
+            cut=_cut(args),
             progress=progress,
         )
     return _exported(args, bundle)
@@ -226,7 +224,7 @@ def _split(args: argparse.Namespace) -> int:
         args.out,
         prove=lambda b: prove(b, progress=progress),
         max_history=args.max_history,
-        cut=_cut(args, dict(args.size)),
+        cut=_cut(args),
         progress=progress,
     )
     return _exported(args, bundle)

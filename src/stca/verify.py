@@ -126,9 +126,11 @@ def verify(
     specs = manifest.graphs["request"].inputs
     rng = np.random.default_rng(seed)
     ragged = any(s.shape == ("B_plus_1",) for s in specs)
-    batches = [[probe.single(specs, n, m, rng) for n, m in batch] for batch in probes if ragged or len(batch) == 1]
+    asked = [batch for batch in probes if ragged or len(batch) == 1]
+    longest = max(n for batch in asked for n, _ in batch) if manifest.max_history is None else manifest.max_history
+    batches = [[probe.single(specs, min(n, longest), m, rng) for n, m in batch] for batch in asked]
     feeds = [probe.pack(specs, batch) for batch in batches]
-    sizes = [[m for _, m in batch] for batch in probes if ragged or len(batch) == 1]
+    sizes = [[m for _, m in batch] for batch in asked]
 
     outcomes: list[tuple[str, list[Array]]] = []
     if module is None and manifest.model["kind"] == "stca":
