@@ -1,0 +1,386 @@
+"""Which tile, how many parts of the history: a small cost model for the operator's kernels, and a table above it.
+
+Pure Python. Everything is decided from shapes, because that is all TensorRT knows when it launches: a batch is taken to
+be `B` requests of equal size. The model counts, for each candidate tile and number of parts, three rates of one
+multiprocessor and what stands in the way of reaching them:
+
+* a *step* (one tile of rows against `block_n` tokens) needs `2·M·N·(D + D_v)` operations of the matrix units, `M·N`
+  exponentials and `N·(D + D_v)` elements from the cache. Blocks that share a multiprocessor overlap these, so `r`
+  blocks take `r · max(matrix, exponential, cache)` a step, but never less than the chain through one of them,
+  `matrix + exponential` plus the memory latency that its stages do not hide;
+* blocks run in *rounds* of as many as fit (registers, shared memory); the last round is as long as the others, which is
+  why the number of parts matters: 48 tiles on 132 multiprocessors leave 64 % idle, 5 x 48 in pairs leave 9 %;
+* nothing ends before the tensors have moved once through device memory;
+* parts must be joined: another launch, and `S` partial results written and read.
+
+What it cannot know (bank conflicts, clocks, the compiler's schedule) is what `benchmarks/attention.py --tune` is for:
+the fastest measured plan per shape goes to `tiles.json`, and `choose` takes that where it has one.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from stca.plugins.spec import QUALIFIED_NAME
+
+DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
+MAX_DEPTH: Final = 512
+MAX_DEPTH_ABSORBED: Final = 1024
+# SMs whose artifacts are built ahead of time; just-in-time compilation serves every later one too.
+ARTIFACT_SMS: Final = (80, 86, 89, 90, 100, 120)
+PORTABLE_SHARED_LIMIT: Final = 48 * 1024
+# Seconds: a dependent access to device memory, and a kernel's launch behind another.
+MEMORY_LATENCY: Final = 0.7e-6
+LAUNCH: Final = 2.0e-6
+_SPLITS: Final = (*range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range(72, 129, 8))
+MEASURED_TABLE: Final = Path(__file__).with_name("tiles.json")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is fixed when a kernel is compiled.
+
+    Attributes:
+        heads: `H`. key_heads: `H_k`, 1 (absorbed) or `H` (projected).
+        depth: `D`. value_depth: `D_v`.
+        dtype: of query, key and value: "bfloat16", "float16" or "float32".
+        tied: key and value are the same tensor.
+    """
+
+    heads: int
+    key_heads: int
+    depth: int
+    value_depth: int
+    dtype: str
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming what is supported."""
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(
+                f"{QUALIFIED_NAME}: dtype {self.dtype} is not supported; use one of {', '.join(DTYPE_BYTES)}"
+            )
+        if self.heads < 1 or self.key_heads not in (1, self.heads):
+            raise ValueError(
+                f"{QUALIFIED_NAME}: {self.key_heads} key heads for {self.heads} heads; use 1 or {self.heads}"
+            )
+        limit = MAX_DEPTH_ABSORBED if self.key_heads == 1 else MAX_DEPTH
+        for name, depth in (("D", self.depth), ("D_v", self.value_depth)):
+            if depth % 16 or not 16 <= depth <= limit:
+                raise ValueError(
+                    f"{QUALIFIED_NAME}: head size {name} = {depth} is not supported; the kernels take multiples of 16 "
+                    f"from 16 to {MAX_DEPTH}, and to {MAX_DEPTH_ABSORBED} with one key head"
+                )
+        if self.tied and self.depth != self.value_depth:
+            raise ValueError(
+                f"{QUALIFIED_NAME}: tied key and value differ in head size: {self.depth}, {self.value_depth}"
+            )
+
+    @property
+    def group(self) -> int:
+        """Query heads that read one key head."""
+        return self.heads // self.key_heads
+
+    @property
+    def element(self) -> int:
+        """Bytes of one element."""
+        return DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What changes from launch to launch: `N_t`, `N_h`, `B`."""
+
+    targets: int
+    tokens: int
+    requests: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Constants of one compiled `attend_kernel`; all but `stages` are powers of two."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    block_dv: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A tile, the parts the history is cut into, and what the model (or a measurement) says that takes."""
+
+    tile: Tile
+    splits: int
+    seconds: float
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates of a GPU. Datasheet figures are good enough to rank plans; only ratios matter.
+
+    Attributes:
+        sm: compute capability, 90 for 9.0. multiprocessors: how many.
+        bandwidth: device memory, byte/s. cache_bandwidth: second-level cache, byte/s.
+        matrix: dense 16-bit operations/s. exponentials: per second.
+        shared: bytes of shared memory per multiprocessor; a block gets at most 1 KiB less.
+    """
+
+    sm: int
+    multiprocessors: int
+    bandwidth: float
+    cache_bandwidth: float
+    matrix: float
+    exponentials: float
+    shared: int
+
+    @property
+    def shared_limit(self) -> int:
+        """Most shared memory of one block, in bytes."""
+        return self.shared - 1024
+
+
+_DEVICES: Final = (
+    Device(80, 108, 2.0e12, 4.5e12, 312e12, 108 * 16 * 1.41e9, 164 * 1024),
+    Device(86, 84, 0.94e12, 2.5e12, 142e12, 84 * 16 * 1.7e9, 100 * 1024),
+    Device(89, 142, 0.86e12, 4.0e12, 362e12, 142 * 16 * 2.5e9, 100 * 1024),
+    Device(90, 132, 3.35e12, 5.5e12, 989e12, 132 * 16 * 1.75e9, 228 * 1024),
+    Device(100, 148, 8.0e12, 10.0e12, 2250e12, 148 * 16 * 1.9e9, 228 * 1024),
+    Device(120, 170, 1.79e12, 7.0e12, 209e12, 170 * 16 * 2.4e9, 100 * 1024),
+)
+
+
+def device_for(sm: int) -> Device:
+    """The rates of the newest known GPU that is not newer than `sm`.
+
+    Raises:
+        ValueError: for an SM before 80, which has no asynchronous copies and no bfloat16.
+    """
+    known = [device for device in _DEVICES if device.sm <= sm]
+    if not known:
+        raise ValueError(
+            f"{QUALIFIED_NAME}: SM {sm} is not supported; the kernels need SM 80 or later and are built for "
+            f"{', '.join(map(str, ARTIFACT_SMS))}"
+        )
+    return known[-1]
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def is_wide(shape: Shape, tile: Tile, sm: int) -> bool:
+    """Whether the products are the warp-group or tensor-memory kind, which read their operands from shared memory."""
+    return sm in (90, 100) and tile.block_m >= 64 and shape.element == 2
+
+
+def is_tied(shape: Shape, tile: Tile) -> bool:
+    """Whether one load of a token serves as key and as value."""
+    return shape.tied and tile.block_d >= shape.depth and tile.block_dv >= shape.value_depth
+
+
+def shared_bytes(shape: Shape, tile: Tile, sm: int) -> int:
+    """A block's shared memory in bytes: query, weights and tokens in the loop, or the accumulators on their way out."""
+    wide = is_wide(shape, tile, sm)
+    chunks = math.ceil(shape.depth / tile.block_d)
+    token = chunks * tile.block_d + (0 if wide and is_tied(shape, tile) else tile.block_dv)
+    query = tile.block_m * tile.block_d * chunks
+    weights = tile.block_m * tile.block_n if tile.warps > tile.block_m // 16 else 0
+    if tile.stages == 1:  # no pipeline: a tile of tokens passes through when it is needed
+        tokens = tile.block_n * max(tile.block_d, tile.block_dv)
+    else:
+        tokens = tile.block_n * token * (tile.stages if wide else tile.stages - 1)
+    return max(shape.element * (query + weights + tokens), 4 * tile.block_m * tile.block_dv)
+
+
+def registers(shape: Shape, tile: Tile, sm: int) -> int:
+    """About how many registers a thread needs: fitted to what ptxas reports, to tell occupancy and to avoid spills."""
+    threads = 32 * tile.warps
+    accumulators = tile.block_m * tile.block_dv // threads
+    logits = tile.block_m * tile.block_n // threads
+    if is_wide(shape, tile, sm):
+        return int(40 + accumulators + 1.75 * logits)
+    if shape.element == 4:
+        return int(80 + accumulators + 2 * logits + 2 * tile.block_d)
+    query = tile.block_d // 4 if tile.block_d >= shape.depth else 16
+    tokens = tile.block_n * max(tile.block_d, tile.block_dv) // (2 * threads) if tile.stages == 1 else 0
+    return int(50 + 1.2 * accumulators + 2.5 * logits + query + tokens)
+
+
+def tiles(shape: Shape, sm: int, shared_limit: int) -> Iterator[Tile]:
+    """Every candidate that fits: accumulators in registers without spills, tokens in `shared_limit` bytes.
+
+    Few rows per tile for few queries (16 is the least the matrix units take), many where the arithmetic dominates.
+    Float32 products run on the ordinary units, whose operands are all registers, so those tiles stay small.
+    """
+    exact = shape.element == 4
+    value_width = power_of_two(shape.value_depth)
+    value_blocks = [w for w in (value_width, value_width // 2, value_width // 4) if w == value_width or w >= 128]
+    rows_warps = ((16, 8),) if exact else ((16, 4), (16, 8), (32, 4), (32, 8), (64, 4), (64, 8), (128, 8))
+    for (block_m, warps), block_dv in itertools.product(rows_warps, value_blocks):
+        for block_n, stages in itertools.product((16, 32) if exact else (16, 32, 64, 128), (1, 2, 3, 4)):
+            tile = Tile(block_m, block_n, _chunk(shape, block_m, warps, sm), block_dv, warps, stages)
+            wide = is_wide(shape, tile, sm)
+            spills = registers(shape, tile, sm) > 224 or block_n * block_dv > (16384 if wide else 4096 * warps)
+            idle = block_m * block_n < (32 if exact else 64) * warps
+            too_deep = (wide and shape.depth > 512) or (exact and block_n * shape.depth > 16 * MAX_DEPTH_ABSORBED)
+            if not (spills or idle or too_deep) and shared_bytes(shape, tile, sm) <= shared_limit:
+                yield tile
+
+
+def _chunk(shape: Shape, block_m: int, warps: int, sm: int) -> int:
+    """How much of a head one product takes.
+
+    All of it where the query stays in shared memory anyway. Elsewhere a query that is one chunk stays in registers, and
+    all warps of a 16-row tile hold it whole; cut in chunks it waits in shared memory instead.
+    """
+    depth = power_of_two(shape.depth)
+    if shape.element == 4:
+        return min(depth, 64)
+    if sm in (90, 100) and block_m >= 64:
+        return min(depth, 512)
+    if block_m == 16:
+        return min(depth, 512 if shape.tied and warps == 8 else 256)
+    return depth if depth <= 128 else 64
+
+
+def blocks(shape: Shape, tile: Tile, sizes: Sizes, splits: int) -> tuple[int, int, int]:
+    """Grid of `attend_kernel`."""
+    value_tiles = -(-shape.value_depth // tile.block_dv)
+    row_tiles = sizes.targets * shape.group // tile.block_m + sizes.requests
+    return row_tiles, shape.key_heads * value_tiles, splits
+
+
+def combine_block(shape: Shape) -> tuple[int, int, int]:
+    """`BLOCK_S`, `BLOCK_DV` and warps of `combine_kernel`: about 16 to 32 numbers in flight a thread."""
+    width = power_of_two(shape.value_depth)
+    parts = max(2, min(16, 4096 // width))
+    return parts, width, max(1, min(4, parts * width // 1024))
+
+
+def attend_seconds(shape: Shape, tile: Tile, sizes: Sizes, splits: int, device: Device) -> float:
+    """The model's time of `attend_kernel`; the terms are explained at the top of this file."""
+    rows = max(1, sizes.targets * shape.group // max(1, sizes.requests))
+    length = max(1, sizes.tokens // max(1, sizes.requests))
+    _, columns, _ = blocks(shape, tile, sizes, splits)
+    count = sizes.requests * -(-rows // tile.block_m) * columns * splits
+    steps = -(-length // (tile.block_n * splits))
+    chunked_depth = -(-shape.depth // tile.block_d) * tile.block_d
+    token = chunked_depth + (0 if is_tied(shape, tile) else tile.block_dv)
+
+    processors = device.multiprocessors
+    operations = 2 * tile.block_m * tile.block_n * (chunked_depth + tile.block_dv)
+    matrix = operations * processors / (device.matrix * _matrix_efficiency(shape, tile, device))
+    exponential = tile.block_m * tile.block_n * processors / device.exponentials
+    cache = tile.block_n * token * shape.element * processors / device.cache_bandwidth
+
+    threads = 32 * tile.warps
+    resident = min(
+        65536 // (threads * registers(shape, tile, device.sm)),
+        device.shared // (shared_bytes(shape, tile, device.sm) + 1024),
+        2048 // threads if device.sm in (80, 90, 100) else 1536 // threads,
+    )
+    together = max(1, min(resident, -(-count // processors)))
+    rounds = -(-count // (processors * together))
+    chain = matrix + exponential + MEMORY_LATENCY / tile.stages
+    step = max(together * max(matrix, exponential, cache), chain)
+    moved = shape.element * (
+        sizes.targets * shape.heads * (shape.depth + shape.value_depth)
+        + sizes.tokens * shape.key_heads * (shape.depth + (0 if shape.tied else shape.value_depth))
+    )
+    return LAUNCH + max(rounds * (4 * MEMORY_LATENCY + steps * step), moved / device.bandwidth)
+
+
+def combine_seconds(shape: Shape, sizes: Sizes, splits: int, device: Device) -> float:
+    """The model's time of writing the parts and of `combine_kernel`, which reads them back from the cache."""
+    if splits == 1:
+        return 0.0
+    partial = 4 * splits * sizes.targets * shape.heads * (shape.value_depth + 2)
+    return LAUNCH + 2 * MEMORY_LATENCY + 2 * partial / device.cache_bandwidth
+
+
+def _matrix_efficiency(shape: Shape, tile: Tile, device: Device) -> float:
+    """Part of the dense 16-bit rate that a tile's kind of product reaches."""
+    if shape.element == 4:
+        return 0.03  # ordinary multiply-adds
+    if is_wide(shape, tile, device.sm) or device.sm not in (90, 100):
+        return 0.7
+    return 0.4  # the older matrix instructions on a GPU built for wide ones
+
+
+def choose(shape: Shape, sizes: Sizes, device: Device, shared_limit: int | None = None) -> Plan:
+    """The plan for a launch: the measured one where `tiles.json` has this shape and size, else the model's best.
+
+    Sizes are rounded up to three significant bits first, so that a server with ever-changing histories meets few
+    distinct plans.
+
+    Raises:
+        ValueError: when no tile fits.
+    """
+    rounded = Sizes(*(_round_up(n) for n in (sizes.targets, sizes.tokens, sizes.requests)))
+    return _choose(shape, rounded, device, device.shared_limit if shared_limit is None else shared_limit)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(shape: Shape, sizes: Sizes, device: Device, shared_limit: int) -> Plan:
+    measured = measured_plans(MEASURED_TABLE).get((device.sm, shape, sizes))
+    if measured is not None and shared_bytes(shape, measured.tile, device.sm) <= shared_limit:
+        return measured
+    return rank(shape, sizes, device, shared_limit)[0]
+
+
+def rank(shape: Shape, sizes: Sizes, device: Device, shared_limit: int) -> list[Plan]:
+    """The best number of parts for every candidate tile, fastest first by the model.
+
+    Raises:
+        ValueError: when no tile fits `shared_limit`.
+    """
+    length = max(1, sizes.tokens // max(1, sizes.requests))
+    plans = []
+    for tile in tiles(shape, device.sm, shared_limit):
+        timed = (
+            (attend_seconds(shape, tile, sizes, s, device) + combine_seconds(shape, sizes, s, device), s)
+            for s in _SPLITS
+            if s == 1 or s * tile.block_n <= length
+        )
+        seconds, splits = min(timed)
+        plans.append(Plan(tile, splits, seconds))
+    if not plans:
+        raise ValueError(
+            f"{QUALIFIED_NAME}: no tile of {shape} fits {shared_limit} bytes of shared memory on SM {device.sm}"
+        )
+    return sorted(plans, key=lambda plan: plan.seconds)
+
+
+def _round_up(n: int) -> int:
+    """`n`, rounded up to three significant bits."""
+    step = 1 << max(n.bit_length() - 3, 0)
+    return -(-n // step) * step
+
+
+@functools.cache
+def measured_plans(path: Path) -> dict[tuple[int, Shape, Sizes], Plan]:
+    """The table written by `benchmarks/attention.py --tune`; empty where nobody has measured.
+
+    A JSON list of objects with `sm`, `shape`, `sizes`, `tile` (the fields of those classes), `splits` and `seconds`.
+    """
+    if not path.exists():
+        return {}
+    rows: list[dict[str, Any]] = json.loads(path.read_text())
+    return {
+        (row["sm"], Shape(**row["shape"]), Sizes(**row["sizes"])): Plan(
+            Tile(**row["tile"]), row["splits"], row["seconds"], measured=True
+        )
+        for row in rows
+    }
