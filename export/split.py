@@ -121,7 +121,7 @@ def split(
     for name, size in workload.items():
         if size < 1:
             raise SplitError(f"workload: {name} is {size}; a nominal size must be at least 1")
-    _check("the model", model)
+    _check("the model", model, weights=True)
     model = _inline(model)
     marked = input_scopes(model.graph, scopes)
     cut = Cut(model, infer_scopes(model, scopes), Sizes(model, workload))
@@ -176,7 +176,7 @@ def _notes(cut: Cut, state: tuple[StateTensor, ...]) -> tuple[str, ...]:
     notes = [f"input {name!r} is not used" for name in cut.inputs if not cut.readers(name)]
     dead = len(cut.nodes) - len(cut.live)
     if dead:
-        notes.append(f"{dead} nodes reach no output and are left out")
+        notes.append(f"nodes left out because they reach no output: {dead}")
     if all(tensor.verbatim for tensor in state):
         notes.append("the state is user inputs as they came: at this price no user work is worth caching")
     guessed = [n for n in cut.sizes.guesses if cut.scopes.get(n) == Scope.USER]
@@ -192,18 +192,17 @@ def _named(state: StateTensor, cut: Cut) -> onnx.ValueInfoProto:
 def _user_encoder(model: onnx.ModelProto, cut: Cut, state: tuple[StateTensor, ...]) -> onnx.ModelProto:
     """User inputs → state. Ends in one Identity for each state tensor that cannot have its value's own name."""
     nodes, leaves = cut.flow.needed(tensor.value for tensor in state)
-    half = _half(model, "user_encoder", cut, nodes, leaves)
+    half = _half(model, "user_encoder", cut, nodes, leaves, [_named(tensor, cut) for tensor in state])
     for tensor in state:
         if tensor.name != tensor.value:
             half.graph.node.append(onnx.helper.make_node("Identity", [tensor.value], [tensor.name], tensor.name))
-    half.graph.output.extend(_named(tensor, cut) for tensor in state)
     return half
 
 
 def _target_scorer(model: onnx.ModelProto, cut: Cut, state: tuple[StateTensor, ...]) -> onnx.ModelProto:
     """State, then request and target inputs → the outputs of the whole. Starts with the encoder's Identities undone."""
     nodes, leaves = cut.flow.needed(cut.outputs, given=[tensor.value for tensor in state])
-    half = _half(model, "target_scorer", cut, nodes, leaves - {tensor.value for tensor in state})
+    half = _half(model, "target_scorer", cut, nodes, leaves - {tensor.value for tensor in state}, model.graph.output)
     body, inputs = list(half.graph.node), list(half.graph.input)
     del half.graph.node[:], half.graph.input[:]
     for tensor in state:
@@ -212,12 +211,18 @@ def _target_scorer(model: onnx.ModelProto, cut: Cut, state: tuple[StateTensor, .
     half.graph.node.extend(body)
     half.graph.input.extend(_named(tensor, cut) for tensor in state)
     half.graph.input.extend(inputs)
-    half.graph.output.extend(model.graph.output)
     return half
 
 
-def _half(model: onnx.ModelProto, name: str, cut: Cut, nodes: set[int], leaves: set[str]) -> onnx.ModelProto:
-    """The part of `model` with these nodes and leaf values, still without outputs."""
+def _half(
+    model: onnx.ModelProto,
+    name: str,
+    cut: Cut,
+    nodes: set[int],
+    leaves: set[str],
+    outputs: Iterable[onnx.ValueInfoProto],
+) -> onnx.ModelProto:
+    """The part of `model` with these nodes, leaf values and outputs."""
     source = model.graph
     half = onnx.ModelProto(
         ir_version=max(model.ir_version, 4),  # before 4, every initializer had to be an input too
@@ -236,9 +241,10 @@ def _half(model: onnx.ModelProto, name: str, cut: Cut, nodes: set[int], leaves: 
     graph.input.extend(value for value in source.input if value.name in leaves - weights)
     graph.initializer.extend(tensor for tensor in source.initializer if tensor.name in weights)
     graph.sparse_initializer.extend(t for t in source.sparse_initializer if t.values.name in weights)
+    graph.output.extend(outputs)
     made = {value for node in graph.node for value in node.output}
-    outputs = set(cut.outputs)
-    graph.value_info.extend(v for v in source.value_info if v.name in made and v.name not in outputs)
+    inner = made - {value.name for value in graph.output}
+    graph.value_info.extend(value for value in source.value_info if value.name in inner)
     graph.quantization_annotation.extend(a for a in source.quantization_annotation if a.tensor_name in made | leaves)
 
     half.functions.extend(_functions(model, graph.node))
@@ -266,13 +272,13 @@ def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.inliner.inline_selected_functions(model, foreign) if foreign else model
 
 
-def _check(what: str, model: onnx.ModelProto) -> None:
-    """ONNX's full checker and strict shape inference; the weights one by one, so that their sum may exceed 2 GB."""
+def _check(what: str, model: onnx.ModelProto, *, weights: bool = False) -> None:
+    """ONNX's full checker and strict shape inference, on a copy without the large weights: they may exceed 2 GB."""
     light = without_weights(model)
     try:
         onnx.checker.check_model(light, full_check=True)
         onnx.shape_inference.infer_shapes(light, check_type=True, strict_mode=True, data_prop=True)
-        for tensor in model.graph.initializer:
+        for tensor in model.graph.initializer if weights else ():
             onnx.checker.check_tensor(tensor)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
         raise SplitError(f"{what} is not valid ONNX: {' '.join(str(e).split())}") from e

@@ -372,6 +372,14 @@ def test_graphs_that_cannot_be_cut_are_refused(body: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_weight_shorter_than_its_shape_is_refused() -> None:
+    case = attention_graph("absorbed", d=64)
+    table = next(t for t in case.model.graph.initializer if t.name == "table")
+    table.raw_data = table.raw_data[:-4]
+    with pytest.raises(SplitError, match="the model is not valid ONNX: .*table"):
+        split(case.model, case.scopes)
+
+
 def test_text_cannot_be_cached_but_what_is_read_from_it_can() -> None:
     inputs, outputs = "string[N_h, 1] user_x, string[N_t, 1] target_x", "float[n, 1] y"
     case = text_graph(
@@ -444,7 +452,7 @@ def test_sizes_go_by_whatever_names_the_model_has() -> None:
     result = split(case.model, case.scopes, workload=workload, history_dim="events")
     (state,) = result.state
     assert (state.name, state.shape, state.bytes, state.bytes_per_token) == ("turned", (1, 8, "events"), 3200, 0)
-    assert result.report.notes == ("input 'user_spare' is not used", "1 nodes reach no output and are left out")
+    assert result.report.notes == ("input 'user_spare' is not used", "nodes left out because they reach no output: 1")
     assert [i.name for i in result.user_encoder.graph.input] == ["user_x"]
 
 
