@@ -376,7 +376,7 @@ def test_a_weight_shorter_than_its_shape_is_refused() -> None:
     case = attention_graph("absorbed", d=64)
     table = next(t for t in case.model.graph.initializer if t.name == "table")
     table.raw_data = table.raw_data[:-4]
-    with pytest.raises(SplitError, match="the model is not valid ONNX: .*table"):
+    with pytest.raises(SplitError, match=r"the model is not valid ONNX: .*table"):
         split(case.model, case.scopes)
 
 
