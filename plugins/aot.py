@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from stca.errors import BuildError
-from stca.plugins.tiling import ARTIFACT_SMS, Shape, Tile, is_tied, power_of_two
+from stca.plugins import tiling
+from stca.plugins.tiling import ARTIFACT_SMS, Shape, Sizes, Tile
 
 # What CUDA 13.0 assembles; Triton's own default is newer than the drivers this must load on.
 PTX_VERSION: Final = 88
 FALLBACK_SM: Final = 80
 # Pointers are promised to be aligned to this many bytes, without which no load is wider than one element.
 ALIGNMENT: Final = 16
-COMBINE_PARTS: Final = 8  # parts of the history that a block of `combine_kernel` has in flight
-_COMBINE_WARPS: Final = 4
 
 _TRITON_TYPES: Final = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -76,16 +75,45 @@ def artifact_sm(sm: int) -> int:
     if sm > FALLBACK_SM:
         return FALLBACK_SM
     raise BuildError(
-        f"no kernel for SM {sm}: supported are {', '.join(map(str, ARTIFACT_SMS))}, and later ones through SM {FALLBACK_SM}"
+        f"no kernel for SM {sm}: supported are {', '.join(map(str, ARTIFACT_SMS))}, and later ones as SM {FALLBACK_SM}"
     )
+
+
+def attend_constants(shape: Shape, tile: Tile, scale: float, split: bool, *, upcast: bool = False) -> dict[str, Any]:
+    """Compile-time arguments of `attend_kernel`; `upcast` is for Triton's interpreter alone."""
+    return {
+        **({} if split else {"stats": None}),
+        "SCALE": scale,
+        "HEADS": shape.heads,
+        "KEY_HEADS": shape.key_heads,
+        "D": shape.depth,
+        "D_V": shape.value_depth,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": tile.block_d,
+        "BLOCK_DV": tile.block_dv,
+        "SPLIT": split,
+        "TIED": tiling.is_tied(shape, tile),
+        "UPCAST": upcast,
+    }
+
+
+def combine_constants(value_depth: int) -> dict[str, Any]:
+    """Compile-time arguments of `combine_kernel`."""
+    parts, width, _ = _combine_block(value_depth)
+    return {"D_V": value_depth, "BLOCK_S": parts, "BLOCK_DV": width}
+
+
+def _combine_block(value_depth: int) -> tuple[int, int, int]:
+    return tiling.combine_block(Shape(1, 1, value_depth, value_depth, "float32"))
 
 
 @functools.cache
 def compile_attend(shape: Shape, tile: Tile, sm: int, scale: float, split: bool) -> Artifact:
     """`attend_kernel` for one tile.
 
-    Parameters of the result: `query, key, value, target_offsets, history_offsets, history_lengths, n_targets, n_requests,
-    out` and, with `split`, `stats`. Grid: `attend_grid`.
+    Parameters of the result: `query, key, value, target_offsets, history_offsets, history_lengths, n_targets,
+    n_requests, out` and, with `split`, `stats`. Grid: `attend_grid`.
 
     Args:
         shape: head counts, head sizes and dtype, all compiled in.
@@ -106,21 +134,7 @@ def compile_attend(shape: Shape, tile: Tile, sm: int, scale: float, split: bool)
         pointers=pointers,
         structure=("target_offsets", "history_offsets", "history_lengths"),
         scalars=("n_targets", "n_requests"),
-        constants={
-            **({} if split else {"stats": None}),
-            "SCALE": scale,
-            "HEADS": shape.heads,
-            "KEY_HEADS": shape.key_heads,
-            "D": shape.depth,
-            "D_V": shape.value_depth,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_D": tile.block_d,
-            "BLOCK_DV": tile.block_dv,
-            "SPLIT": split,
-            "TIED": is_tied(shape, tile),
-            "UPCAST": False,
-        },
+        constants=attend_constants(shape, tile, scale, split),
         sm=sm,
         warps=tile.warps,
         stages=tile.stages,
@@ -139,9 +153,9 @@ def compile_combine(value_depth: int, dtype: str, sm: int) -> Artifact:
         pointers={"partial_out": "fp32", "partial_stats": "fp32", "out": _TRITON_TYPES[dtype]},
         structure=(),
         scalars=("n_rows", "n_splits"),
-        constants={"D_V": value_depth, "BLOCK_S": COMBINE_PARTS, "BLOCK_DV": power_of_two(value_depth)},
+        constants=combine_constants(value_depth),
         sm=sm,
-        warps=_COMBINE_WARPS,
+        warps=_combine_block(value_depth)[2],
         stages=1,
     )
 
@@ -150,6 +164,34 @@ def attend_grid(n_targets: Any, n_requests: Any, shape: Shape, tile: Tile, split
     """Blocks of `attend_kernel`; the two counts may be integers or TensorRT's symbolic expressions."""
     value_tiles = -(-shape.value_depth // tile.block_dv)
     return n_targets * shape.group // tile.block_m + n_requests, shape.key_heads * value_tiles, splits
+
+
+def best_tiles(
+    shape: Shape, scale: float, sizes: Sizes, splits: int, sm: int, shared_limit: int, count: int
+) -> list[Tile]:
+    """Up to `count` tiles worth running, best first: a measured one if there is one, then by the cost model.
+
+    Compiles them, because only then is it sure that they keep to `shared_limit` bytes of shared memory.
+
+    Raises:
+        BuildError: when none does.
+    """
+    device = tiling.device_for(sm)
+    candidates = sorted(
+        tiling.tiles(shape, sm, shared_limit),
+        key=lambda tile: tiling.attend_seconds(shape, tile, sizes, splits, device),
+    )
+    if candidates and (plan := tiling.choose(shape, sizes, device, shared_limit)).measured:
+        candidates.insert(0, plan.tile)
+    found: list[Tile] = []
+    for tile in dict.fromkeys(candidates):
+        if len(found) < count and compile_attend(shape, tile, sm, scale, splits > 1).shared <= shared_limit:
+            found.append(tile)
+    if not found:
+        raise BuildError(
+            f"no tile of {shape} keeps to {shared_limit} bytes of shared memory on SM {sm}; raise the limit"
+        )
+    return found
 
 
 def _compile(
@@ -178,8 +220,8 @@ def _compile(
         raise BuildError(f"no artifact for SM {sm}: supported are {', '.join(map(str, ARTIFACT_SMS))}")
     types = {
         **{name: f"*{element}" for name, element in pointers.items()},
-        **{name: "*i32" for name in structure},
-        **{name: "i32" for name in scalars},
+        **dict.fromkeys(structure, "*i32"),
+        **dict.fromkeys(scalars, "i32"),
     }
     source = ASTSource(
         function,
@@ -221,12 +263,14 @@ def strip_hidden_parameters(ptx: str, kernel: str, parameters: tuple[str, ...]) 
     types = [text.split()[1].lstrip(".") for text in declared]
     kept, hidden = declared[: len(parameters)], declared[len(parameters) :]
     if tuple(types[: len(parameters)]) != parameters or len(hidden) > 2 or set(types[len(parameters) :]) - {"u64"}:
-        raise BuildError(f"{kernel} has parameters {', '.join(types)}; expected {', '.join(parameters)}, scratch, scratch")
+        raise BuildError(
+            f"{kernel} has parameters {', '.join(types)}; expected {', '.join(parameters)} and two of scratch"
+        )
     body = ptx[entry.end() :]
     for text in hidden:
         name = text.split()[-1]
         if re.search(rf"\b{re.escape(name)}\b", body):
-            raise BuildError(f"{kernel} reads its hidden parameter {name}: it needs scratch memory that TensorRT has not")
+            raise BuildError(f"{kernel} reads hidden parameter {name}: it needs scratch memory, TensorRT gives none")
     return ptx[: entry.start()] + entry[1] + "\n\t" + ",\n\t".join(kept) + entry[3] + body
 
 
@@ -259,7 +303,8 @@ def assemble(artifact: Artifact, cubin: Path | None = None) -> Resources:
         command = [find_ptxas(artifact.target), "-v", f"--gpu-name={artifact.target}", str(source), "-o", output]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise BuildError(f"ptxas refuses {artifact.kernel} for {artifact.target}: {done.stderr.strip().splitlines()[0]}")
+        complaint = done.stderr.strip().splitlines()[0]
+        raise BuildError(f"ptxas refuses {artifact.kernel} for {artifact.target}: {complaint}")
 
     def count(pattern: str) -> int:
         found = re.search(pattern, done.stderr)
@@ -271,3 +316,9 @@ def assemble(artifact: Artifact, cubin: Path | None = None) -> Resources:
         spill_loads=count(r"(\d+) bytes spill loads"),
         static_shared=count(r"(\d+) bytes smem"),
     )
+
+
+if __name__ == "__main__":
+    from stca.plugins.artifacts import main
+
+    raise SystemExit(main())

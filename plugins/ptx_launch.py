@@ -62,7 +62,7 @@ class LoadedKernel:
     """An artifact, compiled by the driver for the GPU at hand, ready to launch."""
 
     def __init__(self, artifact: Artifact, device: int = 0) -> None:
-        """Raises BuildError when there is no GPU or the driver refuses the PTX, which it does for another architecture."""
+        """Raises BuildError when there is no GPU, or the driver refuses the PTX as one for another architecture."""
         self.artifact = artifact
         self._driver = _driver()
         context = _check(self._driver.cuDevicePrimaryCtxRetain(_check(self._driver.cuDeviceGet(device))))
@@ -114,6 +114,6 @@ def _driver() -> Any:
 def _check(result: tuple[Any, ...]) -> Any:
     """The value of a driver call. Raises BuildError with the error's name."""
     error, *values = result
-    if error:
+    if int(error) != 0:
         raise BuildError(f"the NVIDIA driver answered {error.name}")
     return values[0] if values else None

@@ -63,7 +63,8 @@ def load() -> ModuleType:
 def _load_stand_ins() -> None:
     """Build the three libraries, and load them so that the bindings' own loader finds them by soname."""
     spec = importlib.util.find_spec("tensorrt_lean_libs")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     lean = next(Path(spec.origin).parent.glob("libnvinfer_lean.so.*"))
     major = lean.suffix
     ctypes.CDLL(str(lean), mode=ctypes.RTLD_GLOBAL)
@@ -71,7 +72,9 @@ def _load_stand_ins() -> None:
         for name, functions in _STAND_INS.items():
             soname = f"{name}{major}"
             source = Path(folder, f"{name}.cpp")
-            source.write_text("".join(f'extern "C" void* {function}() {{ return nullptr; }}\n' for function in functions))
+            source.write_text(
+                "".join(f'extern "C" void* {function}() {{ return nullptr; }}\n' for function in functions)
+            )
             command = ["g++", "-shared", "-fPIC", str(source), f"-Wl,-soname,{soname}", "-o", str(Path(folder, soname))]
             if name == "libnvinfer.so":  # what is not listed above comes from the lean runtime
                 command += ["-Wl,--no-as-needed", f"-L{lean.parent}", f"-l:{lean.name}"]

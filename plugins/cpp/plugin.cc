@@ -1,0 +1,520 @@
+#include "plugin.h"
+
+#include "cuda_driver.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <stdexcept>
+
+using namespace nvinfer1;
+
+namespace stca
+{
+namespace
+{
+
+constexpr char const* kNAME = "TargetHistoryAttention";
+constexpr char const* kVERSION = "1";
+constexpr char const* kNAMESPACE = "stca";
+constexpr int32_t kINPUTS = 6;
+constexpr char const* kINPUT_NAMES[kINPUTS]
+    = {"query", "key", "value", "target_offsets", "history_offsets", "history_lengths"};
+constexpr int32_t kRANKS[kINPUTS] = {3, 3, 3, 1, 1, 1};
+
+// More parts than this make the combine step longer than what they save.
+constexpr int64_t kMAX_PARTS = 64;
+// A part of fewer token blocks spends its time on starting and on writing its result.
+constexpr int64_t kLEAST_BLOCKS_A_PART = 4;
+// Parts are only cut to fill the GPU once, which bounds the rows of partial results: blocks at a time × rows a block.
+constexpr int64_t kMOST_BLOCKS_AT_ONCE = 1024;
+// What the artifacts' wide loads rely on.
+constexpr uintptr_t kALIGNMENT = 16;
+
+std::atomic<ILoggerFinder*> gLoggerFinder{nullptr};
+
+void log(std::string const& message) noexcept
+{
+    ILoggerFinder* const finder = gLoggerFinder.load();
+    ILogger* const logger = finder != nullptr ? finder->findLogger() : nullptr;
+    std::string const line = std::string(kNAMESPACE) + "::" + kNAME + ": " + message;
+    if (logger != nullptr)
+    {
+        logger->log(ILogger::Severity::kERROR, line.c_str());
+    }
+    else
+    {
+        std::fprintf(stderr, "%s\n", line.c_str());
+    }
+}
+
+//! Run `body`, which answers 0; log what it throws and answer -1, for TensorRT takes no exceptions.
+template <typename Body>
+int32_t guarded(Body&& body) noexcept
+{
+    try
+    {
+        body();
+        return 0;
+    }
+    catch (std::exception const& error)
+    {
+        log(error.what());
+        return -1;
+    }
+}
+
+bool toElement(DataType type, Element& element)
+{
+    switch (type)
+    {
+    case DataType::kBF16: element = Element::kBFLOAT16; return true;
+    case DataType::kHALF: element = Element::kFLOAT16; return true;
+    case DataType::kFLOAT: element = Element::kFLOAT32; return true;
+    default: return false;
+    }
+}
+
+//! What is compiled in, from the first three inputs.
+Shape shapeOf(Dims const& query, Dims const& key, Dims const& value, DataType type)
+{
+    Element element{};
+    if (!toElement(type, element))
+    {
+        throw std::runtime_error("unsupported element type; " + supported());
+    }
+    if (query.nbDims != 3 || key.nbDims != 3 || value.nbDims != 3)
+    {
+        throw std::runtime_error("query, key and value must have 3 dimensions");
+    }
+    if (key.d[2] != query.d[2] || value.d[1] != key.d[1])
+    {
+        throw std::runtime_error("query and key must agree in head size, key and value in head count");
+    }
+    auto const size = [](int64_t n) {
+        if (n < 1)
+        {
+            throw std::runtime_error("head counts and head sizes must be static");
+        }
+        return static_cast<int32_t>(n);
+    };
+    return {element, size(query.d[1]), size(key.d[1]), size(query.d[2]), size(value.d[2])};
+}
+
+bool sameScale(float a, float b)
+{
+    return std::fabs(a - b) <= 1e-6F * std::fabs(b);
+}
+
+//! The SM to take artifacts for: this machine's GPU; without one the portable SM, which is all a check can ask about.
+int32_t smHere()
+{
+    int32_t sm = 80;
+    try
+    {
+        sm = currentDevice().sm;
+    }
+    catch (std::exception const&)
+    {
+    }
+    return artifactSm(sm);
+}
+
+uint32_t checkedGrid(int64_t blocks)
+{
+    if (blocks < 1 || blocks > INT32_MAX)
+    {
+        throw std::runtime_error("a launch of " + std::to_string(blocks) + " blocks; int32 sizes are supported");
+    }
+    return static_cast<uint32_t>(blocks);
+}
+
+Combine const& findCombine(Shape const& shape, int32_t sm)
+{
+    for (Combine const& candidate : combines())
+    {
+        if (candidate.sm == sm && candidate.element == shape.element && candidate.valueDepth == shape.valueDepth)
+        {
+            return candidate;
+        }
+    }
+    throw std::runtime_error("no combine kernel for D_v=" + std::to_string(shape.valueDepth) + "; " + supported());
+}
+
+Kernel loadAttend(Attend const& artifact)
+{
+    return load(artifact.ptx, "attend_kernel", 32U * artifact.warps, artifact.shared);
+}
+
+Kernel loadCombine(Combine const& artifact)
+{
+    return load(artifact.ptx, "combine_kernel", 32U * artifact.warps, artifact.shared);
+}
+
+} // namespace
+
+TargetHistoryAttention::TargetHistoryAttention(float scale, int32_t workspaceRows)
+    : mScale(scale)
+    , mWorkspaceRows(workspaceRows)
+{
+}
+
+IPluginCapability* TargetHistoryAttention::getCapabilityInterface(PluginCapabilityType type) noexcept
+{
+    switch (type)
+    {
+    case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
+    case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild*>(this);
+    case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+    }
+    return nullptr;
+}
+
+IPluginV3* TargetHistoryAttention::clone() noexcept
+{
+    auto* const copy = new TargetHistoryAttention(mScale, mWorkspaceRows);
+    copy->mTactic = mTactic;
+    copy->mTactics = mTactics;
+    return copy;
+}
+
+char const* TargetHistoryAttention::getPluginName() const noexcept
+{
+    return kNAME;
+}
+
+char const* TargetHistoryAttention::getPluginVersion() const noexcept
+{
+    return kVERSION;
+}
+
+char const* TargetHistoryAttention::getPluginNamespace() const noexcept
+{
+    return kNAMESPACE;
+}
+
+int32_t TargetHistoryAttention::getNbOutputs() const noexcept
+{
+    return 1;
+}
+
+int32_t TargetHistoryAttention::getOutputDataTypes(
+    DataType* outputTypes, int32_t nbOutputs, DataType const* inputTypes, int32_t nbInputs) const noexcept
+{
+    return guarded([&] {
+        if (nbInputs != kINPUTS || nbOutputs != 1)
+        {
+            throw std::runtime_error("expected 6 inputs and 1 output");
+        }
+        Element element{};
+        if (!toElement(inputTypes[0], element) || inputTypes[1] != inputTypes[0] || inputTypes[2] != inputTypes[0])
+        {
+            throw std::runtime_error("query, key and value must have one type; supported are BF16, HALF, FLOAT");
+        }
+        for (int32_t i = 3; i < kINPUTS; ++i)
+        {
+            if (inputTypes[i] != DataType::kINT32)
+            {
+                throw std::runtime_error(std::string(kINPUT_NAMES[i]) + " must be INT32: cast it in the network");
+            }
+        }
+        outputTypes[0] = inputTypes[0];
+    });
+}
+
+int32_t TargetHistoryAttention::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const*, int32_t,
+    DimsExprs* outputs, int32_t nbOutputs, IExprBuilder&) noexcept
+{
+    return guarded([&] {
+        if (nbInputs != kINPUTS || nbOutputs != 1)
+        {
+            throw std::runtime_error("expected 6 inputs and 1 output");
+        }
+        for (int32_t i = 0; i < kINPUTS; ++i)
+        {
+            if (inputs[i].nbDims != kRANKS[i])
+            {
+                throw std::runtime_error(std::string(kINPUT_NAMES[i]) + " has " + std::to_string(inputs[i].nbDims)
+                    + " dimensions, expected " + std::to_string(kRANKS[i]));
+            }
+        }
+        outputs[0].nbDims = 3;
+        outputs[0].d[0] = inputs[0].d[0];
+        outputs[0].d[1] = inputs[0].d[1];
+        outputs[0].d[2] = inputs[2].d[2];
+    });
+}
+
+bool TargetHistoryAttention::supportsFormatCombination(
+    int32_t pos, DynamicPluginTensorDesc const* inOut, int32_t nbInputs, int32_t nbOutputs) noexcept
+{
+    if (nbInputs != kINPUTS || nbOutputs != 1 || inOut[pos].desc.format != TensorFormat::kLINEAR)
+    {
+        return false;
+    }
+    if (pos >= 3 && pos < kINPUTS)
+    {
+        return inOut[pos].desc.type == DataType::kINT32;
+    }
+    Element element{};
+    if (pos == 0)
+    {
+        return toElement(inOut[0].desc.type, element)
+            && std::any_of(attends().begin(), attends().end(), [&](Attend const& a) { return a.shape.element == element; });
+    }
+    return inOut[pos].desc.type == inOut[0].desc.type;
+}
+
+int32_t TargetHistoryAttention::configurePlugin(
+    DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*, int32_t) noexcept
+{
+    return guarded([&] {
+        Shape const shape = shapeOf(in[0].desc.dims, in[1].desc.dims, in[2].desc.dims, in[0].desc.type);
+        int32_t const sm = smHere();
+        int64_t mostRows = 0;
+        mTactics.clear();
+        for (Attend const& candidate : attends())
+        {
+            bool const fits = candidate.shape == shape && candidate.sm == sm && sameScale(candidate.scale, mScale);
+            if (fits && !candidate.parts && !candidate.tied)
+            {
+                mTactics.push_back(candidate.tactic());
+                mostRows = std::max<int64_t>(mostRows, kMOST_BLOCKS_AT_ONCE * candidate.blockM);
+            }
+        }
+        if (mTactics.empty())
+        {
+            throw std::runtime_error("no kernel for H=" + std::to_string(shape.heads)
+                + " H_k=" + std::to_string(shape.keyHeads) + " D=" + std::to_string(shape.depth)
+                + " D_v=" + std::to_string(shape.valueDepth) + " scale=" + std::to_string(mScale) + " on this GPU; "
+                + supported());
+        }
+        // `desc.dims` has -1 where a dimension is dynamic; `max` then bounds it.
+        int64_t const targets = in[0].desc.dims.d[0] >= 0 ? in[0].desc.dims.d[0] : in[0].max.d[0];
+        mWorkspaceRows = static_cast<int32_t>(std::min(mostRows, kMAX_PARTS * targets * shape.heads));
+    });
+}
+
+size_t TargetHistoryAttention::getWorkspaceSize(
+    DynamicPluginTensorDesc const* inputs, int32_t, DynamicPluginTensorDesc const*, int32_t) const noexcept
+{
+    auto const valueDepth = static_cast<size_t>(inputs[2].desc.dims.d[2]);
+    return static_cast<size_t>(mWorkspaceRows) * (valueDepth + 2) * sizeof(float);
+}
+
+int32_t TargetHistoryAttention::getNbTactics() noexcept
+{
+    return static_cast<int32_t>(mTactics.size());
+}
+
+int32_t TargetHistoryAttention::getValidTactics(int32_t* tactics, int32_t nbTactics) noexcept
+{
+    std::copy_n(mTactics.begin(), std::min<size_t>(mTactics.size(), static_cast<size_t>(nbTactics)), tactics);
+    return 0;
+}
+
+int32_t TargetHistoryAttention::setTactic(int32_t tactic) noexcept
+{
+    mTactic = tactic;
+    return 0;
+}
+
+Attend const* TargetHistoryAttention::find(Shape const& shape, int32_t sm, bool tied, bool parts) const
+{
+    for (Attend const& candidate : attends())
+    {
+        if (candidate.shape == shape && candidate.sm == sm && candidate.tied == tied && candidate.parts == parts
+            && sameScale(candidate.scale, mScale) && (mTactic == 0 || candidate.tactic() == mTactic))
+        {
+            return &candidate;
+        }
+    }
+    return nullptr;
+}
+
+int32_t TargetHistoryAttention::onShapeChange(
+    PluginTensorDesc const* in, int32_t, PluginTensorDesc const*, int32_t) noexcept
+{
+    // Modules are loaded here, not in enqueue, which may be recorded into a CUDA graph.
+    return guarded([&] {
+        Shape const shape = shapeOf(in[0].dims, in[1].dims, in[2].dims, in[0].type);
+        int32_t const sm = artifactSm(currentDevice().sm);
+        if (find(shape, sm, false, false) == nullptr)
+        {
+            throw std::runtime_error("no kernel for this engine on this GPU; " + supported());
+        }
+        for (bool const tied : {false, true})
+        {
+            for (bool const parts : {false, true})
+            {
+                if (Attend const* const artifact = find(shape, sm, tied, parts); artifact != nullptr)
+                {
+                    loadAttend(*artifact);
+                }
+            }
+        }
+        loadCombine(findCombine(shape, sm));
+    });
+}
+
+int32_t TargetHistoryAttention::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const*,
+    void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept
+{
+    return guarded([&] {
+        Shape const shape
+            = shapeOf(inputDesc[0].dims, inputDesc[1].dims, inputDesc[2].dims, inputDesc[0].type);
+        auto targets = static_cast<int32_t>(inputDesc[0].dims.d[0]);
+        auto requests = static_cast<int32_t>(inputDesc[5].dims.d[0]);
+        int64_t const tokens = inputDesc[1].dims.d[0];
+        int64_t const rows = int64_t{targets} * shape.heads;
+        if (rows == 0 || requests == 0)
+        {
+            return;
+        }
+        void const* const pointers[] = {inputs[0], inputs[1], inputs[2], outputs[0]};
+        for (void const* pointer : pointers)
+        {
+            if (reinterpret_cast<uintptr_t>(pointer) % kALIGNMENT != 0)
+            {
+                throw std::runtime_error("a tensor is not aligned to 16 bytes");
+            }
+        }
+
+        DeviceInfo const device = currentDevice();
+        int32_t const sm = artifactSm(device.sm);
+        Attend const* tiedWhole = inputs[1] == inputs[2] ? find(shape, sm, true, false) : nullptr;
+        bool const tied = tiedWhole != nullptr;
+        Attend const* const whole = tied ? tiedWhole : find(shape, sm, false, false);
+        Attend const* const inParts = find(shape, sm, tied, true);
+        if (whole == nullptr)
+        {
+            throw std::runtime_error("no kernel for this engine on this GPU; " + supported());
+        }
+
+        // Cut each history so that the blocks fill the GPU once: more blocks than run at a time gain nothing.
+        int64_t parts = 1;
+        if (inParts != nullptr && workspace != nullptr)
+        {
+            int64_t const blocks = inParts->gridX(targets, requests) * inParts->gridY();
+            int64_t const atOnce = int64_t{device.multiprocessors} * loadAttend(*inParts).resident;
+            int64_t const tokenBlocks = tokens / requests / inParts->blockN;
+            parts = std::min({atOnce / blocks, tokenBlocks / kLEAST_BLOCKS_A_PART, kMAX_PARTS,
+                int64_t{mWorkspaceRows} / rows});
+        }
+
+        std::array<void const*, 6> in{};
+        std::copy_n(inputs, 6, in.begin());
+        void* out = outputs[0];
+        if (parts < 2)
+        {
+            void* arguments[] = {&in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &targets, &requests, &out};
+            launch(loadAttend(*whole),
+                {checkedGrid(whole->gridX(targets, requests)), static_cast<uint32_t>(whole->gridY()), 1}, arguments,
+                stream);
+            return;
+        }
+        auto* partialOut = static_cast<float*>(workspace);
+        float* partialStats = partialOut + parts * rows * shape.valueDepth;
+        void* attendArguments[]
+            = {&in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &targets, &requests, &partialOut, &partialStats};
+        launch(loadAttend(*inParts),
+            {checkedGrid(inParts->gridX(targets, requests)), static_cast<uint32_t>(inParts->gridY()),
+                static_cast<uint32_t>(parts)},
+            attendArguments, stream);
+        auto nRows = static_cast<int32_t>(rows);
+        auto nParts = static_cast<int32_t>(parts);
+        void* combineArguments[] = {&partialOut, &partialStats, &nRows, &nParts, &out};
+        launch(loadCombine(findCombine(shape, sm)), {checkedGrid(rows), 1, 1}, combineArguments, stream);
+    });
+}
+
+IPluginV3* TargetHistoryAttention::attachToContext(IPluginResourceContext*) noexcept
+{
+    return clone();
+}
+
+PluginFieldCollection const* TargetHistoryAttention::getFieldsToSerialize() noexcept
+{
+    mFields = {PluginField("scale", &mScale, PluginFieldType::kFLOAT32, 1),
+        PluginField("workspace_rows", &mWorkspaceRows, PluginFieldType::kINT32, 1)};
+    mCollection = {static_cast<int32_t>(mFields.size()), mFields.data()};
+    return &mCollection;
+}
+
+TargetHistoryAttentionCreator::TargetHistoryAttentionCreator()
+    : mFields{PluginField("scale", nullptr, PluginFieldType::kFLOAT32, 1)}
+    , mCollection{static_cast<int32_t>(mFields.size()), mFields.data()}
+{
+}
+
+IPluginV3* TargetHistoryAttentionCreator::createPlugin(
+    char const*, PluginFieldCollection const* fields, TensorRTPhase) noexcept
+{
+    TargetHistoryAttention* plugin = nullptr;
+    guarded([&] {
+        float scale = NAN;
+        int32_t workspaceRows = 0;
+        for (int32_t i = 0; i < fields->nbFields; ++i)
+        {
+            PluginField const& field = fields->fields[i];
+            std::string const name = field.name;
+            if (name == "scale" && field.type == PluginFieldType::kFLOAT32 && field.length == 1)
+            {
+                scale = *static_cast<float const*>(field.data);
+            }
+            else if (name == "workspace_rows" && field.type == PluginFieldType::kINT32 && field.length == 1)
+            {
+                workspaceRows = *static_cast<int32_t const*>(field.data);
+            }
+            else
+            {
+                throw std::runtime_error("field " + name + " is unknown or of the wrong type; expected float scale");
+            }
+        }
+        if (!std::isfinite(scale) || workspaceRows < 0)
+        {
+            throw std::runtime_error("the node needs a finite attribute scale");
+        }
+        plugin = new TargetHistoryAttention(scale, workspaceRows);
+    });
+    return plugin;
+}
+
+PluginFieldCollection const* TargetHistoryAttentionCreator::getFieldNames() noexcept
+{
+    return &mCollection;
+}
+
+char const* TargetHistoryAttentionCreator::getPluginName() const noexcept
+{
+    return kNAME;
+}
+
+char const* TargetHistoryAttentionCreator::getPluginVersion() const noexcept
+{
+    return kVERSION;
+}
+
+char const* TargetHistoryAttentionCreator::getPluginNamespace() const noexcept
+{
+    return kNAMESPACE;
+}
+
+} // namespace stca
+
+extern "C" IPluginCreatorInterface* const* getCreators(int32_t& nbCreators)
+{
+    static stca::TargetHistoryAttentionCreator creator;
+    static IPluginCreatorInterface* const creators[] = {&creator};
+    nbCreators = 1;
+    return creators;
+}
+
+extern "C" void setLoggerFinder(ILoggerFinder* finder)
+{
+    stca::gLoggerFinder.store(finder);
+}
