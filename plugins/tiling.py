@@ -24,7 +24,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -175,6 +175,18 @@ def device_for(sm: int) -> Device:
     return known[-1]
 
 
+def scaled(device: Device, multiprocessors: int) -> Device:
+    """The same GPU with another number of multiprocessors, and rates in proportion; bandwidth stays."""
+    share = multiprocessors / device.multiprocessors
+    return replace(
+        device,
+        multiprocessors=multiprocessors,
+        cache_bandwidth=device.cache_bandwidth * share,
+        matrix=device.matrix * share,
+        exponentials=device.exponentials * share,
+    )
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least `n`."""
     return 1 << max(n - 1, 0).bit_length()
@@ -255,25 +267,15 @@ def _chunk(shape: Shape, block_m: int, warps: int, sm: int) -> int:
     return depth if depth <= 128 else 64
 
 
-def blocks(shape: Shape, tile: Tile, sizes: Sizes, splits: int) -> tuple[int, int, int]:
-    """Grid of `attend_kernel`."""
-    value_tiles = -(-shape.value_depth // tile.block_dv)
-    row_tiles = sizes.targets * shape.group // tile.block_m + sizes.requests
-    return row_tiles, shape.key_heads * value_tiles, splits
+def seconds(shape: Shape, sizes: Sizes, tile: Tile, splits: int, device: Device) -> float:
+    """The model's time of the whole operator; the terms are explained at the top of this file."""
+    return _attend_seconds(shape, sizes, tile, splits, device) + _combine_seconds(shape, sizes, splits, device)
 
 
-def combine_block(shape: Shape) -> tuple[int, int, int]:
-    """`BLOCK_S`, `BLOCK_DV` and warps of `combine_kernel`: about 16 to 32 numbers in flight a thread."""
-    width = power_of_two(shape.value_depth)
-    parts = max(2, min(16, 4096 // width))
-    return parts, width, max(1, min(4, parts * width // 1024))
-
-
-def attend_seconds(shape: Shape, tile: Tile, sizes: Sizes, splits: int, device: Device) -> float:
-    """The model's time of `attend_kernel`; the terms are explained at the top of this file."""
+def _attend_seconds(shape: Shape, sizes: Sizes, tile: Tile, splits: int, device: Device) -> float:
     rows = max(1, sizes.targets * shape.group // max(1, sizes.requests))
     length = max(1, sizes.tokens // max(1, sizes.requests))
-    _, columns, _ = blocks(shape, tile, sizes, splits)
+    columns = shape.key_heads * -(-shape.value_depth // tile.block_dv)
     count = sizes.requests * -(-rows // tile.block_m) * columns * splits
     steps = -(-length // (tile.block_n * splits))
     chunked_depth = -(-shape.depth // tile.block_d) * tile.block_d
@@ -302,8 +304,15 @@ def attend_seconds(shape: Shape, tile: Tile, sizes: Sizes, splits: int, device: 
     return LAUNCH + max(rounds * (4 * MEMORY_LATENCY + steps * step), moved / device.bandwidth)
 
 
-def combine_seconds(shape: Shape, sizes: Sizes, splits: int, device: Device) -> float:
-    """The model's time of writing the parts and of `combine_kernel`, which reads them back from the cache."""
+def combine_block(shape: Shape) -> tuple[int, int, int]:
+    """`BLOCK_S`, `BLOCK_DV` and warps of `combine_kernel`: 8 to 32 numbers in flight a thread."""
+    width = power_of_two(shape.value_depth)
+    parts = max(2, min(16, 4096 // width))
+    return parts, width, max(1, min(4, parts * width // 1024))
+
+
+def _combine_seconds(shape: Shape, sizes: Sizes, splits: int, device: Device) -> float:
+    """Writing the parts, and `combine_kernel`, which reads them back from the cache."""
     if splits == 1:
         return 0.0
     partial = 4 * splits * sizes.targets * shape.heads * (shape.value_depth + 2)
@@ -349,13 +358,9 @@ def rank(shape: Shape, sizes: Sizes, device: Device, shared_limit: int) -> list[
     length = max(1, sizes.tokens // max(1, sizes.requests))
     plans = []
     for tile in tiles(shape, device.sm, shared_limit):
-        timed = (
-            (attend_seconds(shape, tile, sizes, s, device) + combine_seconds(shape, sizes, s, device), s)
-            for s in _SPLITS
-            if s == 1 or s * tile.block_n <= length
-        )
-        seconds, splits = min(timed)
-        plans.append(Plan(tile, splits, seconds))
+        timed = ((seconds(shape, sizes, tile, s, device), s) for s in _SPLITS if s == 1 or s * tile.block_n <= length)
+        best, splits = min(timed)
+        plans.append(Plan(tile, splits, best))
     if not plans:
         raise ValueError(
             f"{QUALIFIED_NAME}: no tile of {shape} fits {shared_limit} bytes of shared memory on SM {device.sm}"

@@ -1,0 +1,131 @@
+"""The kernels on a CPU, in Triton's interpreter: slow, but the same source, grid and arguments as on a GPU.
+
+Triton decides when it is imported whether kernels are compiled or interpreted. So a child process interprets, and this
+one stays free to compile: `Interpreter` sends it launches and gets their tensors back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+from torch import Tensor
+
+KERNELS = Path(__file__).with_name("kernels.py")
+
+
+class Interpreter:
+    """A child process in which Triton interprets; close it, or use it in a `with`.
+
+    Args:
+        source: file with the kernels; a test may pass a changed copy.
+
+    Raises:
+        RuntimeError: from `launch`, with the child's own message, when a kernel fails or Triton is missing.
+    """
+
+    def __init__(self, source: Path = KERNELS) -> None:
+        self._source = source
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def launch(
+        self,
+        kernel: str,
+        grid: tuple[int, ...],
+        arguments: Sequence[Tensor | int],
+        constants: Mapping[str, Any],
+    ) -> None:
+        """Run one kernel over `grid`; CPU tensors among `arguments` are written in place, as a GPU would."""
+        if self._child is None:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "stca.plugins.interpret", str(self._source)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            )
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        try:
+            pickle.dump((kernel, grid, list(arguments), dict(constants)), self._child.stdin)
+            self._child.stdin.flush()
+            results = pickle.load(self._child.stdout)
+        except (EOFError, BrokenPipeError) as error:
+            raise RuntimeError(f"Triton's interpreter ended with exit status {self._child.wait()}") from error
+        if isinstance(results, str):
+            raise RuntimeError(f"{kernel} failed in Triton's interpreter: {results}")
+        for argument, result in zip(arguments, results, strict=True):
+            if isinstance(argument, Tensor):
+                argument.copy_(result)
+
+    def close(self) -> None:
+        """End the child."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.communicate()
+            self._child = None
+
+    def __enter__(self) -> Interpreter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _load(source: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("interpreted_kernels", source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _round_to_nearest() -> None:
+    """Make the interpreter round float32 to bfloat16 as a GPU does, to nearest even; it truncates."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
+        if source == tl.float32 and target == tl.bfloat16:
+            bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
+        return convert(values, source, target, mode)
+
+    interpreter._convert_float = rounded
+
+
+def _serve(source: Path) -> None:
+    """Read launches on stdin and answer with their tensors on stdout, until stdin ends."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a kernel prints must not mix with the replies
+    _round_to_nearest()
+    kernels = _load(source)
+    while True:
+        try:
+            kernel, grid, arguments, constants = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            getattr(kernels, kernel)[grid](*arguments, **constants)
+            reply: Any = [x if isinstance(x, Tensor) else None for x in arguments]
+        except Exception as error:  # the parent raises it; the child lives on
+            reply = f"{type(error).__name__}: {error}"
+        pickle.dump(reply, replies)
+        replies.flush()
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]))

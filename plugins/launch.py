@@ -1,0 +1,155 @@
+"""From tensors to kernel launches: which kernels, on what grid, with what arguments, in the order TensorRT passes them.
+
+`launches` is the only place that says so; a GPU (`run_cuda`) or Triton's interpreter (`run_interpreted`) runs them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stca.plugins import tiling
+from stca.plugins.aot import attend_constants, attend_grid
+from stca.plugins.interpret import Interpreter
+from stca.plugins.spec import QUALIFIED_NAME
+from stca.plugins.tiling import Device, Plan, Shape, Sizes
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch. `arguments` are tensor inputs, int32 scalars, tensor outputs."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    arguments: tuple[Tensor | int, ...]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+
+def shape_of(query: Tensor, key: Tensor, value: Tensor) -> Shape:
+    """What is compiled in for these tensors.
+
+    Raises:
+        ValueError: for a head size, head count or dtype without a kernel, naming those that have one.
+    """
+    tied = key.data_ptr() == value.data_ptr() and key.shape == value.shape and key.stride() == value.stride()
+    dtype = str(query.dtype).removeprefix("torch.")
+    return Shape(query.shape[1], key.shape[1], query.shape[2], value.shape[2], dtype, tied)
+
+
+def sizes_of(query: Tensor, key: Tensor, target_offsets: Tensor) -> Sizes:
+    """The counts that change from launch to launch."""
+    return Sizes(query.shape[0], key.shape[0], target_offsets.shape[0] - 1)
+
+
+def launches(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    target_offsets: Tensor,
+    history_offsets: Tensor,
+    history_lengths: Tensor,
+    scale: float,
+    plan: Plan,
+    out: Tensor,
+    *,
+    upcast: bool = False,
+) -> list[Launch]:
+    """The launches that fill `out` `(N_t, H, D_v)`: one, or with a split history one and the one that joins its parts.
+
+    All tensors are contiguous; shapes and dtypes are those of `torch.ops.stca.target_history_attention`. Partial
+    results are allocated here, uninitialised: what the second kernel reads, the first has written.
+    """
+    shape = shape_of(query, key, value)
+    sizes = sizes_of(query, key, target_offsets)
+    if sizes.targets == 0:
+        return []
+    split = plan.splits > 1
+    outputs: tuple[Tensor, ...] = (out,)
+    if split:
+        rows = (plan.splits, sizes.targets, shape.heads)
+        outputs = tuple(
+            torch.empty((*rows, width), dtype=torch.float32, device=out.device) for width in (shape.value_depth, 2)
+        )
+    structure = (target_offsets, history_offsets, history_lengths)
+    attend = Launch(
+        "attend_kernel",
+        attend_grid(sizes.targets, sizes.requests, shape, plan.tile, plan.splits),
+        (query, key, value, *structure, sizes.targets, sizes.requests, *outputs),
+        attend_constants(shape, plan.tile, scale, split, upcast=upcast),
+        plan.tile.warps,
+        plan.tile.stages,
+    )
+    if not split:
+        return [attend]
+    block_s, block_dv, warps = tiling.combine_block(shape)
+    rows_out = sizes.targets * shape.heads
+    combine = Launch(
+        "combine_kernel",
+        (rows_out, 1, 1),
+        (*outputs, rows_out, plan.splits, out),
+        {"D_V": shape.value_depth, "BLOCK_S": block_s, "BLOCK_DV": block_dv},
+        warps,
+        1,
+    )
+    return [attend, combine]
+
+
+def run_cuda(steps: list[Launch]) -> None:
+    """Launch on the current stream of the tensors' device."""
+    from stca.plugins import kernels
+
+    for step in steps:
+        getattr(kernels, step.kernel)[step.grid](
+            *step.arguments, **step.constants, num_warps=step.warps, num_stages=step.stages, enable_fp_fusion=True
+        )
+
+
+def run_interpreted(steps: list[Launch], interpreter: Interpreter) -> None:
+    """Launch in Triton's interpreter; the tensors are CPU tensors, the launches were made with `upcast`."""
+    for step in steps:
+        interpreter.launch(step.kernel, step.grid, step.arguments, step.constants)
+
+
+def device_of(tensor: Tensor) -> Device:
+    """The cost model's view of the GPU a tensor lives on.
+
+    Raises:
+        ValueError: for a GPU before SM 80, naming the supported ones.
+    """
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return tiling.scaled(tiling.device_for(10 * properties.major + properties.minor), properties.multi_processor_count)
+
+
+def target_history_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    target_offsets: Tensor,
+    history_offsets: Tensor,
+    history_lengths: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The operator on CUDA tensors; arguments as for `torch.ops.stca.target_history_attention`, already checked.
+
+    Raises:
+        ValueError: for a head size, dtype or GPU without a kernel, or without Triton.
+    """
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{QUALIFIED_NAME} on CUDA needs Triton: pip install triton") from error
+    if history_lengths is None:
+        history_lengths = history_offsets[1:] - history_offsets[:-1]
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    shape, device = shape_of(query, key, value), device_of(query)
+    out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+    plan = tiling.choose(shape, sizes_of(query, key, target_offsets), device)
+    structure = (target_offsets.contiguous(), history_offsets.contiguous(), history_lengths.contiguous())
+    with torch.cuda.device(query.device):
+        run_cuda(launches(query, key, value, *structure, scale, plan, out))
+    return out
