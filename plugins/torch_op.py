@@ -9,6 +9,8 @@ from torch import Tensor
 
 from stca.plugins.spec import check_shapes
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def _segments(target_offsets: Tensor, history_offsets: Tensor, history_lengths: Tensor | None) -> list[list[int]]:
     """Rows `(first target, last target, first token, last token)`, one per request, on the host."""
@@ -81,6 +83,22 @@ def target_history_attention(
     return eager(query, key, value, target_offsets, history_offsets, history_lengths, scale)
 
 
+@target_history_attention.register_kernel("cuda")
+def _cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    target_offsets: Tensor,
+    history_offsets: Tensor,
+    history_lengths: Tensor | None,
+    scale: float,
+) -> Tensor:
+    from stca.plugins import launch  # Triton is needed only here
+
+    _check(query, key, value, target_offsets, history_offsets, history_lengths)
+    return launch.target_history_attention(query, key, value, target_offsets, history_offsets, history_lengths, scale)
+
+
 def _check(
     query: Tensor,
     key: Tensor,
@@ -97,6 +115,8 @@ def _check(
         history_offsets.shape,
         None if history_lengths is None else history_lengths.shape,
     )
+    if query.dtype not in _DTYPES:
+        raise ValueError(f"query is {query.dtype}; supported are {', '.join(map(str, _DTYPES))}")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
     for name, x in (("target_offsets", target_offsets), ("history_offsets", history_offsets)):
