@@ -22,6 +22,9 @@ from stca.export.model import AttentionForm, Stca
 
 CONFIG_KEY = "stca.config"
 
+# What converts to the model's float32 without more information; an 8-bit float would need its scale.
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -59,10 +62,16 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(
                 f"checkpoint tensor {name!r} is {list(tensor.shape)}, the config needs {list(wanted[name].shape)}"
             )
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"checkpoint tensor {name!r} is {tensor.dtype}; expected floating point")
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"checkpoint tensor {name!r} has NaN or infinite values; export an earlier step")
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"checkpoint tensor {name!r} is {tensor.dtype}; save it as torch.float32")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise CheckpointError(
+                f"checkpoint tensor {name!r} is {tensor.layout} on {tensor.device}; save dense values from a real device"
+            )
+        if not bool(torch.isfinite(tensor.to(wanted[name].dtype)).all()):
+            raise CheckpointError(
+                f"checkpoint tensor {name!r} has NaN or infinite values as {wanted[name].dtype}; export an earlier step"
+            )
     model.load_state_dict(dict(tensors))
 
 
@@ -72,7 +81,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: Stca, metadata: Mapping
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
     try:
-        safetensors.torch.save_file(tensors, temporary, {CONFIG_KEY: model.config.to_json(), **(metadata or {})})
+        safetensors.torch.save_file(tensors, temporary, {**(metadata or {}), CONFIG_KEY: model.config.to_json()})
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -94,7 +103,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if CONFIG_KEY in metadata:
         config_text = metadata[CONFIG_KEY]
     elif beside.is_file():
-        config_text = beside.read_text(encoding="utf-8")
+        try:
+            config_text = beside.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise CheckpointError(f"{beside}: cannot be read as text ({e}); write it with StcaConfig.to_json()") from e
     else:
         raise CheckpointError(f"{file}: no config in its metadata; put it beside the file as {beside.name}")
     return Checkpoint(StcaConfig.from_json(config_text), tensors, metadata)
@@ -125,4 +137,8 @@ def _read_state_dict(file: Path) -> dict[str, Tensor]:
         ) from e
     if not isinstance(loaded, Mapping) or not all(isinstance(t, Tensor) for t in loaded.values()):
         raise CheckpointError(f"{file}: holds {type(loaded).__name__}, not a state dict; save model.state_dict() alone")
+    if odd := next((n for n in loaded if not isinstance(n, str)), None):
+        raise CheckpointError(
+            f"{file}: has a key {odd!r} that is no string, so it is no state dict; save model.state_dict()"
+        )
     return dict(loaded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,6 +64,10 @@ class StcaConfig:
         for name in ("history_fields", "user_fields", "request_fields", "target_fields"):
             fields = tuple(Field(str(n), int(s)) for n, s in getattr(self, name))
             object.__setattr__(self, name, fields)
+            if twice := [f.name for i, f in enumerate(fields) if f.name in (g.name for g in fields[:i])]:
+                raise CheckpointError(f"config: {name} has the field {twice[0]!r} twice; name each once")
+        if isinstance(self.tasks, str) or len(set(self.tasks)) < len(self.tasks):
+            raise CheckpointError(f"config: tasks is {self.tasks!r}; it must be a list of different names")
         object.__setattr__(self, "tasks", tuple(self.tasks))
         sizes = {
             name: value
@@ -83,6 +88,10 @@ class StcaConfig:
             if by_name.setdefault(field.name, field.size) != field.size:
                 raise CheckpointError(
                     f"config: field {field.name!r} has two sizes, {by_name[field.name]} and {field.size}"
+                )
+            if not re.fullmatch(r"\w+", field.name):
+                raise CheckpointError(
+                    f"config: field name {field.name!r} may hold only letters, digits and underscores"
                 )
             if field.name in ("item", "time", "gap", "offsets"):
                 raise CheckpointError(f"config: field name {field.name!r} is taken by the model; choose another")
@@ -119,7 +128,7 @@ class StcaConfig:
         """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:  # a number of 5,000 digits is a plain ValueError
             raise CheckpointError(f"config is not JSON ({e}); write it with StcaConfig.to_json()") from e
         if not isinstance(values, Mapping):
             raise CheckpointError("config must be a JSON object; write it with StcaConfig.to_json()")
@@ -143,7 +152,7 @@ def _check_type(name: str, value: Any, expected: Any) -> None:
     elif name == "tasks":
         ok, words = isinstance(value, list) and all(isinstance(x, str) for x in value), "a list of strings"
     else:
-        pair = lambda x: isinstance(x, list) and len(x) == 2 and isinstance(x[0], str) and isinstance(x[1], int)  # noqa: E731
+        pair = lambda x: isinstance(x, list) and len(x) == 2 and isinstance(x[0], str) and type(x[1]) is int  # noqa: E731
         ok, words = isinstance(value, list) and all(map(pair, value)), "a list of [name, size] pairs"
     if not ok:
         raise CheckpointError(f"config: {name} is {value!r}; expected {words}")

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import stca.plugins.torch_op  # noqa: F401  registers torch.ops.stca.target_history_attention
 from stca.bundle import Scope, TensorSpec
+from stca.errors import CheckpointError
 from stca.export.config import StcaConfig
 
 AttentionForm = Literal["projected", "absorbed"]
@@ -183,6 +184,8 @@ class Stca(nn.Module):
         self.register_buffer("hours", torch.arange(3600, 86400, 3600), persistent=False)
         self.item_table = nn.Parameter(torch.randn(config.items, config.item_width) * 0.1)
         tables = {f.name: f.size for f in config.fields()}
+        if taken := [n for n in tables if hasattr(nn.ParameterDict(), n)]:  # type, float, keys, …
+            raise CheckpointError(f"config: field name {taken[0]!r} is taken by torch's modules; choose another")
         self.field_tables = nn.ParameterDict({n: nn.Parameter(torch.randn(s, w) * 0.1) for n, s in tables.items()})
         time_rows = {"hour": 24, "gap": TIME_BUCKETS, "delta": TIME_BUCKETS}
         self.time_tables = nn.ParameterDict({n: nn.Parameter(torch.randn(time_rows[n], w) * 0.1) for n in times})
