@@ -52,12 +52,11 @@ def module(of: StcaConfig, seed: int = 0) -> Stca:
 
     from stca.export.model import Stca
 
-    generator = torch.Generator().manual_seed(seed)
-    made = Stca(of).eval()
-    with torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        made = Stca(of).eval()
         for name, p in made.named_parameters():
-            spread = 1.0 if "table" in name else 0.3
-            p.add_(torch.randn(p.shape, generator=generator) * (spread if p.dim() == 1 or "table" in name else 0.05))
+            p.add_(torch.randn(p.shape) * (1.0 if "table" in name else 0.3 if p.dim() == 1 else 0.05))
     return made
 
 

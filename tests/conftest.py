@@ -1,0 +1,65 @@
+"""What all tests share. Exports take seconds each, so there is one of each kind per run; tests must not change them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+# A busy machine is slow now and then; that says nothing of the code.
+settings.register_profile("stca", deadline=None)
+settings.load_profile("stca")
+
+Exporter = Callable[[str, str], Path]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A checkpoint of the tiny model, by its `time`."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def save(time: str) -> Path:
+        from support import tiny
+
+        from stca.export.checkpoint import save_checkpoint
+
+        file = root / f"{time}.safetensors"
+        save_checkpoint(file, tiny.module(tiny.config(time=time)))
+        return file
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, checkpoint_file: Callable[[str], Path]) -> Exporter:
+    """The tiny model's bundle, by its `time` and attention form, without a parity report. Not to be written to."""
+    root = tmp_path_factory.mktemp("bundles")
+
+    @cache
+    def export(time: str, form: str) -> Path:
+        from support import tiny
+
+        from stca.export.checkpoint import load_checkpoint
+        from stca.export.pipeline import export_checkpoint
+
+        out = root / f"{time}-{form}"
+        export_checkpoint(load_checkpoint(checkpoint_file(time)), out, prove=tiny.no_proof, form=form)  # type: ignore[arg-type]
+        return out
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def bundle_dir(exported: Exporter) -> Path:
+    """The one most tests use: absorbed, time from the log. Not to be written to."""
+    return exported("log", "absorbed")
