@@ -23,6 +23,22 @@ def _segments(target_offsets: Tensor, history_offsets: Tensor, history_lengths: 
     return segments
 
 
+def _stack(x: Tensor, key_heads: int) -> Tensor:
+    """`(m, H, D)` to `(H_k, m * H / H_k, D)`: heads that share a key head become rows."""
+    m, heads, depth = x.shape
+    return x.reshape(m, key_heads, heads // key_heads, depth).transpose(0, 1).reshape(key_heads, -1, depth)
+
+
+def _unstack(x: Tensor, m: int) -> Tensor:
+    """The inverse of `_stack`."""
+    key_heads, rows, depth = x.shape
+    return x.reshape(key_heads, m, rows // m, depth).transpose(0, 1).reshape(m, -1, depth)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def eager(
     query: Tensor,
     key: Tensor,
@@ -37,21 +53,18 @@ def eager(
     All heads of a request share one matrix product: with one key head the targets' heads stack up as rows, so the
     absorbed form is a single `(m · H, D) x (D, L)` product instead of `H` small ones.
     """
-    heads, key_heads = query.shape[1], key.shape[1]
-    group = heads // key_heads
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    compute = _compute_dtype(query)
     parts = []
     for t0, t1, l0, l1 in _segments(target_offsets, history_offsets, history_lengths):
         m = t1 - t0
         if m == 0 or l1 == l0:
-            parts.append(query.new_zeros(m, heads, value.shape[2]))
+            parts.append(query.new_zeros(m, query.shape[1], value.shape[2]))
             continue
-        q = query[t0:t1].to(compute).reshape(m, key_heads, group, -1).transpose(0, 1).reshape(key_heads, m * group, -1)
-        k = key[l0:l1].to(compute).permute(1, 2, 0)
-        v = value[l0:l1].to(compute).transpose(0, 1)
-        o = torch.softmax((q * scale) @ k, dim=-1) @ v
-        parts.append(o.reshape(key_heads, m, group, -1).transpose(0, 1).reshape(m, heads, -1).to(query.dtype))
-    return torch.cat(parts) if parts else query.new_zeros(0, heads, value.shape[2])
+        q = _stack(query[t0:t1].to(compute), key.shape[1])
+        k, v = (x[l0:l1].to(compute).transpose(0, 1) for x in (key, value))
+        out = torch.softmax((q * scale) @ k.mT, dim=-1) @ v
+        parts.append(_unstack(out, m).to(query.dtype))
+    return torch.cat(parts) if parts else query.new_zeros(0, query.shape[1], value.shape[2])
 
 
 @torch.library.custom_op("stca::target_history_attention", mutates_args=(), device_types="cpu")
@@ -139,21 +152,57 @@ def _fake(
     return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
 
 
+@torch.library.custom_op("stca::target_history_attention_backward", mutates_args=())
+def _gradients(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    target_offsets: Tensor,
+    history_offsets: Tensor,
+    history_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value. The weights are computed anew, so that nothing of size targets x history is
+    kept from forward to backward; an op of its own, so that compilers see no loop over requests here either."""
+    compute = _compute_dtype(query)
+    d_query, d_key, d_value = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    for t0, t1, l0, l1 in _segments(target_offsets, history_offsets, history_lengths):
+        m = t1 - t0
+        if m == 0 or l1 == l0:
+            continue
+        q, d_out = (_stack(x[t0:t1].to(compute), key.shape[1]) for x in (query, grad))
+        k, v = (x[l0:l1].to(compute).transpose(0, 1) for x in (key, value))
+        weights = torch.softmax((q * scale) @ k.mT, dim=-1)
+        d_weights = d_out @ v.mT
+        d_logits = weights * (d_weights - (weights * d_weights).sum(dim=-1, keepdim=True)) * scale
+        d_query[t0:t1] = _unstack(d_logits @ k, m)
+        d_key[l0:l1] = (d_logits.mT @ q).transpose(0, 1)
+        d_value[l0:l1] = (weights.mT @ d_out).transpose(0, 1)
+    return d_query, d_key, d_value
+
+
+@_gradients.register_fake
+def _gradients_fake(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    target_offsets: Tensor,
+    history_offsets: Tensor,
+    history_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Recompute, then differentiate: nothing of size targets x history is kept between forward and backward."""
-    query, key, value, target_offsets, history_offsets, history_lengths = ctx.saved_tensors
-    with torch.enable_grad():
-        leaves = (query.detach().requires_grad_(), key.detach().requires_grad_(), value.detach().requires_grad_())
-        out = eager(*leaves, target_offsets, history_offsets, history_lengths, ctx.scale)
-        # Empty requests leave no path from some leaf to the output; their gradient is zero.
-        grads = torch.autograd.grad(out, leaves, grad, allow_unused=True) if out.requires_grad else (None,) * 3
-    filled = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
-    return (*filled, None, None, None, None)
+    return (*_gradients(grad, *ctx.saved_tensors, ctx.scale), None, None, None, None)
 
 
 target_history_attention.register_autograd(_backward, setup_context=_setup_context)
