@@ -66,7 +66,7 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"checkpoint tensor {name!r} is {tensor.dtype}; save it as torch.float32")
         if tensor.layout != torch.strided or tensor.is_meta:
             raise CheckpointError(
-                f"checkpoint tensor {name!r} is {tensor.layout} on {tensor.device}; save dense values from a real device"
+                f"checkpoint tensor {name!r} is {tensor.layout} on {tensor.device}; save dense values on the CPU"
             )
         if not bool(torch.isfinite(tensor.to(wanted[name].dtype)).all()):
             raise CheckpointError(

@@ -66,7 +66,7 @@ class StcaConfig:
             object.__setattr__(self, name, fields)
             if twice := [f.name for i, f in enumerate(fields) if f.name in (g.name for g in fields[:i])]:
                 raise CheckpointError(f"config: {name} has the field {twice[0]!r} twice; name each once")
-        if isinstance(self.tasks, str) or len(set(self.tasks)) < len(self.tasks):
+        if isinstance(typing.cast(object, self.tasks), str) or len(set(self.tasks)) < len(self.tasks):
             raise CheckpointError(f"config: tasks is {self.tasks!r}; it must be a list of different names")
         object.__setattr__(self, "tasks", tuple(self.tasks))
         sizes = {

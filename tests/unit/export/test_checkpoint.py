@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit for bit; everything else is refused in one line, and nothing is executed."""
+"""Checkpoints: what is saved comes back bit for bit; all else is refused in one line, and nothing is executed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import tiny
-from support.errors import one_line
+from support.errors import nothing_or_one_line, one_line
 
-from stca.errors import CheckpointError, StcaError
+from stca.errors import CheckpointError
 from stca.export.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 CONFIG = tiny.config(time="delta")
@@ -52,7 +52,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path):
     file = tmp_path / "c.safetensors"
     save_checkpoint(file, tiny.module(CONFIG))
     before = tiny.contents(tmp_path)
-    with pytest.raises(Exception, match=".*"):
+    with pytest.raises(Exception, match="str"):
         save_checkpoint(file, tiny.module(CONFIG), {"not a string": 3})
     assert tiny.contents(tmp_path) == before
 
@@ -211,8 +211,5 @@ def test_a_changed_byte_gives_tensors_or_one_line(tmp_path_factory, saved, data)
     at = data.draw(st.integers(0, header))
     file = tmp_path_factory.getbasetemp() / "changed.safetensors"
     file.write_bytes(saved[:at] + bytes([saved[at] ^ data.draw(st.integers(1, 255))]) + saved[at + 1 :])
-    try:
+    with nothing_or_one_line(CheckpointError):
         load_checkpoint(file).build()
-    except StcaError as e:
-        assert isinstance(e, CheckpointError)
-        assert len(str(e).splitlines()) == 1, str(e)
