@@ -179,7 +179,7 @@ def best_tiles(
     device = tiling.device_for(sm)
     candidates = sorted(
         tiling.tiles(shape, sm, shared_limit),
-        key=lambda tile: tiling.attend_seconds(shape, tile, sizes, splits, device),
+        key=lambda tile: tiling.seconds(shape, sizes, tile, splits, device),
     )
     if candidates and (plan := tiling.choose(shape, sizes, device, shared_limit)).measured:
         candidates.insert(0, plan.tile)

@@ -58,12 +58,18 @@ bool operator==(Shape const& a, Shape const& b)
 
 int32_t Attend::tactic() const
 {
-    return ((blockM * 1024 + blockN) * 32 + warps) * 8 + stages;
+    return ((blockM * 256 + blockN) * 128 + blockDv / 16) * 128 + warps * 8 + stages;
 }
 
 int64_t Attend::gridX(int64_t targets, int64_t requests) const
 {
     return targets * (shape.heads / shape.keyHeads) / blockM + requests;
+}
+
+int64_t Attend::busyX(int64_t targets, int64_t requests) const
+{
+    int64_t const rows = targets * (shape.heads / shape.keyHeads) / requests;
+    return requests * std::max<int64_t>((rows + blockM - 1) / blockM, 1);
 }
 
 int32_t Attend::gridY() const

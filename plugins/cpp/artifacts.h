@@ -47,8 +47,10 @@ struct Attend
     //! The tile, as a number that stays the same when the library is built with more or other artifacts.
     int32_t tactic() const;
 
-    //! Blocks of a launch: y covers key heads and tiles of the value, x the rows.
+    //! Blocks of a launch: y covers key heads and tiles of the value, x the rows. Of the x blocks about `busyX` find rows
+    //! to work on, if the requests are of equal size; the others end at once.
     int64_t gridX(int64_t targets, int64_t requests) const;
+    int64_t busyX(int64_t targets, int64_t requests) const;
     int32_t gridY() const;
 };
 

@@ -26,8 +26,8 @@ constexpr char const* kINPUT_NAMES[kINPUTS]
     = {"query", "key", "value", "target_offsets", "history_offsets", "history_lengths"};
 constexpr int32_t kRANKS[kINPUTS] = {3, 3, 3, 1, 1, 1};
 
-// More parts than this make the combine step longer than what they save.
-constexpr int64_t kMAX_PARTS = 64;
+// More parts than this make the combine step longer than what they save; the cost model for Python stops there too.
+constexpr int64_t kMAX_PARTS = 128;
 // A part of fewer token blocks spends its time on starting and on writing its result.
 constexpr int64_t kLEAST_BLOCKS_A_PART = 4;
 // Parts are only cut to fill the GPU once, which bounds the rows of partial results: blocks at a time × rows a block.
@@ -399,7 +399,7 @@ int32_t TargetHistoryAttention::enqueue(PluginTensorDesc const* inputDesc, Plugi
         int64_t parts = 1;
         if (inParts != nullptr && workspace != nullptr)
         {
-            int64_t const blocks = inParts->gridX(targets, requests) * inParts->gridY();
+            int64_t const blocks = inParts->busyX(targets, requests) * inParts->gridY();
             int64_t const atOnce = int64_t{device.multiprocessors} * loadAttend(*inParts).resident;
             int64_t const tokenBlocks = tokens / requests / inParts->blockN;
             parts = std::min({atOnce / blocks, tokenBlocks / kLEAST_BLOCKS_A_PART, kMAX_PARTS,

@@ -11,11 +11,14 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 WHEELS = ("tensorrt-cu13", "tensorrt-cu13-bindings", "tensorrt-lean-cu13-libs")
 INSTALL = "pip install --no-deps --no-build-isolation tensorrt-cu13 tensorrt-cu13-bindings tensorrt-lean-cu13-libs"
@@ -42,6 +45,14 @@ def missing() -> str | None:
     if shutil.which("g++") is None:
         return "the stand-in libraries need g++: apt-get install g++"
     return None
+
+
+def load_or_skip() -> ModuleType:
+    """`load` for a test module: skips all of it where the bindings are missing, but never in CI, which installs them."""
+    reason = missing()
+    if reason and not os.environ.get("CI"):
+        pytest.skip(reason, allow_module_level=True)
+    return load()
 
 
 @functools.cache

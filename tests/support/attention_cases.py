@@ -1,0 +1,210 @@
+"""The one table of cases that every implementation of the operator must pass, and the rule its errors are judged by."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stca.plugins.reference import target_history_attention as reference
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A ragged batch: targets of each request, tokens its segment holds, and how many of them count."""
+
+    name: str
+    targets: tuple[int, ...]
+    segments: tuple[int, ...]
+    lengths: tuple[int, ...] | None = None  # the whole segments
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. `scores` says what the logits are like; unused tokens always hold NaN and inf."""
+
+    layout: Layout
+    heads: int
+    key_heads: int
+    depth: int
+    value_depth: int
+    dtype: str
+    scores: str = "ordinary"
+    scale: float = 0.25
+
+    @property
+    def name(self) -> str:
+        form = "absorbed" if self.key_heads == 1 else "projected"
+        return f"{self.layout.name}-{form}{self.heads}x{self.depth}to{self.value_depth}-{self.scores}-{self.dtype}"
+
+    @property
+    def products(self) -> int:
+        """Target-token pairs times heads: what a slow implementation takes time for."""
+        lengths = self.layout.lengths or self.layout.segments
+        return self.heads * sum(m * length for m, length in zip(self.layout.targets, lengths, strict=True))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The operator's tensor arguments, on the CPU."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    target_offsets: Tensor
+    history_offsets: Tensor
+    history_lengths: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In the operator's order."""
+        return (
+            self.query,
+            self.key,
+            self.value,
+            self.target_offsets,
+            self.history_offsets,
+            self.history_lengths,
+        )
+
+
+# Blocks are 16 or 32 wide in the interpreter, 16 to 128 on a GPU: sizes around these, and around no block at all.
+LAYOUTS = (
+    Layout("no-request", (), ()),
+    Layout("no-target", (0,), (5,)),
+    Layout("no-token", (3,), (0,)),
+    Layout("all-empty", (2, 0, 3), (0, 0, 0)),
+    Layout("one-one", (1,), (1,)),
+    Layout("block-less-1", (15,), (31,)),
+    Layout("block", (16,), (32,)),
+    Layout("block-plus-1", (17,), (33,)),
+    Layout("odd", (5,), (77,)),
+    Layout("wide-block-less-1", (3,), (127,)),
+    Layout("wide-block-plus-1", (2,), (129,)),
+    Layout("empty-between", (3, 2, 4, 1), (19, 0, 40, 1)),
+    Layout("no-targets-between", (3, 0, 0, 4), (7, 30, 5, 23)),
+    Layout("starts-off-block", (7, 9, 16, 1), (16, 17, 15, 34)),
+    Layout("padded", (4, 3, 2), (40, 40, 40), (40, 17, 1)),
+    Layout("padded-empty", (2, 3, 1), (24, 24, 24), (0, 23, 0)),
+    Layout("padded-block", (2, 2), (48, 48), (32, 33)),
+    Layout("one-token-each", (1, 1, 1, 1, 1), (1, 1, 1, 1, 1)),
+)
+# More requests than the kernel looks at in one go.
+CROWD = Layout("crowd", tuple(i % 2 for i in range(140)), tuple(i % 3 for i in range(140)))
+LONG = Layout("long-beside-empty", (0, 3, 1, 2), (0, 10_000, 0, 0))
+DEPTHS = ((16, 16), (32, 32), (32, 64), (64, 32), (48, 80), (64, 64), (128, 128), (256, 256), (512, 512), (320, 16))
+SCORES = ("large", "equal", "negative-scale", "one-token-wins", "far-apart")
+
+
+def _table() -> Iterator[Case]:
+    forms = ((4, 1), (3, 3))
+    small = itertools.cycle(((32, 32), (16, 32), (48, 16)))
+    for layout, (heads, key_heads), dtype in itertools.product(LAYOUTS, forms, DTYPES):
+        yield Case(layout, heads, key_heads, *next(small), dtype)
+    middle = Layout("three", (3, 1, 2), (21, 0, 50), (21, 0, 37))
+    for (depth, value_depth), (heads, key_heads), dtype in itertools.product(DEPTHS, ((2, 1), (2, 2)), DTYPES):
+        yield Case(middle, heads, key_heads, depth, value_depth, dtype, scale=depth**-0.5)
+    for scores, (heads, key_heads), dtype in itertools.product(SCORES, forms, DTYPES):
+        yield Case(middle, heads, key_heads, 32, 32, dtype, scores)
+    for dtype in DTYPES:
+        yield Case(CROWD, 4, 1, 16, 16, dtype)
+        yield Case(Layout("few", (1, 1), (30, 17)), 2, 1, 1024, 1024, dtype, scale=1 / 32)
+        for heads, key_heads in forms:
+            yield Case(LONG, heads, key_heads, 32, 32, dtype)
+            yield Case(Layout("single-head", (9,), (50,)), 1, 1, 32, 32, dtype, scale=0.1 * key_heads)
+
+
+TABLE = tuple(_table())
+
+
+@functools.lru_cache(maxsize=8)
+def inputs(case: Case) -> Inputs:
+    """The case's tensors, the same every time. Tokens beyond the lengths hold NaN and inf, which must not matter."""
+    rng = np.random.default_rng(zlib.crc32(case.name.encode()))
+    layout = case.layout
+    n_targets, n_tokens = sum(layout.targets), sum(layout.segments)
+    lengths = layout.segments if layout.lengths is None else layout.lengths
+    query = rng.standard_normal((n_targets, case.heads, case.depth))
+    key = rng.standard_normal((n_tokens, case.key_heads, case.depth))
+    value = rng.standard_normal((n_tokens, case.key_heads, case.value_depth))
+    if case.scores == "large":  # logits of both signs, to about 1e4
+        query *= 1e4 / (np.abs(query).max(initial=1) * 12)
+        key *= 2
+    elif case.scores == "equal":
+        key[:] = key[:1]
+    elif case.scores == "one-token-wins":
+        key *= 0.01
+        key[len(key) // 2 :: 7] *= 500
+    elif case.scores == "far-apart":  # every token far below or above the one before
+        key[:] = np.sign(key[:1]) * (np.arange(n_tokens) % 5 - 2).reshape(-1, 1, 1)
+        query[:] = np.abs(query) * np.sign(key[:1, :1])
+        query *= 30
+    offsets = np.concatenate([[0], np.cumsum(layout.segments)]).astype(np.int32)
+    for begin, end, length in zip(offsets[:-1], offsets[1:], lengths, strict=True):
+        key[begin + length : end] = np.nan
+        value[begin + length : end] = np.inf
+    floats = (torch.from_numpy(x).to(DTYPES[case.dtype]) for x in (query, key, value))
+    target_offsets = np.concatenate([[0], np.cumsum(layout.targets)]).astype(np.int32)
+    structure = (torch.from_numpy(x) for x in (target_offsets, offsets, np.array(lengths, dtype=np.int32)))
+    return Inputs(*floats, *structure)
+
+
+def signed_scale(case: Case) -> float:
+    """The attribute `scale` of the case."""
+    return -case.scale if case.scores == "negative-scale" else case.scale
+
+
+@functools.lru_cache(maxsize=8)
+def truth(case: Case) -> NDArray[np.float64]:
+    """The reference's output on the case's rounded inputs."""
+    floats_and_structure = [x.double().numpy() if x.is_floating_point() else x.numpy() for x in inputs(case).tensors()]
+    return reference(*floats_and_structure, scale=signed_scale(case))
+
+
+@functools.lru_cache(maxsize=8)
+def tolerance(case: Case) -> float:
+    """The largest error allowed: twice PyTorch's own in the same precision, plus a rounding floor.
+
+    PyTorch's own is `scaled_dot_product_attention` on each request in the case's dtype. The floor is two roundings of
+    the largest output in that dtype, for cases in which PyTorch happens to be exact, and what float32 logits of this
+    size leave undecided.
+    """
+    x = inputs(case)
+    expected = truth(case)
+    if expected.size == 0:
+        return 0.0
+    worst = 0.0
+    t, b = x.target_offsets.tolist(), x.history_offsets.tolist()
+    for i, length in enumerate(x.history_lengths.tolist()):
+        if length == 0 or t[i] == t[i + 1]:
+            continue
+        q = x.query[t[i] : t[i + 1]].transpose(0, 1)
+        k, v = (y[b[i] : b[i] + length].transpose(0, 1).expand(case.heads, -1, -1) for y in (x.key, x.value))
+        out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], scale=signed_scale(case))[
+            0
+        ].transpose(0, 1)
+        worst = max(worst, float(np.abs(out.double().numpy() - expected[t[i] : t[i + 1]]).max()))
+    return 2 * worst + 2 * float(np.abs(expected).max()) * _unit_roundoff(case)
+
+
+def _unit_roundoff(case: Case) -> float:
+    return torch.finfo(DTYPES[case.dtype]).eps / 2
+
+
+def check(case: Case, out: Tensor) -> None:
+    """Fail unless `out` is the case's output: shape, dtype, finite everywhere, and near enough to the truth."""
+    expected = truth(case)
+    assert tuple(out.shape) == expected.shape
+    assert out.dtype == DTYPES[case.dtype]
+    got = out.double().numpy()
+    assert np.isfinite(got).all(), "the output has elements that are not finite, or were never written"
+    error = float(np.abs(got - expected).max(initial=0.0))
+    assert error <= tolerance(case), f"error {error:.3g} exceeds {tolerance(case):.3g}"
