@@ -38,11 +38,14 @@ def externalize(models: Iterable[onnx.ModelProto], directory: Path) -> None:
     uses: list[TensorProto] = []
     for model in models:
         for tensor in model.graph.initializer:
-            if tensor.data_type not in _DTYPES:
+            if tensor.data_type not in _DTYPES or 0 in tensor.dims:  # runtimes refuse external data of no length
                 continue
             data = onnx.numpy_helper.to_array(tensor).reshape(-1).view("u1").copy()
-            weight = torch.from_numpy(data).view(_DTYPES[tensor.data_type]).reshape(list(tensor.dims))
-            if not torch.equal(tensors.setdefault(tensor.name, weight), weight):
+            weight = torch.empty(list(tensor.dims), dtype=_DTYPES[tensor.data_type])
+            _bytes(weight)[:] = torch.from_numpy(data)
+            known = tensors.setdefault(tensor.name, weight)
+            same = (known.dtype, known.shape) == (weight.dtype, weight.shape)
+            if not same or not torch.equal(_bytes(known), _bytes(weight)):
                 raise ExportError(f"weight {tensor.name!r} differs between graphs; give the two tensors two names")
             uses.append(tensor)
     file = directory / WEIGHTS
@@ -56,6 +59,10 @@ def externalize(models: Iterable[onnx.ModelProto], directory: Path) -> None:
         tensor.raw_data = b""
         external_data_helper.set_external_data(tensor, WEIGHTS, offset=begin, length=end - begin)
         tensor.ClearField("raw_data")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
 def offsets(file: Path) -> dict[str, tuple[int, int]]:
