@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import MutableSequence
 
 import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto, numpy_helper
 
-from stca.export.scope import walk
+from stca.export.scope import subgraphs
 
 # Attributes that name an element type, by operator.
-_TYPES = {("Cast", "to"), ("LayerNormalization", "stash_type"), ("EyeLike", "dtype")}
+_TYPES = {("Cast", "to"), ("EyeLike", "dtype")}
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
@@ -31,17 +31,24 @@ def to_double(model: onnx.ModelProto) -> onnx.ModelProto:
             info.type.tensor_type.elem_type = TensorProto.DOUBLE
     del graph.value_info[:]
     for nodes in (graph.node, *(f.node for f in wide.functions)):
-        _widen_nodes(walk(nodes))
+        _widen_nodes(nodes)
     return wide
 
 
-def _widen_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
-    for node in nodes:
+def _widen_nodes(nodes: MutableSequence[onnx.NodeProto]) -> None:
+    for i, node in reversed(list(enumerate(nodes))):
+        for body in subgraphs(node):
+            _widen_nodes(body.node)
         for attribute in node.attribute:
             if attribute.type == AttributeProto.TENSOR:
                 _widen(attribute.t)
             elif (node.op_type, attribute.name) in _TYPES and attribute.i in _FLOATS:
                 attribute.i = TensorProto.DOUBLE
+            elif node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
+                # The number may be the function's own attribute (`@scale`), so it is widened behind the node.
+                narrow, wide = f"{node.output[0]}_narrow", node.output[0]
+                node.output[0] = narrow
+                nodes.insert(i + 1, onnx.helper.make_node("Cast", [narrow], [wide], to=TensorProto.DOUBLE))
 
 
 def _widen(tensor: TensorProto) -> None:
