@@ -9,6 +9,10 @@ DOMAIN: Final = "stca"
 OP_NAME: Final = "TargetHistoryAttention"
 OP_VERSION: Final = 1
 QUALIFIED_NAME: Final = f"{DOMAIN}::{OP_NAME}"
+# TensorRT alone knows these: the operator where key and value are one tensor, and cut into two kernels in a row.
+TENSORRT_TIED: Final = f"{OP_NAME}Tied"
+TENSORRT_PARTS: Final = f"{OP_NAME}Parts"
+TENSORRT_JOIN: Final = f"{OP_NAME}Join"
 
 
 def check_shapes(

@@ -24,17 +24,13 @@ from typing import Any, Final
 
 from stca.errors import BuildError
 from stca.plugins import aot, tiling
-from stca.plugins.spec import DOMAIN, OP_NAME, QUALIFIED_NAME
+from stca.plugins.spec import DOMAIN, OP_NAME, QUALIFIED_NAME, TENSORRT_JOIN, TENSORRT_PARTS, TENSORRT_TIED
 
 try:
     import tensorrt as trt
     import tensorrt.plugin as trtp
 except ImportError as error:
     raise BuildError("the TensorRT plugins need TensorRT's Python package: pip install tensorrt-cu13") from error
-
-TIED: Final = f"{OP_NAME}Tied"
-PARTS: Final = f"{OP_NAME}Parts"
-JOIN: Final = f"{OP_NAME}Join"
 
 _DTYPES: Final = {trt.bfloat16: "bfloat16", trt.float16: "float16", trt.float32: "float32"}
 _TENSORRT_DTYPES: Final = {name: dtype for dtype, name in _DTYPES.items()}
@@ -144,7 +140,7 @@ def _describe_parts(inputs: Tensors, attributes: Attributes) -> tuple[trtp.Tenso
     """`partial_out (S, N_t, H, D_v)` and `partial_stats (S, N_t, H, 2)`, both float32."""
     parts = attributes["parts"]
     if parts < 2:
-        raise BuildError(f"{PARTS}: {parts} parts; supported is 2 or more, and one part is {OP_NAME}")
+        raise BuildError(f"{TENSORRT_PARTS}: {parts} parts; supported is 2 or more, and one part is {OP_NAME}")
     targets, heads, depth = _describe_out(inputs, attributes).shape_expr
     partial_out = trtp.from_shape_expr((parts, targets, heads, depth), dtype=trt.float32)
     return partial_out, trtp.from_shape_expr((parts, targets, heads, 2), dtype=trt.float32)
@@ -185,7 +181,7 @@ def _describe_join(inputs: Tensors, attributes: Attributes) -> trtp.TensorDesc:
     """`out (N_t, H, D_v)` of the type that the attribute names."""
     name = attributes["dtype"]
     if name not in _TENSORRT_DTYPES:
-        raise BuildError(f"{JOIN}: dtype {name} is not supported; use one of {', '.join(_TENSORRT_DTYPES)}")
+        raise BuildError(f"{TENSORRT_JOIN}: dtype {name} is not supported; use one of {', '.join(_TENSORRT_DTYPES)}")
     _, targets, heads, depth = inputs[0].shape_expr
     return trtp.from_shape_expr((targets, heads, depth), dtype=_TENSORRT_DTYPES[name])
 
@@ -253,9 +249,9 @@ def _register(
     trtp.aot_impl(f"{DOMAIN}::{name}")(on_launch)
 
 
-for _name, _tied in ((OP_NAME, False), (TIED, True)):
+for _name, _tied in ((OP_NAME, False), (TENSORRT_TIED, True)):
     _attend = (_describe_out, _tune_attend, _launch_attend)
     _register(_name, _ATTEND_INPUTS, {"scale": float}, *_attend, constants={"tied": _tied})
 _parts = {"scale": float, "parts": int, "tied": int}
-_register(PARTS, _ATTEND_INPUTS, _parts, _describe_parts, _tune_attend, _launch_attend, outputs=2)
-_register(JOIN, ("partial_out", "partial_stats"), {"dtype": str}, _describe_join, lambda *_: [1], _launch_join)
+_register(TENSORRT_PARTS, _ATTEND_INPUTS, _parts, _describe_parts, _tune_attend, _launch_attend, outputs=2)
+_register(TENSORRT_JOIN, ("partial_out", "partial_stats"), {"dtype": str}, _describe_join, lambda *_: [1], _launch_join)

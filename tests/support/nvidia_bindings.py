@@ -48,7 +48,7 @@ def missing() -> str | None:
 
 
 def load_or_skip() -> ModuleType:
-    """`load` for a test module: skips all of it where the bindings are missing, but never in CI, which installs them."""
+    """`load` for a test module: skips it where the bindings are missing, but never in CI, which has them."""
     reason = missing()
     if reason and not os.environ.get("CI"):
         pytest.skip(reason, allow_module_level=True)

@@ -31,7 +31,8 @@ from support import plugin_driver  # noqa: E402
 
 from stca.plugins import tensorrt_plugin as plugin  # noqa: E402
 
-SINGLE, TIED, PARTS, JOIN = "TargetHistoryAttention", plugin.TIED, plugin.PARTS, plugin.JOIN
+SINGLE = "TargetHistoryAttention"
+TIED, PARTS, JOIN = SINGLE + "Tied", SINGLE + "Parts", SINGLE + "Join"
 TYPES = {"bfloat16": trt.bfloat16, "float16": trt.float16, "float32": trt.float32}
 
 
