@@ -1,0 +1,222 @@
+"""`TargetHistoryAttention` as standard operators, for engines without the plugin: one request per run, no control flow.
+
+The operator's function body walks a ragged batch with Loop and If, which TensorRT-RTX does not parse. With one request
+per run the walk is gone, and what is left is one attention. Two bodies can take its place:
+
+* `fused`: an `Attention` node of opset 23, which TensorRT keeps as one fused kernel or refuses to build. Tried with
+  TensorRT-RTX 1.7.1: it has such kernels for float16 and bfloat16, and for head sizes from 16 to 256 in steps of 8, so
+  neither for float32 nor for an absorbed state wider than 256.
+* `decomposed`: MatMul, Softmax in float32, MatMul. The logits `(H, N_t, N_h)` then exist in memory.
+
+`B` becomes 1 and `B_plus_1` becomes 2 in the graph's inputs, so an engine cannot be given a batch by mistake. An empty
+history is given as one token of zeros with offsets `[0, 0]`, and the attention's result is zeros.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+import numpy as np
+import onnx
+from onnx import helper, inliner, numpy_helper, parser, version_converter
+from onnx.reference import ReferenceEvaluator
+
+from stca.errors import ExportError
+from stca.export.scope import Dataflow, label, reads, subgraphs, walk
+from stca.plugins import onnx_function
+from stca.plugins.spec import DOMAIN, OP_NAME
+
+Form = Literal["fused", "decomposed"]
+ATTENTION_OPSET: Final = 23
+_SINGLE: Final = {"B": 1, "B_plus_1": 2}
+_INTEGERS: Final = (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
+
+# Positions that a target may look at, (1, N_h) bool, where the segment is not used to its end.
+_MASK = """
+    tokens = Shape <start: int = 0, end: int = 1> (key)
+    last = Squeeze (tokens, axis0)
+    first = Constant <value: tensor = int64 {0}> ()
+    step = Constant <value: tensor = int64 {1}> ()
+    position = Range (first, last, step)
+    position_row = Unsqueeze (position, axis0)
+    used = Less (position_row, lengths64)
+"""
+
+_FUSED = """
+    query4 = Unsqueeze (scaled, axis0)
+    key4 = Unsqueeze (key, axis0)
+    value4 = Unsqueeze (value, axis0)
+    query_by_head = Transpose <perm: ints = [0, 2, 1, 3]> (query4)
+    key_by_head = Transpose <perm: ints = [0, 2, 1, 3]> (key4)
+    value_by_head = Transpose <perm: ints = [0, 2, 1, 3]> (value4)
+    mixed = Attention <scale: float = 1.0> (query_by_head, key_by_head, value_by_head{used})
+    mixed_by_target = Transpose <perm: ints = [0, 2, 1, 3]> (mixed)
+    attended = Squeeze (mixed_by_target, axis0)
+"""
+
+# Key and value with one head are broadcast over the query's.
+_DECOMPOSED = """
+    query_by_head = Transpose <perm: ints = [1, 0, 2]> (scaled)
+    key_by_head = Transpose <perm: ints = [1, 2, 0]> (key)
+    value_by_head = Transpose <perm: ints = [1, 0, 2]> (value)
+    logits = MatMul (query_by_head, key_by_head)
+    logits32 = Cast <to: int = 1> (logits)
+{masked}
+    weights32 = Softmax <axis: int = -1> ({logits})
+    weights = CastLike (weights32, query)
+    mixed = MatMul (weights, value_by_head)
+    attended = Transpose <perm: ints = [1, 0, 2]> (mixed)
+"""
+
+_MASK_LOGITS = """
+    never32 = Constant <value_float: float = -3.0e38> ()
+    masked = Where (used, logits32, never32)
+"""
+
+# The query takes the scale, as its smallest operand. Whether there is a history is asked of the offsets' values and not
+# of the axis: kernels differ on an empty axis (ONNX Runtime's refuses it), so an engine is given one token of zeros.
+_BODY = """
+<domain: "stca", opset_import: ["" : {opset}]>
+TargetHistoryAttention <scale>
+    (query, key, value, target_offsets, history_offsets, history_lengths) => (out)
+{{
+    axis0 = Constant <value: tensor = int64[1] {{0}}> ()
+    factor32 = Constant <value_float: float = @scale> ()
+    factor = CastLike (factor32, query)
+    scaled = Mul (query, factor)
+    lengths64 = Cast <to: int = 7> (history_lengths)
+{attention}
+    some = Greater (lengths64, axis0)
+    zero32 = Constant <value_float: float = 0.0> ()
+    zero = CastLike (zero32, query)
+    out = Where (some, attended, zero)
+}}
+"""
+
+
+def is_operator(node: onnx.NodeProto) -> bool:
+    """Whether a node is `stca::TargetHistoryAttention`."""
+    return (node.domain, node.op_type) == (DOMAIN, OP_NAME)
+
+
+def for_one_request(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
+    """A copy of `model` that serves one request per run, written in standard operators of opset 23 or later.
+
+    Args:
+        model: typed; large weights may be left out (external data is not read).
+        form: how the attention is written; a model without the operator only has its sizes fixed.
+
+    Returns:
+        A model without local functions, without nodes whose result is not used and without inputs that nothing reads.
+
+    Raises:
+        ExportError: when the operator is inside a body of control flow, or ONNX cannot convert the model's opset.
+    """
+    onnx_function.register_schema()
+    operators = [node for node in model.graph.node if is_operator(node)]
+    inside = [node for node in walk(model.graph.node) if is_operator(node)][len(operators) :]
+    if inside:
+        raise ExportError(f"node {label(inside[0])!r} is inside a control-flow body; move it to the graph's top level")
+    all_tokens = all(uses_all_tokens(model, node) for node in operators)
+    copy = inliner.inline_selected_functions(
+        model, [(f.domain, f.name) for f in onnx_function.functions()], exclude=True
+    )
+    try:
+        if _opset(copy) < ATTENTION_OPSET:
+            copy = version_converter.convert_version(copy, ATTENTION_OPSET)
+    except Exception as e:  # onnx raises RuntimeError and its own ConvertError, whose message is the useful part
+        raise ExportError(
+            f"the model cannot be converted to opset {ATTENTION_OPSET}: {' '.join(str(e).split())[:200]}"
+        ) from e
+    del copy.functions[:]
+    copy.functions.append(parser.parse_function(_body(form, all_tokens, _opset(copy))))
+    copy = inliner.inline_local_functions(copy)
+    for value in (*copy.graph.input, *copy.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in _SINGLE:
+                dim.dim_value = _SINGLE[dim.dim_param]
+    del copy.graph.value_info[:]
+    fold_integers(copy)
+    drop_unused(copy.graph)
+    return copy
+
+
+def uses_all_tokens(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
+    """Whether `history_lengths` of an operator are the segments' own, shown by computing them for three batches.
+
+    False also where they depend on anything but `history_offsets`: then some tokens of a segment may be left out.
+    """
+    offsets, lengths = node.input[4], node.input[5]
+    nodes, leaves = Dataflow(model.graph).needed([lengths], given=[offsets])
+    constants: dict[str, onnx.TensorProto] = {t.name: t for t in model.graph.initializer if t.data_type in _INTEGERS}
+    if not leaves <= {offsets, *constants}:
+        return False
+    int32 = onnx.TensorProto.INT32
+    graph = helper.make_graph(
+        [model.graph.node[i] for i in sorted(nodes)],
+        "lengths",
+        [helper.make_tensor_value_info(offsets, int32, [None])],
+        [helper.make_tensor_value_info(lengths, int32, [None])],
+        [constants[name] for name in sorted(leaves - {offsets})],
+    )
+    evaluator = ReferenceEvaluator(helper.make_model(graph, opset_imports=model.opset_import))
+    for batch in ([0, 7], [0, 0, 5], [0, 3, 3, 11]):
+        computed: Any = evaluator.run(None, {offsets: np.array(batch, dtype=np.int32)})
+        if not np.array_equal(computed[0], np.diff(batch)):
+            return False
+    return True
+
+
+def fold_integers(model: onnx.ModelProto) -> None:
+    """Compute, in place, what follows from integer constants alone: axes, shapes, indices.
+
+    TensorRT's parser wants axes as constants and does not fold a Reshape of one. Weights are floats and stay.
+    """
+    graph = model.graph
+    known = {t.name: t for t in graph.initializer if t.data_type in _INTEGERS}
+    folded: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.domain or any(subgraphs(node)) or not all(name in known for name in node.input):
+            continue
+        if node.op_type == "Constant" or node.input:
+            single = helper.make_graph([node], "one", [], [onnx.ValueInfoProto(name=n) for n in node.output])
+            single.initializer.extend(known[name] for name in dict.fromkeys(node.input))
+            values = ReferenceEvaluator(helper.make_model(single, opset_imports=model.opset_import)).run(None, {})
+            tensors = [numpy_helper.from_array(np.asarray(v), n) for v, n in zip(values, node.output, strict=True)]
+            if all(t.data_type in _INTEGERS for t in tensors):
+                known.update((t.name, t) for t in tensors)
+                folded.append(node)
+    names = {name for node in folded for name in node.output}
+    kept = [node for node in graph.node if not names.intersection(node.output)]
+    used = {name for node in kept for name in reads(node)} | {o.name for o in graph.output}
+    graph.initializer.extend(known[name] for name in sorted(names & used))
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove nodes, initializers and inputs that no output of the graph depends on, in place."""
+    nodes, leaves = Dataflow(graph).needed([o.name for o in graph.output])
+    for field, keep in (
+        (graph.node, [graph.node[i] for i in sorted(nodes)]),
+        (graph.initializer, [t for t in graph.initializer if t.name in leaves]),
+        (graph.input, [v for v in graph.input if v.name in leaves]),
+    ):
+        del field[:]
+        field.extend(keep)
+
+
+def _body(form: Form, all_tokens: bool, opset: int) -> str:
+    if form == "fused":
+        attention = _FUSED.format(used="" if all_tokens else ", used")
+    elif all_tokens:
+        attention = _DECOMPOSED.format(masked="", logits="logits32")
+    else:
+        attention = _DECOMPOSED.format(masked=_MASK_LOGITS, logits="masked")
+    if not all_tokens:
+        attention = _MASK + attention
+    return _BODY.format(attention=attention, opset=opset)
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    return next(int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx"))

@@ -1,0 +1,238 @@
+"""The process that builds one TensorRT plan: `python -m stca.tensorrt_builder JOB.json REPLY.json`.
+
+It may die; `stca.tensorrt_flavours.build_plan` starts it and turns its death into an error. Nothing here degrades: an
+engine without its fused attention is not written.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from stca.errors import BuildError, StcaError
+from stca.export.engine_graph import EngineGraph, engine_graph
+from stca.plugins.ptx_launch import device_sm
+from stca.tensorrt_flavours import FLAVOURS, PROGRESS, Built, Flavour, Job, load
+
+
+def main(argv: Sequence[str]) -> int:
+    """The process that builds: `JOB.json REPLY.json`."""
+    request, reply = map(Path, argv)
+    job = Job(**json.loads(request.read_text()))
+    try:
+        answer = dataclasses.asdict(_build(job))
+    except StcaError as e:
+        answer = {"error": str(e)}
+    reply.write_text(json.dumps(answer))
+    return 2 if "error" in answer else 0
+
+
+def _say(text: str) -> None:
+    print(f"{PROGRESS}{text}", flush=True)
+
+
+def _build(job: Job) -> Built:
+    flavour = FLAVOURS[job.flavour]
+    trt = load(flavour)
+    sm = _target(trt, flavour, job.sm)
+    if job.attention == "plugin":
+        importlib.import_module("stca.plugins.tensorrt_plugin").settings.sm = sm
+    graph = engine_graph(
+        Path(job.graph),
+        state=job.state,
+        precision=cast(Any, job.precision),
+        attention=cast(Any, job.attention),
+        sizes={dim: sizes[1] for dim, sizes in job.profiles[-1].items()},
+        sm=sm,
+    )
+    began = time.monotonic()
+    log = _logger(trt)
+    try:
+        builder = trt.Builder(log)
+    except TypeError as e:  # how the bindings report a null builder
+        raise BuildError(f"{job.flavour} {trt.__version__} makes no builder: is its full library installed?") from e
+    flags = trt.NetworkDefinitionCreationFlag
+    wanted = ["STRONGLY_TYPED"] + (["PREFER_AOT_PYTHON_PLUGINS"] if job.attention == "plugin" else [])
+    network = builder.create_network(sum(1 << int(getattr(flags, name)) for name in wanted))
+    parser = trt.OnnxParser(network, log)
+    _say("parsing")
+    keep_alive = _parse(parser, graph, Path(job.graph).name)
+    layers = collections.Counter(network.get_layer(i).type.name for i in range(network.num_layers))
+    _require_attention(job.attention, graph.attention_nodes, layers)
+    config = _config(trt, builder, graph, job, flavour, sm)
+    _say("building")
+    plan = builder.build_serialized_network(network, config)
+    del keep_alive
+    if plan is None:
+        raise BuildError(_explain(job, log.errors))
+    if job.attention == "plugin" and graph.attention_nodes:
+        _require_plugin_in(trt, log, plan, graph.attention_nodes)
+    Path(job.plan).write_bytes(memoryview(plan))
+    if flavour.timing_cache and job.timing_cache:
+        _save(Path(job.timing_cache), memoryview(config.get_timing_cache().serialize()))
+
+    def ends(count: int, get: Callable[[int], Any]) -> list[list[Any]]:
+        return [[t.name, t.dtype.name.lower(), list(t.shape)] for t in map(get, range(count))]
+
+    return Built(
+        version=trt.__version__,
+        sm=sm,
+        seconds=time.monotonic() - began,
+        layers=dict(layers),
+        attention_nodes=graph.attention_nodes,
+        inputs=ends(network.num_inputs, network.get_input),
+        outputs=ends(network.num_outputs, network.get_output),
+    )
+
+
+def _parse(parser: Any, graph: EngineGraph, name: str) -> list[Any]:
+    """Give the parser the model and each weight in memory; returns what must outlive the build."""
+    arrays = []
+    ok = parser.load_model_proto(graph.model.SerializeToString())
+    if ok:
+        for tensor in graph.model.graph.initializer:
+            if tensor.name in graph.weights:
+                array = graph.array(tensor)
+                arrays.append(array)
+                if not parser.load_initializer(tensor.name, array.ctypes.data, array.nbytes):
+                    raise BuildError(f"{name}: the parser does not take weight {tensor.name!r}; export the bundle anew")
+        ok = parser.parse_model_proto()
+    if not ok:
+        error = parser.get_error(0)
+        what = " ".join(error.desc().split())[:300]
+        raise BuildError(f"{name}: the parser refuses node {error.node_name()!r} ({error.node_operator()}): {what}")
+    return arrays
+
+
+def _require_attention(attention: str, nodes: int, layers: Mapping[str, int]) -> None:
+    """Whether parsing kept every attention in one piece. A network is not an engine: the builder has the last word."""
+    kinds = {"fused": ("ATTENTION_INPUT",), "plugin": ("PLUGIN_V3", "PLUGIN")}.get(attention)
+    if kinds and (found := sum(layers.get(kind, 0) for kind in kinds)) < nodes:
+        raise BuildError(
+            f"{nodes} attentions in the graph, {found} {kinds[0]} layers in the network: is the plugin registered?"
+        )
+
+
+def _require_plugin_in(trt: Any, log: Any, plan: Any, nodes: int) -> None:
+    """The finished engine must name our plugin once per attention; only a machine that can load it can tell."""
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BuildError("the engine that was just built cannot be loaded; is this the GPU it was built for?")
+    told = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    found = sum("TargetHistoryAttention" in json.dumps(layer) for layer in json.loads(told)["Layers"])
+    if found < nodes:
+        raise BuildError(f"{nodes} attentions in the graph, {found} of our plugins in the engine; report this")
+
+
+def _config(trt: Any, builder: Any, graph: EngineGraph, job: Job, flavour: Flavour, sm: int) -> Any:
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # a float32 graph computes in float32
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the engine can be inspected
+    if job.refit != "none":
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL if job.refit == "identical" else trt.BuilderFlag.REFIT)
+    if flavour.ahead_of_time:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
+    if flavour.timing_cache and job.timing_cache:
+        file = Path(job.timing_cache)
+        config.set_timing_cache(config.create_timing_cache(file.read_bytes() if file.exists() else b""), False)
+    config.progress_monitor = _monitor(trt)
+    for sizes in job.profiles:
+        profile = builder.create_optimization_profile()
+        for value in graph.model.graph.input:
+            dims = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+            if any(isinstance(d, str) for d in dims):
+                shapes = [[sizes[d][k] if isinstance(d, str) else d for d in dims] for k in range(3)]
+                profile.set_shape(value.name, *shapes)
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"{job.flavour} refuses the profile {json.dumps(sizes)}")
+    return config
+
+
+def _target(trt: Any, flavour: Flavour, sm: int | None) -> int:
+    """The SM to build for, checked against what the library or the machine can do."""
+    if flavour.ahead_of_time:
+        known = sorted(int(n[2:]) for n in trt.ComputeCapability.__members__ if n.startswith("SM"))
+        if sm is None or sm not in known:
+            said = "which SM to build for is not given" if sm is None else f"no SM {sm}"
+            raise BuildError(
+                f"{flavour.name} {trt.__version__}: {said}; use --sm with one of {', '.join(map(str, known))}"
+            )
+        return sm
+    here = device_sm()
+    if sm not in (None, here):
+        raise BuildError(
+            f"{flavour.name} builds for the GPU it runs on, which is SM {here}; build SM {sm} on such a machine"
+        )
+    return here
+
+
+def _explain(job: Job, errors: Sequence[str]) -> str:
+    name = Path(job.graph).name
+    said = " ".join(errors[0].split()) if errors else "nothing"
+    if "not supported by a dedicated kernel" in said:
+        return (
+            f"{name}: {job.flavour} has no fused attention for this head size in {job.precision}; take another "
+            "precision, export with another --form, or ask for an unfused one with --attention decomposed"
+        )
+    return f"{name}: {job.flavour} cannot build it: {said[:400]}"
+
+
+def _logger(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.errors.append(message)
+            elif severity == trt.ILogger.WARNING and "Int64 binding" not in message:
+                _say(f"warning: {' '.join(message.split())}")
+
+    return Log()
+
+
+def _monitor(trt: Any) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Top-level phases and, every two seconds, how far the one that runs is."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.told = time.monotonic()
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.steps[phase] = steps
+            if parent is None:
+                _say(phase)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if time.monotonic() - self.told > 2:
+                self.told = time.monotonic()
+                _say(f"{phase}: {step + 1} of {self.steps.get(phase, 0)}")
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            self.steps.pop(phase, None)
+
+    return Monitor()
+
+
+def _save(file: Path, data: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{os.getpid()}")
+    part.write_bytes(data)
+    part.replace(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,179 @@
+"""TensorRT and TensorRT-RTX: one builder, whose module is chosen at import, and one table of what differs.
+
+Building happens in a process of its own (`stca.tensorrt_builder`): a parser of NVIDIA's may abort, and that must be an
+error message to the caller and not the caller's end. Only that process loads a TensorRT.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from stca.errors import BuildError
+
+RefitMode = Literal["none", "identical", "weights"]
+# Smallest, best and largest size of each symbolic dimension, by its name.
+Profile = Mapping[str, tuple[int, int, int]]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """What differs between the two.
+
+    Attributes:
+        name: in manifests and on the command line.
+        modules: import names, the first that is there is taken.
+        distributions: packages that carry the version, for a cache key without importing anything.
+        install: how to get it.
+        attentions: how the operator may reach it, the preferred way first; `stca.export.engine_graph` has the words.
+        ahead_of_time: builds for any SM it knows, GPU or not; the other one builds for the GPU it runs on.
+        timing_cache: whether it measures kernels while it builds, and can remember.
+        refit: default refit mode.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    distributions: tuple[str, ...]
+    install: str
+    attentions: tuple[str, ...]
+    ahead_of_time: bool
+    timing_cache: bool
+    refit: RefitMode
+
+
+FLAVOURS: Final[Mapping[str, Flavour]] = {
+    "tensorrt": Flavour(
+        name="tensorrt",
+        modules=("tensorrt",),
+        distributions=("tensorrt-cu13-bindings", "tensorrt-cu12-bindings", "tensorrt"),
+        install="pip install tensorrt-cu13",
+        attentions=("plugin", "fused", "decomposed"),
+        ahead_of_time=False,
+        timing_cache=True,
+        refit="identical",
+    ),
+    "tensorrt-rtx": Flavour(
+        name="tensorrt-rtx",
+        modules=("tensorrt_rtx_bindings", "tensorrt_rtx"),
+        distributions=("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx"),
+        install="pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",
+        attentions=("fused", "decomposed"),
+        ahead_of_time=True,
+        timing_cache=False,
+        refit="none",  # its refit modes compile for the GPU of this machine, and fail where there is none
+    ),
+}
+
+
+PROGRESS: Final = "stca-progress "  # begins a line that the building process wants passed on
+
+
+@dataclass(frozen=True)
+class Job:
+    """One plan to build; plain JSON values."""
+
+    flavour: str
+    graph: str
+    state: Sequence[str]
+    precision: str
+    attention: str
+    profiles: Sequence[Profile]
+    sm: int | None
+    refit: str
+    plan: str
+    timing_cache: str | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """What came of a job.
+
+    Attributes:
+        version: of the library that built it.
+        sm: what it was built for.
+        seconds: of parsing and building, without the start of the process.
+        layers: of the network by type, before TensorRT fuses them.
+        attention_nodes: how many attentions are in the engine.
+        inputs, outputs: `(name, dtype, shape)`; -1 is a size that varies.
+    """
+
+    version: str
+    sm: int
+    seconds: float
+    layers: Mapping[str, int]
+    attention_nodes: int
+    inputs: Sequence[Sequence[Any]]
+    outputs: Sequence[Sequence[Any]]
+
+
+def installed_version(flavour: Flavour) -> str:
+    """Version of the installed library, without loading it.
+
+    Raises:
+        BuildError: when it is not installed.
+    """
+    if not any(importlib.util.find_spec(module) for module in flavour.modules):
+        raise BuildError(f"{flavour.name} is not installed: {flavour.install}")
+    for name in flavour.distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def load(flavour: Flavour) -> Any:
+    """The library's module.
+
+    Raises:
+        BuildError: when it is missing or cannot be loaded.
+    """
+    reason = "no such module"
+    for name in flavour.modules:
+        try:
+            return importlib.import_module(name)
+        except ImportError as e:
+            reason = str(e)
+    raise BuildError(f"{flavour.name} cannot be loaded ({reason}): {flavour.install}")
+
+
+def build_plan(job: Job, progress: Progress) -> Built:
+    """Build one plan in a process of its own, into `job.plan`.
+
+    Raises:
+        BuildError: what the library said, or how its process died.
+    """
+    with tempfile.TemporaryDirectory(prefix="stca-build-") as folder:
+        request, reply = Path(folder, "job.json"), Path(folder, "reply.json")
+        request.write_text(json.dumps(dataclasses.asdict(job)))
+        command = [sys.executable, "-m", "stca.tensorrt_builder", str(request), str(reply)]
+        tail: collections.deque[str] = collections.deque(maxlen=20)
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith(PROGRESS):
+                    progress(line.removeprefix(PROGRESS).strip())
+                elif line.strip():
+                    tail.append(line.strip())
+        if reply.exists():
+            answer = json.loads(reply.read_text())
+            if "error" in answer:
+                raise BuildError(answer["error"])
+            return Built(**answer)
+    how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+    said = tail[-1][:300] if tail else "nothing"
+    raise BuildError(f"{job.flavour} died while building {Path(job.graph).name} ({how}); its last words: {said}")
