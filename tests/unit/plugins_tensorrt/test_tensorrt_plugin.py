@@ -6,6 +6,7 @@ interpreter, with that grid and that argument list, on outputs full of NaN.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -15,17 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from support import attention_cases, nvidia_bindings
 
 from stca.errors import BuildError
 from stca.plugins import aot, tiling
 from stca.plugins.interpret import Interpreter
-from stca.plugins.reference import target_history_attention
 from stca.plugins.tiling import ARTIFACT_SMS, PORTABLE_SHARED_LIMIT, Shape
 
 pytest.importorskip("triton", reason="compiling kernels needs Triton: pip install triton")
-from support import nvidia_bindings
-
 trt = nvidia_bindings.load_or_skip()
 from support import plugin_driver  # noqa: E402
 
@@ -267,139 +265,105 @@ class TestErrors:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Batch:
-    """Arguments of the operator."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    target_offsets: Tensor
-    history_offsets: Tensor
-    history_lengths: Tensor
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """In the node's order."""
-        return list(vars(self).values())
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The dynamic dimensions' values."""
-        return sizes(self.query.shape[0], self.key.shape[0], self.history_lengths.shape[0])
-
-
-def make_batch(shape: Shape, targets: list[int], lengths: list[int], unused: int = 0) -> Batch:
-    """One segment per request, with `unused` tokens (NaN) after each segment's used ones."""
-    generator = torch.Generator().manual_seed(len(lengths) + shape.depth)
-    dtype = getattr(torch, shape.dtype)
-
-    def draw(*dims: int) -> Tensor:
-        return torch.randn(dims, generator=generator).to(dtype)
-
-    history = np.cumsum([0, *(n + unused for n in lengths)])
-    key = draw(int(history[-1]), shape.key_heads, shape.depth)
-    value = key if shape.tied else draw(int(history[-1]), shape.key_heads, shape.value_depth)
-    for start, length in zip(history, lengths, strict=False):
-        for tensor in (key, value):
-            tensor[start + length : start + length + unused] = math.nan
-    structure = [torch.tensor(x, dtype=torch.int32) for x in (np.cumsum([0, *targets]), history, lengths)]
-    return Batch(draw(sum(targets), shape.heads, shape.depth), key, value, *structure)
-
-
-def truth(batch: Batch, scale: float) -> Tensor:
-    arrays = [x.float().numpy() if x.is_floating_point() else x.numpy() for x in batch.inputs]
-    return torch.from_numpy(target_history_attention(*arrays, scale=scale))
-
-
-def torch_error(batch: Batch, expected: Tensor, scale: float) -> float:
-    """Largest error of the same sums in plain torch, in the batch's own precision."""
-    worst, heads, key_heads = 0.0, batch.query.shape[1], batch.key.shape[1]
-    for b, length in enumerate(batch.history_lengths.tolist()):
-        t0, t1 = batch.target_offsets[b : b + 2].tolist()
-        l0 = int(batch.history_offsets[b])
-        for h in range(heads if length and t1 > t0 else 0):
-            k, v = (x[l0 : l0 + length, h if key_heads == heads else 0] for x in (batch.key, batch.value))
-            out = torch.softmax(scale * (batch.query[t0:t1, h] @ k.T), dim=-1) @ v
-            worst = max(worst, float((out.double() - expected[t0:t1, h]).abs().max()))
-    return worst
-
-
-def run_launch(
-    interpreter: Interpreter,
-    launch: plugin_driver.Evaluated,
-    inputs: list[Tensor],
-    outputs: list[Tensor],
-    constants: dict[str, Any],
-) -> None:
-    """The launch with TensorRT's argument list: inputs, int32 values, outputs."""
-    for output in outputs:
-        output.fill_(math.nan)
-    interpreter.launch(launch.kernel, launch.grid, [*inputs, *launch.values, *outputs], constants)
-
-
-def check(out: Tensor, batch: Batch, scale: float) -> None:
-    """By the project's rule: at most twice torch's own error in that precision, and rounding."""
-    expected = truth(batch, scale)
-    assert out.isfinite().all()
-    error = float((out.double() - expected).abs().max())
-    floor = torch.finfo(out.dtype).eps * max(1.0, float(expected.abs().max()))
-    assert error <= 2 * torch_error(batch, expected, scale) + floor
-    for b, length in enumerate(batch.history_lengths.tolist()):
-        if length == 0:
-            assert (out[int(batch.target_offsets[b]) : int(batch.target_offsets[b + 1])] == 0).all()
-
-
-NUMBERS = [
-    (Case(SINGLE, Shape(2, 2, 32, 32, "bfloat16")), [5, 0, 3, 17], [33, 7, 0, 65], 0),
-    (Case(SINGLE, Shape(4, 1, 64, 32, "float32")), [3, 4], [1, 31], 2),
-    (Case(TIED, Shape(4, 1, 64, 64, "float16", tied=True)), [9, 2], [127, 129], 0),
-    (Case(PARTS, Shape(2, 2, 48, 16, "bfloat16"), parts=3), [5, 1, 20], [130, 0, 15], 3),
-    (Case(PARTS, Shape(4, 1, 64, 64, "bfloat16", tied=True), parts=5), [7], [300], 0),
-]
-
-
-@pytest.mark.parametrize(("case", "targets", "lengths", "unused"), NUMBERS, ids=str)
-def test_the_launch_computes_the_operator(
-    case: Case, targets: list[int], lengths: list[int], unused: int, interpreter: Interpreter
-) -> None:
-    shape, parts, scale = case.shape, case.parts, 0.25
-    batch = make_batch(shape, targets, lengths, unused)
-    plugin.settings.tactics = 2
-    extra = {"parts": parts, "tied": int(shape.tied)} if case.name == PARTS else {}
-    inputs = attend_inputs(shape)
-    built = plugin_driver.build(case.name, {"scale": scale, **extra}, inputs, batch.sizes)
+def run(case: attention_cases.Case, parts: int, tactics: int, interpreter: Interpreter, tied: bool = False) -> int:
+    """Build the case's plugins, launch every tactic in the interpreter on NaN, and check; returns how many it was."""
+    x = attention_cases.inputs(case)
+    scale = attention_cases.signed_scale(case)
+    shape = Shape(case.heads, case.key_heads, case.depth, case.value_depth, case.dtype, tied)
+    at = sizes(x.query.shape[0], x.key.shape[0], x.history_lengths.shape[0])
+    plugin.settings.tactics = tactics
+    name = PARTS if parts > 1 else TIED if tied else SINGLE
+    extra = {"parts": parts, "tied": int(tied)} if parts > 1 else {}
+    built = plugin_driver.build(name, {"scale": scale, **extra}, attend_inputs(shape), at)
+    dims = [tuple(plugin_driver.evaluate(d, at) for d in output) for output in built.output_dims]
     for tactic in built.tactics:
         tile = plugin.candidates(shape, 90, PORTABLE_SHARED_LIMIT)[tactic.number - 1]
-        constants = aot.attend_constants(shape, tile, scale, parts > 1, upcast=True)
-        launch = tactic.at(batch.sizes)
-        out = batch.query.new_empty(batch.query.shape[0], shape.heads, shape.value_depth)
-        if parts == 1:
-            run_launch(interpreter, launch, batch.inputs, [out], constants)
-        else:
-            dims = [tuple(plugin_driver.evaluate(d, batch.sizes) for d in output) for output in built.output_dims]
-            partial = [torch.empty(d, dtype=torch.float32) for d in dims]
-            run_launch(interpreter, launch, batch.inputs, partial, constants)
-            join_inputs = [(trt.float32, (parts, "N_t", *d[2:])) for d in dims]
-            join = plugin_driver.build(JOIN, {"dtype": shape.dtype}, join_inputs, batch.sizes)
-            joined = join.tactics[0].at(batch.sizes)
-            run_launch(interpreter, joined, partial, [out], aot.combine_constants(shape.value_depth))
-        check(out, batch, scale)
+        constants = aot.attend_constants(shape, tile, np.float32(scale).item(), parts > 1, upcast=True)
+        out = torch.full((len(x.query), case.heads, case.value_depth), math.nan, dtype=x.query.dtype)
+        outputs = [torch.full(d, math.nan) for d in dims] if parts > 1 else [out]
+        launch = tactic.at(at)
+        interpreter.launch(launch.kernel, launch.grid, [*x.tensors(), *launch.values, *outputs], constants)
+        if parts > 1:
+            inputs = [(trt.float32, (parts, "N_t", *d[2:])) for d in dims]
+            join = plugin_driver.build(JOIN, {"dtype": case.dtype}, inputs, at).tactics[0].at(at)
+            constants = aot.combine_constants(case.value_depth)
+            interpreter.launch(join.kernel, join.grid, [*outputs, *join.values, out], constants)
+        attention_cases.check(case, out)
+    return len(built.tactics)
 
 
-def test_the_check_notices_a_wrong_grid(interpreter: Interpreter) -> None:
-    """One block of rows too few leaves NaN where it should have written."""
-    case, targets, lengths, _ = NUMBERS[0]
-    batch = make_batch(case.shape, targets, lengths)
-    built = plugin_driver.build(case.name, {"scale": 0.25}, attend_inputs(case.shape), batch.sizes)
-    launch = built.tactics[0].at(batch.sizes)
-    launch.grid = (launch.grid[0] - 1, *launch.grid[1:])
-    tile = plugin.candidates(case.shape, 90, PORTABLE_SHARED_LIMIT)[built.tactics[0].number - 1]
-    out = torch.empty_like(batch.query)
-    constants = aot.attend_constants(case.shape, tile, 0.25, False, upcast=True)
-    run_launch(interpreter, launch, batch.inputs, [out], constants)
-    with pytest.raises(AssertionError):
-        check(out, batch, 0.25)
+@pytest.fixture
+def tied_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key and value of every case are one tensor."""
+    untied = attention_cases.inputs
+
+    def tied(case: attention_cases.Case) -> attention_cases.Inputs:
+        return dataclasses.replace(untied(case), value=untied(case).key)
+
+    monkeypatch.setattr(attention_cases, "inputs", tied)
+
+
+RAGGED = attention_cases.Layout("tensorrt-ragged", (5, 0, 3, 17), (40, 7, 0, 65), (33, 7, 0, 65))
+
+
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        (attention_cases.Case(RAGGED, 2, 2, 32, 32, "bfloat16"), 1),
+        (attention_cases.Case(RAGGED, 4, 1, 64, 32, "float32"), 1),
+        (attention_cases.Case(RAGGED, 2, 2, 48, 16, "float16"), 3),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_the_launch_computes_the_operator(case: attention_cases.Case, parts: int, interpreter: Interpreter) -> None:
+    assert run(case, parts, tactics=2, interpreter=interpreter) == 2
+
+
+@pytest.mark.usefixtures("tied_inputs")
+@pytest.mark.parametrize("parts", [1, 5])
+def test_the_launch_computes_the_operator_with_key_and_value_tied(parts: int, interpreter: Interpreter) -> None:
+    layout = attention_cases.Layout("tensorrt-tied", (7, 2), (129, 300))
+    run(attention_cases.Case(layout, 4, 1, 64, 64, "bfloat16"), parts, tactics=1, interpreter=interpreter, tied=True)
+
+
+def uncompiled(shape: Shape, tile: tiling.Tile, sm: int, scale: float, split: bool) -> aot.Artifact:
+    """What the launch needs to know of a kernel, without the seconds it takes to compile."""
+    shared = tiling.shared_bytes(shape, tile, sm)
+    return aot.Artifact("attend_kernel", "", f"sm_{sm}", 32 * tile.warps, shared, ())
+
+
+# The shared table, thinned: its cases differ in more ways than a launch does. Nothing is launched for no targets.
+TABLE = [case for case in attention_cases.TABLE if case.products < 10_000 and sum(case.layout.targets)][::7]
+
+
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+def test_the_table(case: attention_cases.Case, interpreter: Interpreter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot, "compile_attend", uncompiled)
+    parts = 1 if len(case.layout.targets) > 100 else 1 + len(case.name) % 3
+    run(case, parts, tactics=1, interpreter=interpreter)
+
+
+def test_the_check_notices_a_wrong_grid_and_a_wrong_argument(
+    interpreter: Interpreter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of rows or a request too few, and the same case fails."""
+    monkeypatch.setattr(aot, "compile_attend", uncompiled)
+    case = attention_cases.Case(RAGGED, 2, 2, 32, 32, "float32")
+    run(case, 1, tactics=1, interpreter=interpreter)
+    right = plugin_driver.Tactic.at
+
+    def short(tactic: plugin_driver.Tactic, at: dict[str, int]) -> plugin_driver.Evaluated:
+        launch = right(tactic, at)
+        return dataclasses.replace(launch, grid=(launch.grid[0] - 1, *launch.grid[1:]))
+
+    def forgotten(tactic: plugin_driver.Tactic, at: dict[str, int]) -> plugin_driver.Evaluated:
+        launch = right(tactic, at)
+        return dataclasses.replace(launch, values=(launch.values[0], launch.values[1] - 1))
+
+    for wrong in (short, forgotten):
+        monkeypatch.setattr(plugin_driver.Tactic, "at", wrong)
+        with pytest.raises(AssertionError):
+            run(case, 1, tactics=1, interpreter=interpreter)
 
 
 def test_settings_reach_the_cost_model() -> None:
