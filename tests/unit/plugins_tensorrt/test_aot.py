@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stca.errors import BuildError
-from stca.plugins import aot, artifacts, ptx_launch
+from stca.plugins import aot, artifacts
 from stca.plugins.tiling import ARTIFACT_SMS, PORTABLE_SHARED_LIMIT, Shape, Sizes, Tile
 
 pytest.importorskip("triton", reason="compiling kernels needs Triton: pip install triton")
@@ -146,20 +146,3 @@ def test_command_refuses_a_shape_without_kernels(
 ) -> None:
     assert artifacts.main(["--out", str(tmp_path), "--shape", shape]) == 2
     assert f"--shape {shape}: expected H,H_k,D,D_v[,scale]" in capsys.readouterr().err
-
-
-class TestLaunchArguments:
-    ARTIFACT = aot.Artifact("k", PTX, "sm_80", 128, 0, ("u64", "u64", "u32", "u64"))
-
-    def test_order_and_types(self) -> None:
-        values, types = ptx_launch.arguments(self.ARTIFACT, [16, 32], [7], [48])
-        assert values == (16, 32, 7, 48)
-        assert [t.__name__ for t in types] == ["c_void_p", "c_void_p", "c_int", "c_void_p"]
-
-    def test_wrong_count_alignment_and_range(self) -> None:
-        with pytest.raises(ValueError, match=r"k takes \(u64, u64, u32, u64\); given were \(u64, u32, u64\)"):
-            ptx_launch.arguments(self.ARTIFACT, [16], [7], [48])
-        with pytest.raises(ValueError, match="0x12 is not a multiple of 16"):
-            ptx_launch.arguments(self.ARTIFACT, [16, 18], [7], [48])
-        with pytest.raises(ValueError, match="2147483648 is not an int32"):
-            ptx_launch.arguments(self.ARTIFACT, [16, 32], [2**31], [48])

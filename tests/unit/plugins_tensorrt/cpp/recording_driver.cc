@@ -2,6 +2,8 @@
 // It reads the number and types of a kernel's parameters from its PTX, as the real driver does.
 #include <cuda.h>
 
+#include <dlfcn.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -37,6 +39,31 @@ extern "C"
 
 CUresult cuInit(unsigned int)
 {
+    return CUDA_SUCCESS;
+}
+
+//! How NVIDIA's Python bindings find every function; what is not in this file they take for missing.
+CUresult cuGetProcAddress_v2(
+    char const* name, void** function, int, cuuint64_t, CUdriverProcAddressQueryResult* status)
+{
+    static void* const self = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+    *function = dlsym(self, name);
+    if (status != nullptr)
+    {
+        *status = *function != nullptr ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
+    }
+    return *function != nullptr ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+}
+
+CUresult cuDriverGetVersion(int* version)
+{
+    *version = 13000;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGet(CUdevice* device, int)
+{
+    *device = 0;
     return CUDA_SUCCESS;
 }
 
