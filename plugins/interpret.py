@@ -6,6 +6,7 @@ one stays free to compile: `Interpreter` sends it launches and gets their tensor
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import pickle
@@ -13,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType, SimpleNamespace, TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -22,17 +23,9 @@ KERNELS = Path(__file__).with_name("kernels.py")
 
 
 class Interpreter:
-    """A child process in which Triton interprets; close it, or use it in a `with`.
+    """A child process in which Triton interprets, started by the first launch; close it, or use it in a `with`."""
 
-    Args:
-        source: file with the kernels; a test may pass a changed copy.
-
-    Raises:
-        RuntimeError: from `launch`, with the child's own message, when a kernel fails or Triton is missing.
-    """
-
-    def __init__(self, source: Path = KERNELS) -> None:
-        self._source = source
+    def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
 
     def launch(
@@ -41,11 +34,23 @@ class Interpreter:
         grid: tuple[int, ...],
         arguments: Sequence[Tensor | int],
         constants: Mapping[str, Any],
+        source: Path = KERNELS,
     ) -> None:
-        """Run one kernel over `grid`; CPU tensors among `arguments` are written in place, as a GPU would."""
+        """Run one kernel over `grid`; CPU tensors among `arguments` are written in place, as a GPU would.
+
+        Args:
+            kernel: name of the kernel in `source`.
+            grid: blocks in each dimension.
+            arguments: tensors and integers in the kernel's order.
+            constants: compile-time arguments by name.
+            source: file with the kernels; a test may pass a changed copy.
+
+        Raises:
+            RuntimeError: with the child's own message, when the kernel fails or Triton is missing.
+        """
         if self._child is None:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "stca.plugins.interpret", str(self._source)],
+                [sys.executable, "-m", "stca.plugins.interpret"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
@@ -53,7 +58,7 @@ class Interpreter:
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         try:
-            pickle.dump((kernel, grid, list(arguments), dict(constants)), self._child.stdin)
+            pickle.dump((kernel, grid, list(arguments), dict(constants), source), self._child.stdin)
             self._child.stdin.flush()
             results = pickle.load(self._child.stdout)
         except (EOFError, BrokenPipeError) as error:
@@ -80,6 +85,7 @@ class Interpreter:
         self.close()
 
 
+@functools.cache
 def _load(source: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("interpreted_kernels", source)
     assert spec is not None
@@ -107,19 +113,35 @@ def _round_to_nearest() -> None:
     interpreter._convert_float = rounded
 
 
-def _serve(source: Path) -> None:
+def _patch_once() -> None:
+    """Let the interpreter replace Triton's language once, not at every call of every function: twice as fast."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    patched = set()
+
+    def once(function: Any) -> SimpleNamespace:
+        if id(function.__globals__) not in patched:
+            patched.add(id(function.__globals__))
+            patch(function)
+        return SimpleNamespace(restore=lambda: None)  # nothing else runs in this process
+
+    interpreter._patch_lang = once
+
+
+def _serve() -> None:
     """Read launches on stdin and answer with their tensors on stdout, until stdin ends."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a kernel prints must not mix with the replies
     _round_to_nearest()
-    kernels = _load(source)
+    _patch_once()
     while True:
         try:
-            kernel, grid, arguments, constants = pickle.load(sys.stdin.buffer)
+            kernel, grid, arguments, constants, source = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         try:
-            getattr(kernels, kernel)[grid](*arguments, **constants)
+            getattr(_load(source), kernel)[grid](*arguments, **constants)
             reply: Any = [x if isinstance(x, Tensor) else None for x in arguments]
         except Exception as error:  # the parent raises it; the child lives on
             reply = f"{type(error).__name__}: {error}"
@@ -128,4 +150,4 @@ def _serve(source: Path) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))
+    _serve()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from stca.plugins import tiling
 from stca.plugins.aot import attend_constants, attend_grid
-from stca.plugins.interpret import Interpreter
+from stca.plugins.interpret import KERNELS, Interpreter
 from stca.plugins.spec import QUALIFIED_NAME
 from stca.plugins.tiling import Device, Plan, Shape, Sizes
 
@@ -109,10 +110,10 @@ def run_cuda(steps: list[Launch]) -> None:
         )
 
 
-def run_interpreted(steps: list[Launch], interpreter: Interpreter) -> None:
+def run_interpreted(steps: list[Launch], interpreter: Interpreter, source: Path = KERNELS) -> None:
     """Launch in Triton's interpreter; the tensors are CPU tensors, the launches were made with `upcast`."""
     for step in steps:
-        interpreter.launch(step.kernel, step.grid, step.arguments, step.constants)
+        interpreter.launch(step.kernel, step.grid, step.arguments, step.constants, source)
 
 
 def device_of(tensor: Tensor) -> Device:

@@ -1,0 +1,128 @@
+"""The operator's implementations, each as a function from inputs and scale to the output tensor on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+from support.attention_cases import DTYPES, Case, Inputs, inputs, signed_scale
+from torch import Tensor
+
+from stca.plugins import launch, onnx_function, torch_op  # noqa: F401  (torch_op registers the op)
+from stca.plugins.interpret import KERNELS, Interpreter
+from stca.plugins.spec import DOMAIN, OP_NAME
+from stca.plugins.tiling import Plan, Tile, power_of_two
+
+_ONNX_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "bfloat16": TensorProto.BFLOAT16,
+    "float16": TensorProto.FLOAT16,
+}
+_NAMES = ("query", "key", "value", "target_offsets", "history_offsets", "history_lengths")
+
+
+def torch_cpu(case: Case) -> Tensor:
+    """`torch.ops.stca.target_history_attention`."""
+    out: Tensor = torch.ops.stca.target_history_attention(*inputs(case).tensors(), signed_scale(case))
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def onnx_model(dtype: str, scale: float) -> onnx.ModelProto:
+    """One node of the operator with its function body, every dimension symbolic.
+
+    The output is widened to float32, which changes nothing in it: ONNX Runtime cannot hand bfloat16 to numpy.
+    """
+    element = _ONNX_TYPES[dtype]
+    shapes = (("N_t", "H", "D"), ("N_h", "H_k", "D"), ("N_h", "H_k", "D_v"), ("B_plus_1",), ("B_plus_1",), ("B",))
+    types = (element,) * 3 + (TensorProto.INT32,) * 3
+    graph = helper.make_graph(
+        [
+            helper.make_node(OP_NAME, _NAMES, ["out"], domain=DOMAIN, scale=scale),
+            helper.make_node("Cast", ["out"], ["out32"], to=TensorProto.FLOAT),
+        ],
+        "operator",
+        [helper.make_tensor_value_info(n, t, s) for n, t, s in zip(_NAMES, types, shapes, strict=True)],
+        [helper.make_tensor_value_info("out32", TensorProto.FLOAT, ("N_t", "H", "D_v"))],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", onnx_function.OPSET)], ir_version=10)
+    onnx_function.attach(model)
+    return model
+
+
+@functools.lru_cache(maxsize=64)
+def _session(dtype: str, scale: float) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    serialized = onnx_model(dtype, scale).SerializeToString()
+    return onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+
+
+@functools.lru_cache(maxsize=64)
+def _evaluator(dtype: str, scale: float) -> ReferenceEvaluator:
+    return ReferenceEvaluator(onnx_model(dtype, scale))
+
+
+def _arrays(x: Inputs) -> list[NDArray[np.generic]]:
+    return [
+        y.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if y.dtype == torch.bfloat16 else y.numpy()
+        for y in x.tensors()
+    ]
+
+
+def onnx_runtime(case: Case) -> Tensor:
+    """The function body in ONNX Runtime on the CPU."""
+    session = _session(case.dtype, signed_scale(case))
+    feeds = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(x, _ONNX_TYPES[case.dtype])
+        if x.dtype == ml_dtypes.bfloat16
+        else onnxruntime.OrtValue.ortvalue_from_numpy(x)
+        for name, x in zip(_NAMES, _arrays(inputs(case)), strict=True)
+    }
+    (out,) = session.run_with_ort_values(None, feeds)
+    return torch.from_numpy(out.numpy()).to(DTYPES[case.dtype])
+
+
+def onnx_reference(case: Case) -> Tensor:
+    """The function body in onnx's own evaluator."""
+    feeds = dict(zip(_NAMES, _arrays(inputs(case)), strict=True))
+    (out,) = _evaluator(case.dtype, signed_scale(case)).run(None, feeds)
+    return torch.from_numpy(out).to(DTYPES[case.dtype])
+
+
+def small_plan(case: Case) -> Plan:
+    """Small blocks, so that small cases have many: their sizes and the number of parts differ from case to case."""
+    pick = zlib.crc32(case.name.encode())
+    narrow = case.depth > 128
+    tile = Tile(
+        block_m=16,
+        block_n=(16, 32)[pick % 2],
+        block_d=min(power_of_two(case.depth), (512 if narrow else 16, 32, 64)[pick % 3]),
+        block_dv=min(power_of_two(case.value_depth), 512 if narrow else (16, 32, 128)[pick // 18 % 3]),
+        warps=4,
+        stages=2,
+    )
+    many_requests = len(case.layout.targets) > 100
+    return Plan(tile, splits=1 if many_requests else (1, 2, 3)[pick // 6 % 3], seconds=0.0)
+
+
+def interpreted(case: Case, interpreter: Interpreter, source: Path = KERNELS) -> Tensor:
+    """The Triton kernels in Triton's interpreter, on outputs full of NaN."""
+    x = inputs(case)
+    out = torch.full((len(x.query), case.heads, case.value_depth), float("nan"), dtype=x.query.dtype)
+    steps = launch.launches(*x.tensors(), signed_scale(case), small_plan(case), out, upcast=True)
+    if len(steps) == 2:  # the parts: first outputs of the first launch, first inputs of the second
+        for part in steps[1].arguments[:2]:
+            assert isinstance(part, Tensor)
+            part.fill_(float("nan"))
+    launch.run_interpreted(steps, interpreter, source)
+    return out

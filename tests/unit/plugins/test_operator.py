@@ -1,0 +1,75 @@
+"""Every implementation of the operator against the float64 reference, on one table; proof that the table can fail."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support import attention_forms
+from support.attention_cases import TABLE, Case, check
+from torch import Tensor
+
+from stca.plugins.interpret import KERNELS, Interpreter
+
+# The interpreter takes about a third of a second a case. It runs one dtype of each kind of case, in turn, unless told
+# otherwise, and never the case with 10,000 tokens.
+_FULL = bool(os.environ.get("STCA_FULL_TABLE"))
+INTERPRETED = [case for i, case in enumerate(TABLE) if case.products < 10_000 and (_FULL or (i + i // 3) % 3 == 0)]
+FORMS = (attention_forms.torch_cpu, attention_forms.onnx_runtime, attention_forms.onnx_reference)
+MUTANTS = {
+    "a wrong mask": (
+        "tl.arange(0, BLOCK_N)[None, :] < tokens_left",
+        "tl.arange(0, BLOCK_N)[None, :] <= tokens_left",
+    ),
+    "a missing combine rescale": ("tl.sum(values * part_rescale[:, None], 0)", "tl.sum(values, 0)"),
+    "a swapped offset": ("tl.load(history_offsets + segment)", "tl.load(target_offsets + segment)"),
+}
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    with Interpreter() as child:
+        yield child
+
+
+def test_the_table_is_large_and_has_no_case_twice() -> None:
+    assert len(TABLE) >= 200
+    assert len({case.name for case in TABLE}) == len(TABLE)
+    assert {case.key_heads == 1 for case in INTERPRETED} == {True, False}
+    assert {case.dtype for case in INTERPRETED} == {case.dtype for case in TABLE}
+
+
+@pytest.mark.parametrize(
+    "form", [attention_forms.torch_cpu, attention_forms.onnx_runtime, attention_forms.onnx_reference]
+)
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+def test_operator(case: Case, form: Callable[[Case], Tensor]) -> None:
+    check(case, form(case))
+
+
+@pytest.mark.parametrize("case", INTERPRETED, ids=lambda case: case.name)
+def test_kernels_in_the_interpreter(case: Case, interpreter: Interpreter) -> None:
+    check(case, attention_forms.interpreted(case, interpreter))
+
+
+@pytest.mark.parametrize("mutation", MUTANTS)
+def test_the_table_catches(mutation: str, interpreter: Interpreter, tmp_path: Path) -> None:
+    """A kernel that is wrong in one place fails a case that the right kernel passes."""
+    right, wrong = MUTANTS[mutation]
+    assert KERNELS.read_text().count(right) == 1
+    mutant = tmp_path / "mutant.py"
+    mutant.write_text(KERNELS.read_text().replace(right, wrong))
+    # Split, ragged, with an empty request and a padded one: every mutant shows in cases of this layout.
+    cases = [
+        case for case in INTERPRETED if case.layout.name == "three" and attention_forms.small_plan(case).splits > 1
+    ]
+    caught = []
+    for case in cases[:3]:
+        check(case, attention_forms.interpreted(case, interpreter))
+        try:
+            check(case, attention_forms.interpreted(case, interpreter, mutant))
+        except AssertionError:
+            caught.append(case.name)
+    assert caught, f"no case fails with {mutation}"
