@@ -161,7 +161,6 @@ def split_onnx(
     specs = tuple(
         dataclasses.replace(_spec(i), scope=scopes.get(i.name), limit=_id_limit(graph.graph, i.name))
         for i in graph.graph.input
-        if i.name not in {t.name for t in graph.graph.initializer}
     )
     attention = next((n.op_type for n in graph.graph.node if (n.domain, n.op_type) == (DOMAIN, OP_NAME)), None)
     if attention:
@@ -195,6 +194,11 @@ def load_onnx(file: str | os.PathLike[str]) -> onnx.ModelProto:
         onnx.checker.check_model(without_weights(model))
     except Exception as e:
         raise SplitError(f"{path}: is not a valid ONNX model ({' '.join(str(e).split())[:300]})") from e
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]  # old exporters list weights there too
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    model.ir_version = max(model.ir_version, 4)  # the first in which a weight need not be an input
     return model
 
 
@@ -254,7 +258,11 @@ def _appendable(halves: Split, specs: tuple[TensorSpec, ...]) -> bool:
         return False
     whole = probe.single(user, 9, 0, np.random.default_rng(0))
     tokens = {s.name for s in user if s.shape[:1] == ("N_h",)}
+    once = {s.name: np.full_like(whole[s.name], (s.limit or 2) - 1) for s in user if s.name in whole.keys() - tokens}
+    whole |= once
     parts = [{n: x[rows] if n in tokens else x for n, x in whole.items()} for rows in (slice(0, 4), slice(4, 9))]
+    # Appending encodes new events without the user's other inputs: no token may depend on them.
+    parts[1] |= {n: np.zeros_like(x) for n, x in once.items()}
 
     def state(request: dict[str, Any]) -> dict[str, Any]:
         feeds = probe.pack(user, [request])
