@@ -75,6 +75,8 @@ def to_request_graph(model: RequestModel) -> onnx.ModelProto:
     except Exception as e:  # torch raises many types here; the cause is what the user can act on
         raise ExportError(f"the model cannot be exported: {_cause(e)}") from e
     assert program is not None
+    if (outputs := len(program.model.graph.outputs)) != len(model.outputs):
+        raise ExportError(f"the model has {outputs} outputs, {len(model.outputs)} are named; name each of them")
     graph = _tidy(program.model)
     _name_sizes(graph, model.inputs)
     _name_attention(graph)
