@@ -24,7 +24,7 @@ from stca.errors import BuildError
 from stca.plugins import tiling
 from stca.plugins.tiling import ARTIFACT_SMS, Shape, Sizes, Tile
 
-# What drivers since CUDA 12.8 load, and the oldest that names every SM; Triton's own default is newer than many drivers.
+# Drivers since CUDA 12.8 load it, and no older version names every SM; Triton's default is newer than many drivers.
 PTX_VERSION: Final = 87
 FALLBACK_SM: Final = 80
 # Pointers are promised to be aligned to this many bytes, without which no load is wider than one element.
