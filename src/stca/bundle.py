@@ -128,7 +128,7 @@ class Manifest:
         """
         try:
             raw = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as e:
+        except (ValueError, RecursionError) as e:  # a number of 5,000 digits is a plain ValueError
             raise BundleError(f"{MANIFEST} is not JSON ({e}); export the bundle again") from e
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise BundleError(f"{MANIFEST} does not say format {FORMAT!r}; this is not a bundle")
@@ -203,8 +203,10 @@ class Bundle:
             BundleError: naming the first file or field that is not as it should be, and what to do.
         """
         root = Path(path)
-        if not root.is_dir():
+        if not os.path.isdir(root):  # unlike Path's, also False for names that cannot exist
             raise BundleError(f"{root}: no such bundle directory; make one with `stca export`")
+        if os.path.lexists(root / MANIFEST) and not _is_plain(root / MANIFEST):
+            raise BundleError(f"{root}: {MANIFEST} is not a plain file inside the bundle; copy the bundle again")
         try:
             text = (root / MANIFEST).read_text(encoding="utf-8")
         except FileNotFoundError as e:
@@ -220,16 +222,16 @@ def _check_files(root: Path, manifest: Manifest) -> None:
     present = {p.name for p in root.iterdir()}
     named = {MANIFEST, *manifest.files}
     if missing := sorted(named - present):
-        raise BundleError(f"{root}: {missing[0]} is missing; copy the bundle again or export it anew")
+        raise BundleError(f"{root}: {missing[0]!r} is missing; copy the bundle again or export it anew")
     if extra := sorted(present - named):
-        raise BundleError(f"{root}: {extra[0]} is not in the manifest; remove it, or export the bundle anew")
+        raise BundleError(f"{root}: {extra[0]!r} is not in the manifest; remove it, or export the bundle anew")
     for graph in manifest.graphs.values():
         if graph.file not in manifest.files:
             raise BundleError(f"{root}: graph file {graph.file!r} is not among the manifest's files; export it anew")
     for name, entry in manifest.files.items():
         file = root / name
-        if file.parent != root or file.is_symlink() or not file.is_file():
-            raise BundleError(f"{root}: {name} is not a plain file inside the bundle; copy the bundle again")
+        if file.parent != root or not _is_plain(file):
+            raise BundleError(f"{root}: {name!r} is not a plain file inside the bundle; copy the bundle again")
         size = file.stat().st_size
         if size != entry["bytes"]:
             raise BundleError(f"{root}: {name} has {size} bytes, the manifest says {entry['bytes']}; copy it again")
@@ -239,6 +241,11 @@ def _check_files(root: Path, manifest: Manifest) -> None:
             )
     if WEIGHTS in manifest.files and manifest.files[WEIGHTS]["sha256"] != manifest.weights:
         raise BundleError(f"{root}: the weights' version is not the digest of {WEIGHTS}; export the bundle anew")
+
+
+def _is_plain(file: Path) -> bool:
+    """Neither a link, whose target may change, nor a pipe, whose end may never come."""
+    return file.is_file() and not file.is_symlink()
 
 
 def seal(root: Path, manifest: Manifest) -> Bundle:
@@ -270,7 +277,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Callable[[Mani
     Raises:
         BundleError: when `path` exists and is not a bundle, or its parent cannot be written to.
     """
-    target = Path(os.path.abspath(path))
+    target = Path(os.path.realpath(path))  # of a link (`current`), what it points to is replaced
     if target.exists() and not (target / MANIFEST).is_file():
         raise BundleError(f"{target}: exists and is not a bundle; choose another --out or remove it")
     try:
@@ -281,10 +288,12 @@ def writing(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Callable[[Mani
 
     def commit(manifest: Manifest) -> Bundle:
         done = seal(work, manifest).manifest
+        mask = _umask()
         for p in work.iterdir():
+            p.chmod(0o666 & ~mask)  # safetensors writes files that only their owner may read
             with p.open("rb") as f:
                 os.fsync(f.fileno())
-        os.chmod(work, 0o777 & ~_umask())
+        os.chmod(work, 0o777 & ~mask)
         _put(work, target)
         return Bundle(target, done)
 
