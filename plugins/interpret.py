@@ -115,6 +115,7 @@ def _round_to_nearest() -> None:
 
 def _patch_once() -> None:
     """Let the interpreter replace Triton's language once, not at every call of every function: twice as fast."""
+    import triton.language as tl
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang
@@ -124,6 +125,8 @@ def _patch_once() -> None:
         if id(function.__globals__) not in patched:
             patched.add(id(function.__globals__))
             patch(function)
+            # Before Triton 3.9 this failed with NumPy 2.4, which refuses int(array([1])).
+            tl.tensor.__index__ = lambda scalar: int(scalar.handle.data.squeeze())
         return SimpleNamespace(restore=lambda: None)  # nothing else runs in this process
 
     interpreter._patch_lang = once

@@ -224,7 +224,7 @@ def registers(shape: Shape, tile: Tile, sm: int) -> int:
     if is_wide(shape, tile, sm):
         return int(40 + accumulators + 1.75 * logits)
     if shape.element == 4:
-        return int(80 + accumulators + 2 * logits + 2 * tile.block_d)
+        return int(60 + accumulators + 2 * logits + 2 * tile.block_d)
     query = tile.block_d // 4 if tile.block_d >= shape.depth else 16
     tokens = tile.block_n * max(tile.block_d, tile.block_dv) // (2 * threads) if tile.stages == 1 else 0
     return int(50 + 1.2 * accumulators + 2.5 * logits + query + tokens)

@@ -1,0 +1,131 @@
+"""The cost model: what it offers fits and compiles, what it chooses makes sense, and a measured table overrules it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stca.plugins import aot, tiling
+from stca.plugins.tiling import ARTIFACT_SMS, PORTABLE_SHARED_LIMIT, Shape, Sizes, device_for
+
+PROJECTED = Shape(16, 16, 64, 64, "bfloat16")
+ABSORBED = Shape(8, 1, 256, 256, "bfloat16", tied=True)
+SHAPES = [
+    Shape(8, form, depth, depth, dtype)
+    for form in (1, 8)
+    for depth in (16, 32, 64, 80, 128, 256, 320, 512)
+    for dtype in tiling.DTYPE_BYTES
+] + [Shape(16, 1, 1024, 1024, dtype) for dtype in tiling.DTYPE_BYTES]
+
+
+@given(
+    targets=st.lists(st.integers(0, 70), min_size=1, max_size=20),
+    group=st.integers(1, 16),
+    block=st.sampled_from([16, 32, 64, 128]),
+)
+def test_every_row_of_a_ragged_batch_has_exactly_one_tile(targets: list[int], group: int, block: int) -> None:
+    """The kernel's arithmetic, in Python: which segment a tile serves, and from which row."""
+    offsets = [sum(targets[:b]) for b in range(len(targets) + 1)]
+    starts = [offsets[b] * group // block + b for b in range(len(targets))]
+    tiles = offsets[-1] * group // block + len(targets)
+    covered = []
+    for tile in range(tiles):
+        segment = sum(start <= tile for start in starts[1:])
+        first = (tile - starts[segment]) * block
+        covered += [(segment, row) for row in range(first, min(first + block, targets[segment] * group))]
+    assert sorted(covered) == [(b, row) for b, m in enumerate(targets) for row in range(m * group)]
+
+
+@pytest.mark.parametrize("sm", ARTIFACT_SMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_supported_shape_has_a_plan(shape: Shape, sm: int) -> None:
+    device = device_for(sm)
+    plan = tiling.choose(shape, Sizes(300, 10_000, 1), device)
+    assert tiling.shared_bytes(shape, plan.tile, sm) <= device.shared_limit
+    if shape.depth <= 512:
+        portable = tiling.choose(shape, Sizes(300, 10_000, 1), device, PORTABLE_SHARED_LIMIT)
+        assert tiling.shared_bytes(shape, portable.tile, sm) <= PORTABLE_SHARED_LIMIT
+
+
+def test_few_tiles_are_split_and_many_are_not() -> None:
+    device = device_for(90)
+    assert tiling.choose(PROJECTED, Sizes(8, 10_000, 1), device).splits > 1
+    assert tiling.choose(PROJECTED, Sizes(300, 10_000, 1), device).splits > 1
+    assert tiling.choose(PROJECTED, Sizes(300 * 64, 10_000 * 64, 64), device).splits == 1
+    assert tiling.choose(PROJECTED, Sizes(300, 16, 1), device).splits == 1
+
+
+def test_rows_of_a_tile_follow_the_number_of_targets() -> None:
+    device = device_for(90)
+    assert tiling.choose(PROJECTED, Sizes(8, 10_000, 1), device).tile.block_m == 16
+    assert tiling.choose(PROJECTED, Sizes(1024, 10_000, 1), device).tile.block_m >= 64
+    assert tiling.choose(ABSORBED, Sizes(1, 10_000, 1), device).tile.block_m == 16
+    assert tiling.choose(ABSORBED, Sizes(300, 10_000, 1), device).tile.block_m >= 64
+
+
+def test_nearby_sizes_share_a_plan() -> None:
+    plans = {tiling.choose(PROJECTED, Sizes(300, 10_000 + i, 1), device_for(90)) for i in range(0, 240, 7)}
+    assert len(plans) == 1
+
+
+def test_a_measured_plan_overrules_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = Sizes(320, 10_240, 1)
+    device = device_for(90)
+    second = tiling.rank(PROJECTED, sizes, device, device.shared_limit)[1]
+    row = {
+        "sm": 90,
+        "shape": dataclasses.asdict(PROJECTED),
+        "sizes": dataclasses.asdict(sizes),
+        "tile": dataclasses.asdict(second.tile),
+        "splits": 3,
+        "seconds": 1e-5,
+    }
+    table = tmp_path / "tiles.json"
+    table.write_text(json.dumps([row]))
+    monkeypatch.setattr(tiling, "MEASURED_TABLE", table)
+    tiling._choose.cache_clear()
+    try:
+        plan = tiling.choose(PROJECTED, Sizes(300, 10_000, 1), device)
+        assert (plan.tile, plan.splits, plan.measured) == (second.tile, 3, True)
+        assert not tiling.choose(PROJECTED, Sizes(8, 10_000, 1), device).measured
+    finally:
+        tiling._choose.cache_clear()
+
+
+@pytest.mark.parametrize(("shape", "sm"), [(PROJECTED, 80), (PROJECTED, 90), (ABSORBED, 90)], ids=str)
+def test_the_chosen_tile_compiles_within_the_shared_memory_the_model_counted(shape: Shape, sm: int) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    device = device_for(sm)
+    tile = tiling.choose(shape, Sizes(300, 10_000, 1), device).tile
+    artifact = aot.compile_attend(shape, tile, sm, 0.125, True)
+    assert artifact.threads == 32 * tile.warps
+    assert artifact.shared <= 1.05 * tiling.shared_bytes(shape, tile, sm)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((8, 8, 64, 64, "float64"), "dtype float64 is not supported; use one of bfloat16, float16, float32"),
+        ((8, 8, 24, 64, "float16"), "D = 24 is not supported; the kernels take multiples of 16 from 16 to 512"),
+        ((8, 8, 64, 1024, "float16"), r"D_v = 1024 is not supported; .* to 1024 with one key head"),
+        ((8, 1, 2048, 64, "float16"), "D = 2048 is not supported"),
+        ((8, 2, 64, 64, "float16"), "2 key heads for 8 heads; use 1 or 8"),
+        ((8, 1, 64, 32, "float16", True), "tied key and value differ in head size: 64, 32"),
+    ],
+)
+def test_unsupported_shapes_are_refused_by_name(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Shape(*arguments)  # type: ignore[arg-type]
+
+
+def test_unsupported_gpus_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"SM 75 is not supported; .* SM 80 or later .* 80, 86, 89, 90, 100, 120"):
+        device_for(75)
+    assert device_for(87).sm == 86
+    with pytest.raises(ValueError, match=r"no tile of .* fits 1000 bytes of shared memory on SM 90"):
+        tiling.choose(PROJECTED, Sizes(1, 1, 1), device_for(90), 1000)

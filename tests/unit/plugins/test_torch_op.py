@@ -1,0 +1,96 @@
+"""The torch op beyond its numbers: what compilers and exporters see, its gradient, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from stca.plugins import torch_op
+
+Op = torch.ops.stca.target_history_attention
+
+
+def arguments(key_heads: int, *, dtype: torch.dtype = torch.float32, gradients: bool = False) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    floats = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(gradients)
+        for shape in ((5, 4, 8), (9, key_heads, 8), (9, key_heads, 6))
+    ]
+    structure = [torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 2, 5], [0, 4, 5, 9], [4, 0, 3])]
+    return (*floats, *structure)
+
+
+@pytest.mark.parametrize("key_heads", [1, 4])
+@pytest.mark.parametrize("lengths", [True, False])
+def test_opcheck(key_heads: int, lengths: bool) -> None:
+    tensors = arguments(key_heads, gradients=True)
+    torch.library.opcheck(Op, (*tensors[:5], tensors[5] if lengths else None, 0.3))
+
+
+@pytest.mark.parametrize("key_heads", [1, 4])
+def test_gradient(key_heads: int) -> None:
+    query, key, value, *structure = arguments(key_heads, dtype=torch.float64, gradients=True)
+    assert torch.autograd.gradcheck(lambda q, k, v: Op(q, k, v, *structure, 0.3), (query, key, value))
+
+
+def test_gradient_equals_that_of_the_plain_form() -> None:
+    tensors = arguments(1, gradients=True)
+    weights = torch.linspace(-1, 1, 5 * 4 * 6).reshape(5, 4, 6)
+    ours, plain = (torch.autograd.grad(form(*tensors, 0.3), tensors[:3], weights) for form in (Op, torch_op.eager))
+    for mine, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+class _Module(torch.nn.Module):
+    def forward(self, *tensors: Tensor) -> Tensor:
+        out: Tensor = Op(*tensors, 0.3)
+        return out * 2
+
+
+def test_export_sees_one_node_with_symbolic_sizes() -> None:
+    tokens, targets, batch = (torch.export.Dim(name, max=4096) for name in ("tokens", "targets", "batch"))
+    shapes = [{0: targets}, {0: tokens}, {0: tokens}, {0: batch + 1}, {0: batch + 1}, {0: batch}]
+    tensors = arguments(1)
+    program = torch.export.export(_Module(), tensors, dynamic_shapes=(tuple(shapes),))
+    nodes = [node for node in program.graph.nodes if node.target is Op.default]
+    assert len(nodes) == 1
+    more = (*(torch.cat([x, x]) for x in tensors[:3]), torch.tensor([0, 10], dtype=torch.int32))
+    more = (*more, torch.tensor([0, 18], dtype=torch.int32), torch.tensor([18], dtype=torch.int32))
+    torch.testing.assert_close(program.module()(*more), _Module()(*more))
+
+
+def test_compile_has_no_graph_break() -> None:
+    tensors = arguments(4, gradients=True)
+    compiled = torch.compile(_Module(), fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(*tensors), _Module()(*tensors))
+    mine, plain = (torch.autograd.grad(f(*tensors).sum(), tensors[:3]) for f in (compiled, _Module()))
+    torch.testing.assert_close(mine, plain)
+
+
+def test_lengths_may_be_left_out() -> None:
+    query, key, value, target_offsets, history_offsets, _ = arguments(1)
+    whole = history_offsets.diff()
+    torch.testing.assert_close(
+        Op(query, key, value, target_offsets, history_offsets, None, 0.3),
+        Op(query, key, value, target_offsets, history_offsets, whole, 0.3),
+    )
+
+
+@pytest.mark.parametrize("position", [3, 4, 5])
+def test_offsets_of_the_wrong_type_are_refused(position: int) -> None:
+    tensors = list(arguments(1))
+    tensors[position] = tensors[position].long()
+    names = ("target_offsets", "history_offsets", "history_lengths")
+    with pytest.raises(ValueError, match=rf"{names[position - 3]} is torch.int64; expected torch.int32"):
+        Op(*tensors, 0.3)
+
+
+def test_other_bad_arguments_are_refused_by_name() -> None:
+    query, key, value, *structure = arguments(1)
+    with pytest.raises(ValueError, match=r"query is torch.int32; supported are torch.float32, .*torch.bfloat16"):
+        Op(query.int(), key.int(), value.int(), *structure, 0.3)
+    with pytest.raises(ValueError, match="differ in dtype"):
+        Op(query, key.double(), value, *structure, 0.3)
+    with pytest.raises(ValueError, match=r"key has 2 heads; expected 1 \(absorbed\) or the query's 4"):
+        Op(query, key.expand(-1, 2, -1), value.expand(-1, 2, -1), *structure, 0.3)
