@@ -181,7 +181,7 @@ def best_tiles(
         tiling.tiles(shape, sm, shared_limit),
         key=lambda tile: tiling.seconds(shape, sizes, tile, splits, device),
     )
-    if candidates and (plan := tiling.choose(shape, sizes, device, shared_limit)).measured:
+    if candidates and (plan := tiling.choose(shape, sizes, device, shared_limit)).measured and plan.tile in candidates:
         candidates.insert(0, plan.tile)
     found: list[Tile] = []
     for tile in dict.fromkeys(candidates):

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,17 +44,17 @@ class Kernel:
 
 
 def default_shapes(dtype: str) -> list[tuple[Shape, float]]:
-    """Shape and scale of each model in both forms; the absorbed form with key and value tied, and not."""
+    """Shape and scale of each model in both forms; key and value may be tied in the absorbed one."""
     shapes = []
     for width, heads in _MODELS:
         head = width // heads
         scale = 1 / math.sqrt(head)
         shapes.append((Shape(heads, heads, head, head, dtype), scale))
-        shapes += [(Shape(heads, 1, width, width, dtype, tied), scale) for tied in (False, True)]
+        shapes.append((Shape(heads, 1, width, width, dtype, tied=True), scale))
     return shapes
 
 
-def parse_shape(text: str, dtype: str) -> tuple[Shape, float]:
+def parse_shape(text: str, dtype: str, tied: bool) -> tuple[Shape, float]:
     """`H,H_k,D,D_v[,scale]`, where the scale left out is `1 / sqrt(D)`.
 
     Raises:
@@ -63,7 +64,7 @@ def parse_shape(text: str, dtype: str) -> tuple[Shape, float]:
     try:
         heads, key_heads, depth, value_depth = map(int, parts[:4])
         scale = float(parts[4]) if len(parts) > 4 else 1 / math.sqrt(depth)
-        return Shape(heads, key_heads, depth, value_depth, dtype), scale
+        return Shape(heads, key_heads, depth, value_depth, dtype, tied), scale
     except ValueError as error:
         raise BuildError(f"--shape {text}: expected H,H_k,D,D_v[,scale] ({error})") from error
 
@@ -71,28 +72,44 @@ def parse_shape(text: str, dtype: str) -> tuple[Shape, float]:
 def build(shapes: Sequence[tuple[Shape, float]], sms: Sequence[int], shared_limit: int) -> Iterator[Kernel]:
     """Compile and assemble every kernel the shapes need, whole and in parts, for every SM.
 
+    A shape that is tied gets kernels for both cases, key and value one tensor and not, with the same tiles: only a
+    launch shows which it is.
+
     Raises:
         BuildError: when one does not compile or assemble.
     """
     combines = sorted({(shape.value_depth, shape.dtype) for shape, _ in shapes})
     for sm in sms:
         for shape, scale in shapes:
-            for tile in _tiles(shape, scale, sm, shared_limit):
-                for parts in (False, True):
-                    artifact = aot.compile_attend(shape, tile, sm, scale, parts)
-                    yield _kernel(artifact, {**asdict(shape), "scale": scale, "parts": parts, "sm": sm, **asdict(tile)})
+            untied = replace(shape, tied=False)
+            variants = [untied, shape] if shape.tied else [untied]
+            for tile in _tiles(variants, scale, sm, shared_limit):
+                for variant in variants:
+                    if variant.tied and not tiling.is_tied(variant, tile):
+                        continue  # the tile reads a token twice anyway: the untied kernel does the same
+                    for parts in (False, True):
+                        artifact = aot.compile_attend(variant, tile, sm, scale, parts)
+                        fields = {**asdict(variant), "scale": scale, "parts": parts, "sm": sm, **asdict(tile)}
+                        yield _kernel(artifact, fields)
         for value_depth, dtype in combines:
             artifact = aot.compile_combine(value_depth, dtype, sm)
             yield _kernel(artifact, {"dtype": dtype, "value_depth": value_depth, "sm": sm})
 
 
-def _tiles(shape: Shape, scale: float, sm: int, shared_limit: int) -> list[Tile]:
-    """The best for the plan of each typical size."""
+def _tiles(variants: Sequence[Shape], scale: float, sm: int, shared_limit: int) -> list[Tile]:
+    """The best for each variant and typical size that keep to the limit in every variant."""
     best = []
-    for sizes in _TYPICAL:
+    for shape, sizes in itertools.product(variants, _TYPICAL):
         splits = tiling.choose(shape, sizes, tiling.device_for(sm), shared_limit).splits
         best += aot.best_tiles(shape, scale, sizes, splits, sm, shared_limit, 1)
-    return list(dict.fromkeys(best))
+    fitting = [
+        tile
+        for tile in dict.fromkeys(best)
+        if all(aot.compile_attend(shape, tile, sm, scale, False).shared <= shared_limit for shape in variants)
+    ]
+    if not fitting:
+        raise BuildError(f"no tile of {variants[0]} keeps to {shared_limit} bytes, tied and not; raise --shared-limit")
+    return fitting
 
 
 def _kernel(artifact: aot.Artifact, fields: dict[str, Any]) -> Kernel:
@@ -173,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stca.plugins.aot", description="Build the kernels ahead of time.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     parser.add_argument("--shape", action="append", metavar="H,H_k,D,D_v[,SCALE]", help="instead of the default list")
-    parser.add_argument("--tied", action="store_true", help="each --shape also with key and value as one tensor")
+    parser.add_argument("--tied", action="store_true", help="key and value of each --shape may be one tensor")
     parser.add_argument("--dtype", action="append", choices=sorted(DTYPE_BYTES), help="default: bfloat16")
     parser.add_argument("--sm", action="append", type=int, choices=ARTIFACT_SMS, help="default: all of them")
     parser.add_argument("--shared-limit", type=int, default=PORTABLE_SHARED_LIMIT, metavar="BYTES")
@@ -183,11 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for dtype in options.dtype or ["bfloat16"]:
             if not options.shape:
                 shapes += default_shapes(dtype)
-            for text in options.shape or ():
-                shape, scale = parse_shape(text, dtype)
-                shapes.append((shape, scale))
-                if options.tied:
-                    shapes.append((Shape(**{**asdict(shape), "tied": True}), scale))
+            shapes += [parse_shape(text, dtype, options.tied) for text in options.shape or ()]
         kernels = []
         for kernel in build(shapes, options.sm or ARTIFACT_SMS, options.shared_limit):
             kernels.append(kernel)

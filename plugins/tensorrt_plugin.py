@@ -30,7 +30,7 @@ try:
     import tensorrt as trt
     import tensorrt.plugin as trtp
 except ImportError as error:
-    raise BuildError("the TensorRT plugins need TensorRT's Python package: pip install tensorrt-cu13") from error
+    raise BuildError(f"the plugins need TensorRT's Python package ({error}): pip install tensorrt-cu13") from error
 
 _DTYPES: Final = {trt.bfloat16: "bfloat16", trt.float16: "float16", trt.float32: "float32"}
 _TENSORRT_DTYPES: Final = {name: dtype for dtype, name in _DTYPES.items()}

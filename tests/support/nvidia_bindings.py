@@ -20,8 +20,8 @@ from types import ModuleType
 
 import pytest
 
-WHEELS = ("tensorrt-cu13", "tensorrt-cu13-bindings", "tensorrt-lean-cu13-libs")
-INSTALL = "pip install --no-deps --no-build-isolation tensorrt-cu13 tensorrt-cu13-bindings tensorrt-lean-cu13-libs"
+# Without dependencies: what `tensorrt-cu13` asks for are the full libraries, which it would download from elsewhere.
+INSTALL = "pip install --no-deps tensorrt-cu13 tensorrt-cu13-bindings tensorrt-lean-cu13-libs"
 
 # soname -> functions that the bindings import from it and that the lean runtime does not have; each returns null.
 _STAND_INS = {

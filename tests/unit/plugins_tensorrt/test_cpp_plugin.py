@@ -6,6 +6,7 @@ include/ of NVIDIA's public TensorRT repository will do.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from support import nvidia_bindings
 from stca.plugins import aot, artifacts
 
 SOURCES = Path(aot.__file__).parent / "cpp"
+TILE = ("block_m", "block_n", "block_dv", "warps", "stages")
 TESTS = Path(__file__).parent / "cpp"
 # What test_plugin.cc expects the library to hold.
 ARTIFACTS = ("--shape", "2,1,64,64", "--tied", "--sm", "80", "--sm", "90", "--dtype", "bfloat16")
@@ -113,7 +115,7 @@ class TestLibrary:
     def test_enqueue_launches_the_kernels_with_their_arguments(
         self, built: Path, artifact_folder: Path, targets: int, tokens: int, requests: int, tied: bool
     ) -> None:
-        done = drive(built, "--enqueue", targets, tokens, requests, int(tied), driver=True, RECORDING_SM="90")
+        done = drive(built, "--enqueue", targets, tokens, requests, int(tied), -1, driver=True, RECORDING_SM="90")
         assert done.returncode == 0, done.stdout
         launches = re.findall(r"launch (\w+) grid=(\S+) block=(\S+) shared=(\d+) arguments=(\S+)", done.stdout)
         # One multiprocessor holds two blocks in the recording driver, and a GPU has 132 of them.
@@ -147,15 +149,29 @@ class TestLibrary:
         assert (name, grid) == ("combine_kernel", f"{targets * heads},1,1")
         assert arguments.split(",") == [*partial, str(targets * heads), str(parts), out]
 
+    def test_a_tactic_is_a_tile_whether_key_and_value_are_tied_or_not(self, built: Path, artifact_folder: Path) -> None:
+        kernels = json.loads((artifact_folder / "artifacts.json").read_text())["kernels"]
+        whole = [k for k in kernels if k["kernel"] == "attend_kernel" and k["sm"] == 90 and not k["parts"]]
+        tiles = [k for k in whole if not k["tied"]]
+        assert len(tiles) > 1
+        for (number, tile), tied in itertools.product(enumerate(tiles), (False, True)):
+            same = [k for k in whole if k["tied"] and all(k[name] == tile[name] for name in TILE)]
+            used = same[0] if tied and same else tile
+            done = drive(built, "--enqueue", 3000, 100, 7, int(tied), number, driver=True, RECORDING_SM="90")
+            assert done.returncode == 0, done.stdout
+            assert f"tactics {len(tiles)}\n" in done.stdout
+            grid = f"{3000 * 2 // used['block_m'] + 7},{math.ceil(64 / used['block_dv'])},1"
+            assert f"grid={grid} block={used['threads']},1,1 shared={used['shared']} " in done.stdout
+
     def test_no_target_launches_nothing(self, built: Path) -> None:
-        done = drive(built, "--enqueue", 0, 100, 1, 0, driver=True)
+        done = drive(built, "--enqueue", 0, 100, 1, 0, -1, driver=True)
         assert done.returncode == 0, done.stdout
         assert "launch" not in done.stdout
 
     def test_gpu_without_its_own_kernels_takes_the_portable_ones_and_an_old_one_is_refused(self, built: Path) -> None:
-        newer = drive(built, "--enqueue", 8, 100, 1, 0, driver=True, RECORDING_SM="103")
+        newer = drive(built, "--enqueue", 8, 100, 1, 0, -1, driver=True, RECORDING_SM="103")
         assert newer.returncode == 0, newer.stdout
-        older = drive(built, "--enqueue", 8, 100, 1, 0, driver=True, RECORDING_SM="75")
+        older = drive(built, "--enqueue", 8, 100, 1, 0, -1, driver=True, RECORDING_SM="75")
         assert older.returncode == 1
         assert "SM 80 90" in older.stdout
         assert "launch" not in older.stdout

@@ -3,7 +3,7 @@
 // and the caller compares them; with a GPU, `--gpu` runs real ones and compares with a double-precision loop.
 //
 //   test_plugin LIBRARY            checks that need no driver
-//   test_plugin LIBRARY --enqueue N_t N_h B TIED
+//   test_plugin LIBRARY --enqueue N_t N_h B TIED TACTIC   TACTIC counts from 0; -1 sets none
 //   test_plugin LIBRARY --gpu
 // The library must hold bfloat16 kernels for H=2, H_k=1, D=D_v=64, scale 0.125 (as parts, and tied).
 #include <NvInferRuntime.h>
@@ -315,11 +315,18 @@ void checkSerialization(IPluginCreatorV3One* factory, Plugin const& plugin)
 }
 
 //! Enqueue with made-up addresses 4096, 8192, …; a tied node has its key where its value is.
-void enqueue(IPluginCreatorV3One* factory, int64_t targets, int64_t tokens, int64_t requests, bool tied)
+void enqueue(IPluginCreatorV3One* factory, int64_t targets, int64_t tokens, int64_t requests, bool tied, int32_t tactic)
 {
     Plugin const plugin(make(factory, {scaleField(kSCALE)}));
     auto const most = dynamic(node(300, 10000, 4));
     CHECK(plugin.build->configurePlugin(most.data(), 6, &most[6], 1) == 0);
+    if (tactic >= 0)
+    {
+        std::vector<int32_t> tactics(static_cast<size_t>(plugin.build->getNbTactics()));
+        CHECK(plugin.build->getValidTactics(tactics.data(), static_cast<int32_t>(tactics.size())) == 0);
+        CHECK(plugin.runtime->setTactic(tactics.at(static_cast<size_t>(tactic))) == 0);
+        std::printf("tactics %zu\n", tactics.size());
+    }
     auto const sizes = node(targets, tokens, requests);
     CHECK(plugin.runtime->onShapeChange(sizes.data(), 6, &sizes[6], 1) == 0);
     std::vector<void const*> inputs;
@@ -351,9 +358,10 @@ int main(int argc, char** argv)
         return 2;
     }
     IPluginCreatorV3One* const factory = creator(library);
-    if (argc == 7 && std::strcmp(argv[2], "--enqueue") == 0)
+    if (argc == 8 && std::strcmp(argv[2], "--enqueue") == 0)
     {
-        enqueue(factory, std::atoll(argv[3]), std::atoll(argv[4]), std::atoll(argv[5]), std::atoi(argv[6]) != 0);
+        enqueue(factory, std::atoll(argv[3]), std::atoll(argv[4]), std::atoll(argv[5]), std::atoi(argv[6]) != 0,
+            std::atoi(argv[7]));
     }
     else if (argc == 3 && std::strcmp(argv[2], "--gpu") == 0)
     {
