@@ -83,7 +83,7 @@ class Door:
                 raise RequestError(f"{name}: is made by the runtime for a single request; leave it out")
             if name not in self.inputs:
                 raise RequestError(f"{name}: the model has no such input; it takes {', '.join(self.names(*_ALL))}")
-        sizes: dict[str, tuple[int, str]] = {USERS: (1, "one request")} if self.ragged else {}
+        sizes: dict[str, tuple[int, str]] = {USERS: (1, "one request")} if self.offsets else {}
         arrays: dict[str, Array] = {}
         for name in names:
             if name not in inputs:
@@ -114,7 +114,7 @@ class Door:
         for name, spec in self.offsets.items():
             if name not in batch.inputs:
                 raise RequestError(f"{name}: is missing; a batch needs it")
-            offsets = np.asarray(batch.inputs[name])
+            offsets = _array_of(name, batch.inputs[name])
             if offsets.ndim != 1 or offsets.size < 1 or offsets.dtype.kind not in "iu":
                 raise RequestError(f"{name}: must be a list of at least one integer, got {_described(offsets)}")
             if offsets[0] != 0:
@@ -131,27 +131,31 @@ class Door:
         requests = counts.pop()
         bounds[USERS] = list(range(requests + 1))
         for name, labels in (("users", batch.users), ("versions", batch.versions)):
-            if labels and len(labels) != requests:
+            if len(labels) and len(labels) != requests:
                 raise RequestError(f"{name}: has {len(labels)} entries for {requests} requests")
         rows: dict[str, Array] = {}
         for name, value in batch.inputs.items():
             if name in self.offsets:
                 continue
-            rows[name] = np.asarray(value)
+            rows[name] = _array_of(name, value)
             known = self.inputs.get(name)
             if known is None:
                 continue  # the request that gets it will refuse it, with the list of inputs there are
             end = bounds[known.shape[0]][-1]
             if rows[name].ndim < 1 or len(rows[name]) != end:
-                raise RequestError(f"{name}: has shape {list(rows[name].shape)}, the offsets end at {end}")
+                ends = ", ".join(f"{n} at {np.asarray(batch.inputs[n])[-1]}" for n in self.offsets)
+                raise RequestError(
+                    f"{name}: has shape {list(rows[name].shape)}, expected {end} rows for {requests} requests; "
+                    f"the offsets end: {ends}"
+                )
         return [
             Request(
                 {
                     name: x[slice(*bounds[self.inputs[name].shape[0]][i : i + 2])] if name in self.inputs else x
                     for name, x in rows.items()
                 },
-                batch.users[i] if batch.users else None,
-                batch.versions[i] if batch.versions else None,
+                batch.users[i] if len(batch.users) else None,
+                batch.versions[i] if len(batch.versions) else None,
             )
             for i in range(requests)
         ]
@@ -165,10 +169,7 @@ class Door:
         return h.hexdigest()
 
     def _array(self, spec: TensorSpec, value: ArrayLike, sizes: dict[str, tuple[int, str]]) -> Array:
-        try:
-            raw = np.asarray(value)
-        except ValueError as e:
-            raise RequestError(f"{spec.name}: is not a rectangular array ({e})") from e
+        raw = _array_of(spec.name, value)
         wanted = np.dtype(spec.dtype)
         if raw.size == 0 and raw.dtype == np.float64:
             raw = raw.astype(wanted)  # an empty list has no dtype of its own
@@ -193,9 +194,13 @@ class Door:
         if raw.size == 0:
             return
         if wanted.kind == "f":
-            if not np.isfinite(raw).all():
-                where = np.unravel_index(int(np.argmin(np.isfinite(raw))), raw.shape)
-                raise RequestError(f"{spec.name}: holds {raw[where]} at {list(map(int, where))}; values must be finite")
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(raw.astype(wanted, copy=False))
+            if not finite.all():
+                where = np.unravel_index(int(np.argmin(finite)), raw.shape)
+                raise RequestError(
+                    f"{spec.name}: holds {raw[where]} at {list(map(int, where))}; values must be finite as {wanted}"
+                )
         elif wanted.kind in "iu":
             low, high = (0, spec.limit - 1) if spec.limit else (np.iinfo(wanted).min, np.iinfo(wanted).max)
             if raw.min() < low or raw.max() > high:
@@ -221,6 +226,15 @@ class Door:
 
 
 _ALL = ("user", "request", "target")
+
+
+def _array_of(name: str, value: ArrayLike) -> Array:
+    if isinstance(value, np.ma.MaskedArray):
+        raise RequestError(f"{name}: is a masked array; fill it or leave the masked rows out")
+    try:
+        return np.asarray(value)
+    except ValueError as e:
+        raise RequestError(f"{name}: is not a rectangular array ({e})") from e
 
 
 def _shape(spec: TensorSpec) -> str:
