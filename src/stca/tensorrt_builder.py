@@ -24,11 +24,11 @@ from stca.tensorrt_flavours import FLAVOURS, PROGRESS, Built, Flavour, Job, load
 
 
 def main(argv: Sequence[str]) -> int:
-    """The process that builds: `JOB.json REPLY.json`."""
+    """Do one job and write what came of it."""
     request, reply = map(Path, argv)
     job = Job(**json.loads(request.read_text()))
     try:
-        answer = dataclasses.asdict(_build(job))
+        answer = dataclasses.asdict(_refit(job) if job.refit_from else _build(job))
     except StcaError as e:
         answer = {"error": str(e)}
     reply.write_text(json.dumps(answer))
@@ -91,6 +91,37 @@ def _build(job: Job) -> Built:
         inputs=ends(network.num_inputs, network.get_input),
         outputs=ends(network.num_outputs, network.get_output),
     )
+
+
+def _refit(job: Job) -> Built:
+    """Give a finished engine the graph's present weights. Needs the GPU it was built for; not run without one."""
+    flavour = FLAVOURS[job.flavour]
+    trt = load(flavour)
+    graph = engine_graph(Path(job.graph), state=job.state, precision=cast(Any, job.precision))
+    began = time.monotonic()
+    log = _logger(trt)
+    engine = trt.Runtime(log).deserialize_cuda_engine(Path(str(job.refit_from)).read_bytes())
+    if engine is None:
+        said = f": {' '.join(log.errors[0].split())[:200]}" if log.errors else ""
+        raise BuildError(f"{job.flavour} cannot load the engine here to refit it{said}")
+    refitter = trt.Refitter(engine, log)
+    dtypes = {"float32": trt.float32, "float16": trt.float16, "bfloat16": trt.bfloat16}
+    named = {
+        tensor.name: graph.array(tensor) for tensor in graph.model.graph.initializer if tensor.name in graph.weights
+    }
+    for name in refitter.get_all_weights():
+        array = named.get(name)
+        if array is None:
+            continue
+        weights = trt.Weights(dtypes[array.dtype.name], array.ctypes.data, array.size)
+        if not refitter.set_named_weights(name, weights):
+            raise BuildError(f"{job.flavour} refuses new weights for {name!r}; build the engine anew")
+    if missing := refitter.get_missing_weights():
+        raise BuildError(f"{job.flavour} wants new weights for {missing[0]!r}, which the graph has not; build it anew")
+    if not refitter.refit_cuda_engine():
+        raise BuildError(f"{job.flavour} cannot refit the engine: {' '.join(log.errors[:1])[:300]}; build it anew")
+    Path(job.plan).write_bytes(memoryview(engine.serialize()))
+    return Built(trt.__version__, job.sm or 0, time.monotonic() - began, {}, graph.attention_nodes, [], [])
 
 
 def _parse(parser: Any, graph: EngineGraph, name: str) -> list[Any]:

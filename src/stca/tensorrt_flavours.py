@@ -82,7 +82,7 @@ PROGRESS: Final = "stca-progress "  # begins a line that the building process wa
 
 @dataclass(frozen=True)
 class Job:
-    """One plan to build; plain JSON values."""
+    """One plan to build or, with `refit_from`, to make of another plan with the graph's present weights."""
 
     flavour: str
     graph: str
@@ -94,6 +94,7 @@ class Job:
     refit: str
     plan: str
     timing_cache: str | None = None
+    refit_from: str | None = None
 
 
 @dataclass(frozen=True)
