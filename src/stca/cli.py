@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         return _fail(
-            f"the package {e.name!r} is not installed; install the extra: pip install 'stca[export,report]'", 2
+            f"the package {e.name!r} is not installed; install the extra: pip install 'stca[export]'", 2
         )
     except Exception as e:
         if args.debug:
