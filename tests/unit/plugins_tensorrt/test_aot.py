@@ -125,10 +125,13 @@ def test_ptxas_complaint_becomes_the_error() -> None:
         aot.assemble(broken)
 
 
+def test_command_is_run_as_a_module() -> None:
+    command = [sys.executable, "-m", "stca.plugins.aot", "--help"]
+    assert "--out DIR" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def test_command_writes_ptx_index_and_table(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "stca.plugins.aot", "--out", str(tmp_path), "--shape", "2,1,16,16", "--sm", "80"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert artifacts.main(["--out", str(tmp_path), "--shape", "2,1,16,16", "--sm", "80"]) == 0
     index = json.loads((tmp_path / "artifacts.json").read_text())
     attend = [kernel for kernel in index["kernels"] if kernel["kernel"] == "attend_kernel"]
     assert {kernel["parts"] for kernel in attend} == {False, True}
