@@ -1,0 +1,334 @@
+"""The page: what is there and what is not, the data's own numbers, nothing loaded, nothing run, equal bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper, parser
+from support import tiny
+
+from stca import report
+from stca.bundle import Bundle
+from stca.errors import StcaError
+from stca.export.pipeline import split_onnx
+from stca.report import ReportData
+
+SVG = "{http://www.w3.org/2000/svg}"
+STAGES = ("user_encoder", "target_scorer", "hit", "miss", "pointwise")
+
+PARITY = {
+    "passed": True,
+    "weights": "0" * 64,
+    "precision": "float32",
+    "reference": "float64 torch",
+    "stages": [
+        {
+            "name": name, "against": "float64 torch", "max_abs": error, "max_rel": 3 * error, "cosine": 1 - 1e-13,
+            "topk_overlap": 1.0, "limit": limit, "passed": True,
+        }
+        for name, error, limit in
+        (("torch", 2.03e-7, 0.01), ("request_graph", 1.51e-7, 6.25e-7), ("session", 0.0, 6.25e-7))
+    ],
+}  # fmt: skip
+BENCH = {
+    "rows": [
+        {
+            "history": n, "targets": m, "stage": stage, "p50_ms": 0.731 * (i + 1) * n * m / 100,
+            "p95_ms": 0.757 * (i + 1) * n * m / 100, "p99_ms": 0.811 * (i + 1) * n * m / 100, "runs": 11 + i,
+            "measured_targets": min(m, 2) if stage == "pointwise" else m,
+        }
+        for n in (512, 2048)
+        for m in (1, 32)
+        for i, stage in enumerate(STAGES)
+    ],
+    "ratios": [
+        {"history": n, "targets": m, "pointwise_over_miss": n / 41, "miss_over_hit": m / 7 + 1}
+        for n in (512, 2048)
+        for m in (1, 32)
+    ],
+    "machine": {"cpu": "A CPU", "cores": 2},
+}  # fmt: skip
+AUC = [
+    {"history": n, "task": task, "auc": 0.6 + n / 100_000, "best": 0.7 + n / 90_000}
+    for n in (512, 2048, 8192)
+    for task in ("finish", "like")
+]
+
+
+@pytest.fixture
+def data(bundle_dir) -> ReportData:
+    return ReportData(
+        title="A report",
+        bundle=Bundle.load(bundle_dir),
+        parity=PARITY,
+        bench=BENCH,
+        auc=AUC,
+        trained_history=2048,
+        machine={"memory": "8 GiB"},
+        commands=("stca demo --out x",),
+        versions={"torch": "9.9"},
+    )
+
+
+def _parse(page: str) -> ET.Element:
+    head, _, rest = page.partition("\n")
+    assert head == "<!DOCTYPE html>"
+    return ET.fromstring(rest)
+
+
+def _text(element: ET.Element) -> str:
+    return "".join(element.itertext())
+
+
+def _table(page: ET.Element, caption: str) -> list[list[str]]:
+    """The body of a table: exact values where there are any, else text."""
+    found = next(t for t in page.iter("table") if _text(t.find("caption")) == caption)
+    return [
+        [cell.find("data").attrib["value"] if cell.find("data") is not None else _text(cell) for cell in row]
+        for row in found.find("tbody")
+    ]
+
+
+def test_numbers_are_the_data(data):
+    page = _parse(report.render(data))
+    keys = ("p50_ms", "p95_ms", "p99_ms", "runs")
+    assert [row[:2] + row[3:7] for row in _table(page, "Latency of each stage")] == [
+        [repr(r["history"]), repr(r["targets"]), *(repr(r[k]) for k in keys)]
+        for r in sorted(BENCH["rows"], key=lambda r: (r["history"], r["targets"]))
+    ]
+    assert _table(page, "Ratios of medians") == [[repr(v) for v in r.values()] for r in BENCH["ratios"]]
+    assert [row[1:6] for row in _table(page, "Parity")] == [
+        [repr(s[k]) for k in ("max_abs", "limit", "max_rel", "cosine", "topk_overlap")] for s in PARITY["stages"]
+    ]
+    by_task = sorted(AUC, key=lambda r: r["task"])
+    assert _table(page, "AUC") == [[r["task"], *(repr(r[k]) for k in ("history", "auc", "best"))] for r in by_task]
+    headline = [d.attrib["value"] for d in page.find(".//header").iter("data")]
+    assert headline == [repr(2048 / 41), repr(32 / 7 + 1), repr(1.51e-7), repr(AUC[-2]["auc"])]
+    files = data.bundle.manifest.files
+    assert _table(page, "Files") == [[n, repr(f["bytes"]), f["sha256"]] for n, f in files.items()]
+
+
+def test_every_number_shown_is_rounded_from_its_value(data):
+    """What a person reads beside each exact value is that value to the digits shown."""
+    units = {"s": 1e3, "ms": 1, "µs": 1e-3, "kB": 1e3, "MB": 1e6, "kFLOP": 1e3, "MFLOP": 1e6, "GFLOP": 1e9, "%": 0.01}
+    checked = 0
+    page = _parse(report.render(data))
+    parity = next(t for t in page.iter("table") if _text(t.find("caption")) == "Parity")
+    complements = {row[4].find("data") for row in parity.find("tbody")}  # of the cosine, 1 − cosine is shown
+    for d in page.iter("data"):
+        exact, shown = float(d.attrib["value"]), d.text
+        if d in complements or shown[0] in "<>":
+            continue
+        number, _, unit = shown.replace(",", "").replace("×10", "e").rstrip("×").partition(" ")
+        number = Decimal(number.translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")))
+        last_digit = 10.0 ** number.as_tuple().exponent * units.get(unit, 1)
+        assert float(number) * units.get(unit, 1) == pytest.approx(exact, rel=0.005, abs=0.501 * last_digit), shown
+        checked += 1
+    assert checked > 100
+
+
+def test_pictures_hold_the_data(data):
+    page = _parse(report.render(data))
+    charts = {svg.find(f"{SVG}title").text: svg for svg in page.iter(f"{SVG}svg")}
+    assert set(charts) == {
+        "The two graphs and their cut", "Error of each stage", "Latency, 1 candidate per request",
+        "Latency, 32 candidates per request", "Time of each half", "AUC of finish", "AUC of like",
+    }  # fmt: skip
+    latency = charts["Latency, 32 candidates per request"]
+    lines = {g.get("class"): g for g in latency.iter(f"{SVG}g")}
+    assert set(lines) == {"pointwise", "miss", "hit"}
+    assert [c.get("class") for c in lines["pointwise"].iter(f"{SVG}circle")] == ["mark hollow"] * 2
+    assert [c.get("class") for c in lines["miss"].iter(f"{SVG}circle")] == ["mark"] * 2
+    heights = {k: [float(c.get("cy")) for c in g.iter(f"{SVG}circle")] for k, g in lines.items()}
+    for i in (0, 1):  # slower is higher up, which is a smaller y
+        assert heights["pointwise"][i] < heights["miss"][i] < heights["hit"][i]
+    # On a log-log chart the same factor is the same distance: here time grows as the history does in all three.
+    rises = [y[0] - y[1] for y in heights.values()]
+    assert rises == pytest.approx([rises[0]] * 3, abs=0.05)
+    auc = charts["AUC of finish"]
+    boundary = next(line for line in auc.iter(f"{SVG}line") if line.get("class") == "boundary")
+    seen = [float(c.get("cx")) for c in auc.iter(f"{SVG}circle")]
+    assert float(boundary.get("x1")) == pytest.approx(seen[1])  # the second of the points is at 2048
+    dots = list(charts["Error of each stage"].iter(f"{SVG}circle"))
+    assert "exact" in _text(dots[2])
+    bars = list(charts["Time of each half"].iter(f"{SVG}rect"))
+    assert len(bars) == 2 * 4
+    assert float(bars[-1].get("width")) == pytest.approx(2 * float(bars[-2].get("width")), rel=0.01)
+
+
+def test_every_picture_has_words(data):
+    for svg in _parse(report.render(data)).iter(f"{SVG}svg"):
+        alone = ET.fromstring(ET.tostring(svg))
+        assert alone.get("role") == "img"
+        assert len(alone.find(f"{SVG}title").text) > 5
+        assert len(alone.find(f"{SVG}desc").text) > 40
+        assert alone.find(f"{SVG}desc").text in alone.get("aria-label")
+        _, _, width, height = map(float, alone.get("viewBox").split())
+        for label in alone.iter(f"{SVG}text"):
+            assert 0 <= float(label.get("x")) <= width
+            assert 0 <= float(label.get("y")) <= height
+
+
+PARTS = {
+    "parity": ("Are the numbers", "stca verify", "Error of each stage", {"parity": None}),
+    "bench": ("How fast", "stca bench", "Latency, ", {"bench": None}),
+    "auc": ("Does a longer", "takes a log", "AUC of", {"auc": ()}),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_missing_part_is_left_out_with_its_reason(data, part):
+    import dataclasses
+
+    heading, reason, picture, nothing = PARTS[part]
+
+    def section(**changes: object) -> ET.Element:
+        page = _parse(report.render(dataclasses.replace(data, **changes)))
+        return next(s for s in page.iter("section") if s.find("h2").text.startswith(heading))
+
+    assert picture in ET.tostring(section(), encoding="unicode")
+    assert not [p for p in section().iter("p") if p.get("class") == "missing"]
+    left_out = section(**nothing)
+    assert reason in _text(left_out)
+    assert not list(left_out.iter(f"{SVG}svg"))
+    assert not list(left_out.iter("table"))
+    assert "no log here" in _text(section(**nothing, absent={part: "no log here"}))
+
+
+def test_bare_bundle(bundle_dir):
+    page = _parse(report.render(ReportData(title="Bare", bundle=Bundle.load(bundle_dir))))
+    assert "Not checked" in _text(page)
+    assert page.find(".//header").find(".//data") is None  # no headline number that was not measured
+    assert [s.find("h2").text for s in page.iter("section")][1] == "The graph and its cut"
+    assert len(list(page.iter(f"{SVG}svg"))) == 1
+
+
+def test_what_failed_or_is_no_number_says_so(data):
+    import dataclasses
+
+    stages = [dict(s) for s in PARITY["stages"]]
+    stages[1].update(max_abs=math.inf, max_rel=math.inf, cosine=math.nan, passed=False)
+    ratios = [{**r, "pointwise_over_miss": math.nan} for r in BENCH["ratios"]]
+    page = _parse(
+        report.render(
+            dataclasses.replace(
+                data, parity={**PARITY, "passed": False, "stages": stages}, bench={**BENCH, "ratios": ratios}
+            )
+        )
+    )
+    badge = next(s for s in page.iter("span") if "badge" in s.get("class", ""))
+    assert badge.get("class") == "badge bad"
+    assert "request_graph" in badge.text
+    assert _table(page, "Parity")[1][-1] == "failed"
+    assert _table(page, "Ratios of medians")[0][2] == "–"
+    headline = [_text(d) for d in page.find(".//header").iter("data")]
+    assert headline == ["5.57×", "∞", "0.6819", headline[3]]
+    assert "nan" not in ET.tostring(page.find(".//body"), encoding="unicode").lower().replace("reference_nan", "")
+
+
+HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>&amp;\x00\ud800'
+
+
+def test_everything_is_escaped(tmp_path):
+    name = '"><script>alert(1)</script>&'
+    model = parser.parse_model("""<ir_version: 10, opset_import: ["": 18]>
+        g (int64[N_h] clicks, int64[N_t] candidates) => (float[N_t, 4] score) {
+        h = Gather <axis: int = 0> (table, clicks)
+        e = MatMul (h, w)
+        u = ReduceSum <keepdims: int = 0> (e, axis)
+        t = Gather <axis: int = 0> (table, candidates)
+        score = Mul (t, u)
+        }""")
+    for n, value in (("table", np.ones((5, 4), "f4")), ("w", np.ones((4, 4), "f4")), ("axis", np.array([0]))):
+        model.graph.initializer.append(numpy_helper.from_array(value, n))
+    for node in model.graph.node:
+        node.input[:] = [f"{i}{name}" if i in ("clicks", "e") else i for i in node.input]
+        node.output[:] = [f"{o}{name}" if o == "e" else o for o in node.output]
+    model.graph.input[0].name += name
+    onnx.save(model, tmp_path / "m.onnx")
+    scopes = {f"clicks{name}": "user", "candidates": "target"}
+    bundle = split_onnx(tmp_path / "m.onnx", scopes, tmp_path / "<script>b", prove=tiny.no_proof)  # type: ignore[arg-type]
+    rows = [{**r, "stage": r["stage"] if r["stage"] != "miss" else HOSTILE} for r in BENCH["rows"]]
+    out = report.write(
+        tmp_path / "r.html",
+        ReportData(
+            title=HOSTILE,
+            bundle=bundle,
+            parity={**PARITY, "reference": HOSTILE, "stages": [{**s, "name": HOSTILE} for s in PARITY["stages"]]},
+            bench={
+                "rows": rows,
+                "ratios": [{**r, HOSTILE: 2.0} for r in BENCH["ratios"]],
+                "machine": {HOSTILE: HOSTILE},
+            },
+            auc=[{**r, "task": HOSTILE, HOSTILE: 0.7} for r in AUC],
+            commands=(HOSTILE,),
+            versions={HOSTILE: HOSTILE},
+            absent={"auc": HOSTILE},
+        ),
+    )
+    page = _parse(out.read_text(encoding="utf-8"))
+    tags = {e.tag for e in page.iter()}
+    assert {"script", "img", "link", "iframe", "object", "a"}.isdisjoint(tags)
+    assert not [k for e in page.iter() for k in e.attrib if k.startswith("on")]
+    assert _text(page.find(".//h1")).startswith('"><script>alert(1)</script><img')
+    assert any(name in (t.text or "") for t in page.iter("code"))
+
+
+def test_nothing_is_loaded(data):
+    text = report.render(data)
+    page = _parse(text)
+    assert not [e for e in page.iter() for k in e.attrib if k in ("href", "src", "srcset", "data", "action", "poster")]
+    assert "script" not in {e.tag for e in page.iter()}
+    addresses = text.replace("http://www.w3.org/2000/svg", "")
+    for forbidden in ("http:", "https:", "//cdn", "@import", "@font-face", "javascript:"):
+        assert forbidden not in addresses
+    assert text.count("url(") == text.count("url(#arrow)")
+    assert len(text.encode()) < 1_500_000
+
+
+def test_equal_data_gives_equal_bytes(data, tmp_path):
+    """In another process, too, where sets have another order; and without a plotting library."""
+    code = """if True:
+        import json, sys
+        from stca import report
+        from stca.bundle import Bundle
+        values = json.load(open(sys.argv[1]))
+        report.write(sys.argv[3], report.ReportData(bundle=Bundle.load(sys.argv[2]), **values))
+        assert not {"torch", "matplotlib"} & set(sys.modules), "a report needs neither"
+        """
+    values = {k: v for k, v in vars(data).items() if k != "bundle"}
+    (tmp_path / "data.json").write_text(json.dumps(values))
+    outs = [tmp_path / "here.html", tmp_path / "there.html"]
+    report.write(outs[0], data)
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    args = [sys.executable, "-c", code, tmp_path / "data.json", data.bundle.path, outs[1]]
+    subprocess.run(list(map(str, args)), check=True, env=env)
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+def test_write_is_whole_or_not_at_all(data, tmp_path):
+    out = tmp_path / "deep" / "report.html"
+    assert report.write(out, data) == out
+    assert [p.name for p in out.parent.iterdir()] == ["report.html"]
+    before = out.read_bytes()
+    report.write(out, data)
+    assert out.read_bytes() == before
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(StcaError, match="cannot be written") as caught:
+        report.write(blocked / "report.html", data)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(StcaError, match="cannot be written"):
+        report.write(out.parent, data)  # a folder has that name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "file"]
+    assert Path(out).is_file()
