@@ -37,6 +37,7 @@ class _Model:
         )
         manifest = bundle.manifest
         layout = ";".join(f"{s.name}:{s.dtype}:{','.join(map(str, s.shape))}" for s in manifest.state)
+        layout += f";window:{manifest.max_history}"  # a state holds no more than the window of its time
         return cls(manifest, Door(manifest, truncate=truncate), encoder, scorer, layout)
 
     def key(self, user: Hashable, version: Hashable) -> StateKey:
@@ -152,7 +153,8 @@ class Session:
             version: of the history with the new events; the next request for it is a hit.
 
         Returns:
-            Whether a state was there to append to; if not, nothing happens and the next request brings the history.
+            Whether the state with the new events is kept. If not (none was there to append to, or it went or changed
+            meanwhile, or the new one is over the budget), the next request brings the history.
 
         Raises:
             RequestError: when an input is wrong, or the model's tokens depend on each other or on the request.
@@ -162,18 +164,18 @@ class Session:
             raise RequestError("this bundle's states cannot be appended to; send the whole history with a new version")
         names = model.door.names("user")
         once = {n: model.door.placeholder(n) for n in names if model.door.inputs[n].shape[0] != TOKENS}
-        if given := [n for n in events if n in once]:
+        if given := [n for n in events if n in once or n in model.door.names("request", "target")]:
             raise RequestError(f"{given[0]}: is no part of an event; append takes the per-token user inputs alone")
         arrays = model.door.admit({**once, **events}, "user")
-        held = self._cache.find(user)
+        held = self._cache.find(_key(user, version)[0])
         if held is None or (held[0].weights, held[0].format) != (model.manifest.weights, model.format):
             return False
         state = model.extend(held[1], model.encode(arrays))
-        return self._cache.put(model.key(user, version), state)
+        return self._cache.put(model.key(user, version), state, instead_of=held[1])
 
     def forget(self, user: Hashable) -> bool:
         """Drop what is kept of a user; False when nothing was."""
-        return self._cache.forget(user)
+        return self._cache.forget(_key(user, None)[0])
 
     def swap(self, bundle: str | os.PathLike[str]) -> None:
         """Serve another bundle from the next request on; running ones finish on the old. States of other weights go.
@@ -207,6 +209,7 @@ class Session:
         """Key, kept state, and admitted user inputs where there is no such state."""
         user_names = model.door.names("user")
         sent = {n: x for n, x in request.inputs.items() if n in user_names}
+        _key(request.user, request.version)
         if request.user is None:
             return None, None, model.door.admit(sent, "user")
         if request.version is not None:
@@ -227,6 +230,15 @@ class Session:
         if key is not None:
             self._cache.put(key, state)
         return state
+
+
+def _key(user: Hashable, version: Hashable) -> tuple[Hashable, Hashable]:
+    """Both, when they can be looked up."""
+    try:
+        hash((user, version))
+    except TypeError as e:
+        raise RequestError(f"user {user!r:.60}, version {version!r:.60}: cannot be a key ({e}); use a string") from e
+    return user, version
 
 
 def _without(inputs: Mapping[str, ArrayLike], names: Sequence[str]) -> dict[str, ArrayLike]:

@@ -70,9 +70,14 @@ class StateCache:
             self._hits += 1
             return held[1]
 
-    def put(self, key: StateKey, state: UserState) -> bool:
-        """Keep `state` in place of the user's last one; False when it is larger than the budget."""
+    def put(self, key: StateKey, state: UserState, *, instead_of: UserState | None = None) -> bool:
+        """Keep `state` in place of the user's last one; False when it is larger than the budget.
+
+        With `instead_of`, only while that is still the one kept: what came or went meanwhile wins.
+        """
         with self._lock:
+            if instead_of is not None and (key.user not in self._held or self._held[key.user][1] is not instead_of):
+                return False
             self._drop(key.user)
             if state.nbytes > self._budget:
                 self._refused += 1
