@@ -104,6 +104,7 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
         "command": command,
         "seed": options.seed,
         "steps": options.steps,
+        "max_history": options.lengths.longest,
         "loss": round(sum(losses[-100:]) / len(losses[-100:]), 5),
         "seconds": seconds,
         "threads": options.threads,
