@@ -7,7 +7,7 @@ multiprocessor and what stands in the way of reaching them:
 * a *step* (one tile of rows against `block_n` tokens) needs `2·M·N·(D + D_v)` operations of the matrix units, `M·N`
   exponentials and `N·(D + D_v)` elements from the cache. Blocks that share a multiprocessor overlap these, so `r`
   blocks take `r · max(matrix, exponential, cache)` a step, but never less than the chain through one of them,
-  `matrix + exponential` plus the memory latency that its stages do not hide;
+  `matrix + exponential`, barriers, and the memory latency that its stages do not hide;
 * blocks run in *rounds* of as many as fit (registers, shared memory); the last round is as long as the others, which is
   why the number of parts matters: 48 tiles on 132 multiprocessors leave 64 % idle, 5 x 48 in pairs leave 9 %;
 * nothing ends before the tensors have moved once through device memory;
@@ -36,9 +36,10 @@ MAX_DEPTH_ABSORBED: Final = 1024
 # SMs whose artifacts are built ahead of time; just-in-time compilation serves every later one too.
 ARTIFACT_SMS: Final = (80, 86, 89, 90, 100, 120)
 PORTABLE_SHARED_LIMIT: Final = 48 * 1024
-# Seconds: a dependent access to device memory, and a kernel's launch behind another.
+# Seconds: a dependent access to device memory, a kernel's launch behind another, and the barriers of a step.
 MEMORY_LATENCY: Final = 0.7e-6
 LAUNCH: Final = 2.0e-6
+STEP: Final = 0.15e-6
 _SPLITS: Final = (*range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range(72, 129, 8))
 MEASURED_TABLE: Final = Path(__file__).with_name("tiles.json")
 
@@ -209,11 +210,14 @@ def shared_bytes(shape: Shape, tile: Tile, sm: int) -> int:
     token = chunks * tile.block_d + (0 if wide and is_tied(shape, tile) else tile.block_dv)
     query = tile.block_m * tile.block_d * chunks
     weights = tile.block_m * tile.block_n if tile.warps > tile.block_m // 16 else 0
-    if tile.stages == 1:  # no pipeline: a tile of tokens passes through when it is needed
+    if tile.stages == 1 and not is_tied(shape, tile):  # no pipeline: a tile of tokens passes through when needed
         tokens = tile.block_n * max(tile.block_d, tile.block_dv)
+    elif tile.stages == 1:
+        tokens = tile.block_n * token
     else:
         tokens = tile.block_n * token * (tile.stages if wide else tile.stages - 1)
-    return max(shape.element * (query + weights + tokens), 4 * tile.block_m * tile.block_dv)
+    barriers = 1024 if wide and sm == 100 else 64 if shape.element == 4 else 0
+    return max(shape.element * (query + weights + tokens), 4 * tile.block_m * tile.block_dv) + barriers
 
 
 def registers(shape: Shape, tile: Tile, sm: int) -> int:
@@ -295,7 +299,7 @@ def _attend_seconds(shape: Shape, sizes: Sizes, tile: Tile, splits: int, device:
     )
     together = max(1, min(resident, -(-count // processors)))
     rounds = -(-count // (processors * together))
-    chain = matrix + exponential + MEMORY_LATENCY / tile.stages
+    chain = matrix + exponential + STEP + MEMORY_LATENCY / tile.stages
     step = max(together * max(matrix, exponential, cache), chain)
     moved = shape.element * (
         sizes.targets * shape.heads * (shape.depth + shape.value_depth)
@@ -323,7 +327,9 @@ def _matrix_efficiency(shape: Shape, tile: Tile, device: Device) -> float:
     """Part of the dense 16-bit rate that a tile's kind of product reaches."""
     if shape.element == 4:
         return 0.03  # ordinary multiply-adds
-    if is_wide(shape, tile, device.sm) or device.sm not in (90, 100):
+    if is_wide(shape, tile, device.sm):
+        return 0.7 if tile.block_n > 16 else 0.35  # reading the query takes longer than 16 tokens' products
+    if device.sm not in (90, 100):
         return 0.7
     return 0.4  # the older matrix instructions on a GPU built for wide ones
 
@@ -337,8 +343,7 @@ def choose(shape: Shape, sizes: Sizes, device: Device, shared_limit: int | None 
     Raises:
         ValueError: when no tile fits.
     """
-    rounded = Sizes(*(_round_up(n) for n in (sizes.targets, sizes.tokens, sizes.requests)))
-    return _choose(shape, rounded, device, device.shared_limit if shared_limit is None else shared_limit)
+    return _choose(shape, rounded(sizes), device, device.shared_limit if shared_limit is None else shared_limit)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -368,10 +373,14 @@ def rank(shape: Shape, sizes: Sizes, device: Device, shared_limit: int) -> list[
     return sorted(plans, key=lambda plan: plan.seconds)
 
 
-def _round_up(n: int) -> int:
-    """`n`, rounded up to three significant bits."""
-    step = 1 << max(n.bit_length() - 3, 0)
-    return -(-n // step) * step
+def rounded(sizes: Sizes) -> Sizes:
+    """Sizes rounded up to three significant bits: the keys of the measured table."""
+
+    def up(n: int) -> int:
+        step = 1 << max(n.bit_length() - 3, 0)
+        return -(-n // step) * step
+
+    return Sizes(up(sizes.targets), up(sizes.tokens), up(sizes.requests))
 
 
 @functools.cache

@@ -23,14 +23,14 @@ def _segments(target_offsets: Tensor, history_offsets: Tensor, history_lengths: 
     return segments
 
 
-def _stack(x: Tensor, key_heads: int) -> Tensor:
+def stack_heads(x: Tensor, key_heads: int) -> Tensor:
     """`(m, H, D)` to `(H_k, m * H / H_k, D)`: heads that share a key head become rows."""
     m, heads, depth = x.shape
     return x.reshape(m, key_heads, heads // key_heads, depth).transpose(0, 1).reshape(key_heads, -1, depth)
 
 
-def _unstack(x: Tensor, m: int) -> Tensor:
-    """The inverse of `_stack`."""
+def unstack_heads(x: Tensor, m: int) -> Tensor:
+    """The inverse of `stack_heads`."""
     key_heads, rows, depth = x.shape
     return x.reshape(key_heads, m, rows // m, depth).transpose(0, 1).reshape(m, -1, depth)
 
@@ -60,10 +60,10 @@ def eager(
         if m == 0 or l1 == l0:
             parts.append(query.new_zeros(m, query.shape[1], value.shape[2]))
             continue
-        q = _stack(query[t0:t1].to(compute), key.shape[1])
+        q = stack_heads(query[t0:t1].to(compute), key.shape[1])
         k, v = (x[l0:l1].to(compute).transpose(0, 1) for x in (key, value))
         out = torch.softmax((q * scale) @ k.mT, dim=-1) @ v
-        parts.append(_unstack(out, m).to(query.dtype))
+        parts.append(unstack_heads(out, m).to(query.dtype))
     return torch.cat(parts) if parts else query.new_zeros(0, query.shape[1], value.shape[2])
 
 
@@ -171,12 +171,12 @@ def _gradients(
         m = t1 - t0
         if m == 0 or l1 == l0:
             continue
-        q, d_out = (_stack(x[t0:t1].to(compute), key.shape[1]) for x in (query, grad))
+        q, d_out = (stack_heads(x[t0:t1].to(compute), key.shape[1]) for x in (query, grad))
         k, v = (x[l0:l1].to(compute).transpose(0, 1) for x in (key, value))
         weights = torch.softmax((q * scale) @ k.mT, dim=-1)
         d_weights = d_out @ v.mT
         d_logits = weights * (d_weights - (weights * d_weights).sum(dim=-1, keepdim=True)) * scale
-        d_query[t0:t1] = _unstack(d_logits @ k, m)
+        d_query[t0:t1] = unstack_heads(d_logits @ k, m)
         d_key[l0:l1] = (d_logits.mT @ q).transpose(0, 1)
         d_value[l0:l1] = (weights.mT @ d_out).transpose(0, 1)
     return d_query, d_key, d_value
