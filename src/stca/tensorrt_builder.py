@@ -13,9 +13,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
+
+import onnx
 
 from stca.errors import BuildError, StcaError
 from stca.export.engine_graph import EngineGraph, engine_graph
@@ -79,18 +81,25 @@ def _build(job: Job) -> Built:
     if flavour.timing_cache and job.timing_cache:
         _save(Path(job.timing_cache), memoryview(config.get_timing_cache().serialize()))
 
-    def ends(count: int, get: Callable[[int], Any]) -> list[list[Any]]:
-        return [[t.name, t.dtype.name.lower(), list(t.shape)] for t in map(get, range(count))]
-
     return Built(
         version=trt.__version__,
         sm=sm,
         seconds=time.monotonic() - began,
         layers=dict(layers),
         attention_nodes=graph.attention_nodes,
-        inputs=ends(network.num_inputs, network.get_input),
-        outputs=ends(network.num_outputs, network.get_output),
+        inputs=_tensors(graph.model.graph.input),
+        outputs=_tensors(graph.model.graph.output),
     )
+
+
+def _tensors(values: Iterable[onnx.ValueInfoProto]) -> list[list[Any]]:
+    """`(name, dtype, shape)` of each, in the words of a manifest."""
+    found: list[list[Any]] = []
+    for value in values:
+        kind = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+        found.append([value.name, dtype, [d.dim_param or d.dim_value for d in kind.shape.dim]])
+    return found
 
 
 def _refit(job: Job) -> Built:

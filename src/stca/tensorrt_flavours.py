@@ -107,7 +107,7 @@ class Built:
         seconds: of parsing and building, without the start of the process.
         layers: of the network by type, before TensorRT fuses them.
         attention_nodes: how many attentions are in the engine.
-        inputs, outputs: `(name, dtype, shape)`; -1 is a size that varies.
+        inputs, outputs: `(name, dtype, shape)`; a string is a size that varies.
     """
 
     version: str
