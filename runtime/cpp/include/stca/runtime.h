@@ -1,0 +1,209 @@
+/* stca runtime, C ABI: load a bundle, score requests, keep user states between requests.
+ *
+ * The words and the rules are those of the Python package `stca.runtime`; docs/cpp_runtime.md is the guide.
+ *
+ * Every function that can fail returns a code of `stca_code`, STCA_OK being 0, and leaves a one-line message for
+ * stca_last_error(). What a caller passes in stays the caller's: it is read during the call and not kept. What is
+ * given out as a handle is released by the function named beside it. Sessions and bundles may be used from many
+ * threads at once; a handle must not be released while another thread uses it.
+ */
+#ifndef STCA_RUNTIME_H
+#define STCA_RUNTIME_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define STCA_API __attribute__((visibility("default")))
+#else
+#define STCA_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Raised when a change would break programs compiled against an older header: the N of libstca_runtime.so.N. */
+#define STCA_ABI_VERSION 1
+#define STCA_MAX_RANK 8
+
+/* The error kinds of `stca.errors`. Codes never change their meaning; those from 100 on exist in this library only. */
+typedef enum stca_code {
+  STCA_OK = 0,
+  STCA_ERROR = 1,            /* StcaError */
+  STCA_CHECKPOINT_ERROR = 2, /* CheckpointError */
+  STCA_EXPORT_ERROR = 3,     /* ExportError */
+  STCA_SPLIT_ERROR = 4,      /* SplitError */
+  STCA_BUILD_ERROR = 5,      /* BuildError: an engine cannot be made or loaded */
+  STCA_BUNDLE_ERROR = 6,     /* BundleError: the bundle is missing, damaged, too new, or not a bundle */
+  STCA_PARITY_ERROR = 7,     /* ParityError */
+  STCA_REQUEST_ERROR = 8,    /* RequestError: the request was refused; nothing was computed or kept */
+  STCA_USAGE_ERROR = 100,    /* this library was called wrongly: a null pointer, an index too large */
+  STCA_INTERNAL_ERROR = 101  /* out of memory, or a defect of this library or of an engine */
+} stca_code;
+
+/* Element types. Manifests use the first ten; a request may also bring the unsigned ones. */
+typedef enum stca_dtype {
+  STCA_BOOL = 0,
+  STCA_INT8 = 1,
+  STCA_UINT8 = 2,
+  STCA_INT16 = 3,
+  STCA_INT32 = 4,
+  STCA_INT64 = 5,
+  STCA_FLOAT16 = 6,
+  STCA_BFLOAT16 = 7,
+  STCA_FLOAT32 = 8,
+  STCA_FLOAT64 = 9,
+  STCA_UINT16 = 10,
+  STCA_UINT32 = 11,
+  STCA_UINT64 = 12
+} stca_dtype;
+
+typedef enum stca_scope { STCA_NO_SCOPE = 0, STCA_USER = 1, STCA_REQUEST = 2, STCA_TARGET = 4 } stca_scope;
+
+/* A dense row-major array that someone else owns, aligned to its element size. */
+typedef struct stca_tensor {
+  const char* name;
+  const void* data; /* may be NULL when there are no elements */
+  int32_t dtype;    /* stca_dtype */
+  int32_t rank;     /* 0 … STCA_MAX_RANK */
+  int64_t shape[STCA_MAX_RANK];
+} stca_tensor;
+
+/* One user and the targets to score for them; the inputs are this user's alone, without offsets. */
+typedef struct stca_request {
+  const stca_tensor* inputs;
+  size_t input_count;
+  const char* user;    /* whose state may be kept and reused; NULL keeps nothing */
+  const char* version; /* which history this is: change it when the history changes; NULL takes a digest of the user
+                          inputs. With a version, a user whose state is kept need not send the user inputs again. */
+} stca_request;
+
+/* Several requests as flat rows with offsets, no padding: `history_offsets`, `target_offsets` are among the inputs. */
+typedef struct stca_request_batch {
+  const stca_tensor* inputs;
+  size_t input_count;
+  const char* const* users; /* one for each request, NULL entries keep nothing; may be NULL with user_count 0 */
+  size_t user_count;
+  const char* const* versions;
+  size_t version_count;
+} stca_request_batch;
+
+/* The calling thread's last error, one line: what is wrong and what to do. Valid until the thread's next error. */
+STCA_API const char* stca_last_error(void);
+/* "RequestError" for STCA_REQUEST_ERROR and so on; "unknown" for no code of ours. */
+STCA_API const char* stca_code_name(int32_t code);
+/* Bytes of one element; 0 for no dtype of ours. */
+STCA_API size_t stca_dtype_bytes(int32_t dtype);
+STCA_API const char* stca_library_version(void);
+STCA_API uint32_t stca_library_abi_version(void);
+
+/* ---- bundles ---------------------------------------------------------------------------------------------------- */
+
+typedef struct stca_bundle stca_bundle;
+
+/* What the manifest says of one input or output of a graph. Strings live as long as the bundle. */
+typedef struct stca_tensor_spec {
+  const char* name;
+  int32_t dtype;
+  int32_t scope; /* stca_scope; STCA_NO_SCOPE for outputs and for states */
+  int64_t limit; /* ids are in [0, limit); 0 when any value will do */
+  int32_t rank;
+  int64_t shape[STCA_MAX_RANK];      /* -1 where symbolic */
+  const char* symbol[STCA_MAX_RANK]; /* "N_h", "N_t", "B", "B_plus_1" or the model's own; NULL where fixed */
+} stca_tensor_spec;
+
+/* Reads the manifest and holds every file against it. Release with stca_bundle_release. */
+STCA_API int32_t stca_bundle_load(const char* path, stca_bundle** bundle);
+STCA_API void stca_bundle_release(stca_bundle* bundle);
+STCA_API const char* stca_bundle_path(const stca_bundle* bundle);
+STCA_API const char* stca_bundle_weights(const stca_bundle* bundle);  /* the weights' version, a SHA-256 */
+STCA_API const char* stca_bundle_manifest(const stca_bundle* bundle); /* the text of manifest.json */
+/* `graph` is "request", "user_encoder" or "target_scorer". The path lives as long as the bundle; NULL: no such graph. */
+STCA_API const char* stca_bundle_file(const stca_bundle* bundle, const char* graph);
+STCA_API size_t stca_bundle_input_count(const stca_bundle* bundle, const char* graph);
+STCA_API size_t stca_bundle_output_count(const stca_bundle* bundle, const char* graph);
+STCA_API int32_t stca_bundle_input(const stca_bundle* bundle, const char* graph, size_t index, stca_tensor_spec* spec);
+STCA_API int32_t stca_bundle_output(const stca_bundle* bundle, const char* graph, size_t index, stca_tensor_spec* spec);
+
+/* ---- engines of the caller's own -------------------------------------------------------------------------------- */
+
+typedef struct stca_outputs stca_outputs;
+
+/* Something that executes one graph. `run` may be called from several threads at once. */
+typedef struct stca_engine {
+  void* self;
+  /* Receives exactly the graph's inputs in the manifest's order, valid during the call. For each of the graph's outputs
+   * it calls stca_outputs_allocate once and writes there. Returns STCA_OK, or a code, best through stca_fail. */
+  int32_t (*run)(void* self, const stca_tensor* inputs, size_t input_count, stca_outputs* outputs);
+  void (*release)(void* self); /* may be NULL */
+  const char* name;            /* copied when the engine is handed over */
+} stca_engine;
+
+/* Memory for output `index` in the manifest's order, of the dtype the manifest names. NULL, and the run has failed with
+ * the reason recorded, when the manifest has no such output or another shape. */
+STCA_API void* stca_outputs_allocate(stca_outputs* outputs, size_t index, int32_t rank, const int64_t* shape);
+/* For callbacks: keeps `message` for whoever called the session, and returns `code`. */
+STCA_API int32_t stca_fail(int32_t code, const char* message);
+
+/* Makes the engine of one graph of a bundle being loaded: fills `engine` and returns STCA_OK, or returns a code, and
+ * the load fails with it. `bundle` lives as long as the engine, and is not the caller's to release. */
+typedef int32_t (*stca_make_engine)(void* context, const stca_bundle* bundle, const char* graph, stca_engine* engine);
+
+/* ---- sessions --------------------------------------------------------------------------------------------------- */
+
+typedef struct stca_session stca_session;
+typedef struct stca_scores stca_scores;
+
+typedef struct stca_options {
+  size_t size;          /* sizeof(stca_options); set by stca_options_init */
+  uint64_t cache_bytes; /* most bytes of user states to keep between requests; 0 keeps none */
+  int32_t truncate;     /* not 0: serve a history longer than the bundle's limit from its most recent part */
+  int32_t threads;      /* of one request, where the engine uses CPU threads; 0 leaves it to the engine */
+  const char* engine;   /* "tensorrt", "onnxruntime", or NULL for the best one this library was built with */
+  stca_make_engine make_engine; /* the caller's own instead; NULL for the built-in ones */
+  void* make_engine_context;    /* must outlive the session: swap makes engines again */
+} stca_options;
+
+typedef struct stca_cache_stats {
+  uint64_t hits, misses, evictions;
+  uint64_t refused; /* states larger than the whole budget */
+  uint64_t users, bytes, budget;
+} stca_cache_stats;
+
+STCA_API void stca_options_init(stca_options* options); /* 1 GiB of states, everything else off */
+
+/* Release with stca_session_release. `options` may be NULL. */
+STCA_API int32_t stca_session_load(const char* bundle, const stca_options* options, stca_session** session);
+STCA_API void stca_session_release(stca_session* session);
+
+/* Scores of `count` requests' targets, one request after the other, computed together. A user whose state is kept is
+ * not encoded again. Release with stca_scores_release. */
+STCA_API int32_t stca_session_score(stca_session* session, const stca_request* requests, size_t count,
+                                    stca_scores** scores);
+STCA_API int32_t stca_session_score_batch(stca_session* session, const stca_request_batch* batch, stca_scores** scores);
+STCA_API const float* stca_scores_values(const stca_scores* scores); /* targets × tasks, row-major */
+STCA_API size_t stca_scores_targets(const stca_scores* scores);
+STCA_API size_t stca_scores_tasks(const stca_scores* scores);
+STCA_API void stca_scores_release(stca_scores* scores);
+
+/* Adds new events, oldest first, to a kept state; only they are encoded. `version` is that of the history with them.
+ * `kept` says whether there was a state to add to and the longer one is kept. Appends for one user must be ordered by
+ * the caller: of two at once, one may be lost. */
+STCA_API int32_t stca_session_append(stca_session* session, const char* user, const stca_tensor* events,
+                                     size_t event_count, const char* version, int32_t* kept);
+/* Drops what is kept of a user; `kept` says whether anything was. */
+STCA_API int32_t stca_session_forget(stca_session* session, const char* user, int32_t* kept);
+/* Serves another bundle from the next request on; running ones finish on the old. On failure nothing changes. */
+STCA_API int32_t stca_session_swap(stca_session* session, const char* bundle);
+
+STCA_API int32_t stca_session_stats(const stca_session* session, stca_cache_stats* stats);
+/* The bundle being served, as a handle of its own: release with stca_bundle_release. */
+STCA_API int32_t stca_session_bundle(const stca_session* session, stca_bundle** bundle);
+/* Which engine runs `graph`, copied into `name` and cut to `size` bytes with the final NUL. */
+STCA_API int32_t stca_session_engine(const stca_session* session, const char* graph, char* name, size_t size);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,369 @@
+// stca runtime for C++17: the same five calls as in Python, over the C ABI of runtime.h, so that a program and the
+// library it loads may come from different compilers. Header-only; docs/cpp_runtime.md is the guide.
+//
+//   stca::Session session("my.bundle");
+//   stca::Request request{{{"history_item", items}, …, {"target_item", targets}}, "user 7", "v1"};
+//   stca::Scores scores = session.score(request);
+#pragma once
+
+#include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "stca/runtime.h"
+
+namespace stca {
+
+/// Base of all errors raised on purpose: one line, what is wrong and what to do about it.
+class StcaError : public std::runtime_error {
+ public:
+  StcaError(std::int32_t code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  /// A value of stca_code.
+  std::int32_t code() const noexcept { return code_; }
+
+ private:
+  std::int32_t code_;
+};
+/// An engine cannot be made or cannot load a graph.
+class BuildError : public StcaError {
+  using StcaError::StcaError;
+};
+/// A bundle on disk is missing, damaged, too new, or not a bundle.
+class BundleError : public StcaError {
+  using StcaError::StcaError;
+};
+/// A request was refused at the door; the message names the field, the value and the limit.
+class RequestError : public StcaError {
+  using StcaError::StcaError;
+};
+
+namespace detail {
+
+inline void check(std::int32_t code) {
+  if (code == STCA_OK) return;
+  const std::string message = stca_last_error();
+  switch (code) {
+    case STCA_BUILD_ERROR:
+      throw BuildError(code, message);
+    case STCA_BUNDLE_ERROR:
+      throw BundleError(code, message);
+    case STCA_REQUEST_ERROR:
+      throw RequestError(code, message);
+    default:
+      throw StcaError(code, message);
+  }
+}
+
+/// A callback's body: what it throws becomes a code and a message.
+template <class F>
+std::int32_t guarded(F&& f) noexcept {
+  try {
+    f();
+    return STCA_OK;
+  } catch (const StcaError& e) {
+    return stca_fail(e.code(), e.what());
+  } catch (const std::exception& e) {
+    return stca_fail(STCA_INTERNAL_ERROR, e.what());
+  } catch (...) {
+    return stca_fail(STCA_INTERNAL_ERROR, "something that is no std::exception was thrown");
+  }
+}
+
+// C strings end at the first NUL: a name that holds one would be taken for another name.
+inline const char* c_str(const std::optional<std::string>& text, const char* what) {
+  if (!text) return nullptr;
+  if (std::memchr(text->data(), 0, text->size()) != nullptr) {
+    throw RequestError(STCA_REQUEST_ERROR, std::string(what) + ": holds a zero byte; names must not");
+  }
+  return text->c_str();
+}
+
+template <class T>
+struct DTypeOf;
+template <>
+struct DTypeOf<bool> {
+  static constexpr stca_dtype value = STCA_BOOL;
+};
+template <>
+struct DTypeOf<std::int8_t> {
+  static constexpr stca_dtype value = STCA_INT8;
+};
+template <>
+struct DTypeOf<std::uint8_t> {
+  static constexpr stca_dtype value = STCA_UINT8;
+};
+template <>
+struct DTypeOf<std::int16_t> {
+  static constexpr stca_dtype value = STCA_INT16;
+};
+template <>
+struct DTypeOf<std::uint16_t> {
+  static constexpr stca_dtype value = STCA_UINT16;
+};
+template <>
+struct DTypeOf<std::int32_t> {
+  static constexpr stca_dtype value = STCA_INT32;
+};
+template <>
+struct DTypeOf<std::uint32_t> {
+  static constexpr stca_dtype value = STCA_UINT32;
+};
+template <>
+struct DTypeOf<std::int64_t> {
+  static constexpr stca_dtype value = STCA_INT64;
+};
+template <>
+struct DTypeOf<std::uint64_t> {
+  static constexpr stca_dtype value = STCA_UINT64;
+};
+template <>
+struct DTypeOf<float> {
+  static constexpr stca_dtype value = STCA_FLOAT32;
+};
+template <>
+struct DTypeOf<double> {
+  static constexpr stca_dtype value = STCA_FLOAT64;
+};
+
+}  // namespace detail
+
+/// A named array that someone else owns and keeps alive during the call it is passed to.
+struct Tensor : stca_tensor {
+  /// Any element type and shape; `data` is row-major.
+  Tensor(const char* tensor_name, stca_dtype element, const void* values, const std::vector<std::int64_t>& sizes)
+      : stca_tensor{tensor_name, values, element, static_cast<std::int32_t>(sizes.size()), {}} {
+    if (sizes.size() > STCA_MAX_RANK) {
+      throw RequestError(STCA_REQUEST_ERROR, std::string(tensor_name) + ": has too many axes");
+    }
+    std::copy(sizes.begin(), sizes.end(), shape);
+  }
+  template <class T>
+  Tensor(const char* tensor_name, const T* values, std::initializer_list<std::int64_t> sizes)
+      : Tensor(tensor_name, detail::DTypeOf<T>::value, values, sizes) {}
+  /// One axis, as long as the vector.
+  template <class T>
+  Tensor(const char* tensor_name, const std::vector<T>& values)
+      : Tensor(tensor_name, values.data(), {static_cast<std::int64_t>(values.size())}) {}
+  template <class T>
+  Tensor(const char* tensor_name, const std::vector<T>&& values) = delete;  // it would be gone before the call
+};
+static_assert(sizeof(Tensor) == sizeof(stca_tensor), "arrays of one must be arrays of the other");
+
+/// One user and the targets to score for them.
+struct Request {
+  std::vector<Tensor> inputs;          ///< this user's alone; offsets are made by the runtime
+  std::optional<std::string> user;     ///< whose state may be kept and reused; without one nothing is kept
+  std::optional<std::string> version;  ///< which history this is; without one, a digest of the user inputs
+};
+
+/// Several requests as flat rows with offsets, no padding.
+struct RequestBatch {
+  std::vector<Tensor> inputs;
+  std::vector<std::optional<std::string>> users, versions;  ///< one for each request, or empty
+};
+
+/// Scores `(targets, tasks)`, row-major float32.
+class Scores {
+ public:
+  explicit Scores(stca_scores* scores) : scores_(scores, stca_scores_release) {}
+  std::size_t targets() const { return stca_scores_targets(scores_.get()); }
+  std::size_t tasks() const { return stca_scores_tasks(scores_.get()); }
+  std::size_t size() const { return targets() * tasks(); }
+  const float* begin() const { return stca_scores_values(scores_.get()); }
+  const float* end() const { return begin() + size(); }
+  float operator()(std::size_t target, std::size_t task) const { return begin()[target * tasks() + task]; }
+
+ private:
+  std::unique_ptr<stca_scores, void (*)(stca_scores*)> scores_;
+};
+
+/// A bundle on disk whose files are all what its manifest says.
+class Bundle {
+ public:
+  explicit Bundle(const std::string& path) {
+    stca_bundle* bundle = nullptr;
+    detail::check(stca_bundle_load(path.c_str(), &bundle));
+    bundle_ = {bundle, stca_bundle_release};
+  }
+  explicit Bundle(std::shared_ptr<const stca_bundle> bundle) : bundle_(std::move(bundle)) {}
+
+  std::string path() const { return stca_bundle_path(bundle_.get()); }
+  std::string weights() const { return stca_bundle_weights(bundle_.get()); }
+  /// The text of manifest.json.
+  std::string manifest() const { return stca_bundle_manifest(bundle_.get()); }
+  /// Path of a graph's ONNX file; empty when there is no such graph.
+  std::string file(const std::string& graph) const {
+    const char* path = stca_bundle_file(bundle_.get(), graph.c_str());
+    return path == nullptr ? "" : path;
+  }
+  /// Inputs of "request", "user_encoder" or "target_scorer". Their strings live as long as the bundle.
+  std::vector<stca_tensor_spec> inputs(const std::string& graph) const {
+    return specs(graph, stca_bundle_input_count, stca_bundle_input);
+  }
+  std::vector<stca_tensor_spec> outputs(const std::string& graph) const {
+    return specs(graph, stca_bundle_output_count, stca_bundle_output);
+  }
+
+ private:
+  template <class Count, class Get>
+  std::vector<stca_tensor_spec> specs(const std::string& graph, Count count, Get get) const {
+    std::vector<stca_tensor_spec> specs(count(bundle_.get(), graph.c_str()));
+    for (std::size_t i = 0; i < specs.size(); ++i) detail::check(get(bundle_.get(), graph.c_str(), i, &specs[i]));
+    return specs;
+  }
+
+  std::shared_ptr<const stca_bundle> bundle_;
+};
+
+/// Where an engine of one's own puts what it computed.
+class Outputs {
+ public:
+  explicit Outputs(stca_outputs* outputs) : outputs_(outputs) {}
+  /// Memory for output `index` in the manifest's order, of the manifest's dtype.
+  void* allocate(std::size_t index, const std::vector<std::int64_t>& shape) {
+    void* data = stca_outputs_allocate(outputs_, index, static_cast<std::int32_t>(shape.size()), shape.data());
+    if (data == nullptr) throw StcaError(STCA_INTERNAL_ERROR, stca_last_error());
+    return data;
+  }
+
+ private:
+  stca_outputs* outputs_;
+};
+
+/// Executes one graph; derive from it to serve with an engine of one's own. Called from several threads at once.
+class Engine {
+ public:
+  virtual ~Engine() = default;
+  virtual std::string name() const = 0;
+  /// `inputs` are exactly the graph's, in the manifest's order; every output of the graph must be allocated.
+  virtual void run(const stca_tensor* inputs, std::size_t count, Outputs& outputs) = 0;
+};
+/// Makes the engine of one graph; `bundle` and the strings of its specs live as long as the engine.
+using MakeEngine = std::function<std::unique_ptr<Engine>(const Bundle& bundle, const std::string& graph)>;
+
+struct Options {
+  std::uint64_t cache_bytes = std::uint64_t{1} << 30;  ///< most bytes of user states to keep; 0 keeps none
+  bool truncate = false;   ///< serve a history longer than the limit from its most recent part
+  int threads = 0;         ///< of one request; 0 leaves it to the engine
+  std::string engine;      ///< "tensorrt", "onnxruntime"; empty for the best one in the library
+  MakeEngine make_engine;  ///< engines of one's own instead
+};
+
+using CacheStats = stca_cache_stats;
+
+/// Scores targets for users. One session serves many threads.
+class Session {
+ public:
+  /// Loads a bundle, checking every file of it. Throws BundleError, BuildError.
+  explicit Session(const std::string& bundle, Options options = {})
+      : options_(std::make_unique<Options>(std::move(options))), session_(nullptr, stca_session_release) {
+    stca_options o;
+    stca_options_init(&o);
+    o.cache_bytes = options_->cache_bytes;
+    o.truncate = options_->truncate ? 1 : 0;
+    o.threads = options_->threads;
+    o.engine = options_->engine.empty() ? nullptr : options_->engine.c_str();
+    if (options_->make_engine) {
+      o.make_engine = make_engine;
+      o.make_engine_context = options_.get();
+    }
+    stca_session* session = nullptr;
+    detail::check(stca_session_load(bundle.c_str(), &o, &session));
+    session_.reset(session);
+  }
+  /// As in Python: `Session::load(bundle)`.
+  static Session load(const std::string& bundle, Options options = {}) { return Session(bundle, std::move(options)); }
+
+  /// Throws RequestError naming the input, the value and the limit; nothing was computed or kept.
+  Scores score(const Request& request) { return score(&request, 1); }
+  /// Several requests computed together; scores of all targets, one request after the other.
+  Scores score(const std::vector<Request>& requests) { return score(requests.data(), requests.size()); }
+  Scores score(const RequestBatch& batch) {
+    std::vector<const char*> users, versions;
+    for (const auto& user : batch.users) users.push_back(detail::c_str(user, "users"));
+    for (const auto& version : batch.versions) versions.push_back(detail::c_str(version, "versions"));
+    const stca_request_batch raw{batch.inputs.data(), batch.inputs.size(), users.data(),
+                                 users.size(),        versions.data(),     versions.size()};
+    stca_scores* scores = nullptr;
+    detail::check(stca_session_score_batch(session_.get(), &raw, &scores));
+    return Scores(scores);
+  }
+  /// Adds new events, oldest first, to a kept state; only they are encoded. Returns whether there was one to add to.
+  bool append(const std::string& user, const std::vector<Tensor>& events, const std::string& version) {
+    std::int32_t kept = 0;
+    detail::check(stca_session_append(session_.get(), detail::c_str(user, "user"), events.data(), events.size(),
+                                      detail::c_str(version, "version"), &kept));
+    return kept != 0;
+  }
+  /// Drops what is kept of a user; false when nothing was.
+  bool forget(const std::string& user) {
+    std::int32_t kept = 0;
+    detail::check(stca_session_forget(session_.get(), detail::c_str(user, "user"), &kept));
+    return kept != 0;
+  }
+  /// Serves another bundle from the next request on; running ones finish on the old. Throws BundleError, BuildError,
+  /// and then goes on with the bundle it has.
+  void swap(const std::string& bundle) { detail::check(stca_session_swap(session_.get(), bundle.c_str())); }
+
+  CacheStats stats() const {
+    CacheStats stats;
+    detail::check(stca_session_stats(session_.get(), &stats));
+    return stats;
+  }
+  /// The bundle being served.
+  Bundle bundle() const {
+    stca_bundle* bundle = nullptr;
+    detail::check(stca_session_bundle(session_.get(), &bundle));
+    return Bundle(std::shared_ptr<const stca_bundle>(bundle, stca_bundle_release));
+  }
+  /// Which engine runs a graph.
+  std::string engine(const std::string& graph) const {
+    char name[256];
+    detail::check(stca_session_engine(session_.get(), graph.c_str(), name, sizeof name));
+    return name;
+  }
+
+ private:
+  Scores score(const Request* requests, std::size_t count) {
+    std::vector<stca_request> raw;
+    raw.reserve(count);
+    for (const Request* r = requests; r != requests + count; ++r) {
+      raw.push_back(
+          {r->inputs.data(), r->inputs.size(), detail::c_str(r->user, "user"), detail::c_str(r->version, "version")});
+    }
+    stca_scores* scores = nullptr;
+    detail::check(stca_session_score(session_.get(), raw.data(), raw.size(), &scores));
+    return Scores(scores);
+  }
+
+  static std::int32_t make_engine(void* context, const stca_bundle* bundle, const char* graph, stca_engine* engine) {
+    return detail::guarded([&] {
+      const auto& make = static_cast<const Options*>(context)->make_engine;
+      const Bundle view(std::shared_ptr<const stca_bundle>(bundle, [](const stca_bundle*) {}));
+      auto made = std::make_unique<std::pair<std::unique_ptr<Engine>, std::string>>(make(view, graph), "");
+      if (made->first == nullptr) throw BuildError(STCA_BUILD_ERROR, std::string(graph) + ": make_engine gave none");
+      made->second = made->first->name();
+      *engine = {made.get(), run, release, made->second.c_str()};
+      made.release();
+    });
+  }
+  using Made = std::pair<std::unique_ptr<Engine>, std::string>;
+  static std::int32_t run(void* self, const stca_tensor* inputs, std::size_t count, stca_outputs* outputs) {
+    return detail::guarded([&] {
+      Outputs sink(outputs);
+      static_cast<Made*>(self)->first->run(inputs, count, sink);
+    });
+  }
+  static void release(void* self) { delete static_cast<Made*>(self); }
+
+  std::unique_ptr<Options> options_;  // the library calls make_engine again at a swap; its address must not change
+  std::unique_ptr<stca_session, void (*)(stca_session*)> session_;
+};
+
+}  // namespace stca

@@ -1,0 +1,87 @@
+// The deployment artifact, checked before anything else sees its files. docs/bundle_format.md specifies it.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "tensor.hpp"
+
+namespace stca::core {
+
+/// One axis: a fixed size, or the name of one that each request decides.
+struct Axis {
+  std::int64_t size = -1;
+  std::string symbol;  ///< empty when fixed
+};
+
+/// Symbols whose rows can be joined with other requests' rows in a ragged batch.
+inline constexpr std::string_view tokens_symbol = "N_h", targets_symbol = "N_t", users_symbol = "B",
+                                  offsets_symbol = "B_plus_1";
+
+/// One input or output of a graph.
+struct TensorSpec {
+  std::string name;
+  DType dtype = STCA_INT64;
+  std::vector<Axis> shape;
+  stca_scope scope = STCA_NO_SCOPE;  ///< where an input's values come from; none for outputs and states
+  std::int64_t limit = 0;            ///< ids are in [0, limit); 0 when any value will do
+
+  /// Whether the first axis has this symbol.
+  bool rows_are(std::string_view symbol) const { return !shape.empty() && shape[0].symbol == symbol; }
+  /// "[N_h, 2]".
+  std::string shape_text() const;
+};
+
+/// One tensor of a user state: leaves the user encoder and enters the target scorer under its name.
+struct StateSpec : TensorSpec {
+  std::optional<std::string> input;  ///< the user input it is a copy of
+};
+
+struct GraphSpec {
+  std::string file;
+  std::vector<TensorSpec> inputs, outputs;
+};
+
+struct FileEntry {
+  std::int64_t bytes = 0;
+  std::string sha256;
+};
+
+/// An engine that `build` put into the bundle; other fields of its entry are not needed to load it.
+struct EngineEntry {
+  std::string graph, flavour, file;
+  std::int64_t sm = 0;  ///< compute capability, 90 for 9.0; 0 when the entry does not say
+};
+
+struct Manifest {
+  std::string text;  ///< the file as it is
+  std::string weights;
+  std::string precision;
+  std::map<std::string, GraphSpec> graphs;
+  std::vector<StateSpec> state;
+  bool appendable = false;
+  std::optional<std::int64_t> max_history;
+  std::vector<EngineEntry> engines;
+  std::map<std::string, FileEntry> files;
+
+  /// Throws BundleError when the text is not ours, newer than this library, or lacks a field or has a wrong one.
+  static Manifest parse(std::string text);
+  const GraphSpec& graph(const std::string& name) const { return graphs.at(name); }
+};
+
+struct Bundle {
+  std::filesystem::path path;
+  Manifest manifest;
+  std::map<std::string, std::string> graph_files;  ///< path of each graph's ONNX file
+
+  /// Reads the manifest and holds every file against it. Throws BundleError.
+  static std::shared_ptr<const Bundle> load(const std::filesystem::path& path);
+};
+
+}  // namespace stca::core

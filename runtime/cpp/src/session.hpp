@@ -1,0 +1,82 @@
+// The production front: score, append, forget, swap, with the user side computed once and reused.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "bundle.hpp"
+#include "engine.hpp"
+#include "request.hpp"
+#include "state.hpp"
+
+namespace stca::core {
+
+/// One loaded bundle; immutable, so that a swap is one assignment and running requests finish on what they began.
+class Model {
+ public:
+  Model(std::shared_ptr<const Bundle> bundle, const Options& options);
+
+  const std::shared_ptr<const Bundle>& bundle() const { return bundle_; }
+  const Manifest& manifest() const { return bundle_->manifest; }
+  const Door& door() const { return door_; }
+  const Engine& engine(bool encoder) const { return encoder ? *engines_.encoder : *engines_.scorer; }
+  const StateKind& state_kind() const { return *state_kind_; }
+  StateKey key(std::string user, std::string version) const {
+    return {std::move(user), std::move(version), state_kind_};
+  }
+
+  /// Runs the user encoder on one user's admitted inputs.
+  StateCache::State encode(const Row& row) const;
+  /// Runs the target scorer once for several users; `rows` hold their request and target inputs.
+  Array score(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const;
+  /// The state of both histories one after the other, its oldest tokens dropped beyond the window.
+  StateCache::State extend(const UserState& old, const UserState& fresh) const;
+  /// Throws RequestError when requests cannot be computed together.
+  void check_packable() const;
+
+ private:
+  /// Where a graph's input comes from: a state tensor, or an input of the request.
+  struct Source {
+    bool state;
+    std::size_t index;
+  };
+  bool is_offsets(const StateSpec& spec) const;
+  Array join(std::size_t index, const std::vector<StateCache::State>& states) const;
+  void check_output(const std::string& graph, const TensorSpec& spec, const Array& output, const Row& counts,
+                    std::int64_t users) const;
+
+  std::shared_ptr<const Bundle> bundle_;
+  Door door_;
+  std::shared_ptr<const StateKind> state_kind_;
+  std::vector<Source> encoder_inputs_, scorer_inputs_;
+  std::vector<std::size_t> state_outputs_;  // of each state tensor, which output of the user encoder it is
+  Engines engines_;
+};
+
+/// Scores targets for users. One session serves many threads.
+class Session {
+ public:
+  Session(const std::string& path, Options options);
+
+  Array score(const std::vector<RequestView>& requests);
+  Array score(const stca_request_batch& batch);
+  bool append(const std::string& user, Inputs events, const std::string& version);
+  bool forget(const std::string& user) { return cache_.forget(user); }
+  void swap(const std::string& path);
+
+  stca_cache_stats stats() const { return cache_.stats(); }
+  std::shared_ptr<const Model> model() const;
+
+ private:
+  using ModelPtr = std::shared_ptr<const Model>;
+  Array score(const Model& model, const std::vector<RequestView>& requests);
+
+  const Options options_;
+  StateCache cache_;
+  mutable std::mutex mutex_;
+  ModelPtr model_;
+};
+
+}  // namespace stca::core

@@ -1,0 +1,219 @@
+"""The C++ runtime: built with sanitizers, its own tests run, installed, found by others, and held against Python."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from make_golden import Log, append, batch, events, forget, packed, score, stats, tensor
+from test_cpp_golden import error_codes, perform
+
+from stca.errors import StcaError
+from stca.runtime import Session
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[2]
+GOLDEN = HERE / "golden"
+# Unoptimised: the sanitizers make optimised code three times as long to compile, and the tests are short.
+FLAGS = "-O0 -g1"
+SANITIZERS = "address,undefined"
+
+missing = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
+pytestmark = pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)} to build the C++ runtime")
+
+
+def command(*arguments: str | Path, **options: Any) -> str:
+    """Run a command and return what it printed; its whole output is the failure's message."""
+    done = subprocess.run(
+        list(map(str, arguments)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280, **options
+    )
+    assert done.returncode == 0, f"{' '.join(map(str, arguments))}\n{done.stdout[-5000:]}"
+    return done.stdout
+
+
+def configure(source: Path, build: Path, *settings: str) -> None:
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    command("cmake", "-S", source, "-B", build, *generator, "-DCMAKE_BUILD_TYPE=None", *settings)
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library and its tests, with AddressSanitizer and UBSan."""
+    folder = tmp_path_factory.mktemp("cpp") / "build"
+    settings = [f"-DCMAKE_CXX_FLAGS={FLAGS}", f"-DSTCA_SANITIZE={SANITIZERS}", "-DSTCA_BUILD_TESTS=ON"]
+    for name in ("TENSORRT_INCLUDE_DIR", "ONNXRUNTIME_INCLUDE_DIR"):
+        if os.environ.get(name):
+            settings.append(f"-D{name}={os.environ[name]}")
+    configure(REPOSITORY / "runtime" / "cpp", folder, *settings)
+    command("cmake", "--build", folder, "--parallel", "2")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def installed(build: Path) -> Path:
+    prefix = build.parent / "installed"
+    command("cmake", "--install", build, "--prefix", prefix)
+    return prefix
+
+
+def test_unit_tests_and_golden_requests(build: Path) -> None:
+    output = command("ctest", "--test-dir", build, "--output-on-failure", "--timeout", "120", "--parallel", "2")
+    assert "100% tests passed" in output
+
+
+def test_installed_package_is_found_from_c(installed: Path, tmp_path: Path) -> None:
+    configure(
+        HERE / "consumer", tmp_path, f"-DCMAKE_PREFIX_PATH={installed}", f"-DCMAKE_C_FLAGS=-fsanitize={SANITIZERS}"
+    )
+    command("cmake", "--build", tmp_path)
+    output = command(tmp_path / "consumer", GOLDEN / "log").splitlines()
+    manifest = json.loads((GOLDEN / "log" / "manifest.json").read_text())
+    assert output == [
+        f"abi 1, weights {manifest['weights']}",
+        *(spec["name"] for spec in manifest["graphs"]["request"]["inputs"]),
+    ]
+    headers = {str(p.relative_to(installed)) for p in installed.rglob("*.h*")}
+    assert headers == {"include/stca/runtime.h", "include/stca/runtime.hpp"}
+
+
+def test_only_the_c_abi_is_exported(build: Path) -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm to list the library's symbols")
+    lines = command("nm", "--dynamic", "--defined-only", build / "libstca_runtime.so").splitlines()
+    names = {line.split()[-1].split("@")[0] for line in lines}
+    header = (REPOSITORY / "runtime" / "cpp" / "include" / "stca" / "runtime.h").read_text()
+    assert names
+    assert {name for name in names if f"{name}(" not in header} == set()
+
+
+@contextlib.contextmanager
+def serving(program: Path, bundle: Path) -> Iterator[Any]:
+    """The example server on a free port, as a function from a line to its answer."""
+    with subprocess.Popen([program, bundle, "0", "none"], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            where, engine = server.stdout.readline().strip().split(", engine ")
+            assert engine.startswith("none")
+            with socket.create_connection(("127.0.0.1", int(where.split(":")[1])), timeout=20) as connection:
+                stream = connection.makefile("rw", encoding="utf-8")
+
+                def ask(line: str) -> str:
+                    stream.write(line + "\n")
+                    stream.flush()
+                    return stream.readline().rstrip("\n")
+
+                yield ask
+        finally:
+            server.terminate()
+
+
+def test_example_server(installed: Path, tmp_path: Path) -> None:
+    source = REPOSITORY / "examples" / "cpp_server"
+    assert len((source / "main.cpp").read_text().splitlines()) < 150
+    flags = f"-DCMAKE_CXX_FLAGS={FLAGS} -fsanitize={SANITIZERS}"
+    configure(source, tmp_path, f"-DCMAKE_PREFIX_PATH={installed}", flags)
+    command("cmake", "--build", tmp_path)
+    history = "history_item=1,2,3 history_action=0,1,3 user_segment=2 user_profile=0.5,1"
+    targets = "request_device=1 target_item=7,999 target_price=1.5,2,0.25,0"
+    with serving(tmp_path / "cpp_server", GOLDEN / "log") as ask:
+        assert ask(f"score ann v1 {history} {targets}") == "ok 0 0 0 0"
+        assert ask(f"score ann v1 {targets}") == "ok 0 0 0 0"
+        assert ask("append ann v2 history_item=4 history_action=1") == "ok kept"
+        assert ask("append bob v2 history_item=4 history_action=1") == "ok nothing"
+        assert ask("stats") == "ok hits 1 misses 1 users 1 bytes 56"
+        refused = "error 8 target_item: holds 1000 at [0]; it must be in [0, 999]"
+        assert ask(f"score ann v2 {targets.replace('7,999', '1000,1')}") == refused
+        assert ask("score ann v2 target_item=x").startswith("error 8 x: not numbers")
+        assert ask("score ann v2 colour=1").startswith("error 8 colour=1")
+        assert ask("nonsense").startswith("error 8 nonsense")
+        assert ask(f"swap {GOLDEN / 'nowhere'}").startswith("error 6 ")
+        assert ask(f"swap {GOLDEN / 'log_other_weights'}").startswith("ok ")
+        assert ask(f"score ann v2 {targets}").startswith("error 8 user 'ann'")
+        assert ask("forget ann") == "ok nothing"
+
+
+def random_steps(seed: int) -> list[dict[str, Any]]:
+    """Requests near the good ones, some of them wrong, in the form of the golden file but without what is expected."""
+    choose = random.Random(seed)
+
+    def log() -> Log:
+        length = choose.randrange(0, 8)
+        request = Log(
+            [choose.randrange(0, 1000) for _ in range(length)],
+            [choose.randrange(0, 4) for _ in range(length)],
+            choose.randrange(0, 5),
+            (choose.randrange(-8, 8) / 4, 1.0),
+        )
+        targets = choose.randrange(0, 4)
+        request.targets = [choose.randrange(0, 1000) for _ in range(targets)]
+        request.prices = [[choose.randrange(-8, 8) / 4, 0.0] for _ in range(targets)]
+        return request
+
+    def changed(inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs, one of them sometimes replaced or left out."""
+        if choose.random() < 0.6:
+            return inputs
+        name = choose.choice([*inputs, "unknown"])
+        dtype = choose.choice(["int64", "int32", "uint8", "uint64", "int8", "float32", "float64", "bool"])
+        shape = [choose.randrange(0, 4) for _ in range(choose.randrange(0, 3))]
+        count = 1
+        for n in shape:
+            count *= n
+        low = -2 if dtype.startswith(("int", "float")) else 0
+        data = [choose.choice([low, 0, 1, 1, 1, 4, 100]) if dtype != "bool" else True for _ in range(count)]
+        if choose.random() < 0.2:
+            return {k: v for k, v in inputs.items() if k != name}
+        return {**inputs, name: tensor(dtype, data, shape)}
+
+    def step() -> dict[str, Any]:
+        user, version = choose.choice([None, "ann", "bob", "cat"]), choose.choice([None, "v1", "v2"])
+        match choose.randrange(0, 6):
+            case 0:
+                requests = [log() for _ in range(choose.randrange(1, 4))]
+                users = [choose.choice([None, "ann", "bob"]) for _ in requests] if choose.random() < 0.5 else []
+                return batch(changed(packed(requests)), None, users, ["v1"] * len(users))
+            case 1:
+                some = log()
+                new = changed(events(some.items, some.actions))
+                return append(user or "ann", new, version or "v3", None)
+            case 2:
+                return forget(user or "ann", False)
+            case 3:
+                return score(changed(log().rest()), None, user, version)
+            case _:
+                return score(changed(log().inputs()), None, user, version)
+
+    return [step() for _ in range(300)]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_requests_end_as_in_python(build: Path, tmp_path: Path, seed: int) -> None:
+    """Python performs random calls and notes how each ends; C++ must end the same, scores and codes alike."""
+    codes = error_codes()
+    session = Session.load(GOLDEN / "log", cache_bytes=150, threads=1)
+    steps, refused = [], 0
+    for step in random_steps(seed):
+        plain = {k: v for k, v in step.items() if k != "kept"}
+        try:
+            outcome = perform(session, plain)
+        except StcaError as e:
+            # What the message must name: the input it begins with.
+            outcome = {"error": {"code": codes[type(e)], "says": [str(e).split(":")[0]]}}
+            refused += 1
+        steps.append({**plain, **outcome})
+    everything = stats(hits=0, misses=0, evictions=0, refused=0, users=0, bytes=0)
+    steps.append({**everything, **perform(session, everything)})
+    assert 50 < refused < 250
+    case = {"name": f"random {seed}", "bundle": "log", "cache_bytes": 150, "truncate": False, "steps": steps}
+    file = tmp_path / "cases.json"
+    file.write_text(json.dumps({"cases": [case]}))
+    print(command(build / "tests" / "stca_golden", GOLDEN, file))

@@ -1,0 +1,332 @@
+// The session beyond what the golden requests show: engines, threads, lifetimes, and callers that do it wrong.
+#include <atomic>
+#include <cstdlib>
+#include <fstream>
+#include <random>
+#include <thread>
+
+#include "check.hpp"
+#include "toy_engine.hpp"
+
+namespace {
+
+std::string golden(const std::string& name) { return std::string(STCA_GOLDEN) + "/" + name; }
+
+stca::Options with(stca::MakeEngine make) {
+  stca::Options options;
+  options.make_engine = std::move(make);
+  return options;
+}
+
+/// A request to the `log` bundle and what its inputs borrow.
+struct Log {
+  std::vector<std::int64_t> items{1, 2, 3}, actions{0, 1, 3}, segment{2}, device{1}, targets{7, 999};
+  std::vector<float> profile{0.5f, 1.0f}, prices{1.5f, 2.0f, 0.25f, 0.0f};
+
+  std::vector<stca::Tensor> rest() const {
+    const auto count = static_cast<std::int64_t>(targets.size());
+    return {{"request_device", device}, {"target_item", targets}, {"target_price", prices.data(), {count, 2}}};
+  }
+  std::vector<stca::Tensor> all() const {
+    std::vector<stca::Tensor> inputs = rest();
+    inputs.insert(
+        inputs.end(),
+        {{"history_item", items}, {"history_action", actions}, {"user_segment", segment}, {"user_profile", profile}});
+    return inputs;
+  }
+  float first_score(float bias = 0) const { return 33.5f + bias; }
+};
+
+/// Encodes as the toy does, but scores as `body` does.
+class ScorerOf : public toy::ToyEngine {
+ public:
+  using Body = std::function<void(stca::Outputs&)>;
+  ScorerOf(const stca::Bundle& bundle, const std::string& graph, Body body)
+      : ToyEngine(bundle, graph, nullptr), body_(std::move(body)), scorer_(graph == "target_scorer") {}
+  void run(const stca_tensor* inputs, std::size_t count, stca::Outputs& outputs) override {
+    scorer_ ? body_(outputs) : ToyEngine::run(inputs, count, outputs);
+  }
+
+ private:
+  Body body_;
+  bool scorer_;
+};
+
+stca::MakeEngine scorer_of(ScorerOf::Body body) {
+  return [body](const stca::Bundle& bundle, const std::string& graph) {
+    return std::make_unique<ScorerOf>(bundle, graph, body);
+  };
+}
+
+}  // namespace
+
+TEST(session_computes_the_user_side_once) {
+  toy::Counters counters;
+  {
+    stca::Session session(golden("log"), with(toy::maker(&counters)));
+    CHECK_EQUAL(counters.alive, 2);
+    const Log log;
+    CHECK_EQUAL(session.score(stca::Request{log.all(), "ann", "v1"})(0, 0), log.first_score());
+    CHECK_EQUAL(session.score(stca::Request{log.rest(), "ann", "v1"})(0, 0), log.first_score());
+    CHECK_EQUAL(counters.encoded, 1);
+    CHECK_EQUAL(counters.scored, 2);
+    CHECK_EQUAL(session.engine("user_encoder"), "toy");
+    session.swap(golden("log_other_weights"));
+    CHECK_EQUAL(counters.alive, 2);  // the old ones are gone
+    CHECK_EQUAL(session.score(stca::Request{log.all(), "ann", "v1"})(0, 0), log.first_score(1000));
+    CHECK_EQUAL(counters.encoded, 2);
+  }
+  CHECK_EQUAL(counters.alive, 0);
+}
+
+TEST(session_scores_several_requests_at_once) {
+  toy::Counters counters;
+  stca::Session session(golden("log"), with(toy::maker(&counters)));
+  Log ann, bob;
+  bob.items = {}, bob.actions = {}, bob.targets = {5}, bob.prices = {0, 0};
+  const stca::Scores scores = session.score({{ann.all(), "ann", "v1"}, {bob.all(), "bob", "v1"}, {ann.all(), {}, {}}});
+  CHECK_EQUAL(scores.targets(), 5u);
+  CHECK_EQUAL(scores(0, 0), ann.first_score());
+  CHECK_EQUAL(scores(2, 0), 25.5f);
+  CHECK_EQUAL(scores(3, 0), ann.first_score());
+  CHECK_EQUAL(counters.scored, 1);
+  CHECK_EQUAL(session.stats().users, 2u);
+  CHECK_EQUAL(session.score(std::vector<stca::Request>{}).targets(), 0u);
+}
+
+TEST(session_tells_what_the_bundle_takes) {
+  const stca::Bundle bundle(golden("log"));
+  const auto inputs = bundle.inputs("request");
+  CHECK_EQUAL(inputs.size(), 9u);
+  CHECK_EQUAL(std::string(inputs[0].name), "history_item");
+  CHECK_EQUAL(inputs[0].dtype, STCA_INT64);
+  CHECK_EQUAL(inputs[0].scope, STCA_USER);
+  CHECK_EQUAL(inputs[0].limit, 1000);
+  CHECK_EQUAL(std::string(inputs[7].symbol[0]), "N_t");
+  CHECK(inputs[7].symbol[1] == nullptr && inputs[7].shape[1] == 2 && inputs[7].shape[0] == -1);
+  CHECK_EQUAL(bundle.outputs("user_encoder").size(), 4u);
+  CHECK_EQUAL(bundle.file("request"), golden("log") + "/request.onnx");
+  CHECK(bundle.file("nothing").empty() && bundle.inputs("nothing").empty());
+  CHECK(check::contains(bundle.manifest(), "stca-bundle"));
+  stca_tensor_spec spec;
+  stca_bundle* raw = nullptr;
+  CHECK_EQUAL(stca_bundle_load(golden("log").c_str(), &raw), STCA_OK);
+  CHECK_EQUAL(stca_bundle_input(raw, "request", 9, &spec), STCA_USAGE_ERROR);
+  CHECK_EQUAL(stca_bundle_input(raw, "nothing", 0, &spec), STCA_USAGE_ERROR);
+  stca_bundle_release(raw);
+  stca::Session session(golden("log"), with(toy::maker()));
+  const stca::Bundle served = session.bundle();
+  session.swap(golden("log_other_weights"));
+  CHECK_EQUAL(served.weights(), bundle.weights());  // still whole, though no longer served
+  CHECK(session.bundle().weights() != bundle.weights());
+}
+
+TEST(session_needs_an_engine) {
+#if !defined(STCA_WITH_TENSORRT) && !defined(STCA_WITH_ONNXRUNTIME)
+  CHECK_THROWS(stca::Session(golden("log")), stca::BuildError, "without TensorRT and without ONNX Runtime");
+#endif
+  stca::Options options;
+  options.engine = "abacus";
+  CHECK_THROWS(stca::Session(golden("log"), options), stca::BuildError, "no engine 'abacus'");
+  options.engine = "tensorrt";
+  CHECK_THROWS(stca::Session(golden("log"), options), stca::BuildError, "tensorrt");  // not built in, or no plan
+  const auto none = [](const stca::Bundle&, const std::string&) { return std::unique_ptr<stca::Engine>(); };
+  CHECK_THROWS(stca::Session(golden("log"), with(none)), stca::BuildError, "make_engine gave none");
+  const auto throws = [](const stca::Bundle&, const std::string& graph) -> std::unique_ptr<stca::Engine> {
+    throw stca::BuildError(STCA_BUILD_ERROR, "no room for " + graph);
+  };
+  CHECK_THROWS(stca::Session(golden("log"), with(throws)), stca::BuildError, "no room for user_encoder");
+}
+
+TEST(session_passes_on_why_an_engine_failed) {
+  const Log log;
+  const auto score = [&](ScorerOf::Body body) {
+    stca::Session session(golden("log"), with(scorer_of(std::move(body))));
+    session.score(stca::Request{log.all(), {}, {}});
+  };
+  CHECK_THROWS(score([](auto&) { throw stca::RequestError(STCA_REQUEST_ERROR, "too many"); }), stca::RequestError,
+               "too many");
+  CHECK_THROWS(score([](auto&) { throw std::logic_error("broken"); }), stca::StcaError, "broken");
+  CHECK_THROWS(score([](auto&) { throw 5; }), stca::StcaError, "no std::exception");
+  CHECK_THROWS(score([](auto&) {}), stca::StcaError, "did not give the output scores");
+  CHECK_THROWS(score([](auto& o) { o.allocate(0, {2, 3}); }), stca::StcaError, "scores another shape than [N_t, 2]");
+  CHECK_THROWS(score([](auto& o) { o.allocate(0, {-1, 2}); }), stca::StcaError, "another shape");
+  CHECK_THROWS(score([](auto& o) { o.allocate(1, {2, 2}); }), stca::StcaError, "index 1");
+  CHECK_THROWS(score([](auto& o) { o.allocate(0, {3, 2}); }), stca::BuildError, "scores as float32 [3, 2]");
+}
+
+TEST(session_counts_what_an_encoder_gives) {
+  // One token too few from the encoder must not become a read beyond a state.
+  class Short : public toy::ToyEngine {
+   public:
+    using ToyEngine::ToyEngine;
+    void run(const stca_tensor* inputs, std::size_t count, stca::Outputs& outputs) override {
+      ToyEngine::run(inputs, count, outputs);
+      if (outputs_short) outputs.allocate(0, {2, 2});
+    }
+    bool outputs_short = true;
+  };
+  const auto make = [](const stca::Bundle& bundle, const std::string& graph) {
+    auto engine = std::make_unique<Short>(bundle, graph, nullptr);
+    engine->outputs_short = graph == "user_encoder";
+    return engine;
+  };
+  stca::Session session(golden("log"), with(make));
+  CHECK_THROWS(session.score(stca::Request{Log().all(), "ann", "v1"}), stca::BuildError, "token as float32 [2, 2]");
+  CHECK_EQUAL(session.stats().users, 0u);
+}
+
+TEST(session_refuses_arrays_that_cannot_be) {
+  stca::Session session(golden("log"), with(toy::maker()));
+  const Log log;
+  const auto refused = [&](const stca_tensor& tensor, const std::string& why) {
+    std::vector<stca::Tensor> inputs = log.all();
+    for (stca::Tensor& t : inputs) {
+      if (tensor.name != nullptr && std::string(t.name) == tensor.name) static_cast<stca_tensor&>(t) = tensor;
+    }
+    if (tensor.name == nullptr) static_cast<stca_tensor&>(inputs[0]) = tensor;
+    CHECK_THROWS(session.score(stca::Request{inputs, {}, {}}), stca::RequestError, why);
+  };
+  const std::int64_t values[2] = {1, 2};
+  const std::int64_t huge = std::int64_t{1} << 40;
+  refused({"target_item", values, 77, 1, {2}}, "dtype number 77");
+  refused({"target_item", values, -1, 1, {2}}, "dtype number -1");
+  refused({"target_item", values, STCA_INT64, 9, {2}}, "has 9 axes");
+  refused({"target_item", values, STCA_INT64, -1, {}}, "has -1 axes");
+  refused({"target_item", values, STCA_INT64, 1, {-2}}, "has -2 rows");
+  refused({"target_item", values, STCA_INT64, 3, {huge, huge, huge}}, "no array has this shape");
+  refused({"target_item", values, STCA_INT64, 1, {std::int64_t{1} << 62}}, "no array has this shape");
+  refused({"target_item", nullptr, STCA_INT64, 1, {2}}, "no data");
+  refused({"target_item", reinterpret_cast<const char*>(values) + 1, STCA_INT64, 1, {1}}, "not aligned");
+  refused({nullptr, values, STCA_INT64, 1, {2}}, "has no name");
+  refused({"target_price", values, STCA_FLOAT64, 3, {0, huge, huge}}, "no array has this shape");
+
+  std::vector<stca::Tensor> twice = log.all();
+  twice.push_back(twice[0]);
+  CHECK_THROWS(session.score(stca::Request{twice, {}, {}}), stca::RequestError, "given twice");
+  const double big[4] = {1e300, 0, 0, 0};
+  refused({"target_price", big, STCA_FLOAT64, 2, {2, 2}}, "holds inf");  // finite, but not in the model's float32
+  std::vector<stca::Tensor> event = {
+      {"history_item", log.items}, {"history_action", log.actions}, {"target_item", log.targets}};
+  CHECK_THROWS(session.append("ann", event, "v2"), stca::RequestError, "target_item: is a target input");
+}
+
+TEST(session_refuses_names_cut_by_a_zero_byte) {
+  stca::Session session(golden("log"), with(toy::maker()));
+  const Log log;
+  session.score(stca::Request{log.all(), "ann", "v1"});
+  CHECK_THROWS(session.score(stca::Request{log.rest(), std::string("ann\0x", 5), "v1"}), stca::RequestError,
+               "user: holds a zero byte");
+  CHECK_THROWS(session.forget(std::string("ann\0", 4)), stca::RequestError, "zero byte");
+}
+
+TEST(session_c_abi_answers_null_pointers) {
+  stca_session* session = nullptr;
+  stca_scores* scores = nullptr;
+  stca_bundle* bundle = nullptr;
+  stca_cache_stats stats;
+  CHECK_EQUAL(stca_session_load(nullptr, nullptr, &session), STCA_USAGE_ERROR);
+  CHECK_EQUAL(stca_session_load("x", nullptr, nullptr), STCA_USAGE_ERROR);
+  CHECK_EQUAL(stca_session_load("/nowhere", nullptr, &session), STCA_BUNDLE_ERROR);
+  CHECK(check::contains(stca_last_error(), "/nowhere: no such bundle"));
+  CHECK_EQUAL(stca_session_score(nullptr, nullptr, 0, &scores), STCA_USAGE_ERROR);
+  CHECK_EQUAL(stca_session_score_batch(nullptr, nullptr, &scores), STCA_USAGE_ERROR);
+  CHECK_EQUAL(stca_session_append(nullptr, "a", nullptr, 0, "v", nullptr), STCA_USAGE_ERROR);
+  CHECK_EQUAL(stca_session_forget(nullptr, "a", nullptr), STCA_USAGE_ERROR);
+  CHECK_EQUAL(stca_session_swap(nullptr, "a"), STCA_USAGE_ERROR);
+  CHECK_EQUAL(stca_session_stats(nullptr, &stats), STCA_USAGE_ERROR);
+  CHECK_EQUAL(stca_session_bundle(nullptr, &bundle), STCA_USAGE_ERROR);
+  CHECK_EQUAL(stca_bundle_load(nullptr, &bundle), STCA_USAGE_ERROR);
+  CHECK_EQUAL(std::string(stca_last_error()), "path is a null pointer");
+  stca_options options{};
+  CHECK_EQUAL(stca_session_load(golden("log").c_str(), &options, &session), STCA_USAGE_ERROR);
+  stca_session_release(nullptr), stca_scores_release(nullptr), stca_bundle_release(nullptr);
+  CHECK_EQUAL(std::string(stca_code_name(STCA_REQUEST_ERROR)), "RequestError");
+  CHECK_EQUAL(std::string(stca_code_name(55)), "unknown");
+  CHECK_EQUAL(stca_library_abi_version(), std::uint32_t{STCA_ABI_VERSION});
+}
+
+TEST(session_serves_threads_during_swaps) {
+  stca::Options options = with(toy::maker());
+  options.cache_bytes = 5 * 48;  // room for five states, so that threads evict each other's
+  stca::Session session(golden("log"), options);
+  std::atomic<int> wrong{0};
+  const auto serve = [&](unsigned seed) {
+    std::mt19937 random(seed);
+    const Log log;
+    std::vector<std::int64_t> one{9}, zero{0};
+    for (int i = 0; i < 300; ++i) {
+      const std::string user = std::to_string(random() % 8);
+      try {
+        switch (random() % 4) {
+          case 0:
+            session.forget(user);
+            break;
+          case 1:
+            session.append(user, {{"history_item", one}, {"history_action", zero}}, "v" + std::to_string(random() % 3));
+            break;
+          default: {
+            const float score = session.score(stca::Request{log.all(), user, "v1"})(0, 0);
+            // Appended nines under the name v1 may be among the history: anything from none to a window of them.
+            const float own = score - (score > 900 ? 1000 : 0);
+            if (own < 24 || own > 27 + 10 + 6 * 9 + 25) ++wrong;
+          }
+        }
+      } catch (const std::exception& e) {
+        ++wrong;
+        std::cerr << e.what() << "\n";
+      }
+    }
+  };
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < 4; ++t) threads.emplace_back(serve, t);
+  for (int i = 0; i < 10; ++i) session.swap(golden(i % 2 == 0 ? "log_other_weights" : "log"));
+  for (std::thread& thread : threads) thread.join();
+  CHECK_EQUAL(wrong.load(), 0);
+  CHECK(session.stats().bytes <= 5 * 48);
+}
+
+TEST(session_survives_random_requests) {
+  // Whatever the tensors are, a request is scored or refused; the sanitizers watch what is read on the way.
+  stca::Session session(golden("log"), with(toy::maker()));
+  std::mt19937 random(7);
+  const auto below = [&](std::uint32_t n) { return static_cast<std::int64_t>(random() % n); };
+  const char* names[] = {"history_item",   "history_action", "history_offsets", "user_segment",   "user_profile",
+                         "request_device", "target_item",    "target_price",    "target_offsets", "nothing"};
+  constexpr std::size_t item[] = {1, 1, 1, 2, 4, 8, 2, 2, 4, 8, 2, 4, 8};
+  int scored = 0, refused = 0;
+  for (int round = 0; round < 3000; ++round) {
+    const Log log;
+    std::vector<stca::Tensor> inputs = log.all();
+    std::vector<std::vector<unsigned char>> memory;
+    for (std::int64_t change = below(3); change > 0; --change) {
+      const auto dtype = static_cast<stca_dtype>(below(13));
+      std::vector<std::int64_t> shape;
+      std::size_t bytes = item[dtype];
+      for (std::int64_t axes = below(4); axes > 0; --axes)
+        shape.push_back(below(4)), bytes *= static_cast<std::size_t>(shape.back());
+      auto& data = memory.emplace_back(std::vector<unsigned char>(std::max<std::size_t>(bytes, 1)));
+      for (auto& byte : data) byte = static_cast<unsigned char>(random() % 5 == 0 ? random() : 0);
+      if (dtype == STCA_BOOL)
+        for (auto& byte : data) byte &= 1;
+      const stca::Tensor tensor(names[below(10)], dtype, data.data(), shape);
+      if (below(4) == 0)
+        inputs.push_back(tensor);
+      else
+        inputs[static_cast<std::size_t>(below(static_cast<std::uint32_t>(inputs.size())))] = tensor;
+    }
+    try {
+      if (below(2) == 0)
+        session.score(stca::Request{inputs, std::to_string(below(5)), std::to_string(below(2))});
+      else
+        session.score(stca::RequestBatch{inputs, {}, {}});
+      ++scored;
+    } catch (const stca::RequestError& e) {
+      ++refused;
+      CHECK(!std::string(e.what()).empty());
+    }
+  }
+  CHECK(scored > 100 && refused > 100);
+}
+
+int main(int argc, char** argv) { return check::run(argc > 1 ? argv[1] : ""); }
