@@ -30,7 +30,7 @@ from stca.report.markup import (
     times,
     whole,
 )
-from stca.report.sections import accuracy, by_size, cut, finite, latency, parity, size_of
+from stca.report.sections import accuracy, by_size, cut, finite, is_scaled, latency, measured, parity, size_of
 from stca.report.style import CSS
 
 WHY_ABSENT: Mapping[str, str] = {
@@ -159,11 +159,14 @@ def _headline(data: ReportData) -> list[tuple[Markup, str]]:
     found: list[tuple[Markup, str]] = []
     bench = {"rows": (), "ratios": (), **(data.bench or {})}
     for name, words in (
-        ("pointwise_over_miss", "faster than scoring each candidate on its own"),
-        ("miss_over_hit", "faster again when the user’s state was kept"),
+        ("pointwise_over_miss", "as fast as scoring each candidate on its own"),
+        ("miss_over_hit", "as fast again when the user’s state was kept"),
     ):
         if told := [r for r in by_size(bench["ratios"]) if finite(r.get(name))]:
-            found.append((number(told[-1][name], times), f"{words} ({size_of(told[-1])})"))
+            size = size_of(told[-1])
+            if name == "pointwise_over_miss" and (k := _baseline_targets(bench["rows"], told[-1])):
+                size += f"; baseline scaled from {whole(k)}"
+            found.append((number(told[-1][name], times), f"{words} ({size})"))
     if checked := list((data.parity or {"stages": ()})["stages"])[1:]:
         worst = max(checked, key=lambda s: (not finite(s["max_abs"]), s["max_abs"]))
         found.append((number(worst["max_abs"], digits), "largest difference of any score from the float64 reference"))
@@ -175,6 +178,12 @@ def _headline(data: ReportData) -> list[tuple[Markup, str]]:
     if hits := by_size(r for r in bench["rows"] if r["stage"] == "hit"):
         found.append((number(hits[-1]["p50_ms"], milliseconds), f"median time of a hit ({size_of(hits[-1])})"))
     return found
+
+
+def _baseline_targets(rows: Sequence[Mapping[str, Any]], size: Mapping[str, Any]) -> int | None:
+    """How many targets the baseline of this size was measured on, when that is not all of them."""
+    same = (r for r in rows if all(r[k] == size[k] for k in ("history", "targets")))
+    return next((measured(r) for r in same if r["stage"] == "pointwise" and is_scaled(r)), None)
 
 
 def _plain_words(data: ReportData, graph: Condensed) -> Markup:

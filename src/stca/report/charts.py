@@ -184,7 +184,9 @@ def _line(s: Series, x: Axis, y: Axis, show: Callable[[float], str]) -> Markup:
         tip = f"{s.label}: {show(p.y)} at {whole(p.x)}" + (" (scaled)" if p.hollow else "")
         marks.append(el("circle", el("title", tip), cx=px, cy=py, r=4, class_="mark hollow" if p.hollow else "mark"))
         if s.named:
-            marks.append(el("text", show(p.y), x=px, y=py + 18, text_anchor="middle", class_="value"))
+            is_last = p is s.points[-1]  # its right side is the label's
+            anchor = "end" if is_last else "middle"
+            marks.append(el("text", show(p.y), x=px + 4 * is_last, y=py + 18, text_anchor=anchor, class_="value"))
     return el(
         "g", el("path", d=polyline((x.at(p.x), y.at(p.y)) for p in s.points), class_="line"), marks, class_=s.kind
     )

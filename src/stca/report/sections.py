@@ -64,9 +64,9 @@ def cut(manifest: Manifest, graph: Condensed) -> list[Markup | None]:
     nominal = ", ".join(f"{name}{space}={space}{whole(size)}" for name, size in split["workload"].items())
     joined = "New events can be appended to a kept state without reading the old ones again: shown exact at export."
     told = [
-        *([joined] if manifest.appendable else ()),
-        *(d["text"] for d in split.get("request_dependencies", ())),
-        *split.get("notes", ()),
+        *([("user", joined)] if manifest.appendable else ()),
+        *(("request", d["text"]) for d in split.get("request_dependencies", ())),
+        *(("other", note) for note in split.get("notes", ())),
     ]
     return [
         el(
@@ -85,7 +85,7 @@ def cut(manifest: Manifest, graph: Condensed) -> list[Markup | None]:
                 f"are not drawn. Work is counted from shapes, not timed, for a request with {nominal}.",
             ),
         ),
-        *(el("p", t, class_="notice") for t in told),
+        *(el("p", words, class_=f"notice {kind}") for kind, words in told),
         details("User state", _state(manifest, graph), is_open=True),
         details("Blocks and their work", _blocks(graph)),
         details("Inputs and their scope", _inputs(manifest)),
@@ -193,7 +193,7 @@ def latency(bench: Row) -> list[Markup | None]:
     counts = sorted({r["targets"] for r in rows})
     drawn = counts if len(counts) <= 3 else [counts[0], counts[len(counts) // 2], counts[-1]]
     caption = "Median time of a request, both axes logarithmic; the whisker reaches the 95th percentile."
-    if some := sorted({_measured(r) for r in rows if _is_scaled(r)}):
+    if some := sorted({measured(r) for r in rows if is_scaled(r)}):
         caption += (
             f" Hollow points were measured on {' or '.join(map(whole, some))} candidates and scaled up to the number "
             "shown: the pointwise cost is the same for each candidate."
@@ -218,7 +218,7 @@ def _latency_panel(rows: Sequence[Row], targets: int) -> Markup | None:
     series = []
     for stage in WAYS:
         points = [
-            Point(r["history"], r["p50_ms"], r["p95_ms"], hollow=_is_scaled(r))
+            Point(r["history"], r["p50_ms"], r["p95_ms"], hollow=is_scaled(r))
             for r in rows
             if (r["stage"], r["targets"]) == (stage, targets) and finite(r["p50_ms"])
         ]
@@ -294,7 +294,7 @@ def _latencies(rows: Sequence[Row]) -> Markup:
             r["stage"].replace("_", " "),
             *(number(r[t], milliseconds) for t in ("p50_ms", "p95_ms", "p99_ms")),
             number(r["runs"], whole),
-            f"scaled from {_measured(r)} targets" if _is_scaled(r) else "",
+            f"scaled from {measured(r)} targets" if is_scaled(r) else "",
         )
         for r in rows
     ]
@@ -302,12 +302,14 @@ def _latencies(rows: Sequence[Row]) -> Markup:
     return table(headings, cells, caption="Latency of each stage", numeric="nn-nnnn-")
 
 
-def _measured(row: Row) -> int:
+def measured(row: Row) -> int:
+    """Targets that were run for this row's times."""
     return int(row.get("measured_targets") or row["targets"])
 
 
-def _is_scaled(row: Row) -> bool:
-    return _measured(row) < int(row["targets"])
+def is_scaled(row: Row) -> bool:
+    """Whether its times were scaled up from fewer targets."""
+    return measured(row) < int(row["targets"])
 
 
 def _candidates(count: int) -> str:

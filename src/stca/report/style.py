@@ -63,12 +63,13 @@ figcaption { font-size: 0.9rem; color: var(--muted); margin-top: 12px; max-width
 figure > h3 { margin-bottom: 10px; }
 .scroll { overflow-x: auto; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 12px 20px; }
-.panels > div { max-width: 560px; }
+.panels > div { max-width: 470px; }
 .panels h3 { font-size: 0.92rem; margin: 0 0 2px; }
 .missing { border: 1px dashed var(--line); border-radius: 14px; padding: 18px 22px; color: var(--muted);
   margin-top: 18px;
   max-width: none; }
-.notice { border-left: 3px solid var(--request); padding: 2px 0 2px 16px; margin-top: 18px; overflow-wrap: anywhere; }
+.notice { border-left: 3px solid var(--c, var(--line)); padding: 2px 0 2px 16px; margin-top: 18px;
+  overflow-wrap: anywhere; }
 dl.terms { max-width: none; display: grid; grid-template-columns: max-content 1fr; gap: 6px 18px; margin: 14px 0 0;
   font-size: 0.95rem; }
 dl.terms dt { font-weight: 600; } dl.terms dd { margin: 0; color: var(--muted); max-width: 68ch; }
@@ -95,7 +96,7 @@ pre { background: var(--paper); border: 1px solid var(--line); border-radius: 12
   overflow-x: auto;
   font-size: 0.86rem; line-height: 1.7; margin: 8px 0 0; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 360px), 1fr)); gap: 26px 40px;
-  margin-top: 18px; }
+  margin-top: 18px; align-items: start; }
 footer { margin-top: 64px; padding-top: 18px; border-top: 1px solid var(--line); color: var(--muted);
   font-size: 0.86rem; }
 

@@ -114,6 +114,8 @@ def test_numbers_are_the_data(data):
     assert _table(page, "AUC") == [[r["task"], *(repr(r[k]) for k in ("history", "auc", "best"))] for r in by_task]
     headline = [d.attrib["value"] for d in page.find(".//header").iter("data")]
     assert headline == [repr(2048 / 41), repr(32 / 7 + 1), repr(1.51e-7), repr(AUC[-2]["auc"])]
+    words = [_text(d) for d in page.find(".//header").iter("dt")]
+    assert ["scaled from 2" in w for w in words] == [True, False, False, False]
     files = data.bundle.manifest.files
     assert _table(page, "Files") == [[n, repr(f["bytes"]), f["sha256"]] for n, f in files.items()]
 
