@@ -54,6 +54,5 @@ def check_shapes(
             "both need batch + 1"
         )
     if history_lengths is not None and (len(history_lengths) != 1 or history_lengths[0] != history_offsets[0] - 1):
-        raise ValueError(
-            f"{QUALIFIED_NAME}: history_lengths has shape {tuple(history_lengths)}, expected ({history_offsets[0] - 1},)"
-        )
+        expected = (history_offsets[0] - 1,)
+        raise ValueError(f"{QUALIFIED_NAME}: history_lengths has shape {tuple(history_lengths)}, expected {expected}")

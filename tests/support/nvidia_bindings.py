@@ -78,7 +78,7 @@ def _load_stand_ins() -> None:
     assert spec.origin is not None
     lean = next(Path(spec.origin).parent.glob("libnvinfer_lean.so.*"))
     major = lean.suffix
-    ctypes.CDLL(str(lean), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(lean))
     with tempfile.TemporaryDirectory(prefix="stca-tensorrt-") as folder:
         for name, functions in _STAND_INS.items():
             soname = f"{name}{major}"
@@ -90,4 +90,4 @@ def _load_stand_ins() -> None:
             if name == "libnvinfer.so":  # what is not listed above comes from the lean runtime
                 command += ["-Wl,--no-as-needed", f"-L{lean.parent}", f"-l:{lean.name}"]
             subprocess.run(command, check=True, capture_output=True, text=True)
-            ctypes.CDLL(str(Path(folder, soname)), mode=ctypes.RTLD_GLOBAL)  # stays loaded when the file goes
+            ctypes.CDLL(str(Path(folder, soname)))  # stays loaded when the file goes
