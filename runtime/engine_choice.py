@@ -75,16 +75,22 @@ class Choice:
     passed_over: tuple[str, ...] = ()
 
 
-def best_engine(manifest: Manifest, machine: Machine | None = None) -> Choice:
+def best_engine(manifest: Manifest, machine: Machine | None = None, *, only: str | None = None) -> Choice:
     """The fastest pair of engines that can run here; ONNX Runtime on the CPU always can.
 
     Args:
         manifest: of a loaded bundle, whose engines' digests have been checked.
         machine: where to run; None looks at this one.
+        only: the flavour to take, whose engines must then run here.
+
+    Raises:
+        BuildError: when a flavour is asked for and it has no engines that run here.
     """
     machine = machine or Machine.here()
     passed_over: list[str] = []
     for flavour, provider, precisions in _ORDER:
+        if only not in (None, flavour):
+            continue
         for precision in precisions:
             pairs: dict[Any, dict[str, Mapping[str, Any]]] = {}
             for e in manifest.engines:
@@ -97,6 +103,9 @@ def best_engine(manifest: Manifest, machine: Machine | None = None) -> Choice:
                     continue
                 why = f"{name} is the fastest pair in the bundle that runs here"
                 return Choice(flavour, precision, entries, why, tuple(passed_over))
+    if only is not None:
+        reasons = "; ".join(passed_over) or f"the bundle has none; run `stca build --engine {only}`"
+        raise BuildError(f"no {only} engines that run here: {reasons}")
     why = "ONNX Runtime on the CPU runs the bundle's own graphs; it has no engine that runs here"
     return Choice("onnxruntime", "fp32", {}, why, tuple(passed_over))
 

@@ -18,6 +18,7 @@ from stca.bundle import Bundle, Scope
 from stca.errors import StcaError
 
 Command = Callable[[argparse.Namespace], int]
+ENGINES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as e:
         if args.debug:
             raise
-        return _fail(
-            f"the package {e.name!r} is not installed; install the extra: pip install 'stca[export]'", 2
-        )
+        return _fail(f"the package {e.name!r} is not installed; install the extra: pip install 'stca[export]'", 2)
     except Exception as e:
         if args.debug:
             raise
@@ -93,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     p = add("verify", _verify, "parity of every stage against a float64 reference")
     p.add_argument("bundle")
     p.add_argument("--model", metavar="MODULE:CALLABLE", help="the callable the bundle was exported from")
+    p.add_argument("--engine", choices=ENGINES, help="check these built engines instead, and name the node at fault")
 
     p = add("bench", _bench, "latency per stage, hit and miss, with the pointwise baseline")
     p.add_argument("bundle")
@@ -100,6 +100,26 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--targets", type=_sizes, default=[1, 32, 300], metavar="N,N", help="default 1,32,300")
     p.add_argument("--threads", type=int, help="threads of one request; default every core")
     p.add_argument("--seconds", type=float, default=1.0, help="time for each figure")
+
+    p = add("build", _build, "engines of both halves, written into the bundle")
+    p.add_argument("bundle")
+    p.add_argument("--engine", choices=ENGINES, required=True)
+    p.add_argument("--sm", type=int, metavar="NN", help="compute capability, 89 for 8.9; default this machine's GPU")
+    p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    p.add_argument("--history-max", type=int, metavar="N", help="most history tokens; default the bundle's limit")
+    p.add_argument("--targets-max", type=int, default=512, metavar="N", help="most targets (512)")
+    p.add_argument("--requests-max", type=int, default=1, metavar="N", help="most requests of a batch (1)")
+    p.add_argument("--history-buckets", type=_sizes, default=[], metavar="N,N", help="a profile for each range up to N")
+    p.add_argument("--size", action="append", type=_size, default=[], metavar="DIM=N", help="most of any other size")
+    p.add_argument("--refit", choices=("none", "identical", "weights"), help="can finished engines take new weights")
+    p.add_argument("--provider", default="CPUExecutionProvider", help="execution provider of --engine onnxruntime")
+    p.add_argument("--no-cache", action="store_true", help="keep no copy of built engines outside the bundle")
+    p.add_argument("--dry-run", action="store_true", help="build nothing; say what would be built, and its memory")
+
+    p = add("refit", _refit, "new weights into existing graphs and engines")
+    p.add_argument("bundle")
+    p.add_argument("--checkpoint", required=True, metavar="NEW", help="of the same config")
+    p.add_argument("--out", metavar="BUNDLE", help="the new bundle; default replaces the old one")
 
     p = add("inspect", _inspect, "what is inside a bundle: graphs, scopes, state, sizes, costs")
     p.add_argument("bundle")
@@ -235,10 +255,18 @@ def _verify(args: argparse.Namespace) -> int:
     from stca.verify import verify
 
     module = resolve(args.model).module if args.model else None
-    report = verify(Bundle.load(args.bundle), module=module, progress=_progress())
+    bundle = Bundle.load(args.bundle)
+    if args.engine:
+        from stca.engine_checks import verify_engine
+        from stca.runtime.engine_choice import best_engine
+
+        choice = best_engine(bundle.manifest, only=args.engine)
+        report = verify_engine(bundle, choice, module=module, progress=_progress())
+    else:
+        report = verify(bundle, module=module, progress=_progress())
     lines = [f"{'stage':<14} {'max abs':>9} {'limit':>9} {'max rel':>9} {'cosine':>11} {'top-k':>6}"]
     lines += [
-        f"{s.name:<14} {s.max_abs:9.2e} {s.limit:9.2e} {s.max_rel:9.2e} {s.cosine:11.9f} {s.topk_overlap:6.3f}"
+        f"{s.name:<14} {s.max_abs:9.2e} {s.limit or float('nan'):9.2e} {s.max_rel:9.2e} {s.cosine:11.9f} {s.topk_overlap:6.3f}"
         + ("" if s.passed else "  FAILED")
         for s in report.stages
     ]
@@ -270,6 +298,41 @@ def _bench(args: argparse.Namespace) -> int:
         for r in report.ratios
     ]
     _emit(args, report.as_dict(), "\n".join([*lines, f"{report.machine['cpu']}, {report.machine['threads']} threads"]))
+    return 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    from stca.build import Workload, build
+    from stca.engine_cache import EngineCache
+
+    workload = Workload(
+        args.history_max, args.targets_max, args.requests_max, tuple(args.history_buckets), dict(args.size)
+    )
+    engines = build(
+        args.bundle,
+        engine=args.engine,
+        sm=args.sm,
+        precision=args.precision,
+        workload=workload,
+        refit=args.refit,
+        provider=args.provider,
+        cache=None if args.no_cache else EngineCache.default(),
+        dry_run=args.dry_run,
+        progress=_progress(),
+    )
+    lines = [f"{e['graph']}: {e['path']}, {e['cache']} ({e['why']})" for e in engines]
+    _emit(args, {"engines": engines}, "\n".join(lines))
+    return 0
+
+
+def _refit(args: argparse.Namespace) -> int:
+    from stca.engine_cache import EngineCache
+    from stca.refit import refit
+
+    result = refit(args.bundle, args.checkpoint, out=args.out, cache=EngineCache.default(), progress=_progress())
+    lines = [f"{result['bundle']}: verified, weights {result['weights'][:12]}"]
+    lines += [f"engine {e['file']} was left out: {e['why']}" for e in result["engines"] if not e["kept"]]
+    _emit(args, result, "\n".join(lines))
     return 0
 
 
