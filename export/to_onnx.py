@@ -109,7 +109,7 @@ def _translate(
     if history_lengths is None:
         raise ExportError("target_history_attention needs history_lengths in an exported model; pass the segments' own")
     return _OPSET.TargetHistoryAttention(
-        query, key, value, target_offsets, history_offsets, history_lengths, scale=scale
+        query, key, value, target_offsets, history_offsets, history_lengths, scale=scale, plugin_namespace=DOMAIN
     )
 
 

@@ -171,7 +171,12 @@ def schema() -> OpSchema:
             ("T", [f"tensor({t})" for t in ("float", "float16", "bfloat16")], "floating-point values"),
             ("I", ["tensor(int32)"], "offsets and lengths"),
         ],
-        attributes=[OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT, "factor on the logits", required=True)],
+        attributes=[
+            OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT, "factor on the logits", required=True),
+            OpSchema.Attribute(
+                "plugin_namespace", OpSchema.AttrType.STRING, "where TensorRT looks for the plugin", required=False
+            ),
+        ],
     )
     made.set_type_and_shape_inference_function(_infer)
     return made
@@ -187,7 +192,7 @@ def register_schema() -> None:
 def functions() -> tuple[onnx.FunctionProto, ...]:
     """The function bodies an ONNX model with the operator must carry in `model.functions`."""
     parsed = tuple(parser.parse_function(text) for text in (_ATTEND_SEGMENT, _TARGET_HISTORY_ATTENTION))
-    assert parsed[-1].name == OP_NAME and parsed[-1].domain == DOMAIN and OP_VERSION == 1
+    assert (parsed[-1].domain, parsed[-1].name, OP_VERSION) == (DOMAIN, OP_NAME, 1)
     return parsed
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(e), e.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ModuleNotFoundError as e:
         if args.debug:
             raise
@@ -266,8 +270,8 @@ def _verify(args: argparse.Namespace) -> int:
         report = verify(bundle, module=module, progress=_progress())
     lines = [f"{'stage':<14} {'max abs':>9} {'limit':>9} {'max rel':>9} {'cosine':>11} {'top-k':>6}"]
     lines += [
-        f"{s.name:<14} {s.max_abs:9.2e} {s.limit or float('nan'):9.2e} {s.max_rel:9.2e} {s.cosine:11.9f} {s.topk_overlap:6.3f}"
-        + ("" if s.passed else "  FAILED")
+        f"{s.name:<14} {s.max_abs:9.2e} {s.limit or float('nan'):9.2e} {s.max_rel:9.2e} {s.cosine:11.9f} "
+        f"{s.topk_overlap:6.3f}{'' if s.passed else '  FAILED'}"
         for s in report.stages
     ]
     _emit(
