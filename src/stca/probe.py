@@ -38,7 +38,9 @@ def single(
         elif spec.scope == "target" and spec.limit and shape == (targets,) and targets <= spec.limit:
             made[spec.name] = rng.choice(spec.limit, targets, replace=False).astype(spec.dtype)
         else:
-            made[spec.name] = rng.integers(0, spec.limit or _UNBOUNDED, shape).astype(spec.dtype)
+            made[spec.name] = rng.integers(0, spec.limit or (2 if spec.dtype == "bool" else _UNBOUNDED), shape).astype(
+                spec.dtype
+            )
     return made
 
 
