@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import settings
+
+# Models in tests are tiny: a second thread costs more in waiting than it computes, most of all on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A busy machine is slow now and then; that says nothing of the code.
 settings.register_profile("stca", deadline=None)

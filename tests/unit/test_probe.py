@@ -1,0 +1,98 @@
+"""Random requests: valid for any specs, and packed as the graphs want them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stca import probe
+from stca.bundle import TensorSpec
+
+SPECS = (
+    TensorSpec("history_item", "int64", ("N_h",), "user", 1000),
+    TensorSpec("history_time", "int64", ("N_h",), "user"),
+    TensorSpec("history_vector", "float32", ("N_h", 3), "user"),
+    TensorSpec("history_offsets", "int32", ("B_plus_1",), "user"),
+    TensorSpec("user_flag", "bool", ("B",), "user"),
+    TensorSpec("request_half", "float16", ("B", 2), "request"),
+    TensorSpec("target_item", "int64", ("N_t",), "target", 1000),
+    TensorSpec("target_kind", "int32", ("N_t",), "target", 2),
+    TensorSpec("target_offsets", "int32", ("B_plus_1",), "target"),
+)
+sizes = st.integers(0, 30)
+
+
+@given(sizes, sizes, st.integers(0, 2**32))
+def test_a_single_request_is_valid(tokens, targets, seed):
+    made = probe.single(SPECS, tokens, targets, np.random.default_rng(seed))
+    assert made.keys() == {s.name for s in SPECS if not s.name.endswith("offsets")}
+    known = {"N_h": tokens, "N_t": targets, "B": 1}
+    for spec in SPECS:
+        if spec.name in made:
+            x = made[spec.name]
+            assert x.dtype == np.dtype(spec.dtype)
+            assert x.shape == tuple(known.get(n, n) for n in spec.shape)
+            if x.dtype.kind == "f":
+                assert np.isfinite(x).all()
+            elif spec.limit and x.size:
+                assert x.min() >= 0
+                assert x.max() < spec.limit
+    assert len(set(made["target_item"].tolist())) == targets, "equal targets would tie"
+
+
+def test_seeds_repeat_and_differ():
+    first, again, other = (probe.single(SPECS, 9, 5, np.random.default_rng(s)) for s in (1, 1, 2))
+    assert all(np.array_equal(first[n], again[n]) for n in first)
+    assert not np.array_equal(first["history_item"], other["history_item"])
+
+
+def test_durations_of_every_bucket_occur():
+    gaps = probe.single(SPECS, 10_000, 1, np.random.default_rng(0))["history_time"]
+    assert gaps.min() < 2**14
+    assert gaps.max() > 2**22
+
+
+def test_more_targets_than_ids():
+    made = probe.single((TensorSpec("t", "int64", ("N_t",), "target", 3),), 0, 10, np.random.default_rng(0))
+    assert set(made["t"].tolist()) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64"])
+def test_every_dtype_of_a_manifest(dtype):
+    spec = TensorSpec("x", dtype, ("N_h", 2), "user")
+    x = probe.single((spec,), 50, 0, np.random.default_rng(0))["x"]
+    assert (x.dtype, x.shape) == (np.dtype(dtype), (50, 2))
+    assert len(np.unique(x)) > 1
+
+
+def test_other_symbolic_sizes():
+    spec = TensorSpec("x", "float32", ("N_h", "K"), "user")
+    rng = np.random.default_rng(0)
+    assert probe.single((spec,), 4, 0, rng)["x"].shape == (4, 1)
+    assert probe.single((spec,), 4, 0, rng, K=7)["x"].shape == (4, 7)
+
+
+@given(st.lists(st.tuples(sizes, sizes), min_size=1, max_size=5))
+def test_packing_joins_rows_and_counts_them(batch):
+    rng = np.random.default_rng(0)
+    requests = [probe.single(SPECS, n, m, rng) for n, m in batch]
+    feeds = probe.pack(SPECS, requests)
+    assert list(feeds) == [s.name for s in SPECS]
+    assert feeds["history_offsets"].tolist() == [sum(n for n, _ in batch[:i]) for i in range(len(batch) + 1)]
+    assert feeds["target_offsets"].tolist() == [sum(m for _, m in batch[:i]) for i in range(len(batch) + 1)]
+    for spec in SPECS:
+        assert feeds[spec.name].dtype == np.dtype(spec.dtype)
+    for b, request in enumerate(requests):
+        tokens = slice(*feeds["history_offsets"][b : b + 2])
+        targets = slice(*feeds["target_offsets"][b : b + 2])
+        assert np.array_equal(feeds["history_vector"][tokens], request["history_vector"])
+        assert np.array_equal(feeds["target_item"][targets], request["target_item"])
+        assert np.array_equal(feeds["request_half"][b : b + 1], request["request_half"])
+
+
+def test_packing_one_request_of_a_model_without_offsets():
+    specs = (TensorSpec("u", "float32", ("N_h", 3), "user"), TensorSpec("t", "float32", ("N_t",), "target"))
+    one = probe.single(specs, 4, 2, np.random.default_rng(0))
+    assert probe.pack(specs, [one]) == one
