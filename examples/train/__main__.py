@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
     try:
-        result = run(args, "python -m stca.examples.train " + shlex.join(argv))
+        result, rows = run(args, "python -m stca.examples.train " + shlex.join(argv))
     except StcaError as e:
         if args.debug:
             raise
@@ -49,14 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stca.examples.train: interrupted; no checkpoint was written", file=sys.stderr)
         return 130
-    rows = result.pop("rows")
-    result["auc"] = [row.as_dict() for row in rows]
     print(json.dumps(result) if args.json else f"{as_text(rows)}\n{result['checkpoint']}")
     return 0
 
 
-def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
-    """The work behind the command line: what was trained, how, and its AUC table as `rows`."""
+def run(args: argparse.Namespace, command: str) -> tuple[dict[str, Any], list[AucRow]]:
+    """The work behind the command line: what was trained and how, as the JSON result says it; and its AUC table."""
     options = TrainOptions(
         steps=args.steps,
         requests=args.requests,
@@ -64,19 +62,24 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
         lengths=LengthSampler(shortest=args.shortest, longest=args.longest),
         learning_rate=args.learning_rate,
         seed=args.seed,
-        threads=args.threads,
     )
     if not args.out.parent.is_dir():
         raise StcaError(f"--out {args.out}: there is no directory {args.out.parent}; make it first")
+    if args.out.is_dir():
+        raise StcaError(f"--out {args.out}: is a directory; name a file in it")
     world = World()
+    page = world.config.page
     if args.log:
         log = read_log(args.log, dict(args.task), held_out=args.held_out)
         least_history = options.lengths.shortest
+    elif page % options.targets:
+        raise StcaError(f"--targets {options.targets}: a generated request has {page}, on one device; take a divisor")
     else:
         _say("generating the log")
         history = options.lengths.longest + TRAINING_REQUESTS_EACH * options.targets
         log = generate(world, users=TRAINING_USERS, history=history, targets=0, seed=TRAINING_SEED).log
         least_history = options.lengths.longest
+    torch.set_num_threads(args.threads)
     torch.manual_seed(options.seed)
     model = Stca(model_config(log, width=args.width, heads=args.heads, layers=args.layers, time=args.time))
     attend_to_alike(model)
@@ -85,7 +88,6 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     seconds = round(time.monotonic() - started, 1)
 
     score, request_time = score_with(model), args.time == "delta"
-    rows: list[AucRow]
     if args.log:
         lengths = args.eval_history or [16, 64, 256, 1024]
         rows = auc_rows(score, log, lengths, base_rates(log), request_time=request_time, progress=_say)
@@ -107,17 +109,13 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
         "max_history": options.lengths.longest,
         "loss": round(sum(losses[-100:]) / len(losses[-100:]), 5),
         "seconds": seconds,
-        "threads": options.threads,
+        "threads": args.threads,
         "torch": torch.__version__,
     }
     auc = [row.as_dict() for row in rows]
     save_checkpoint(args.out, model, {TRAINING_KEY: json.dumps(training), AUC_KEY: json.dumps(auc)})
-    return {
-        "checkpoint": str(args.out),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        **training,
-        "rows": rows,
-    }
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"checkpoint": str(args.out), "parameters": parameters, **training, "auc": auc}, rows
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,15 +133,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--held-out",
-        type=float,
+        type=_rate,
         default=0.2,
         metavar="SHARE",
         help="with --log: share of each user's events, the last ones, to evaluate on",
     )
     model = p.add_argument_group("model")
-    model.add_argument("--width", type=int, default=64)
-    model.add_argument("--heads", type=int, default=2)
-    model.add_argument("--layers", type=int, default=2)
+    model.add_argument("--width", type=_count, default=64)
+    model.add_argument("--heads", type=_count, default=2)
+    model.add_argument("--layers", type=_count, default=2)
     model.add_argument("--time", choices=("log", "delta"), default="log", help="delta: tokens know the request's time")
     training = p.add_argument_group("training")
     training.add_argument("--steps", type=_count, default=defaults.steps)
@@ -151,9 +149,10 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--targets", type=_count, default=defaults.targets, help="targets per request at most")
     training.add_argument("--shortest", type=_count, default=defaults.lengths.shortest, help="shortest history")
     training.add_argument("--longest", type=_count, default=defaults.lengths.longest, help="longest history")
-    training.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    training.add_argument("--seed", type=int, default=defaults.seed)
-    training.add_argument("--threads", type=_count, default=defaults.threads)
+    training.add_argument("--learning-rate", type=_rate, default=defaults.learning_rate)
+    training.add_argument("--seed", type=_seed, default=defaults.seed)
+    # One by default: two that share their cores with other work wait for each other (measured: a tenth of the speed).
+    training.add_argument("--threads", type=_count, default=1, help="of torch")
     evaluation = p.add_argument_group("evaluation")
     evaluation.add_argument("--eval-history", type=_counts, metavar="L,…", help="history lengths of the AUC table")
     evaluation.add_argument("--eval-users", type=_count, default=200, help="without --log: users to evaluate on")
@@ -174,6 +173,22 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or a positive integer")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
 
 
 def _counts(text: str) -> list[int]:

@@ -6,6 +6,7 @@ that a positive pair is scored above a negative one, ties counting half.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,9 @@ class AucRow:
     references: Mapping[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "task": self.task, "auc": self.auc, **self.references}
+        """For JSON, which has no NaN: an AUC that does not exist is None."""
+        known = {name: None if math.isnan(x) else x for name, x in {"auc": self.auc, **self.references}.items()}
+        return {"history": self.history, "task": self.task, **known}
 
 
 def auc(scores: NDArray[Any], labels: NDArray[Any]) -> float:

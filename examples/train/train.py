@@ -31,11 +31,7 @@ OTHER_STD = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """How to train. `requests` per step, each with up to `targets` targets that share one history.
-
-    One thread by default: at this size a second one gains little, and where other work shares the cores the two wait
-    for each other (measured under load: 41 000 tokens/s with one, 4 000 with two).
-    """
+    """How to train. `requests` per step, each with up to `targets` targets that share one history."""
 
     steps: int = 3000
     requests: int = 8
@@ -45,7 +41,6 @@ class TrainOptions:
     item_rate_factor: float = 5.0
     weight_decay: float = 0.01
     seed: int = 0
-    threads: int = 1
 
 
 def model_config(
@@ -110,8 +105,8 @@ def fit(model: Stca, log: Log, options: TrainOptions, *, least_history: int, pro
     """Train `model` in place and return the loss of every step.
 
     The loss is the mean over all targets of a step of the tasks' mean cross-entropy: request-level, an unbiased
-    estimate of the pointwise loss (arXiv 2511.06077). Seeded; a different number of threads adds in a different order,
-    so that results agree closely, not bit for bit.
+    estimate of the pointwise loss (arXiv 2511.06077). Seeded; another number of threads adds in another order, so
+    that results then agree closely, not bit for bit.
 
     Args:
         model: a fresh one starts well after `attend_to_alike`.
@@ -120,7 +115,6 @@ def fit(model: Stca, log: Log, options: TrainOptions, *, least_history: int, pro
         least_history: requests with fewer events before them are left out.
         progress: told step, loss, speed and time left every so often.
     """
-    torch.set_num_threads(options.threads)
     batches = training_batches(
         log,
         options.lengths,

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from stca.examples.train.evaluate import as_text, auc, auc_rows, auc_table, base_rates
+from stca.examples.train.evaluate import AucRow, as_text, auc, auc_rows, auc_table, base_rates
 from stca.examples.train.log import Inputs, Log
 from stca.examples.train.world import World, WorldConfig
 
@@ -30,6 +30,11 @@ def test_auc_of_extremes() -> None:
     assert auc(np.array([4, 3, 2, 1]), labels) == 0.0
     assert auc(np.zeros(4), labels) == 0.5
     assert math.isnan(auc(np.arange(4), np.ones(4)))
+
+
+def test_no_auc_is_none_in_json() -> None:
+    row = AucRow(8, "like", float("nan"), {"best": 0.5})
+    assert row.as_dict() == {"history": 8, "task": "like", "auc": None, "best": 0.5}
 
 
 def test_table_of_a_predictor_that_counts() -> None:
