@@ -215,7 +215,8 @@ def shared_bytes(shape: Shape, tile: Tile, sm: int) -> int:
     elif tile.stages == 1:
         tokens = tile.block_n * token
     else:
-        tokens = tile.block_n * token * (tile.stages if wide else tile.stages - 1)
+        buffers = tile.stages if wide else tile.stages - 1
+        tokens = tile.block_n * token * (buffers + (sm == 100 and wide and is_tied(shape, tile)))
     barriers = 1024 if wide and sm == 100 else 64 if shape.element == 4 else 0
     return max(shape.element * (query + weights + tokens), 4 * tile.block_m * tile.block_dv) + barriers
 
@@ -226,9 +227,9 @@ def registers(shape: Shape, tile: Tile, sm: int) -> int:
     accumulators = tile.block_m * tile.block_dv // threads
     logits = tile.block_m * tile.block_n // threads
     if is_wide(shape, tile, sm):
-        return int(40 + accumulators + 1.75 * logits)
+        return int((75 + 1.1 * accumulators if sm == 100 else 40 + accumulators) + 1.75 * logits)
     if shape.element == 4:
-        return int(60 + accumulators + 2 * logits + 2 * tile.block_d)
+        return int(58 + accumulators + 4 * logits + 2 * tile.block_d)
     query = tile.block_d // 4 if tile.block_d >= shape.depth else 16
     tokens = tile.block_n * max(tile.block_d, tile.block_dv) // (2 * threads) if tile.stages == 1 else 0
     return int(50 + 1.2 * accumulators + 2.5 * logits + query + tokens)
@@ -248,8 +249,9 @@ def tiles(shape: Shape, sm: int, shared_limit: int) -> Iterator[Tile]:
         for block_n, stages in itertools.product((16, 32) if exact else (16, 32, 64, 128), (1, 2, 3, 4)):
             tile = Tile(block_m, block_n, _chunk(shape, block_m, warps, sm), block_dv, warps, stages)
             wide = is_wide(shape, tile, sm)
-            spills = registers(shape, tile, sm) > 224 or block_n * block_dv > (16384 if wide else 4096 * warps)
-            idle = block_m * block_n < (32 if exact else 64) * warps
+            spills = registers(shape, tile, sm) >= 224 or block_n * block_dv > (16384 if wide else 4096 * warps)
+            # Too few products to go round, or so few tokens that reading the query takes longer than its products.
+            idle = block_m * block_n < (32 if exact else 64) * warps or (wide and block_n < 32)
             too_deep = (wide and shape.depth > 512) or (exact and block_n * shape.depth > 16 * MAX_DEPTH_ABSORBED)
             if not (spills or idle or too_deep) and shared_bytes(shape, tile, sm) <= shared_limit:
                 yield tile
@@ -267,8 +269,8 @@ def _chunk(shape: Shape, block_m: int, warps: int, sm: int) -> int:
     if sm in (90, 100) and block_m >= 64:
         return min(depth, 512)
     if block_m == 16:
-        return min(depth, 512 if shape.tied and warps == 8 else 256)
-    return depth if depth <= 128 else 64
+        return min(depth, 512 if shape.tied and warps == 8 and depth <= 512 else 256)
+    return depth if depth * block_m <= 4096 else 64
 
 
 def seconds(shape: Shape, sizes: Sizes, tile: Tile, splits: int, device: Device) -> float:
@@ -327,9 +329,7 @@ def _matrix_efficiency(shape: Shape, tile: Tile, device: Device) -> float:
     """Part of the dense 16-bit rate that a tile's kind of product reaches."""
     if shape.element == 4:
         return 0.03  # ordinary multiply-adds
-    if is_wide(shape, tile, device.sm):
-        return 0.7 if tile.block_n > 16 else 0.35  # reading the query takes longer than 16 tokens' products
-    if device.sm not in (90, 100):
+    if is_wide(shape, tile, device.sm) or device.sm not in (90, 100):
         return 0.7
     return 0.4  # the older matrix instructions on a GPU built for wide ones
 

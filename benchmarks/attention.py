@@ -1,0 +1,69 @@
+"""Parity and speed of the operator's kernels, against what a user would otherwise call.
+
+    python benchmarks/attention.py --out benchmarks/results/NAME.json
+
+On a CUDA GPU: our kernels in both forms, PyTorch's scaled_dot_product_attention with each of its backends,
+FlexAttention, torch.compile of the plain form, and the unfused graph, over histories x targets x model sizes. Each row
+has its bytes, operations and roofline, from a copy and a matrix product measured in the same run, and the fraction
+reached. `--tune` also times the cost model's best plans and writes the fastest to the table that overrules it.
+
+On a CPU the same command interprets the kernels at small sizes, which proves numbers and says nothing about a GPU's
+speed, and measures the forms of the operator that a CPU runs: time and peak memory at 10,000 tokens and 300 targets.
+
+The JSON goes to stdout (and `--out`), progress to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES = ((256, 8), (512, 8), (1024, 16))
+
+
+def main() -> None:
+    args = _arguments()
+    if args.child:
+        import attention_cpu
+
+        print(json.dumps(attention_cpu.child(args.child)))
+        return
+    command = "python benchmarks/attention.py " + " ".join(sys.argv[1:])
+    if args.device == "cuda":
+        import attention_cuda
+
+        body = attention_cuda.run(args, SIZES)
+    else:
+        import attention_cpu
+
+        body = attention_cpu.run(args)
+    result: dict[str, Any] = {"command": command.strip(), "device": args.device, "torch": torch.__version__, **body}
+    text = json.dumps(result, indent=1)
+    if args.out:
+        Path(args.out).write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def _arguments() -> argparse.Namespace:
+    def numbers(text: str) -> list[int]:
+        return [int(x) for x in text.split(",")]
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="also write the JSON here")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--history", type=numbers, default=[512, 2048, 10_000, 65_536], help="tokens, e.g. 512,10000")
+    parser.add_argument("--targets", type=numbers, default=[1, 8, 32, 128, 300, 1024], help="targets, e.g. 8,300")
+    parser.add_argument("--limit-seconds", type=float, default=540.0, help="stop measuring after this and say so")
+    parser.add_argument("--tune", metavar="FILE", help="time the cost model's best plans; write the fastest here")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
