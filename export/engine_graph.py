@@ -190,10 +190,12 @@ def _bytes(tensor: TensorProto) -> int:
 def _map(file: Path) -> np.memmap[Any, Any]:
     """Bytes of a plain file; a link is refused when it is opened, so that it cannot be put there in between."""
     try:
-        handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+        handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as e:
         raise BuildError(f"{file}: cannot be read as a plain file ({e.strerror}); copy the bundle again") from e
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or not found.st_size:
+        os.close(handle)
+        raise BuildError(f"{file}: is not a plain file with weights in it; copy the bundle again")
     with os.fdopen(handle, "rb") as f:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise BuildError(f"{file}: is not a plain file; copy the bundle again")
         return np.memmap(f, dtype=np.uint8, mode="r")

@@ -22,6 +22,8 @@ from onnx import helper, inliner, numpy_helper, parser, version_converter
 from onnx.reference import ReferenceEvaluator
 
 from stca.errors import ExportError
+from stca.export.cost import Sizes
+from stca.export.precision import any_sizes
 from stca.export.scope import Dataflow, label, reads, subgraphs, walk
 from stca.plugins import onnx_function
 from stca.plugins.spec import DOMAIN, OP_NAME
@@ -31,7 +33,8 @@ ATTENTION_OPSET: Final = 23
 _SINGLE: Final = {"B": 1, "B_plus_1": 2}
 _INTEGERS: Final = (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
 
-# Positions that a target may look at, (1, N_h) bool, where the segment is not used to its end.
+# Positions that a target may look at, (N_t, N_h) bool, where the segment is not used to its end. ONNX Runtime's
+# Attention does not broadcast a mask over the targets.
 _MASK = """
     tokens = Shape <start: int = 0, end: int = 1> (key)
     last = Squeeze (tokens, axis0)
@@ -39,7 +42,10 @@ _MASK = """
     step = Constant <value: tensor = int64 {1}> ()
     position = Range (first, last, step)
     position_row = Unsqueeze (position, axis0)
-    used = Less (position_row, lengths64)
+    used_row = Less (position_row, lengths64)
+    targets = Shape <start: int = 0, end: int = 1> (query)
+    used_shape = Concat <axis: int = 0> (targets, tokens)
+    used = Expand (used_row, used_shape)
 """
 
 _FUSED = """
@@ -136,6 +142,7 @@ def for_one_request(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
             if dim.dim_param in _SINGLE:
                 dim.dim_value = _SINGLE[dim.dim_param]
     del copy.graph.value_info[:]
+    _take_the_only_row(copy)
     fold_integers(copy)
     drop_unused(copy.graph)
     return copy
@@ -165,6 +172,27 @@ def uses_all_tokens(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
         if not np.array_equal(computed[0], np.diff(batch)):
             return False
     return True
+
+
+def _take_the_only_row(model: onnx.ModelProto) -> None:
+    """Let every Gather from a value of one row take row 0, whatever its index says, in place.
+
+    Tokens find their request by their place among the offsets. The one that stands for an empty history is beyond them.
+    """
+    sizes = Sizes(model, any_sizes(model.graph))
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        if node.op_type == "Gather" and not node.domain and axis == 0 and (sizes.dims(node.input[0]) or (0,))[0] == 1:
+            index, first = node.input[1], f"{node.output[0]}_first"
+            dtype = helper.tensor_dtype_to_np_dtype(sizes.element_type(index))
+            zero = numpy_helper.from_array(np.zeros((), dtype))
+            nodes.append(helper.make_node("Constant", [], [f"{first}_zero"], value=zero))
+            nodes.append(helper.make_node("Mul", [index, f"{first}_zero"], [first]))
+            node.input[1] = first
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def fold_integers(model: onnx.ModelProto) -> None:

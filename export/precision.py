@@ -88,7 +88,7 @@ class _Conversion:
 
     def __init__(self, model: onnx.ModelProto, low: int, state: Collection[str]) -> None:
         self.graph, self.low = model.graph, low
-        self.type_of = Sizes(model, _any_sizes(model.graph)).element_type
+        self.type_of = Sizes(model, any_sizes(model.graph)).element_type
         self.outputs = {o.name for o in self.graph.output}
         self.keep = {t.name for t in (*self.graph.input, *self.graph.output)} - set(state)
         self.wide_nodes = self._wide_nodes()
@@ -204,7 +204,7 @@ def _narrow(tensor: TensorProto, low: int) -> None:
     tensor.CopyFrom(numpy_helper.from_array(cast, tensor.name))
 
 
-def _any_sizes(graph: onnx.GraphProto) -> dict[str, int]:
+def any_sizes(graph: onnx.GraphProto) -> dict[str, int]:
     """A size for every symbolic dimension of the inputs: only types are wanted of the inference."""
     dims = ((v.name, a, d) for v in graph.input for a, d in enumerate(v.type.tensor_type.shape.dim))
     return {d.dim_param or f"{name}.{axis}": 2 for name, axis, d in dims if not d.HasField("dim_value")}

@@ -1,0 +1,129 @@
+"""A float32 graph in a low precision: which values change type, which must not, and what does not fit."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, numpy_helper, parser, shape_inference
+from onnx.reference import ReferenceEvaluator
+from support.errors import one_line
+
+from stca.bundle import Bundle
+from stca.errors import ExportError
+from stca.export.precision import PRECISIONS, cast_weight, to_precision
+from stca.plugins import onnx_function
+
+LOW = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}
+
+
+def types(model: onnx.ModelProto) -> dict[str, int]:
+    onnx_function.register_schema()
+    graph = shape_inference.infer_shapes(model, strict_mode=True, check_type=True).graph
+    found = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
+    return found | {t.name: t.data_type for t in graph.initializer}
+
+
+@pytest.mark.parametrize("precision", LOW)
+@pytest.mark.parametrize("half", ["user_encoder", "target_scorer"])
+def test_a_half_of_the_model(exported, precision, half):
+    bundle = Bundle.load(exported("log", "projected"))
+    state = {s.name: s.dtype for s in bundle.manifest.state}
+    own = onnx.load(bundle.file(half))
+    before, model = types(own), to_precision(own, precision, state)
+    onnx.checker.check_model(model, full_check=True)
+    after = types(model)
+    for value in (*model.graph.input, *model.graph.output):
+        wanted = LOW[precision] if state.get(value.name) == "float32" else before[value.name]
+        assert value.type.tensor_type.elem_type == wanted, value.name
+    for name, kind in before.items():
+        assert (after[name] == kind) or (kind == TensorProto.FLOAT and after[name] == LOW[precision]), name
+    low = [n for n in before if before[n] == TensorProto.FLOAT and after[n] == LOW[precision]]
+    assert len(low) > 0.8 * sum(kind == TensorProto.FLOAT for kind in before.values())
+    if half == "target_scorer":  # the score head, and it alone, stays wide
+        wide = {n.op_type for n in model.graph.node if after[n.output[0]] == TensorProto.FLOAT}
+        assert wide == {"Cast", "MatMul", "Add", "Sigmoid"}
+        assert after["task_out.weight"] == TensorProto.FLOAT
+        assert after["summary_in.weight"] == LOW[precision]
+
+
+def test_float32_is_a_copy(bundle_dir):
+    own = onnx.load(Bundle.load(bundle_dir).file("request"))
+    same = to_precision(own, "fp32", ())
+    assert same == own
+    assert same is not own
+
+
+def small(body: str, outputs: str = "float[n, 3] y", inputs: str = "float[n, 3] x", extra: str = "") -> onnx.ModelProto:
+    return parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : 18]> g ({inputs}) => ({outputs}) {extra} {{ {body} }}'
+    )
+
+
+def test_inputs_and_outputs_keep_their_type_and_state_does_not():
+    model = to_precision(small("s = Neg (x) y = Abs (s)", "float[n, 3] s, float[n, 3] y"), "fp16", {"s"})
+    kinds = types(model)
+    assert (kinds["x"], kinds["s"], kinds["y"]) == (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.FLOAT)
+    out = ReferenceEvaluator(model).run(None, {"x": np.full((1, 3), 1 / 3, np.float32)})
+    assert out[0].dtype == np.float16
+    assert out[1].tolist() == [[float(np.float16(1 / 3))] * 3]
+
+
+def test_softmax_computes_wide():
+    model = to_precision(small("a = Mul (x, x) b = Softmax (a) y = Abs (b)"), "fp16", ())
+    assert types(model)["b"] == TensorProto.FLOAT
+    session = ort.InferenceSession(model.SerializeToString())
+    # exp(60) is beyond float16, and the softmax of it is not
+    assert np.allclose(session.run(None, {"x": np.array([[7.7, 0, 0]], np.float32)})[0], [[1, 0, 0]])
+
+
+def test_constants_and_casts_follow():
+    model = to_precision(
+        small(
+            "i = Constant <value_ints = [1, 2, 3]> () f = Cast <to: int = 1> (i) "
+            "c = Constant <value_float: float = -1.0e9> () s = Add (f, c) m = Add (x, s) y = Abs (m)"
+        ),
+        "fp16",
+        (),
+    )
+    onnx.checker.check_model(model, full_check=True)
+    (y,) = ReferenceEvaluator(model).run(None, {"x": np.zeros((1, 3), np.float32)})
+    assert np.isfinite(y).all()  # "minus a lot" stays a number
+
+
+def test_a_weight_beyond_float16_is_an_error_and_fits_bfloat16():
+    model = small("s = Add (x, w) y = Abs (s)", extra="<float[3] w = {1, 70000, 3}>")
+    with one_line(ExportError, "'w'", "7e+04", "bf16"):
+        to_precision(model, "fp16", ())
+    (w,) = (t for t in to_precision(model, "bf16", ()).graph.initializer)
+    assert numpy_helper.to_array(w).astype(np.float32).tolist() == [1, float(ml_dtypes.bfloat16(70000)), 3]
+
+
+def test_weights_outside_the_model_change_type_and_are_cast_when_they_are_read():
+    model = small("s = Add (x, w) y = Abs (s)", extra="<float[3] w = {1, 2, 3}>")
+    model.graph.initializer[0].ClearField("float_data")
+    assert to_precision(model, "bf16", ()).graph.initializer[0].data_type == TensorProto.BFLOAT16
+    values = np.array([1, 1 / 3], np.float32)
+    assert cast_weight("w", values, PRECISIONS["bf16"]).dtype == ml_dtypes.bfloat16
+    assert cast_weight("w", values, PRECISIONS["fp32"]) is values
+    assert cast_weight("w", np.array([1, 2]), TensorProto.INT64).tolist() == [1, 2]
+    assert np.isinf(cast_weight("w", np.array([np.inf], np.float32), PRECISIONS["fp16"])[0])
+
+
+def test_a_float_captured_by_a_body_is_refused_where_types_would_meet():
+    model = parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 18]> g (float[n, 3] x, bool c) => (float[n, 3] y)
+        { y = If (c) < then_branch = t () => (float[n, 3] a) { a = Neg (x) },
+                       else_branch = e () => (float[n, 3] b) { b = Abs (x) } > }"""
+    )
+    with one_line(ExportError, "'x'", "body"):
+        to_precision(model, "fp16", ())
+
+
+def test_a_value_without_a_type_is_refused():
+    model = small("h = Unheard.Of (x) y = Neg (h)")
+    model.opset_import.append(onnx.helper.make_opsetid("Unheard", 1))
+    with one_line(ExportError, "'h'", "type"):
+        to_precision(model, "bf16", ())
