@@ -1,0 +1,104 @@
+"""The kernels on a GPU: the table of all implementations, every plan the cost model may choose, and large tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.attention_cases import TABLE, Case, check, inputs, signed_scale
+from torch import Tensor
+
+from stca.plugins import launch, tiling, torch_op
+from stca.plugins.tiling import Plan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch sees none"),
+]
+
+PLAN_CASES = [case for case in TABLE if case.layout.name in ("three", "starts-off-block", "padded")]
+
+
+def on_gpu(case: Case) -> tuple[Tensor, ...]:
+    return tuple(x.cuda() for x in inputs(case).tensors())
+
+
+def poison() -> None:
+    """Leave NaN where the allocator will take the next tensors from."""
+    for size in (1 << 10, 1 << 14, 1 << 18, 1 << 22):
+        torch.full((size,), float("nan"), device="cuda")
+
+
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+def test_operator(case: Case) -> None:
+    tensors = on_gpu(case)
+    poison()
+    check(case, torch.ops.stca.target_history_attention(*tensors, signed_scale(case)).cpu())
+
+
+@pytest.mark.parametrize("case", PLAN_CASES, ids=lambda case: case.name)
+def test_every_candidate_tile(case: Case) -> None:
+    """All tiles the model may choose on this GPU, whole and split; compiles many kernels."""
+    query, key, value, *structure = on_gpu(case)
+    shape, device = launch.shape_of(query, key, value), launch.device_of(query)
+    for i, tile in enumerate(tiling.tiles(shape, device.sm, device.shared_limit)):
+        if tile.stages not in (1, 3):
+            continue
+        out = torch.full((*query.shape[:2], value.shape[2]), float("nan"), dtype=query.dtype, device="cuda")
+        steps = launch.launches(query, key, value, *structure, signed_scale(case), Plan(tile, 1 + i % 4, 0.0), out)
+        poison()
+        launch.run_cuda(steps)
+        check(case, out.cpu())
+
+
+def test_one_load_serves_key_and_value() -> None:
+    """Key and value in one tensor take another path through the kernel, to the same result."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, key = (torch.randn(n, h, 256, generator=generator, device="cuda").half() for n, h in ((40, 8), (999, 1)))
+    structure = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 40], [0, 999], [990])]
+    assert launch.shape_of(query, key, key).tied
+    tied = torch.ops.stca.target_history_attention(query, key, key, *structure, 0.0625)
+    apart = torch.ops.stca.target_history_attention(query, key, key.clone(), *structure, 0.0625)
+    torch.testing.assert_close(tied, apart, rtol=2e-3, atol=2e-3)
+
+
+def test_offsets_beyond_two_to_the_31st_element() -> None:
+    tokens, heads, depth = (1 << 21) + 500, 16, 64
+    if torch.cuda.get_device_properties(0).total_memory < 12 << 30:
+        pytest.skip("needs 12 GiB of GPU memory")
+    key = torch.randn(tokens, heads, depth, device="cuda", dtype=torch.bfloat16)
+    value = key.clone()
+    query = torch.randn(6, heads, depth, device="cuda", dtype=torch.bfloat16)
+    ends = ([0, 3, 6], [0, tokens - 400, tokens], [100, 400])
+    structure = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in ends]
+    out = torch.ops.stca.target_history_attention(query, key, value, *structure, 0.125)
+    last = slice(tokens - 400, tokens)
+    single = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 3], [0, 400], [400])]
+    expected = torch_op.eager(query[3:], key[last], value[last], *single, 0.125)
+    torch.testing.assert_close(out[3:], expected, rtol=2e-2, atol=2e-2)
+
+
+def test_compiled_and_captured() -> None:
+    case = next(case for case in TABLE if case.layout.name == "three" and case.dtype == "bfloat16")
+    tensors, scale = on_gpu(case), signed_scale(case)
+
+    def call() -> Tensor:
+        out: Tensor = torch.ops.stca.target_history_attention(*tensors, scale)
+        return out
+
+    expected = call()
+    torch.testing.assert_close(torch.compile(call, fullgraph=True)(), expected, rtol=0, atol=0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    captured.fill_(float("nan"))
+    graph.replay()
+    torch.testing.assert_close(captured, expected, rtol=0, atol=0)
+
+
+def test_refusals_name_what_is_supported() -> None:
+    query, key, value, *structure = on_gpu(TABLE[0])
+    with pytest.raises(ValueError, match="dtype float64 is not supported; use one of bfloat16, float16, float32"):
+        torch.ops.stca.target_history_attention(query.double(), key.double(), value.double(), *structure, 1.0)
+    narrow = [x[..., :8] for x in (query, key, value)]
+    with pytest.raises(ValueError, match="D = 8 is not supported; the kernels take multiples of 16"):
+        torch.ops.stca.target_history_attention(*narrow, *structure, 1.0)
