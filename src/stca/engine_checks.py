@@ -109,16 +109,16 @@ def verify_engine(
     sizes = [[m] for _, m in probes]
     feeds = [probe.pack(specs, [probe.single(specs, min(n, longest), m, rng)]) for n, m in probes]
     if module is None and manifest.model["kind"] == "stca":
-        module = verify._rebuild(bundle)
+        module = verify.rebuild(bundle)
     progress("float64 reference")
     if module is not None:
-        against, reference = "float64 torch", verify._run_torch(module, feeds, double=True)
+        against, reference = "float64 torch", verify.run_torch(module, feeds, double=True)
         progress(f"torch in {precision}")
         near = _run_torch(module, feeds, precision)
     else:
-        against, reference = "float64 onnx.reference", verify._run_double(bundle, feeds)
+        against, reference = "float64 onnx.reference", verify.run_double(bundle, feeds)
         near = _run_typed(bundle, feeds, precision)
-    yardstick = verify._compare(f"torch {precision}", against, near, reference, sizes, None)
+    yardstick = verify.compare(f"torch {precision}", against, near, reference, sizes, _EPS[precision], None)
     # In a low precision PyTorch's own scores need not rank as the reference does; they are what they are.
     yardstick = dataclasses.replace(yardstick, passed=bool(np.isfinite(yardstick.max_abs)), limit=None)
     tolerance = verify.Tolerance.of(yardstick.max_abs, reference, _EPS[precision])
@@ -126,7 +126,7 @@ def verify_engine(
     engines = engines or open_engines(bundle, choice, threads=1)
     values = [_run_pair(bundle, engines, f) for f in feeds]
     name = f"{choice.flavour} {precision}"
-    found = verify._compare(name, against, values, reference, sizes, tolerance)
+    found = verify.compare(name, against, values, reference, sizes, _EPS[precision], tolerance)
     if not found.passed:
         raise ParityError(
             f"{name} differs from {against} by {found.max_abs:.3g} (limit {tolerance.limit:.3g}); "
