@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -34,6 +35,7 @@ from stca.bundle import (
 from stca.errors import BundleError
 
 FILES = {"request.onnx": b"whole", "user_encoder.onnx": b"first half", "target_scorer.onnx": b"", WEIGHTS: b"\0\1\2\3"}
+GOLDEN_FILES = Path(__file__).parents[1] / "golden"
 HISTORY = TensorSpec("history_item", "int64", ("N_h",), "user", 9)
 TARGET = TensorSpec("target_item", "int64", ("N_t",), "target", 9)
 STATE = StateSpec("state", "float32", ("N_h", 4), 16)
@@ -98,9 +100,23 @@ def test_what_is_written_is_what_is_loaded(tmp_path):
 def test_the_manifests_text_is_fixed():
     """Golden bytes: whoever changes them changes the format, and has a version to raise and old files to read."""
     text = manifest("00").to_json()
-    assert text == (Path(__file__).parents[1] / "golden" / "manifest-v1.json").read_text(encoding="utf-8")
+    assert text == (GOLDEN_FILES / "manifest-v1.json").read_text(encoding="utf-8")
     assert Manifest.from_json(text) == manifest("00")
     assert Manifest.from_json(text).to_json() == text
+
+
+def test_a_bundle_of_version_1_is_served_for_ever(tmp_path):
+    """Made by `tests/golden/make.py` when the version was young: what people have must load, and answer the same."""
+    from stca.runtime import Request, Session
+
+    shutil.copytree(GOLDEN_FILES / "bundle-v1", tmp_path / "B")
+    asked = json.loads((GOLDEN_FILES / "bundle-v1.json").read_text())
+    session = Session.load(tmp_path / "B", threads=1)
+    for user in (None, "u", "u"):
+        scores = session.score(Request(asked["inputs"], user=user))
+        np.testing.assert_allclose(scores, asked["scores"], rtol=0, atol=1e-6)
+    assert (session.stats().hits, session.manifest.max_history, session.manifest.attention) == (1, 16, "absorbed")
+    assert sum(p.stat().st_size for p in (tmp_path / "B").iterdir()) < 100_000
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
