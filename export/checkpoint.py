@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from stca.bundle import umask
 from stca.errors import CheckpointError
 from stca.export.config import StcaConfig
 from stca.export.model import AttentionForm, Stca
@@ -82,6 +83,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: Stca, metadata: Mapping
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
     try:
         safetensors.torch.save_file(tensors, temporary, {**(metadata or {}), CONFIG_KEY: model.config.to_json()})
+        temporary.chmod(0o666 & ~umask())  # safetensors writes files that only their owner may read
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -288,7 +288,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Callable[[Mani
 
     def commit(manifest: Manifest) -> Bundle:
         done = seal(work, manifest).manifest
-        mask = _umask()
+        mask = umask()
         for p in work.iterdir():
             p.chmod(0o666 & ~mask)  # safetensors writes files that only their owner may read
             with p.open("rb") as f:
@@ -324,7 +324,8 @@ def _exchange(a: Path, b: Path) -> bool:
     return bool(renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permissions a new file of this process lacks."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
