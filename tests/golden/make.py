@@ -1,4 +1,4 @@
-"""Writes `bundle-v1` and `bundle-v1.json`, a bundle of format version 1 and what it answers: `python tests/golden/make.py`.
+"""Writes `bundle-v1`, a bundle of format version 1, and `bundle-v1.json`, what it answers: run it from the repository.
 
 Once a version is released its golden files stay as they are: they stand for the bundles people have, which every later
 version must load and serve with the same scores. A new format version gets files of its own.
