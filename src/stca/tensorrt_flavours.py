@@ -141,13 +141,11 @@ def load(flavour: Flavour) -> Any:
     Raises:
         BuildError: when it is missing or cannot be loaded.
     """
-    reason = "no such module"
-    for name in flavour.modules:
-        try:
-            return importlib.import_module(name)
-        except ImportError as e:
-            reason = str(e)
-    raise BuildError(f"{flavour.name} cannot be loaded ({reason}): {flavour.install}")
+    name = next((name for name in flavour.modules if importlib.util.find_spec(name)), flavour.modules[0])
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise BuildError(f"{flavour.name} cannot be loaded ({e}): {flavour.install}") from e
 
 
 def build_plan(job: Job, progress: Progress) -> Built:

@@ -1,0 +1,336 @@
+"""Engines from a bundle: built for real by TensorRT-RTX on this CPU where it is installed, and refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from support import tiny
+from support.errors import one_line
+
+import stca.build
+from stca.build import HALVES, Workload, build
+from stca.bundle import WEIGHTS, Bundle, Manifest, seal, sha256_of
+from stca.engine_cache import EngineCache
+from stca.errors import BuildError, BundleError
+from stca.tensorrt_flavours import FLAVOURS, installed_version
+
+RTX = "tensorrt-rtx"
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx_bindings") is None,
+    reason=f"TensorRT-RTX is not installed: {FLAVOURS[RTX].install}",
+)
+WORKLOAD = Workload(targets_max=64)
+
+
+@pytest.fixture
+def bundle(bundle_dir, tmp_path):
+    """The absorbed model: one key head of 24, for which there is a fused kernel."""
+    return shutil.copytree(bundle_dir, tmp_path / "B")
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return EngineCache(tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def built(bundle_dir, tmp_path_factory):
+    """A bundle with bfloat16 engines for SM 89, what `build` said of them, and the cache. Not to be written to."""
+    root = tmp_path_factory.mktemp("built")
+    bundle = shutil.copytree(bundle_dir, root / "B")
+    cache = EngineCache(root / "cache")
+    return bundle, build(bundle, engine=RTX, sm=89, precision="bf16", workload=WORKLOAD, cache=cache), cache
+
+
+@needs_rtx
+def test_both_halves_are_built_and_written_into_the_bundle(built, bundle_dir):
+    root, results, _ = built
+    assert [r["graph"] for r in results] == list(HALVES)
+    bundle, before = Bundle.load(root), Bundle.load(bundle_dir)
+    assert {n: f for n, f in bundle.manifest.files.items() if n in before.manifest.files} == before.manifest.files
+    for result, entry in zip(results, bundle.manifest.engines, strict=True):
+        plan = root / entry["file"]
+        assert result["path"] == str(plan)
+        assert result["bytes"] == entry["bytes"] == plan.stat().st_size > 100_000
+        assert result["seconds"] > 0
+        assert (entry["flavour"], entry["sm"], entry["precision"]) == (RTX, 89, "bf16")
+        assert entry["version"] == installed_version(FLAVOURS[RTX])
+        assert entry["requests"] == 1
+        assert result["cache"] == "miss"
+        assert json.dumps(result)
+    encoder, scorer = bundle.manifest.engines
+    assert encoder["attention"] is None
+    assert scorer["attention"] == "fused"
+    assert scorer["layers"]["ATTENTION_INPUT"] == 2
+    assert scorer["profiles"] == [{"N_h": [1, 32, 32], "N_t": [1, 64, 64]}]
+    shapes = {i["name"]: (i["dtype"], i["shape"]) for i in scorer["inputs"]}
+    assert shapes["attention_0_history"] == ("bfloat16", ["N_h", 1, 24])
+    assert shapes["target_offsets"] == ("int32", [2])
+    assert scorer["outputs"] == [{"name": "scores", "dtype": "float32", "shape": ["N_t", 2]}]
+
+
+@needs_rtx
+def test_a_second_build_touches_nothing(built, monkeypatch):
+    root, results, _ = built
+    before = tiny.contents(root)
+    for name in ("build_plan", "_write"):
+        monkeypatch.setattr(stca.build, name, lambda *_: pytest.fail("was built again"))
+    monkeypatch.setattr(Bundle, "load", lambda *_: pytest.fail("a hit must not read all weights"))
+    again = build(root, engine=RTX, sm=89, precision="bf16", workload=WORKLOAD)
+    assert [(r["cache"], r["why"]) for r in again] == [("hit", "it is in the bundle")] * 2
+    assert [r["seconds"] for r in again] == [r["seconds"] for r in results]
+    assert tiny.contents(root) == before
+
+
+@needs_rtx
+def test_a_fresh_export_of_the_same_weights_is_served_from_the_cache(built, bundle, monkeypatch):
+    root, _, cache = built
+    monkeypatch.setattr(stca.build, "build_plan", lambda *_: pytest.fail("was built again"))
+    results = build(bundle, engine=RTX, sm=89, precision="bf16", workload=WORKLOAD, cache=cache)
+    assert [r["cache"] for r in results] == ["hit", "hit"]
+    assert Bundle.load(bundle).manifest.engines == Bundle.load(root).manifest.engines
+
+
+def manifest_of(root):
+    """Without looking at the files."""
+    return Manifest.from_json((root / "manifest.json").read_text())
+
+
+def dry(root, cache, **changes):
+    asked = {"engine": RTX, "sm": 89, "precision": "bf16", "workload": WORKLOAD, **changes}
+    return build(root, dry_run=True, cache=cache, **asked)
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"precision": "fp16"}, "precision changed from bf16 to fp16"),
+        ({"sm": 86}, "SM changed from 89 to 86"),
+        ({"attention": "decomposed"}, "attention changed from fused to decomposed"),
+        ({"workload": Workload(history_max=16, targets_max=64)}, "profiles changed"),
+        ({"workload": Workload(history_buckets=(8,), targets_max=64)}, "profiles changed"),
+        ({"refit": "weights"}, "refit changed from none to weights"),
+    ],
+)
+def test_a_miss_says_why(built, changes, said):
+    root, _, cache = built
+    before = tiny.contents(root)
+    results = dry(root, cache, **changes)
+    assert all(r["cache"] == "miss" and r["why"].startswith(said) for r in results), results
+    assert tiny.contents(root) == before
+
+
+@needs_rtx
+def test_one_other_weight_is_a_miss_that_says_so(built, bundle):
+    _, _, cache = built
+    weights = bytearray((bundle / WEIGHTS).read_bytes())
+    weights[-1] ^= 1
+    (bundle / WEIGHTS).write_bytes(weights)
+    seal(bundle, dataclasses.replace(manifest_of(bundle), weights=sha256_of(bundle / WEIGHTS)))
+    assert all(r["why"].startswith("the weights changed") and ";" not in r["why"] for r in dry(bundle, cache))
+
+
+@needs_rtx
+def test_a_damaged_engine_is_built_again(built, tmp_path):
+    root = shutil.copytree(built[0], tmp_path / "B")
+    plan = root / Bundle.load(root).manifest.engines[0]["file"]
+    plan.write_bytes(plan.read_bytes()[:-1])
+    found = dry(root, None)
+    assert [r["cache"] for r in found] == ["miss", "hit"]
+    with one_line(BundleError, plan.name):  # and the bundle as a whole is not believed
+        build(root, engine=RTX, sm=89, precision="bf16", workload=WORKLOAD)
+
+
+@needs_rtx
+def test_a_dry_run_foretells_memory(bundle):
+    few, many = (dry(bundle, None, workload=Workload(targets_max=n))[1]["memory"] for n in (16, 64))
+    assert few["weights"] == many["weights"] > 0
+    assert few["inputs_and_outputs"] < many["inputs_and_outputs"]
+    assert few["activations"] < many["activations"]
+    assert not Bundle.load(bundle).manifest.engines
+
+
+@needs_rtx
+@pytest.mark.parametrize(("precision", "attention"), [("fp32", None), ("fp16", "fused"), ("bf16", "decomposed")])
+def test_each_precision_builds(bundle, precision, attention):
+    results = build(bundle, engine=RTX, sm=80, precision=precision, attention=attention, workload=WORKLOAD)
+    assert results[1]["attention"] == ("fused" if attention == "fused" else "decomposed")
+    assert Bundle.load(bundle).manifest.engines[1]["layers"].get("ATTENTION_INPUT", 0) == (
+        2 if attention == "fused" else 0
+    )
+
+
+@needs_rtx
+def test_an_engine_without_its_fused_attention_is_not_built(exported, tmp_path):
+    """Heads of 8 have no fused kernel. The encoder's engine was built by then, and nothing of it is left."""
+    bundle = shutil.copytree(exported("log", "projected"), tmp_path / "B")
+    before = tiny.contents(tmp_path)
+    with one_line(BuildError, "target_scorer.onnx", "no fused attention", "bf16", "--attention decomposed"):
+        build(bundle, engine=RTX, sm=89, precision="bf16", workload=WORKLOAD)
+    assert tiny.contents(tmp_path) == before
+
+
+@needs_rtx
+def test_an_sm_it_does_not_know(bundle):
+    with one_line(BuildError, "SM 90", "89", "--sm"):
+        build(bundle, engine=RTX, sm=90, workload=WORKLOAD)
+    with one_line(BuildError, "not given", "--sm"):
+        build(bundle, engine=RTX, workload=WORKLOAD)
+
+
+@needs_rtx
+def test_a_weight_outside_the_bundle_is_refused_before_any_parser(bundle, tmp_path, fake_rtx):
+    """A resealed bundle whose scorer points elsewhere; the parser here would abort if it were reached."""
+    fake_rtx("class Builder:\n    def __init__(self, log): raise SystemExit('was reached')\n")
+    model = onnx.load(bundle / "target_scorer.onnx", load_external_data=False)
+    next(t for t in model.graph.initializer if t.external_data).external_data[0].value = "../secret"
+    onnx.save(model, bundle / "target_scorer.onnx")
+    seal(bundle, manifest_of(bundle))
+    with one_line(BuildError, "../secret"):
+        build(bundle, engine=RTX, sm=89, workload=WORKLOAD)
+
+
+@pytest.fixture
+def fake_rtx(tmp_path, monkeypatch):
+    """Put a module in TensorRT-RTX's place, for this process and those it starts."""
+
+    def put(source):
+        (tmp_path / "fake").mkdir()
+        (tmp_path / "fake" / "tensorrt_rtx_bindings.py").write_text(
+            "__version__ = '0'\nclass ComputeCapability: __members__ = {'SM89': 1}\nclass ILogger: pass\n" + source
+        )
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+        monkeypatch.syspath_prepend(str(tmp_path / "fake"))
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (
+            "import os, sys\nprint('assertion x > 0 failed', flush=True)\nos.abort()",
+            ("signal 6", "assertion x > 0 failed"),
+        ),
+        ("import os\nos._exit(3)", ("exit code 3", "nothing")),
+        ("import no_such_library", ("cannot be loaded", "no_such_library", "pip install")),
+        (
+            "class Builder:\n    def __init__(self, log): raise TypeError('factory function returned nullptr')",
+            ("no builder",),
+        ),
+    ],
+)
+def test_a_library_that_dies_is_an_error(bundle, fake_rtx, source, words):
+    fake_rtx(source)
+    before = tiny.contents(bundle)
+    with one_line(BuildError, RTX, *words):
+        build(bundle, engine=RTX, sm=89, workload=WORKLOAD)
+    assert tiny.contents(bundle) == before
+
+
+def test_not_installed(bundle, monkeypatch):
+    monkeypatch.setitem(FLAVOURS, RTX, dataclasses.replace(FLAVOURS[RTX], modules=("no_such_module",)))
+    with one_line(BuildError, RTX, "not installed", "pip install"):
+        build(bundle, engine=RTX, sm=89)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"engine": "tensorflow"}, ("'tensorflow'", "onnxruntime")),
+        ({"engine": "onnxruntime", "attention": "fused"}, ("onnxruntime", "'fused'")),
+        ({"engine": "onnxruntime", "precision": "bf16"}, ("bf16", "MatMul")),
+        ({"engine": "onnxruntime", "provider": "CUDAExecutionProvider"}, ("CUDAExecutionProvider", "CPU")),
+        ({"engine": RTX, "sm": 89, "attention": "plugin"}, (RTX, "'plugin'", "fused")),
+        ({"engine": RTX, "sm": 89, "workload": Workload(requests_max=2)}, ("one request", "requests_max")),
+        ({"engine": RTX, "sm": 89, "workload": Workload(targets_max=0)}, ("N_t", "0")),
+    ],
+)
+def test_what_cannot_be_asked(bundle, asked, words):
+    before = tiny.contents(bundle)
+    with one_line(BuildError, *words):
+        build(bundle, **asked)
+    assert tiny.contents(bundle) == before
+
+
+def test_no_bundle(tmp_path):
+    with one_line(BundleError, "no such bundle"):
+        build(tmp_path / "nothing", engine="onnxruntime")
+
+
+def test_onnxruntime_engines(bundle):
+    """float32 is the bundle's own graph; float16 is a typed one, kept beside it with its weights."""
+    before = set(tiny.contents(bundle))
+    for precision in ("fp32", "fp16"):
+        results = build(bundle, engine="onnxruntime", precision=precision)
+        assert [r["cache"] for r in results] == ["miss", "miss"]
+    assert [r["cache"] for r in build(bundle, engine="onnxruntime", precision="fp16")] == ["hit", "hit"]
+    loaded = Bundle.load(bundle)
+    own, typed = loaded.manifest.engines[:2], loaded.manifest.engines[2:]
+    assert [e["file"] for e in own] == ["user_encoder.onnx", "target_scorer.onnx"]
+    added = {name for e in typed for name in (e["file"], f"{Path(e['file']).stem}.weights")}
+    assert set(tiny.contents(bundle)) == before | added
+    assert sum(len(x) for n, x in tiny.contents(bundle).items() if n in added) < 0.9 * (bundle / WEIGHTS).stat().st_size
+
+
+def test_weights_never_have_two_names(bundle):
+    """ONNX refuses external data with a second name, which a killed build would leave behind."""
+    build(bundle, engine="onnxruntime")
+    inode = (bundle / "request.onnx").stat().st_ino
+    assert (bundle / WEIGHTS).stat().st_nlink == 1
+    build(bundle, engine="onnxruntime", precision="fp16")
+    assert (bundle / "request.onnx").stat().st_ino == inode  # the graphs are shared, not copied
+
+
+def test_killed_midway_the_bundle_is_as_it_was(bundle, tmp_path):
+    before = tiny.contents(bundle)
+    code = (
+        "import os, signal, sys, stca.build, stca.bundle\n"
+        "stca.bundle._put = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "stca.build.build(sys.argv[1], engine='onnxruntime', precision='fp16')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(bundle)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert tiny.contents(bundle) == before
+    onnx.load(Bundle.load(bundle).file("request"))
+
+
+def test_profiles():
+    dims = ("N_h", "N_t", "B", "B_plus_1", "pages")
+    workload = Workload(1000, 300, 4, (100, 5000), {"pages": 7})
+    first, second = workload.profiles(dims, 10_240)
+    assert first == {
+        "N_h": (1, 100, 100),
+        "N_t": (1, 300, 300),
+        "B": (1, 4, 4),
+        "B_plus_1": (2, 5, 5),
+        "pages": (1, 7, 7),
+    }
+    assert second["N_h"] == (101, 1000, 1000)
+    assert Workload().profiles(("N_h",), None) == [{"N_h": (1, 10_240, 10_240)}]
+    assert Workload().profiles(("N_h",), 32) == [{"N_h": (1, 32, 32)}]
+    with one_line(BuildError, "'pages'", "--size pages=N"):
+        Workload().profiles(dims, None)
+
+
+def test_a_lowering_that_changes_scores_is_refused(bundle, monkeypatch):
+    """The guard runs before any engine is made; here the lowered softmax is made wrong."""
+    from stca.export import lower
+
+    monkeypatch.setattr(
+        lower, "_DECOMPOSED", lower._DECOMPOSED.replace("<axis: int = -1> ({logits})", "<axis: int = -2> ({logits})")
+    )
+    monkeypatch.setattr(stca.build, "build_plan", lambda *_: pytest.fail("was built"))
+    monkeypatch.setattr(stca.build, "installed_version", lambda _: "1")
+    with one_line(BuildError, "scores", "history tokens", "ONNX Runtime"):
+        build(bundle, engine=RTX, sm=89, workload=WORKLOAD)
