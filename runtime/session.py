@@ -170,6 +170,8 @@ class Session:
         held = self._cache.find(_key(user, version)[0])
         if held is None or (held[0].weights, held[0].format) != (model.manifest.weights, model.format):
             return False
+        if held[0].version == version:
+            return True  # the same call again, after a timeout perhaps: its events are in
         state = model.extend(held[1], model.encode(arrays))
         return self._cache.put(model.key(user, version), state, instead_of=held[1])
 
