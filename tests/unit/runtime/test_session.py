@@ -255,6 +255,16 @@ def test_more_events_than_the_window_holds(session, bundle_dir):
     np.testing.assert_allclose(got, cutting.score(Request(long)), **ROUNDING)
 
 
+def test_the_same_append_again_changes_nothing(session):
+    """A caller that had no answer asks again; a version is one history."""
+    inputs = ask(session)
+    session.score(Request({**inputs, **events(inputs, slice(0, 7))}, user="u", version=7))
+    for _ in range(2):
+        assert session.append("u", events(inputs, slice(7, 9)), version=9)
+    got = session.score(Request(without_user(inputs), user="u", version=9))
+    np.testing.assert_allclose(got, session.score(Request(inputs)), **ROUNDING)
+
+
 def test_append_to_nothing(session):
     assert not session.append("u", events(ask(session), slice(None)), version=1)
     assert session.stats().users == 0
