@@ -92,7 +92,7 @@ def example_inputs(inputs: Sequence[TensorSpec]) -> dict[str, Tensor]:
     for spec in inputs:
         shape = [n if isinstance(n, int) else sizes.setdefault(n, 6 + 2 * len(sizes)) for n in spec.shape]
         dtype = getattr(torch, spec.dtype)
-        if spec.name.endswith("_offsets"):
+        if spec.shape == ("B_plus_1",):
             rows = sizes["N_h" if spec.scope == "user" else "N_t"]
             made[spec.name] = torch.tensor([0, rows // 2, rows], dtype=dtype)
         elif dtype.is_floating_point:

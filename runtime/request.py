@@ -62,7 +62,8 @@ class Door:
     def __init__(self, manifest: Manifest, *, truncate: bool = False) -> None:
         self.inputs = {s.name: s for s in manifest.graphs["request"].inputs}
         self.offsets = {s.name: s for s in self.inputs.values() if s.shape == (OFFSETS,)}
-        packable = (TOKENS, TARGETS, USERS, OFFSETS)
+        counted = {TOKENS if s.scope == "user" else TARGETS for s in self.offsets.values()}
+        packable = {*counted, USERS, OFFSETS}
         self.ragged = bool(self.offsets) and all(s.shape[:1] and s.shape[0] in packable for s in self.inputs.values())
         self._max_history = manifest.max_history
         self._truncate = truncate
