@@ -206,6 +206,12 @@ def test_bad_files(tmp_path, bundle_dir):
     without = {n: s for n, s in SCOPES.items() if n != "history_gap"}
     refused(bundle_dir / "request.onnx", "'history_gap'", "scope", scopes=without)
     refused(bundle_dir / "request.onnx", "scope", scopes={**SCOPES, "history_gap": "session"})
+    unknown = parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 18]> g (float[N_h] u, float[N_t] t) => (float[N_t] y) '
+        "{ y = Frobnicate (u, t) }"
+    )
+    (tmp_path / "unknown.onnx").write_bytes(unknown.SerializeToString())
+    refused(tmp_path / "unknown.onnx", "unknown.onnx", "Frobnicate", scopes={"u": "user", "t": "target"})
     assert not (tmp_path / "B").exists()
 
 

@@ -216,6 +216,11 @@ class Plain(nn.Module):
         return inputs["x"] * 2
 
 
+class Sum(nn.Module):
+    def forward(self, inputs):
+        return sum(inputs.values())
+
+
 def test_an_unused_input_stays_an_input():
     unused = TensorSpec("unused", "int64", ("N_t",), "target")
     graph = to_request_graph(RequestModel(Plain(), (ROWS, unused))).graph
@@ -223,6 +228,18 @@ def test_an_unused_input_stays_an_input():
         ("x", "N_t"),
         ("unused", "N_t"),
     ]
+
+
+def test_an_input_is_offsets_by_its_shape_and_not_by_its_name():
+    price = TensorSpec("price_offsets", "float32", ("N_t", 4), "target")
+    graph = to_request_graph(RequestModel(Sum(), (ROWS, price))).graph
+    assert [i.name for i in graph.input] == ["x", "price_offsets"]
+
+
+def test_two_sizes_that_the_code_makes_one():
+    other = TensorSpec("y", "float32", ("N_h", 4), "user")
+    with one_line(ExportError, "size"):
+        to_request_graph(RequestModel(Sum(), (ROWS, other)))
 
 
 def test_the_operator_needs_its_lengths_to_be_exported():

@@ -347,6 +347,13 @@ def test_a_ragged_model_with_an_input_that_cannot_be_packed():
     assert door.admit({**single(), "page": np.zeros(4, "f")}, *ALL)["history_offsets"].tolist() == [0, 4]
 
 
+def test_a_model_whose_targets_have_no_offsets_takes_one_request_at_a_time():
+    door = Door(manifest(tuple(s for s in SPECS if s.name != "target_offsets")))
+    with one_line(RequestError, "one Request at a time"):
+        door.unpack(RequestBatch(packed((2, 2))))
+    assert door.admit(single(), *ALL)["history_offsets"].tolist() == [0, 4]
+
+
 # --- versions ---------------------------------------------------------------------------------------------------------
 
 
