@@ -76,9 +76,10 @@ def run(args: argparse.Namespace, command: str) -> tuple[dict[str, Any], list[Au
         raise StcaError(f"--targets {options.targets}: a generated request has {page}, on one device; take a divisor")
     else:
         _say("generating the log")
-        history = options.lengths.longest + TRAINING_REQUESTS_EACH * options.targets
+        # Whole generated requests, so that the targets cut behind them are never of two devices.
+        least_history = -(-options.lengths.longest // page) * page
+        history = least_history + TRAINING_REQUESTS_EACH * options.targets
         log = generate(world, users=TRAINING_USERS, history=history, targets=0, seed=TRAINING_SEED).log
-        least_history = options.lengths.longest
     torch.set_num_threads(args.threads)
     torch.manual_seed(options.seed)
     model = Stca(model_config(log, width=args.width, heads=args.heads, layers=args.layers, time=args.time))

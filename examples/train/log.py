@@ -64,12 +64,12 @@ class Log:
     def training_requests(self, targets: int, least_history: int = 0) -> list[Request]:
         """Each user's training events in consecutive requests of `targets` (the last may have fewer).
 
-        Requests with fewer than `least_history` events before them are left out.
+        A user's first `least_history` events are the first request's history, and no request's targets.
         """
         return [
             Request(u, cut, min(cut + targets, int(self.held_out[u])))
             for u, begin in enumerate(self.user_offsets[:-1].tolist())
-            for cut in range(begin + -(-least_history // targets) * targets, int(self.held_out[u]), targets)
+            for cut in range(begin + least_history, int(self.held_out[u]), targets)
         ]
 
     def held_out_requests(self) -> list[Request]:

@@ -112,7 +112,7 @@ def fit(model: Stca, log: Log, options: TrainOptions, *, least_history: int, pro
         model: a fresh one starts well after `attend_to_alike`.
         log: its training events are used.
         options: see there.
-        least_history: requests with fewer events before them are left out.
+        least_history: that many events of each user are history alone.
         progress: told step, loss, speed and time left every so often.
     """
     batches = training_batches(

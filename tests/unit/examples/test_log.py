@@ -30,8 +30,16 @@ def log() -> Log:
 def test_requests(log: Log) -> None:
     assert log.held_out_requests() == [Request(0, 3, 5), Request(2, 7, 8)]
     assert log.training_requests(2) == [Request(0, 0, 2), Request(0, 2, 3), Request(2, 5, 7)]
-    assert log.training_requests(2, least_history=1) == [Request(0, 2, 3)]
+    assert log.training_requests(2, least_history=1) == [Request(0, 1, 3), Request(2, 6, 7)]
+    assert log.training_requests(8, least_history=2) == [Request(0, 2, 3)]
     assert log.training_requests(2, least_history=3) == []
+
+
+def test_every_training_event_after_the_least_history_is_a_target_once(log: Log) -> None:
+    for targets in (1, 2, 3, 64):
+        for least in range(5):
+            rows = [row for r in log.training_requests(targets, least) for row in range(r.cut, r.end)]
+            assert rows == [*range(least, 3), *range(5 + least, 7)]
 
 
 def test_batch_keeps_the_most_recent_suffix(log: Log) -> None:

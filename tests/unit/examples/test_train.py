@@ -9,6 +9,7 @@ import torch
 
 from stca.errors import StcaError
 from stca.examples.train import __main__ as cli
+from stca.examples.train.log import Log
 from stca.examples.train.sampler import LengthSampler
 from stca.examples.train.train import TrainOptions, attend_to_alike, fit, model_config, score_with, tensors
 from stca.examples.train.world import GeneratedLog, World, WorldConfig, generate
@@ -141,6 +142,24 @@ def test_command_writes_a_checkpoint_with_its_table(
     made = generate(World(WorldConfig(topics=8, items=64, page=32)), users=1, history=32, targets=5, seed=9)
     inputs, _ = made.log.batch(made.log.held_out_requests(), [32], request_time=time == "delta")
     assert np.isfinite(score_with(model)(inputs)).all()
+
+
+@pytest.mark.usefixtures("small")
+def test_generated_targets_share_one_device_whatever_the_longest_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def look(model: Stca, log: Log, options: TrainOptions, *, least_history: int, progress: object) -> list[float]:
+        for r in log.training_requests(options.targets, least_history):
+            seen.append(r.end - r.cut)
+            assert len(np.unique(log.request_fields["device"][r.cut : r.end])) == 1
+        return [0.0]
+
+    monkeypatch.setattr(cli, "fit", look)
+    argv = [*COMMON, "--longest", "72", "--eval-users", "2", "--eval-targets", "8", "--eval-history", "8"]
+    assert cli.main([*argv, "--out", str(tmp_path / "model.safetensors")]) == 0
+    assert seen == [32] * 20 * 4
 
 
 def test_command_trains_on_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
