@@ -69,9 +69,20 @@ def test_every_dtype_of_a_manifest(dtype):
 
 def test_other_symbolic_sizes():
     spec = TensorSpec("x", "float32", ("N_h", "K"), "user")
-    rng = np.random.default_rng(0)
-    assert probe.single((spec,), 4, 0, rng)["x"].shape == (4, 1)
-    assert probe.single((spec,), 4, 0, rng, K=7)["x"].shape == (4, 7)
+    made = probe.single((spec,), 4, 0, np.random.default_rng(0), N_h=5, K=7)
+    assert made["x"].shape == (5, 7)
+
+
+def test_rows_by_any_name():
+    """Exporters name sizes as they like; a user's last symbolic size counts tokens, a target's targets."""
+    specs = (
+        TensorSpec("u", "float32", ("batch", "seq", 3), "user"),
+        TensorSpec("mask", "bool", ("batch", "seq"), "user"),
+        TensorSpec("t", "float32", ("batch", "cand"), "target"),
+        TensorSpec("page", "int64", ("batch",), "request", 5),
+    )
+    made = probe.single(specs, 4, 2, np.random.default_rng(0))
+    assert {n: x.shape for n, x in made.items()} == {"u": (1, 4, 3), "mask": (1, 4), "t": (1, 2), "page": (1,)}
 
 
 @given(st.lists(st.tuples(sizes, sizes), min_size=1, max_size=5))

@@ -11,8 +11,9 @@ import pytest
 from onnx import parser
 from support.errors import one_line
 
-from stca.errors import BuildError, RequestError
+from stca.errors import BuildError, EngineError
 from stca.runtime import OnnxRuntimeEngine
+from stca.runtime.engine import scores_of
 
 
 @pytest.fixture
@@ -85,8 +86,18 @@ def test_a_provider_that_is_not_there_is_no_silent_fallback(model):
     ids=["none", "missing", "shape", "dtype", "extra"],
 )
 def test_a_run_that_fails_says_on_what(model, inputs):
-    with one_line(RequestError, *(f"{n} {list(x.shape)}" for n, x in inputs.items())):
+    with one_line(EngineError, *(f"{n} {list(x.shape)}" for n, x in inputs.items())):
         OnnxRuntimeEngine(model, threads=1).run(inputs)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4])
+def test_several_outputs_are_columns_of_one_score(rows):
+    a, b = np.arange(rows, dtype=np.float32), np.ones((rows, 2), np.float32)
+    assert scores_of([a]) is a
+    both = scores_of([a, b])
+    assert both.shape == (rows, 3)
+    assert np.array_equal(both[:, 0], a)
+    assert np.array_equal(both[:, 1:], b)
 
 
 def test_many_threads_at_once(model):
