@@ -213,6 +213,10 @@ def _write(
     cut: CutOptions,
     progress: Progress,
 ) -> Bundle:
+    rows = {tuple(s.shape[:1]): s.name for s in map(_spec, graph.graph.output)}
+    if len(rows) > 1:
+        names = " and ".join(rows.values())
+        raise SplitError(f"outputs {names} differ in their first size; scores of one model must all be per target")
     progress("splitting by dataflow")
     scopes = {s.name: s.scope for s in specs if s.scope is not None}
     halves = split(graph, scopes, workload=cut.workload, flops_per_byte=cut.flops_per_byte)

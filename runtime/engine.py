@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from stca.errors import BuildError, RequestError
+from stca.errors import BuildError, EngineError
 
 Array = NDArray[Any]
 
@@ -25,6 +26,13 @@ class Engine(Protocol):
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name; `inputs` has exactly the graph's inputs, as contiguous arrays of their dtypes."""
         ...
+
+
+def scores_of(outputs: Sequence[Array]) -> Array:
+    """A model's outputs as one array of scores: one output as it is, several side by side as columns `(N_t, …)`."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return np.concatenate([x.reshape(len(x), int(np.prod(x.shape[1:]))) for x in outputs], axis=1)
 
 
 class OnnxRuntimeEngine:
@@ -72,5 +80,6 @@ class OnnxRuntimeEngine:
             values = self._session.run(self.outputs, dict(inputs))
         except Exception as e:
             shapes = ", ".join(f"{name} {list(np.shape(x))}" for name, x in inputs.items())
-            raise RequestError(f"ONNX Runtime failed on {shapes}: {' '.join(str(e).split())[:300]}") from e
+            said = " ".join(str(e).split())[:300]
+            raise EngineError(f"ONNX Runtime failed on {shapes}: {said}; send less at once or free memory") from e
         return dict(zip(self.outputs, values, strict=True))

@@ -107,7 +107,12 @@ def best_engine(manifest: Manifest, machine: Machine | None = None, *, only: str
         reasons = "; ".join(passed_over) or f"the bundle has none; run `stca build --engine {only}`"
         raise BuildError(f"no {only} engines that run here: {reasons}")
     why = "ONNX Runtime on the CPU runs the bundle's own graphs; it has no engine that runs here"
-    return Choice("onnxruntime", "fp32", {}, why, tuple(passed_over))
+    return own_graphs(why, tuple(passed_over))
+
+
+def own_graphs(why: str = "the bundle's own graphs were asked for", passed_over: tuple[str, ...] = ()) -> Choice:
+    """The bundle's own graphs on ONNX Runtime's CPU provider, whatever engines it has."""
+    return Choice("onnxruntime", "fp32", {}, why, passed_over)
 
 
 def open_engines(bundle: Bundle, choice: Choice, *, threads: int | None = None) -> dict[str, Engine]:

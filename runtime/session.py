@@ -12,11 +12,21 @@ from numpy.typing import ArrayLike, NDArray
 
 from stca.bundle import Bundle, Manifest, StateSpec
 from stca.errors import RequestError
-from stca.runtime.engine import Engine, OnnxRuntimeEngine
+from stca.runtime.engine import Engine, scores_of
+from stca.runtime.engine_choice import Choice, best_engine, open_engines, own_graphs
 from stca.runtime.request import TOKENS, Door, Request, RequestBatch
 from stca.runtime.state import CacheStats, StateCache, StateKey, UserState
 
 Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How bundles are loaded, the first one and those swapped in."""
+
+    threads: int | None
+    truncate: bool
+    engine: str | None
 
 
 @dataclass(frozen=True)
@@ -28,17 +38,20 @@ class _Model:
     encoder: Engine
     scorer: Engine
     format: str
+    choice: Choice
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], threads: int | None, truncate: bool) -> _Model:
+    def load(cls, path: str | os.PathLike[str], options: _Options) -> _Model:
         bundle = Bundle.load(path)
-        encoder, scorer = (
-            OnnxRuntimeEngine(bundle.file(graph), threads=threads) for graph in ("user_encoder", "target_scorer")
-        )
         manifest = bundle.manifest
+        choice = own_graphs() if options.engine == "graphs" else best_engine(manifest, only=options.engine)
+        engines = open_engines(bundle, choice, threads=options.threads)
         layout = ";".join(f"{s.name}:{s.dtype}:{','.join(map(str, s.shape))}" for s in manifest.state)
-        layout += f";window:{manifest.max_history}"  # a state holds no more than the window of its time
-        return cls(manifest, Door(manifest, truncate=truncate), encoder, scorer, layout)
+        # Equal weights do not make equal states: what the encoder computes, for which window, and in what, counts too.
+        encoder = manifest.files[manifest.graphs["user_encoder"].file]["sha256"]
+        layout += f";{encoder};window:{manifest.max_history};{choice.flavour} {choice.precision}"
+        door = Door(manifest, truncate=options.truncate)
+        return cls(manifest, door, engines["user_encoder"], engines["target_scorer"], layout, choice)
 
     def key(self, user: Hashable, version: Hashable) -> StateKey:
         return StateKey(user, version, self.manifest.weights, self.format)
@@ -52,6 +65,8 @@ class _Model:
 
     def score(self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]]) -> list[Array]:
         """Run the target scorer once for several users; `rows` are their request and target inputs."""
+        if len(states) > 1 and self.choice.entries.get("target_scorer", {}).get("requests") == 1:
+            return [self.score([state], [row])[0] for state, row in zip(states, rows, strict=True)]
         if len(states) == 1:
             feeds = {**rows[0], **states[0].tensors}
         else:
@@ -66,7 +81,8 @@ class _Model:
                 else:
                     feeds[name] = np.concatenate([r[name] for r in rows])
         wanted = [s.name for s in self.manifest.graphs["target_scorer"].inputs]
-        scores = self.scorer.run({name: feeds[name] for name in wanted})[self.scorer.outputs[0]]
+        outputs = self.scorer.run({name: feeds[name] for name in wanted})
+        scores = scores_of([outputs[s.name] for s in self.manifest.graphs["target_scorer"].outputs])
         if len(states) == 1:
             return [scores]
         targets = next(n for n, s in self.door.offsets.items() if s.scope == "target")
@@ -100,8 +116,8 @@ class Session:
     Make one with `Session.load`.
     """
 
-    def __init__(self, model: _Model, cache: StateCache, threads: int | None, truncate: bool) -> None:
-        self._model, self._cache, self._threads, self._truncate = model, cache, threads, truncate
+    def __init__(self, model: _Model, cache: StateCache, options: _Options) -> None:
+        self._model, self._cache, self._options = model, cache, options
 
     @classmethod
     def load(
@@ -111,6 +127,7 @@ class Session:
         cache_bytes: int = 1 << 30,
         threads: int | None = None,
         truncate: bool = False,
+        engine: str | None = None,
     ) -> Session:
         """Load a bundle, checking every file of it.
 
@@ -119,12 +136,15 @@ class Session:
             cache_bytes: most bytes of user states to keep between requests; 0 keeps none.
             threads: threads of one request; None takes every core.
             truncate: serve a history longer than the bundle's limit from its most recent part, instead of refusing it.
+            engine: onnxruntime, tensorrt or tensorrt-rtx, whose built engines must run here, or graphs for the bundle's
+                own graphs on a CPU; None takes the fastest that runs, and `engines` says which and why.
 
         Raises:
             BundleError: when the bundle is missing, damaged or too new.
             BuildError: when the engine cannot load a graph.
         """
-        return cls(_Model.load(bundle, threads, truncate), StateCache(cache_bytes), threads, truncate)
+        options = _Options(threads, truncate, engine)
+        return cls(_Model.load(bundle, options), StateCache(cache_bytes), options)
 
     def score(self, request: Request | RequestBatch) -> Array:
         """Scores `(targets, tasks)` of a request; of a batch, all requests' targets one after the other.
@@ -133,24 +153,30 @@ class Session:
 
         Raises:
             RequestError: naming the input, the value and the limit; nothing was computed or kept.
+            EngineError: when an engine fails on valid inputs.
         """
         model = self._model
         requests = model.door.unpack(request) if isinstance(request, RequestBatch) else [request]
         rows = [model.door.admit(_without(r.inputs, model.door.names("user")), "request", "target") for r in requests]
         looked_up = [self._look_up(model, r) for r in requests]
-        states = [held if held is not None else self._encode(model, key, arrays) for key, held, arrays in looked_up]
+        fresh: dict[StateKey, UserState] = {}  # a user with several requests in the batch is encoded once
+        states = [held or self._encode(model, key, arrays, fresh) for key, held, arrays in looked_up]
         if not requests:
-            shape = [n for n in model.manifest.graphs["request"].outputs[0].shape if isinstance(n, int)]
-            return np.zeros((0, *shape), dtype=model.manifest.graphs["request"].outputs[0].dtype)
+            specs = model.manifest.graphs["request"].outputs
+            return scores_of([np.zeros((0, *(n for n in s.shape if isinstance(n, int))), s.dtype) for s in specs])
         return np.concatenate(scores) if len(scores := model.score(states, rows)) > 1 else scores[0]
 
-    def append(self, user: Hashable, events: Mapping[str, ArrayLike], version: Hashable) -> bool:
+    def append(
+        self, user: Hashable, events: Mapping[str, ArrayLike], version: Hashable, *, after: Hashable = None
+    ) -> bool:
         """Add new events, oldest first, to a kept state: only they are encoded, and the result is exact.
 
         Args:
             user: whose state.
             events: the per-token user inputs of the new events, by name.
             version: of the history with the new events; the next request for it is a hit.
+            after: version of the history they follow. Nothing is appended to another one, so no event lost on the way
+                goes unnoticed; None appends to whichever is kept.
 
         Returns:
             Whether the state with the new events is kept. If not (none was there to append to, or it went or changed
@@ -160,6 +186,8 @@ class Session:
             RequestError: when an input is wrong, or the model's tokens depend on each other or on the request.
         """
         model = self._model
+        if version is None:
+            raise RequestError("version: is None; name the history with the new events, or no request will find it")
         if not model.manifest.appendable:
             raise RequestError("this bundle's states cannot be appended to; send the whole history with a new version")
         names = model.door.names("user")
@@ -172,8 +200,10 @@ class Session:
             return False
         if held[0].version == version:
             return True  # the same call again, after a timeout perhaps: its events are in
+        if after is not None and held[0].version != after:
+            return False
         state = model.extend(held[1], model.encode(arrays))
-        return self._cache.put(model.key(user, version), state, instead_of=held[1])
+        return model is self._model and self._cache.put(model.key(user, version), state, instead_of=held[1])
 
     def forget(self, user: Hashable) -> bool:
         """Drop what is kept of a user; False when nothing was."""
@@ -185,7 +215,7 @@ class Session:
         Raises:
             BundleError, BuildError: as `load`; the session goes on with the bundle it has.
         """
-        model = _Model.load(bundle, self._threads, self._truncate)
+        model = _Model.load(bundle, self._options)
         same = (model.manifest.weights, model.format) == (self._model.manifest.weights, self._model.format)
         self._model = model
         if not same:
@@ -198,8 +228,14 @@ class Session:
 
     @property
     def engines(self) -> Mapping[str, str]:
-        """Which engine runs each half."""
-        return {"user_encoder": self._model.encoder.name, "target_scorer": self._model.scorer.name}
+        """Which engine runs each half, `why` that one, and why not a faster one (`passed_over`)."""
+        model = self._model
+        return {
+            "user_encoder": model.encoder.name,
+            "target_scorer": model.scorer.name,
+            "why": model.choice.why,
+            "passed_over": "; ".join(model.choice.passed_over),
+        }
 
     def stats(self) -> CacheStats:
         """What the state cache holds and did."""
@@ -226,11 +262,21 @@ class Session:
         key = model.key(request.user, model.door.digest(arrays))
         return key, self._cache.get(key), arrays
 
-    def _encode(self, model: _Model, key: StateKey | None, arrays: Mapping[str, Array] | None) -> UserState:
+    def _encode(
+        self,
+        model: _Model,
+        key: StateKey | None,
+        arrays: Mapping[str, Array] | None,
+        fresh: dict[StateKey, UserState],
+    ) -> UserState:
+        if key in fresh:
+            return fresh[key]
         assert arrays is not None
         state = model.encode(arrays)
         if key is not None:
-            self._cache.put(key, state)
+            fresh[key] = state
+            if model is self._model:  # after a swap, the state of an old model would only be in the way
+                self._cache.put(key, state)
         return state
 
 

@@ -11,14 +11,14 @@ import dataclasses
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from stca import probe
-from stca.bundle import Bundle
+from stca.bundle import Bundle, TensorSpec
 from stca.errors import RequestError
 from stca.runtime import OnnxRuntimeEngine, Request, Session
 
@@ -51,7 +51,7 @@ class LatencyRatios:
 
     history: int
     targets: int
-    pointwise_over_miss: float
+    pointwise_over_miss: float | None
     miss_over_hit: float
 
 
@@ -86,7 +86,7 @@ def bench(
     """Measure every stage of `bundle` at every pair of `histories` and `targets`.
 
     Args:
-        bundle: a loaded bundle.
+        bundle: a loaded bundle; its own graphs are measured, in ONNX Runtime, whatever engines were built.
         histories, targets: tokens and targets of one request.
         threads: threads of one request; None takes every core.
         seconds: time given to each figure; a run that takes longer is still repeated 5 times.
@@ -99,7 +99,7 @@ def bench(
     limit = bundle.manifest.max_history
     if limit is not None and max(histories) > limit:
         raise RequestError(f"--history {max(histories)}: this bundle serves at most {limit} tokens")
-    session = Session.load(bundle.path, threads=threads, cache_bytes=1 << 40)
+    session = Session.load(bundle.path, threads=threads, cache_bytes=1 << 40, engine="graphs")
     engines = {name: OnnxRuntimeEngine(bundle.file(name), threads=threads) for name in bundle.manifest.graphs}
     specs = bundle.manifest.graphs["request"].inputs
     rng = np.random.default_rng(0)
@@ -122,7 +122,7 @@ def bench(
                 p50, p95, p99 = (float(np.percentile(t, p)) * 1e3 for p in (50, 95, 99))
                 rows.append(LatencyRow(history, m, name, p50, p95, p99, len(t), measured[name]))
             medians = {name: float(np.median(t)) for name, t in times.items()}
-            over_miss = medians["pointwise"] / medians["miss"] if pointwise else float("nan")
+            over_miss = medians["pointwise"] / medians["miss"] if pointwise else None
             ratios.append(LatencyRatios(history, m, over_miss, medians["miss"] / medians["hit"]))
     names = {name: engine.name for name, engine in engines.items()}
     return LatencyReport(tuple(rows), tuple(ratios), machine(threads), names, bundle.manifest.precision, state_bytes)
@@ -176,9 +176,14 @@ def _stages(
 def _pointwise(engine: OnnxRuntimeEngine, bundle: Bundle, inputs: dict[str, Any], targets: int) -> Callable[[], object]:
     """The request graph with `targets` requests of one target each; one after the other where it takes no batches."""
     specs = bundle.manifest.graphs["request"].inputs
-    per_target = {s.name for s in specs if s.scope == "target" and s.shape[:1] == ("N_t",)}
-    singles = [{n: x[i : i + 1] if n in per_target else x for n, x in inputs.items()} for i in range(targets)]
+    sizes = probe.row_sizes(specs, 1, 2)
+    axis = {s.name: [sizes.get(str(n)) for n in s.shape].index(2) for s in specs if _has_targets(s, sizes)}
+    singles = [{n: x.take([i], axis[n]) if n in axis else x for n, x in inputs.items()} for i in range(targets)]
     if any(s.shape == ("B_plus_1",) for s in specs):
         batch = probe.pack(specs, singles)
         return lambda: engine.run(batch)
     return lambda: [engine.run(single) for single in singles]
+
+
+def _has_targets(spec: TensorSpec, sizes: Mapping[str, int]) -> bool:
+    return spec.scope == "target" and any(sizes.get(str(n)) == 2 and n != "B_plus_1" for n in spec.shape)

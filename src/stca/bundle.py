@@ -6,18 +6,22 @@ missing, changed, extra, linked or outside the directory is refused before any e
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
 import ctypes
 import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypedDict
 
 from stca.errors import BundleError
 
@@ -28,6 +32,8 @@ WEIGHTS = "weights.safetensors"
 
 Scope = Literal["user", "request", "target"]
 SCOPES: tuple[Scope, ...] = ("user", "request", "target")
+# Stands where the manifest's own digest goes while it is computed: the digest is of the text with this in its place.
+_NO_DIGEST = "0" * 64
 GRAPHS = ("request", "user_encoder", "target_scorer")
 
 # Bytes of one element, by the dtype names that manifests use (numpy's, and ml_dtypes' for the rest).
@@ -83,6 +89,13 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
 
 
+class FileEntry(TypedDict):
+    """A file of the bundle: its digest in hex, and its size."""
+
+    sha256: str
+    bytes: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """All a bundle says of itself; `docs/bundle_format.md` has each field's meaning.
@@ -113,11 +126,13 @@ class Manifest:
     parity: Mapping[str, Any]
     producer: Mapping[str, str]
     engines: tuple[Mapping[str, Any], ...] = ()
-    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The manifest as JSON, with `format` and `version` first."""
-        return json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=1) + "\n"
+        """The manifest as JSON: `format`, `version`, `digest`, then the fields."""
+        head = {"format": FORMAT, "version": FORMAT_VERSION, "digest": _NO_DIGEST}
+        text = json.dumps({**head, **dataclasses.asdict(self)}, indent=1) + "\n"
+        return text.replace(_NO_DIGEST, _digest_of(text), 1)
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -140,48 +155,76 @@ class Manifest:
                 f"bundle has manifest version {version}, this stca reads up to {FORMAT_VERSION}; upgrade stca"
             )
         try:
-            values = {f.name: raw[f.name] for f in dataclasses.fields(cls)}
-            values["graphs"] = {name: _graph(g) for name, g in _typed(values["graphs"], dict).items()}
-            values["state"] = tuple(_record(StateSpec, s) for s in _typed(values["state"], list))
-            values["engines"] = tuple(_typed(e, dict) for e in _typed(values["engines"], list))
-            for name in ("model", "split", "parity", "producer", "files"):
-                _typed(values[name], dict)
-            for name in ("weights", "precision"):
-                _typed(values[name], str)
-            for entry in values["files"].values():
-                _typed(_typed(entry, dict)["sha256"], str)
-                _typed(entry["bytes"], int)
-            if missing := [g for g in GRAPHS if g not in values["graphs"]]:
-                raise KeyError(f"graphs.{missing[0]}")
-        except KeyError as e:
-            raise BundleError(f"{MANIFEST} misses {e.args[0]!r}; export the bundle again") from e
-        except (TypeError, ValueError) as e:
+            manifest: Manifest = _as(
+                cls, {k: v for k, v in raw.items() if k not in ("format", "version", "digest")}, MANIFEST
+            )
+            _check_names(manifest)
+        except (TypeError, ValueError, KeyError) as e:
             raise BundleError(f"{MANIFEST} is malformed ({e}); export the bundle again") from e
-        return cls(**values)
+        return manifest
 
 
-T = TypeVar("T")
+def _as(kind: Any, raw: Any, where: str) -> Any:
+    """`raw`, as JSON gave it, as the type a field is declared with; unknown and missing fields are errors.
+
+    Raises:
+        TypeError, ValueError: naming the place in the manifest and what was expected there.
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return raw
+    if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
+        values, hints = _as(Mapping[str, Any], raw, where), typing.get_type_hints(kind)
+        for field_ in hints:
+            if (
+                field_ not in values and getattr(kind, field_, ...) is not None
+            ):  # None is a default that may be left out
+                raise ValueError(f"{where} misses {field_!r}")
+        if unknown := sorted(values.keys() - hints.keys()):
+            raise ValueError(f"{where} has an unknown field {unknown[0]!r}")
+        return kind(**{n: _as(hints[n], v, f"{where}: {n}") for n, v in values.items()})
+    if origin in (types.UnionType, typing.Union):
+        for choice in inner:
+            with contextlib.suppress(TypeError, ValueError):
+                return _as(choice, raw, where)
+    elif origin is Literal:
+        if raw in inner:
+            return raw
+    elif origin is tuple and isinstance(raw, list):
+        return tuple(_as(inner[0], x, f"{where}[{i}]") for i, x in enumerate(raw))
+    elif origin is collections.abc.Mapping and isinstance(raw, dict):
+        return {k: _as(inner[1], v, f"{where}.{k}") for k, v in raw.items()}
+    elif kind is int and isinstance(raw, int) and not isinstance(raw, bool):
+        if raw < 0:
+            raise ValueError(f"{where} is {raw}; it cannot be negative")
+        return raw
+    elif kind in (str, bool, types.NoneType) and isinstance(raw, kind):
+        return raw
+    raise TypeError(f"{where} is {raw!r:.60}, expected {getattr(kind, '__name__', kind)}")
 
 
-def _typed(value: Any, kind: type[T]) -> T:
-    if not isinstance(value, kind):
-        raise TypeError(f"expected {kind.__name__}, got {value!r:.60}")
-    return value
+def _check_names(manifest: Manifest) -> None:
+    """What the runtime looks up must be there: the three graphs, their inputs, and dtypes that are known.
 
-
-def _record(kind: type[T], raw: Any) -> T:
-    values = dict(_typed(raw, dict))
-    values["shape"] = tuple(_typed(values["shape"], list))
-    if not all(isinstance(n, (int, str)) and not isinstance(n, bool) for n in values["shape"]):
-        raise TypeError(f"shape {values['shape']!r}")
-    if values["dtype"] not in ITEM_BYTES:
-        raise TypeError(f"dtype {values['dtype']!r}")
-    return kind(**values)
-
-
-def _graph(raw: Any) -> GraphSpec:
-    inputs, outputs = ([_record(TensorSpec, t) for t in _typed(raw[k], list)] for k in ("inputs", "outputs"))
-    return GraphSpec(_typed(raw["file"], str), tuple(inputs), tuple(outputs))
+    Raises:
+        ValueError: naming what is missing.
+    """
+    if missing := [g for g in GRAPHS if g not in manifest.graphs]:
+        raise ValueError(f"graphs: misses {missing[0]!r}")
+    for name, graph in manifest.graphs.items():
+        if not graph.outputs:
+            raise ValueError(f"graphs.{name}: has no outputs")
+    tensors = [t for g in manifest.graphs.values() for t in (*g.inputs, *g.outputs)]
+    for tensor in [*tensors, *(TensorSpec(s.name, s.dtype, s.shape) for s in manifest.state)]:
+        if tensor.dtype not in ITEM_BYTES:
+            raise ValueError(f"{tensor.name}: has the unknown dtype {tensor.dtype!r}")
+    state, given = {s.name for s in manifest.state}, {t.name for t in manifest.graphs["request"].inputs}
+    for name, known in (("user_encoder", given), ("target_scorer", given | state)):
+        if unknown := [t.name for t in manifest.graphs[name].inputs if t.name not in known]:
+            raise ValueError(f"graphs.{name}: input {unknown[0]!r} is no input of the request graph and no state")
+    for spec in manifest.state:
+        if spec.input is not None and spec.input not in given:
+            raise ValueError(f"state {spec.name!r}: copies {spec.input!r}, which is no input of the request graph")
 
 
 @dataclass(frozen=True)
@@ -215,6 +258,7 @@ class Bundle:
             raise BundleError(f"{root / MANIFEST}: cannot be read ({e})") from e
         manifest = Manifest.from_json(text)
         _check_files(root, manifest)
+        _check_digest(root, text)
         return cls(root, manifest)
 
 
@@ -251,13 +295,24 @@ def _is_plain(file: Path) -> bool:
 def seal(root: Path, manifest: Manifest) -> Bundle:
     """Write `manifest` into the directory `root` with the digests of the files that lie there."""
     files = {
-        p.name: {"sha256": sha256_of(p), "bytes": p.stat().st_size}
+        p.name: FileEntry(sha256=sha256_of(p), bytes=p.stat().st_size)
         for p in sorted(root.iterdir())
         if p.name != MANIFEST
     }
     sealed = dataclasses.replace(manifest, files=files)
     (root / MANIFEST).write_text(sealed.to_json(), encoding="utf-8")
     return Bundle(root, sealed)
+
+
+def _digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_digest(root: Path, text: str) -> None:
+    """Hold the manifest's text against the digest it carries, so that no changed byte of it goes unseen."""
+    found = re.search(r'"digest": "([0-9a-f]{64})"', text)
+    if found is None or found[1] != _digest_of(text[: found.start(1)] + _NO_DIGEST + text[found.end(1) :]):
+        raise BundleError(f"{root}: {MANIFEST} was changed; copy the bundle again or export it anew")
 
 
 def sha256_of(path: Path) -> str:

@@ -298,7 +298,7 @@ def _bench(args: argparse.Namespace) -> int:
         lines.append(f"{r.history:8} {r.targets:8} {r.stage:<14} {times} {r.runs:5}{note}")
     lines += [
         f"history {r.history}, {r.targets} targets: "
-        f"pointwise/miss {r.pointwise_over_miss:.1f}, miss/hit {r.miss_over_hit:.1f}"
+        f"pointwise/miss {r.pointwise_over_miss or 0:.1f}, miss/hit {r.miss_over_hit:.1f}"
         for r in report.ratios
     ]
     _emit(args, report.as_dict(), "\n".join([*lines, f"{report.machine['cpu']}, {report.machine['threads']} threads"]))

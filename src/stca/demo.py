@@ -1,4 +1,4 @@
-"""All of the toolkit on the checkpoint that ships with it: export, verify, quality, latency, and a report to look at."""
+"""All of the toolkit on the checkpoint that ships with it: export, verify, quality, latency, and a report."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class DemoResult:
                     f"AUC {a['task']}: {a['auc']:.4f} at {a['history']} events, {b['auc']:.4f} at {b['history']}"
                     for a, b in zip(shortest, longest, strict=True)
                 ),
-                f"{last.history} events, {last.targets} targets: pointwise is {last.pointwise_over_miss:.0f} times a miss, "
-                f"a miss {last.miss_over_hit:.1f} times a hit",
+                f"{last.history} events, {last.targets} targets: pointwise takes "
+                f"{last.pointwise_over_miss or 0:.0f} times a miss, a miss {last.miss_over_hit:.1f} times a hit",
             ]
         )
 

@@ -18,7 +18,7 @@ from stca.bundle import Bundle
 from stca.errors import BuildError, ParityError
 from stca.export.engine_graph import engine_graph
 from stca.runtime import OnnxRuntimeEngine
-from stca.runtime.engine import Engine
+from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, open_engines
 
 if TYPE_CHECKING:
@@ -158,8 +158,8 @@ def _run_pair(bundle: Bundle, engines: Mapping[str, Engine], feeds: Mapping[str,
     graphs = bundle.manifest.graphs
     state = engines["user_encoder"].run({s.name: feeds[s.name] for s in graphs["user_encoder"].inputs})
     given = {**feeds, **state}
-    scorer = engines["target_scorer"]
-    return scorer.run({s.name: given[s.name] for s in graphs["target_scorer"].inputs})[scorer.outputs[0]]
+    outputs = engines["target_scorer"].run({s.name: given[s.name] for s in graphs["target_scorer"].inputs})
+    return scores_of([outputs[s.name] for s in graphs["target_scorer"].outputs])
 
 
 def _run_torch(module: nn.Module, feeds: Sequence[Mapping[str, Array]], precision: str) -> list[Array]:

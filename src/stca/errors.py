@@ -35,5 +35,11 @@ class ParityError(StcaError):
     exit_code = 1
 
 
+class EngineError(StcaError):
+    """An engine failed on inputs that passed the door: out of memory, a broken kernel. The request may be right."""
+
+    exit_code = 1
+
+
 class RequestError(StcaError):
     """A request was refused at the door; the message names the field, the value and the limit."""

@@ -27,7 +27,7 @@ def single(
         rng: source of the values.
         sizes: of other symbolic dimensions; 1 where not given.
     """
-    known = {"N_h": tokens, "N_t": targets, **sizes}
+    known = {**row_sizes(inputs, tokens, targets), **sizes}
     made: dict[str, NDArray[Any]] = {}
     for spec in inputs:
         if spec.shape == ("B_plus_1",):
@@ -42,6 +42,24 @@ def single(
                 spec.dtype
             )
     return made
+
+
+def row_sizes(inputs: Sequence[TensorSpec], tokens: int, targets: int) -> dict[str, int]:
+    """Size of each symbolic dimension for one request, whatever a model calls its dimensions.
+
+    The last symbolic dimension of a user input counts tokens, that of a target input targets, unless inputs of other
+    scopes have it too: such a one, and every other, is a batch axis and 1.
+    """
+    scopes: dict[str, set[str | None]] = {}
+    last: set[str] = set()
+    for spec in inputs:
+        names = [n for n in spec.shape if isinstance(n, str)]
+        for n in names:
+            scopes.setdefault(n, set()).add(spec.scope)
+        last.update([n for n in names if n in ("N_h", "N_t")] or names[-1:])
+    rows: dict[str | None, int] = {"user": tokens, "target": targets}
+    sizes = {n: rows.get(next(iter(s)), 1) if len(s) == 1 and n in last else 1 for n, s in scopes.items()}
+    return sizes | {"B": 1, "B_plus_1": 2}
 
 
 def pack(inputs: Sequence[TensorSpec], requests: Sequence[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:

@@ -20,6 +20,7 @@ from stca import probe
 from stca.bundle import WEIGHTS, Bundle
 from stca.errors import BundleError, ParityError
 from stca.runtime import OnnxRuntimeEngine, Request, RequestBatch, Session
+from stca.runtime.engine import scores_of
 from stca.runtime.request import Door
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def verify(
     progress("joined halves")
     outcomes.append(("joined_halves", [_run_joined(engines, bundle, f) for f in feeds]))
     progress("session")
-    session = Session.load(bundle.path)
+    session = Session.load(bundle.path, engine="graphs")
     outcomes.append(("session", [_run_session(session, batch, ragged) for batch in batches]))
 
     eps = float(np.finfo(np.dtype(manifest.precision)).eps)
@@ -251,7 +252,7 @@ def run_torch(module: nn.Module, feeds: Sequence[Mapping[str, Array]], *, double
             if double:
                 tensors = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
             y = model(tensors)
-            out.append((y if isinstance(y, torch.Tensor) else y[0]).numpy())
+            out.append(scores_of([t.numpy() for t in ([y] if isinstance(y, torch.Tensor) else y)]))
     return out
 
 
@@ -264,12 +265,13 @@ def run_double(bundle: Bundle, feeds: Sequence[Mapping[str, Array]]) -> list[Arr
     evaluator = ReferenceEvaluator(to_double(onnx.load(bundle.file("request"))))
     wide = [{n: x.astype(np.float64) if x.dtype.kind == "f" else x for n, x in f.items()} for f in feeds]
     runs: list[list[Array]] = [evaluator.run(None, f) for f in wide]  # type: ignore[misc]
-    return [outputs[0] for outputs in runs]
+    return [scores_of(outputs) for outputs in runs]
 
 
 def _run(engine: OnnxRuntimeEngine, bundle: Bundle, graph: str, feeds: Mapping[str, Array]) -> Array:
     wanted = [s.name for s in bundle.manifest.graphs[graph].inputs]
-    return engine.run({n: feeds[n] for n in wanted})[engine.outputs[0]]
+    outputs = engine.run({n: feeds[n] for n in wanted})
+    return scores_of([outputs[s.name] for s in bundle.manifest.graphs[graph].outputs])
 
 
 def _run_joined(engines: Mapping[str, OnnxRuntimeEngine], bundle: Bundle, feeds: Mapping[str, Array]) -> Array:

@@ -137,7 +137,6 @@ def test_a_changed_byte_in_any_file(scratch, data):
     Bundle.load(scratch)
 
 
-@pytest.mark.xfail(strict=True, reason="nothing in the bundle has the digest of the manifest itself")
 @given(st.data())
 def test_a_changed_byte_in_the_manifest_is_refused_or_means_the_same(scratch, data):
     before = (scratch / MANIFEST).read_bytes()
@@ -293,7 +292,8 @@ def paths(value, prefix=()):
 
 
 GOLDEN = json.loads(manifest("00").to_json())
-PLACES = sorted((p for p in paths(GOLDEN) if p), key=str)
+# The manifest's own digest is of its text, and `Bundle.load` holds it against that.
+PLACES = sorted((p for p in paths(GOLDEN) if p and p != ("digest",)), key=str)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 10**20) | st.floats() | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
@@ -333,7 +333,6 @@ def test_a_missing_field_is_named(place):
             Manifest.from_json(json.dumps(raw))
 
 
-@pytest.mark.xfail(strict=True, reason="from_json checks that fields are there, and the types of some of them")
 @pytest.mark.parametrize(
     ("place", "value"),
     [

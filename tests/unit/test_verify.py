@@ -182,7 +182,6 @@ def test_without_a_module_the_whole_graph_is_the_yardstick(tmp_path, bundle_dir)
     assert failed(verify(changed, probes=ONE)) == ["joined_halves", "session"]
 
 
-@pytest.mark.xfail(strict=True, reason="only the first output is compared, and served")
 def test_every_output_is_compared(tmp_path):
     """A model with one output per task: the second one wrong in the scorer."""
     model = onnx.parser.parse_model(
