@@ -1,6 +1,7 @@
 """The CPU half of `attention.py`: kernels in the interpreter for their numbers, the forms a CPU runs for their speed.
 
-Each timed form runs in a process of its own, so that its peak memory is its own.
+Each timed form runs in a process of its own, so that its peak memory is its own. The forms of a case take turns, so
+that a machine that is busy for a while slows all of them alike.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from stca.bench import machine, measure
+from stca.bench import machine
 from stca.plugins import launch, torch_op
 from stca.plugins.interpret import Interpreter
 from stca.plugins.reference import target_history_attention as reference
 from stca.plugins.spec import DOMAIN, OP_NAME
 from stca.plugins.tiling import Plan, Tile
 
-HISTORY, TARGETS = 10_000, 300
+HISTORY, TARGETS, ROUNDS = 10_000, 300, 15
 # Form, width, heads. Absorbed at width 1024 would be 197 GFLOP a run, and nobody should run it on a CPU.
 CASES = (("projected", 256, 8), ("absorbed", 256, 8), ("projected", 1024, 16))
 
@@ -35,18 +36,14 @@ CASES = (("projected", 256, 8), ("absorbed", 256, 8), ("projected", 1024, 16))
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Everything measured, as one JSON-able dictionary."""
     end = time.monotonic() + args.limit_seconds
-    rows = []
+    rows: list[dict[str, Any]] = []
     for form, width, heads in CASES:
-        for name in FORMS:
-            if time.monotonic() > end:
-                rows.append({"form": form, "width": width, "heads": heads, "name": name, "skipped": "out of time"})
-                continue
-            spec = json.dumps([name, form, width, heads, args.threads])
-            child = [sys.executable, str(Path(__file__).with_name("attention.py")), "--child", spec]
-            done = subprocess.run(child, capture_output=True, text=True, check=False)
-            measured = json.loads(done.stdout) if done.returncode == 0 else {"skipped": _last_line(done.stderr)}
-            rows.append({"form": form, "width": width, "heads": heads, "name": name, **measured})
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        case = {"form": form, "width": width, "heads": heads}
+        if time.monotonic() > end:
+            rows.append({**case, "skipped": "out of time"})
+            continue
+        rows += [{**case, **measured} for measured in _take_turns(form, width, heads, args.threads)]
+        print(json.dumps(rows[-len(FORMS) :], indent=1), file=sys.stderr, flush=True)
     return {
         "machine": machine(args.threads),
         "note": "ran on a CPU: kernels interpreted for their numbers alone; no figure here is a GPU's",
@@ -59,9 +56,43 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1][:200] if lines else "ended without a word"
+def _take_turns(form: str, width: int, heads: int, threads: int) -> list[dict[str, Any]]:
+    """Time of each form in turn, `ROUNDS` times, and each process's peak memory."""
+    command = [sys.executable, str(Path(__file__).with_name("attention.py")), "--child"]
+    children = {}
+    for name in FORMS:
+        spec = json.dumps([name, form, width, heads, threads])
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        children[name] = subprocess.Popen([*command, spec], **pipes)
+        assert _ask(children[name]) == "ready", f"{name} failed: its message is above"
+    times: dict[str, list[float]] = {name: [] for name in children}
+    for _ in range(ROUNDS):
+        for name, child in children.items():
+            times[name].append(float(_ask(child, "run")))
+    rows = []
+    for name, child in children.items():
+        peak = float(_ask(child, "peak"))
+        child.communicate()
+        rows.append(
+            {
+                "name": name,
+                "median_seconds": float(np.median(times[name])),
+                "fastest_seconds": min(times[name]),
+                "runs": ROUNDS,
+                "peak_mebibytes": peak,
+            }
+        )
+    return rows
+
+
+def _ask(child: subprocess.Popen[str], order: str = "") -> str:
+    """Send an order, if any, and wait for the one-line answer."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    if order:
+        child.stdin.write(order + "\n")
+        child.stdin.flush()
+    return child.stdout.readline().strip()
 
 
 def _parity() -> dict[str, Any]:
@@ -201,22 +232,27 @@ FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Callable[[], Tensor]]] = {
 }
 
 
-def child(spec: str) -> dict[str, Any]:
-    """Time and peak memory of one form, in this process; its output is checked against the torch op's."""
+def child(spec: str) -> None:
+    """One form in this process, after a check of its output against the torch op's.
+
+    Answers each "run" with its seconds, and "peak" with the mebibytes it took beyond the inputs.
+    """
     name, form, width, heads, threads = json.loads(spec)
     torch.set_num_threads(threads)
     query, key, value = _tensors(form, width, heads, HISTORY, TARGETS, torch.float32)
     few = FORMS[name](query[:2], key[:50], value[:50])()
     torch.testing.assert_close(few, _torch_op(query[:2], key[:50], value[:50])(), rtol=1e-4, atol=1e-5)
-    call = FORMS[name](query, key, value)
     before = _peak()
-    times = measure(call, 4.0, least=5, most=21)
-    return {
-        "median_seconds": float(np.median(times)),
-        "fastest_seconds": float(times.min()),
-        "runs": len(times),
-        "peak_mebibytes": round((_peak() - before) / 1024, 1),
-    }
+    call = FORMS[name](query, key, value)
+    call()
+    print("ready", flush=True)
+    for order in sys.stdin:
+        if order.strip() == "peak":
+            print(round((_peak() - before) / 1024, 1), flush=True)
+            continue
+        start = time.perf_counter()
+        call()
+        print(time.perf_counter() - start, flush=True)
 
 
 def _peak() -> int:

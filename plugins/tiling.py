@@ -209,7 +209,7 @@ def shared_bytes(shape: Shape, tile: Tile, sm: int) -> int:
     chunks = math.ceil(shape.depth / tile.block_d)
     token = chunks * tile.block_d + (0 if wide and is_tied(shape, tile) else tile.block_dv)
     query = tile.block_m * tile.block_d * chunks
-    weights = tile.block_m * tile.block_n if tile.warps > tile.block_m // 16 else 0
+    weights = 0 if wide and tile.warps <= tile.block_m // 16 else tile.block_m * tile.block_n
     if tile.stages == 1 and not is_tied(shape, tile):  # no pipeline: a tile of tokens passes through when needed
         tokens = tile.block_n * max(tile.block_d, tile.block_dv)
     elif tile.stages == 1:
