@@ -44,13 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StcaError as e:
         if args.debug:
             raise
-        print(f"stca.examples.train: {e}", file=sys.stderr)
-        return e.exit_code
+        return _fail(str(e), e.exit_code)
     except KeyboardInterrupt:
-        print("stca.examples.train: interrupted; no checkpoint was written", file=sys.stderr)
-        return 130
+        return _fail("interrupted; no checkpoint was written", 130)
+    except Exception as e:
+        if args.debug:
+            raise
+        return _fail(f"unexpected {type(e).__name__}: {e}; run it again with --debug and report it", 2)
     print(json.dumps(result) if args.json else f"{as_text(rows)}\n{result['checkpoint']}")
     return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"stca.examples.train: {' '.join(message.split())}", file=sys.stderr)
+    return code
 
 
 def run(args: argparse.Namespace, command: str) -> tuple[dict[str, Any], list[AucRow]]:
@@ -71,6 +78,11 @@ def run(args: argparse.Namespace, command: str) -> tuple[dict[str, Any], list[Au
     page = world.config.page
     if args.log:
         log = read_log(args.log, dict(args.task), held_out=args.held_out)
+        if not log.held_out_requests():  # said before the training, not after it
+            raise StcaError(
+                f"{args.log}: no user has enough events for --held-out {args.held_out} to hold one out for the "
+                "evaluation (the share is rounded down); raise it"
+            )
         least_history = options.lengths.shortest
     elif page % options.targets:
         raise StcaError(f"--targets {options.targets}: a generated request has {page}, on one device; take a divisor")

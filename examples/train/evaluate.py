@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stca.errors import StcaError
 from stca.examples.train.log import Inputs, Log, Request
 from stca.examples.train.world import World, generate
 
@@ -75,8 +76,13 @@ def auc_rows(
 
     Returns:
         One row per length and task.
+
+    Raises:
+        StcaError: when the log holds no events out.
     """
     requests = log.held_out_requests()
+    if not requests:
+        raise StcaError("the log holds no events out to evaluate on; read it with a larger held-out share")
     rows = []
     for length in lengths:
         progress(f"evaluating at history {length}")

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from stca.errors import StcaError
 from stca.examples.train.evaluate import AucRow, as_text, auc, auc_rows, auc_table, base_rates
 from stca.examples.train.log import Inputs, Log
-from stca.examples.train.world import World, WorldConfig
+from stca.examples.train.world import World, WorldConfig, generate
 
 
 def brute_force(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -59,6 +60,12 @@ def test_table_of_a_predictor_that_counts() -> None:
     assert rows[2].auc > rows[0].auc
     assert rows[2].auc == pytest.approx(rows[2].references["best"], abs=0.01)
     assert len(as_text(rows).splitlines()) == 5
+
+
+def test_nothing_held_out() -> None:
+    made = generate(World(WorldConfig(topics=8, items=64)), users=2, history=16, targets=0, seed=1)
+    with pytest.raises(StcaError, match="holds no events out"):
+        auc_rows(lambda x: x["target_item"][:, None], made.log, [8], lambda request, length: {})
 
 
 def test_base_rates_use_training_events_alone() -> None:

@@ -199,6 +199,34 @@ def test_command_says_what_is_wrong_in_its_last_line(
     assert captured.out == ""
 
 
+def test_command_says_before_training_that_nothing_is_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "log.csv", tmp_path / "model.safetensors"
+    file.write_text("user,item,timestamp,label\n" + "".join(f"u,i,{t},{t % 2}\n" for t in range(99)))
+    assert cli.main([*COMMON, "--log", str(file), "--held-out", "0.01", "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "--held-out 0.01" in lines[0]
+    assert "raise it" in lines[0]
+
+
+def test_what_nobody_foresaw_is_one_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("two\nlines")
+
+    monkeypatch.setattr(cli, "read_log", broken)
+    argv = ["--log", "any.csv", "--out", str(tmp_path / "model.safetensors")]
+    assert cli.main(argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "unexpected KeyError" in lines[0]
+    with pytest.raises(KeyError):
+        cli.main([*argv, "--debug"])
+
+
 @pytest.mark.parametrize(
     "argv",
     [
