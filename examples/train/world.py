@@ -27,6 +27,7 @@ can be known without history; with `p` itself in place of the estimate, the limi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +71,12 @@ class World:
         # Items grouped by topic, so that "an item of topic c" is one lookup.
         self._by_topic = np.argsort(self.category, kind="stable")
         self._topic_begin = np.searchsorted(self.category[self._by_topic], np.arange(c.topics + 1))
+
+    def draw_items(self, rng: np.random.Generator, topic: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """An item of each `topic [N]`, all of a topic's items being equally likely."""
+        first, end = self._topic_begin[topic], self._topic_begin[topic + 1]
+        items: NDArray[np.int64] = self._by_topic[first + rng.integers(0, end - first)]
+        return items
 
 
 @dataclass(frozen=True)
@@ -126,8 +133,7 @@ def generate(world: World, *, users: int, history: int, targets: int, seed: int)
     device = np.empty((users, events), np.uint8)
     for u in range(users):
         topic = np.searchsorted(exposure[u], rng.random(events) * exposure[u, -1], side="right")
-        first, count = world._topic_begin[topic], np.diff(world._topic_begin)[topic]
-        item[u] = world._by_topic[first + rng.integers(0, count)]
+        item[u] = world.draw_items(rng, topic)
         device[u] = rng.choice(len(DEVICE_SHARES), requests, p=DEVICE_SHARES)[request_of]
         finished = rng.random(events) < affinity[u, topic]
         liked = finished & (rng.random(events) < world.quality[item[u]] * world.ease[device[u]])

@@ -40,6 +40,16 @@ def test_layout(made: GeneratedLog) -> None:
     assert (device[:, 400:] == device[:, 400:401]).all()
 
 
+def test_items_are_drawn_from_their_topic_evenly() -> None:
+    world = World(WorldConfig(topics=7, items=30))  # topics of 4 and 5 items
+    topic = np.repeat(np.arange(7), 2000)
+    items = world.draw_items(np.random.default_rng(0), topic)
+    assert (world.category[items] == topic).all()
+    drawn = np.bincount(items, minlength=30)
+    expected = 2000 / np.bincount(world.category)[world.category]
+    assert (abs(drawn - expected) < 4 * np.sqrt(expected)).all()
+
+
 def test_same_seed_same_log_and_another_seed_other_users() -> None:
     world = World(WorldConfig(topics=8, items=32))
     first, again, other = (generate(world, users=3, history=50, targets=5, seed=s).log for s in (1, 1, 2))
