@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stca.errors import StcaError
-from stca.examples.train.log import Inputs, Log, Request
+from stca.examples.train.log import Inputs, Log, LoggedRequest
 from stca.examples.train.world import World, generate
 
 ScoreFn = Callable[[Inputs], NDArray[Any]]
@@ -59,7 +59,7 @@ def auc_rows(
     score: ScoreFn,
     log: Log,
     lengths: Sequence[int],
-    references: Callable[[Request, int], Mapping[str, NDArray[Any]]],
+    references: Callable[[LoggedRequest, int], Mapping[str, NDArray[Any]]],
     *,
     request_time: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -118,7 +118,7 @@ def auc_table(
     """
     made = generate(world or World(), users=users, history=max(lengths), targets=targets, seed=EVALUATION_SEED)
 
-    def references(request: Request, length: int) -> dict[str, NDArray[Any]]:
+    def references(request: LoggedRequest, length: int) -> dict[str, NDArray[Any]]:
         return {
             "best": made.best_scores(request, length),
             "no_history": made.best_scores(request, 0),
@@ -128,7 +128,7 @@ def auc_table(
     return auc_rows(score, made.log, lengths, references, request_time=request_time, progress=progress)
 
 
-def base_rates(log: Log, prior_events: float = 5.0) -> Callable[[Request, int], Mapping[str, NDArray[Any]]]:
+def base_rates(log: Log, prior_events: float = 5.0) -> Callable[[LoggedRequest, int], Mapping[str, NDArray[Any]]]:
     """References for a log whose truth nobody knows, from its training events, whatever the history's length.
 
     `popularity`: how often the item occurs. `item_rate`: the share of positives among the item's events, drawn to the
@@ -147,7 +147,7 @@ def base_rates(log: Log, prior_events: float = 5.0) -> Callable[[Request, int], 
     popularity, item_rate = rate(log.item, log.items)
     _, user_rate = rate(user, log.users)
 
-    def references(request: Request, length: int) -> Mapping[str, NDArray[Any]]:
+    def references(request: LoggedRequest, length: int) -> Mapping[str, NDArray[Any]]:
         item = log.item[request.cut : request.end]
         return {
             "popularity": np.repeat(popularity[item, None], len(log.tasks), axis=1),

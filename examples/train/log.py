@@ -19,7 +19,7 @@ Inputs = dict[str, NDArray[np.integer[Any]]]
 """Arrays of one or more requests under the request graph's input names."""
 
 
-class Request(NamedTuple):
+class LoggedRequest(NamedTuple):
     """Events `[cut, end)` of `user` to score, given events before `cut`; both index the log's rows."""
 
     user: int
@@ -61,31 +61,33 @@ class Log:
     def users(self) -> int:
         return len(self.user_offsets) - 1
 
-    def training_requests(self, targets: int, least_history: int = 0) -> list[Request]:
+    def training_requests(self, targets: int, least_history: int = 0) -> list[LoggedRequest]:
         """Each user's training events in consecutive requests of `targets` (the last may have fewer).
 
         A user's first `least_history` events are the first request's history, and no request's targets.
         """
         return [
-            Request(u, cut, min(cut + targets, int(self.held_out[u])))
+            LoggedRequest(u, cut, min(cut + targets, int(self.held_out[u])))
             for u, begin in enumerate(self.user_offsets[:-1].tolist())
             for cut in range(begin + least_history, int(self.held_out[u]), targets)
         ]
 
-    def held_out_requests(self) -> list[Request]:
+    def held_out_requests(self) -> list[LoggedRequest]:
         """One request per user: all the events held out, given all those before."""
         ends = self.user_offsets[1:]
         return [
-            Request(u, int(self.held_out[u]), int(ends[u])) for u in range(self.users) if self.held_out[u] < ends[u]
+            LoggedRequest(u, int(self.held_out[u]), int(ends[u]))
+            for u in range(self.users)
+            if self.held_out[u] < ends[u]
         ]
 
-    def history(self, request: Request, length: int) -> NDArray[np.int64]:
+    def history(self, request: LoggedRequest, length: int) -> NDArray[np.int64]:
         """Rows of the most recent `length` events before the request's cut, or of as many as there are."""
         begin = max(int(self.user_offsets[request.user]), request.cut - length)
         return np.arange(begin, request.cut, dtype=np.int64)
 
     def batch(
-        self, requests: Sequence[Request], lengths: Sequence[int], *, request_time: bool = False
+        self, requests: Sequence[LoggedRequest], lengths: Sequence[int], *, request_time: bool = False
     ) -> tuple[Inputs, NDArray[np.float32]]:
         """Requests packed as the request graph takes them, each with its most recent `lengths[b]` events.
 

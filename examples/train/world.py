@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stca.examples.train.log import Log, Request
+from stca.examples.train.log import Log, LoggedRequest
 
 TASKS = ("finish", "like")
 SKIP, FINISH, LIKE = 0, 1, 2
@@ -87,7 +87,7 @@ class GeneratedLog:
     log: Log
     affinity: NDArray[np.float64]
 
-    def best_scores(self, request: Request, length: int) -> NDArray[np.float64]:
+    def best_scores(self, request: LoggedRequest, length: int) -> NDArray[np.float64]:
         """`P(label | last `length` events and all else known)`, `[m, tasks]`: the best possible scores."""
         history = self.log.history(request, length)
         topics = self.world.config.topics
@@ -98,11 +98,11 @@ class GeneratedLog:
         mean = SEGMENT_MEANS[int(self.log.user_fields["segment"][request.user])]
         return self._scores(request, (strength * mean + finishes) / (strength + shown))
 
-    def limit_scores(self, request: Request) -> NDArray[np.float64]:
+    def limit_scores(self, request: LoggedRequest) -> NDArray[np.float64]:
         """The same with the user's affinities themselves, as an endless history would tell them."""
         return self._scores(request, self.affinity[request.user])
 
-    def _scores(self, request: Request, finish: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _scores(self, request: LoggedRequest, finish: NDArray[np.float64]) -> NDArray[np.float64]:
         item = self.log.item[request.cut : request.end]
         p = finish[self.world.category[item]]
         ease = self.world.ease[int(self.log.request_fields["device"][request.cut])]

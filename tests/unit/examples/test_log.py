@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stca.examples.train.log import Log, Request
+from stca.examples.train.log import Log, LoggedRequest
 
 
 @pytest.fixture
@@ -28,10 +28,10 @@ def log() -> Log:
 
 
 def test_requests(log: Log) -> None:
-    assert log.held_out_requests() == [Request(0, 3, 5), Request(2, 7, 8)]
-    assert log.training_requests(2) == [Request(0, 0, 2), Request(0, 2, 3), Request(2, 5, 7)]
-    assert log.training_requests(2, least_history=1) == [Request(0, 1, 3), Request(2, 6, 7)]
-    assert log.training_requests(8, least_history=2) == [Request(0, 2, 3)]
+    assert log.held_out_requests() == [LoggedRequest(0, 3, 5), LoggedRequest(2, 7, 8)]
+    assert log.training_requests(2) == [LoggedRequest(0, 0, 2), LoggedRequest(0, 2, 3), LoggedRequest(2, 5, 7)]
+    assert log.training_requests(2, least_history=1) == [LoggedRequest(0, 1, 3), LoggedRequest(2, 6, 7)]
+    assert log.training_requests(8, least_history=2) == [LoggedRequest(0, 2, 3)]
     assert log.training_requests(2, least_history=3) == []
 
 
@@ -64,11 +64,11 @@ def test_batch_keeps_the_most_recent_suffix(log: Log) -> None:
 
 
 def test_batch_with_the_request_time(log: Log) -> None:
-    inputs, _ = log.batch([Request(0, 3, 5)], [1], request_time=True)
+    inputs, _ = log.batch([LoggedRequest(0, 3, 5)], [1], request_time=True)
     assert inputs["request_time"].tolist() == [70]
 
 
 def test_empty_histories(log: Log) -> None:
-    inputs, _ = log.batch([Request(0, 0, 2), Request(2, 7, 8)], [8, 0])
+    inputs, _ = log.batch([LoggedRequest(0, 0, 2), LoggedRequest(2, 7, 8)], [8, 0])
     assert inputs["history_offsets"].tolist() == [0, 0, 0]
     assert len(inputs["history_gap"]) == 0
