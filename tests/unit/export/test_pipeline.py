@@ -102,7 +102,7 @@ import os, shutil, signal, sys
 from stca.export.checkpoint import load_checkpoint
 from stca.export.pipeline import export_checkpoint
 
-def killed(bundle):
+def killed(bundle, _):
     shutil.copytree(bundle.path, sys.argv[3])
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -144,12 +144,12 @@ def test_a_failed_proof_leaves_the_existing_bundle_as_it_was(tmp_path, bundle_di
     shutil.copytree(bundle_dir, out)
     before = tiny.contents(tmp_path)
 
-    def refuse(bundle):
+    def refuse(bundle, _):
         assert Bundle.load(bundle.path).manifest.to_json() == bundle.manifest.to_json(), "a prover sees a whole bundle"
         assert bundle.path != out
         raise ParityError("stage x differs")
 
-    def interrupt(_):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     with one_line(ParityError, "stage x differs"):
@@ -161,7 +161,7 @@ def test_a_failed_proof_leaves_the_existing_bundle_as_it_was(tmp_path, bundle_di
     assert os.listdir(tmp_path) == ["B"]
 
 
-def fail(_):
+def fail(*_):
     raise ParityError("stage x differs")
 
 
@@ -353,7 +353,7 @@ def test_two_exports_at_once_into_one_place(tmp_path, bundle_dir):
     """Whoever is last wins; what is there is always whole."""
     seen = []
 
-    def overtaken(bundle):
+    def overtaken(bundle, _):
         if not seen:
             seen.append(split_onnx(bundle_dir / "request.onnx", SCOPES, tmp_path / "B", prove=tiny.no_proof))
             assert Bundle.load(tmp_path / "B").manifest.to_json() == seen[0].manifest.to_json()
