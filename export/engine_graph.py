@@ -172,13 +172,13 @@ def estimate_memory(graph: EngineGraph, sizes: Mapping[str, int]) -> dict[str, i
 
 def _for_plugin(model: onnx.ModelProto, sizes: Mapping[str, int], sm: int | None) -> onnx.ModelProto:
     """Nodes for the TensorRT plugins, without function bodies: a missing plugin is then an error, not a slow engine."""
+    fold_integers(model)  # shapes then say the head sizes that the plugins are compiled for
     known = sm is not None and {"N_h", "N_t"} <= sizes.keys()
     nominal = tiling.Sizes(sizes["N_t"], sizes["N_h"], sizes.get("B", 1)) if known else None
     prepared = tensorrt_graph.prepare(model, nominal, sm)
     functions = [f for f in prepared.functions if f.domain != DOMAIN]
     del prepared.functions[:]
     prepared.functions.extend(functions)
-    fold_integers(prepared)
     drop_unused(prepared.graph)
     return prepared
 

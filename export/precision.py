@@ -126,7 +126,9 @@ class _Conversion:
                 node.input[i] = self._as(name, kind)
         if kind == self.low:
             _narrow_attributes(node, self.low)
-        self.nodes.append(node)
+        made = _as_products(node) if kind == TensorProto.BFLOAT16 and node.op_type == "Einsum" else [node]
+        self.nodes.extend(made)
+        node = made[-1]
         for i, name in enumerate(node.output):
             if name and self.type_of(name) == TensorProto.UNDEFINED:
                 raise ExportError(
@@ -152,6 +154,8 @@ class _Conversion:
     def _wide_nodes(self) -> set[int]:
         nodes = self.graph.node
         wide = {i for i, node in enumerate(nodes) if node.op_type in _WIDE and not node.domain}
+        if self.low == TensorProto.BFLOAT16:
+            wide |= {i for i, node in enumerate(nodes) if node.op_type == "Einsum" and not _terms(node)}
         writer = {name: i for i, node in enumerate(nodes) for name in node.output}
         pending = [o.name for o in self.graph.output if o.name in self.keep]
         head: set[int] = set()
@@ -163,6 +167,40 @@ class _Conversion:
                 head.add(i)
                 pending.extend(nodes[i].input if nodes[i].op_type in _HEAD else ())
         return wide | head
+
+
+def _terms(node: onnx.NodeProto) -> tuple[str, str, str] | None:
+    """Labels `(left, right, out)` of an Einsum that is one matrix product per batch; None for any other."""
+    equation = next(a.s.decode() for a in node.attribute if a.name == "equation").replace(" ", "")
+    terms, arrow, out = equation.partition("->")
+    left, _, right = terms.partition(",")
+    if not arrow or len(node.input) != 2 or "," in right or not (left + right + out).isalpha():
+        return None
+    groups = [set(left) & set(right) - set(out), set(left) - set(right), set(right) - set(left)]
+    plain = all(len(set(term)) == len(term) for term in (left, right, out)) and set(out) <= set(left + right)
+    kept = groups[1] | groups[2] <= set(out)
+    return (left, right, out) if plain and kept and all(len(group) == 1 for group in groups) else None
+
+
+def _as_products(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """An Einsum as Transposes and a MatMul: ONNX has no Einsum in bfloat16."""
+    terms = _terms(node)
+    assert terms is not None
+    left, right, out = terms
+    (summed,), (rows,), (columns,) = set(left) & set(right) - set(out), set(left) - set(right), set(right) - set(left)
+    batch = "".join(label for label in out if label in left and label in right)
+    name = node.output[0]
+
+    def transpose(value: str, source: str, target: str, result: str) -> onnx.NodeProto:
+        perm = [source.index(label) for label in target]
+        return onnx.helper.make_node("Transpose", [value], [result], name=f"{node.name}_{result}", perm=perm)
+
+    return [
+        transpose(node.input[0], left, batch + rows + summed, f"{name}_left"),
+        transpose(node.input[1], right, batch + summed + columns, f"{name}_right"),
+        onnx.helper.make_node("MatMul", [f"{name}_left", f"{name}_right"], [f"{name}_product"], name=node.name),
+        transpose(f"{name}_product", batch + rows + columns, out, name),
+    ]
 
 
 def _weights(graph: onnx.GraphProto) -> set[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import json
 import math
 import os
 import threading
@@ -225,7 +226,7 @@ class TensorRTEngine:
         engine = trt.Runtime(_logger(trt, said)).deserialize_cuda_engine(Path(plan).read_bytes())
         if engine is None:
             raise BuildError(explain_refusal(entry, said))
-        self._said, self._engine = said, engine
+        self._said, self._engine, self._json = said, engine, trt.LayerInformationFormat.JSON
         self._context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._context is None:
             raise BuildError(explain_refusal(entry, [*said, "out of memory"]))
@@ -264,6 +265,11 @@ class TensorRTEngine:
                 per_token = empty and TOKENS in buffer.spec["shape"][:1]
                 out[name] = values[:0].copy() if per_token else values.copy()
             return out
+
+    def inspect(self) -> dict[str, Any]:
+        """What the library tells of the engine: `layers`, after fusion, and `device_memory` in bytes."""
+        told = json.loads(self._engine.create_engine_inspector().get_engine_information(self._json))
+        return {"layers": told["Layers"], "device_memory": int(self._engine.device_memory_size_v2)}
 
     def _empty(self, spec: Mapping[str, Any], sizes: Mapping[str, int]) -> Array:
         return np.zeros([sizes[n] if isinstance(n, str) else n for n in spec["shape"]], numpy_dtype(spec["dtype"]))

@@ -27,9 +27,10 @@ def types(model: onnx.ModelProto) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("precision", LOW)
+@pytest.mark.parametrize("form", ["projected", "absorbed"])
 @pytest.mark.parametrize("half", ["user_encoder", "target_scorer"])
-def test_a_half_of_the_model(exported, precision, half):
-    bundle = Bundle.load(exported("log", "projected"))
+def test_a_half_of_the_model(exported, precision, half, form):
+    bundle = Bundle.load(exported("log", form))
     state = {s.name: s.dtype for s in bundle.manifest.state}
     own = onnx.load(bundle.file(half))
     before, model = types(own), to_precision(own, precision, state)
@@ -47,6 +48,34 @@ def test_a_half_of_the_model(exported, precision, half):
         assert wide == {"Cast", "MatMul", "Add", "Sigmoid"}
         assert after["task_out.weight"] == TensorProto.FLOAT
         assert after["summary_in.weight"] == LOW[precision]
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "products"),
+    [
+        ("thd,chd->thc", [(5, 3, 4), (7, 3, 4)], 1),
+        ("thc,chd->thd", [(5, 3, 7), (7, 3, 4)], 1),
+        ("ab,bc->ca", [(5, 3), (3, 4)], 1),
+        ("ba, bc -> ca", [(3, 5), (3, 4)], 1),
+        ("abc,bcd->ad", [(2, 3, 4), (3, 4, 5)], 0),  # two summed labels: stays an Einsum, in float32
+        ("ab,ab->a", [(2, 3), (2, 3)], 0),
+        ("ii,ij->j", [(3, 3), (3, 4)], 0),
+        ("ab,cb->a", [(2, 3), (4, 3)], 0),
+    ],
+)
+def test_an_einsum_that_bfloat16_has_not(rng, equation, shapes, products):
+    inputs = ", ".join(f"float[{', '.join(map(str, s))}] x{i}" for i, s in enumerate(shapes))
+    labels = equation.split("->")[0].replace(",", "").replace(" ", "")
+    sizes = dict(zip(labels, [n for s in shapes for n in s], strict=True))
+    out = ", ".join(str(sizes[c]) for c in equation.split("->")[1].strip())
+    body = f'e = Einsum <equation = "{equation}"> (x0, x1) y = Abs (e)'
+    model = small(body, f"float[{out}] y", inputs)
+    low = to_precision(model, "bf16", ())
+    onnx.checker.check_model(low, full_check=True)
+    assert [n.op_type for n in low.graph.node].count("MatMul") == products
+    feeds = {f"x{i}": rng.standard_normal(s).astype(np.float32) for i, s in enumerate(shapes)}
+    near, true = (ReferenceEvaluator(m).run(None, feeds)[0] for m in (low, model))
+    np.testing.assert_allclose(near, true, rtol=0, atol=2**-6 * np.abs(true).max())
 
 
 def test_float32_is_a_copy(bundle_dir):

@@ -1,0 +1,400 @@
+"""TensorRT at run time, as far as a machine without a GPU goes: with stand-ins for the library and for CUDA.
+
+The stand-in for CUDA is real memory with a device side and a host side that only a copy connects, so an engine that
+forgets to stage, copy or synchronise gives wrong numbers here too. What it cannot show is that TensorRT agrees.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from support.errors import one_line
+
+from stca.errors import BuildError, RequestError
+from stca.runtime.tensorrt_engine import Device, TensorRTEngine, check_fit, choose_profile, explain_refusal, sizes_of
+
+ENTRY = {
+    "graph": "target_scorer",
+    "file": "target_scorer.tensorrt-rtx.sm89.bf16.plan",
+    "flavour": "tensorrt-rtx",
+    "version": "1.7.1.116",
+    "sm": 89,
+    "precision": "bf16",
+    "requests": 1,
+    "profiles": [{"N_h": [1, 8, 8], "N_t": [1, 4, 4]}, {"N_h": [9, 64, 64], "N_t": [1, 4, 4]}],
+    "inputs": [
+        {"name": "state", "dtype": "bfloat16", "shape": ["N_h", 2]},
+        {"name": "offsets", "dtype": "int32", "shape": [2]},
+        {"name": "target", "dtype": "int64", "shape": ["N_t"]},
+    ],
+    "outputs": [
+        {"name": "scores", "dtype": "float32", "shape": ["N_t", 2]},
+        {"name": "echo", "dtype": "bfloat16", "shape": ["N_h", 2]},
+    ],
+}
+
+
+class FakeCuda:
+    """Memory, copies that take effect in stream order, and graphs that replay what was captured."""
+
+    cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=0, cudaDevAttrComputeCapabilityMinor=1)
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+
+    def __init__(self, sm=89, fail=None):
+        self.sm, self.fail, self.memory, self.log = sm, fail or {}, [], []
+        self.queue, self.captured = [], None
+
+    def __getattribute__(self, name):
+        if not name.startswith("cuda") or name in ("cudaDeviceAttr", "cudaMemcpyKind", "cudaStreamCaptureMode"):
+            return object.__getattribute__(self, name)
+
+        def call(*args):
+            self.log.append(name)
+            if name in self.fail:
+                return (Failure(self.fail[name]),)
+            value = object.__getattribute__(self, "_" + name)(*args)
+            return (0,) if value is None else (0, value)
+
+        return call
+
+    def submit(self, work):
+        (self.captured if self.captured is not None else self.queue).append(work)
+
+    def _cudaDeviceGetAttribute(self, attribute, device):
+        return divmod(self.sm, 10)[attribute]
+
+    def _cudaStreamCreate(self):
+        return 77
+
+    def _cudaMalloc(self, size):
+        self.memory.append((ctypes.c_uint8 * size).from_buffer(bytearray(b"\xee" * size)))
+        return ctypes.addressof(self.memory[-1])
+
+    def _cudaHostAlloc(self, size, flags):
+        return self._cudaMalloc(size)
+
+    def _cudaFree(self, address):
+        pass
+
+    def _cudaMemcpyAsync(self, target, source, size, kind, stream):
+        assert stream == 77
+        self.submit(lambda: ctypes.memmove(target, source, size))
+
+    def _cudaStreamSynchronize(self, stream):
+        for work in self.queue:
+            work()
+        self.queue.clear()
+
+    def _cudaStreamBeginCapture(self, stream, mode):
+        self.captured = []
+
+    def _cudaStreamEndCapture(self, stream):
+        graph, self.captured = self.captured, None
+        return graph
+
+    def _cudaGraphInstantiate(self, graph, flags):
+        return graph
+
+    def _cudaGraphLaunch(self, graph, stream):
+        self.queue.extend(graph)
+
+    def _cudaGraphExecDestroy(self, graph):
+        graph.clear()
+
+
+class Failure(int):
+    def __new__(cls, name):
+        made = int.__new__(cls, 2)
+        made.name = name
+        return made
+
+
+class FakeTensorRT:
+    """`scores[t] = (target[t], offsets[1])`, `echo = state`; it wants its calls in TensorRT's order."""
+
+    __version__ = "1.7.1.116"
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
+    LayerInformationFormat = SimpleNamespace(JSON=1)
+
+    class ILogger:
+        INTERNAL_ERROR, ERROR, WARNING = range(3)
+
+    def __init__(self, cuda, says=None, scratch=64, fails=False):
+        self.cuda, self.says, self.scratch, self.fails = cuda, says, scratch, fails
+
+    def Runtime(self, log):
+        def deserialize(plan):
+            if self.says is not None:
+                log.log(self.ILogger.ERROR, self.says)
+                return None
+            assert plan == b"plan"
+            context = FakeContext(self)
+            told = SimpleNamespace(get_engine_information=lambda _: '{"Layers": ["fused"]}')
+            return SimpleNamespace(
+                create_execution_context=lambda _: context,
+                create_engine_inspector=lambda: told,
+                device_memory_size_v2=self.scratch,
+            )
+
+        return SimpleNamespace(deserialize_cuda_engine=deserialize)
+
+
+class FakeContext:
+    def __init__(self, trt):
+        self.trt, self.addresses, self.shapes, self.profile, self.scratch = trt, {}, {}, 0, None
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+        return True
+
+    def set_device_memory(self, address, size):
+        self.scratch = address
+
+    def set_optimization_profile_async(self, profile, stream):
+        self.profile = profile
+        return True
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = shape
+        return True
+
+    def execute_async_v3(self, stream):
+        assert self.scratch
+        tokens, targets, profile = self.shapes["state"][0], self.shapes["target"][0], self.profile
+        low, _, high = ENTRY["profiles"][profile]["N_h"]
+        assert low <= tokens <= high
+
+        def view(name, count, dtype):
+            size = count * np.dtype(dtype).itemsize
+            return np.frombuffer((ctypes.c_uint8 * size).from_address(self.addresses[name]), dtype)
+
+        def work():
+            scores = view("scores", 2 * targets, np.float32).reshape(-1, 2)
+            scores[:, 0], scores[:, 1] = view("target", targets, np.int64), view("offsets", 2, np.int32)[1]
+            view("echo", 2 * tokens, np.uint16)[:] = view("state", 2 * tokens, np.uint16)
+
+        self.trt.cuda.submit(work)
+        return not self.trt.fails
+
+
+def make(tmp_path, *, graphs=16, device=None, entry=ENTRY, **fake):
+    (tmp_path / "p").write_bytes(b"plan")
+    device = device or Device(cuda=FakeCuda())
+    return TensorRTEngine(tmp_path / "p", entry, device, graphs=graphs, module=FakeTensorRT(device.cuda, **fake))
+
+
+def request(tokens, targets, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "state": rng.integers(0, 1 << 16, (tokens, 2)).astype(np.uint16),
+        "offsets": np.array([0, tokens], np.int32),
+        "target": rng.integers(0, 1000, targets),
+        "unused": np.zeros(1),
+    }
+
+
+def expected(inputs):
+    scores = np.stack([inputs["target"], np.full(len(inputs["target"]), inputs["offsets"][1])], axis=1)
+    return {"scores": scores.astype(np.float32), "echo": inputs["state"]}
+
+
+def same(out, inputs):
+    assert {n: (x.dtype, x.shape) for n, x in out.items()} == {
+        n: (x.dtype, x.shape) for n, x in expected(inputs).items()
+    }
+    assert all(np.array_equal(out[n], x) for n, x in expected(inputs).items())
+
+
+@pytest.mark.parametrize("graphs", [0, 1, 16])
+def test_runs_of_all_shapes_again_and_again(tmp_path, graphs):
+    engine = make(tmp_path, graphs=graphs)
+    assert engine.name == "tensorrt-rtx 1.7.1.116 (SM 89, bf16)"
+    assert engine.outputs == ("scores", "echo")
+    for seed in range(5):
+        for tokens, targets in ((8, 4), (9, 1), (64, 3), (1, 1)):
+            same(engine.run(inputs := request(tokens, targets, seed)), inputs)
+    launched = engine._device.cuda.log.count("cudaGraphLaunch")
+    assert launched == {0: 0, 1: 0, 16: 3 * 4}[graphs]  # from the third run of a shape on
+
+
+def test_what_is_inside(tmp_path):
+    assert make(tmp_path, scratch=64).inspect() == {"layers": ["fused"], "device_memory": 64}
+
+
+def test_nothing_is_allocated_while_requests_run(tmp_path):
+    engine = make(tmp_path)
+    engine.run(request(8, 4))
+    cuda = engine._device.cuda
+    cuda.log.clear()
+    for tokens in (64, 3, 8, 8, 8):
+        engine.run(request(tokens, 2))
+    assert not {"cudaMalloc", "cudaHostAlloc", "cudaFree"} & set(cuda.log)
+
+
+def test_results_are_the_callers_own(tmp_path):
+    engine = make(tmp_path)
+    first = engine.run(request(8, 4))
+    kept = {n: x.copy() for n, x in first.items()}
+    engine.run(request(8, 4, seed=1))
+    assert all(np.array_equal(first[n], kept[n]) for n in first)
+
+
+def test_an_empty_history_is_one_token_of_zeros_that_the_offsets_leave_out(tmp_path):
+    engine = make(tmp_path)
+    engine.run(request(8, 4))
+    out = engine.run(inputs := request(0, 2))
+    same(out, inputs)
+    assert out["echo"].shape == (0, 2)
+    state = engine._buffers["state"]
+    assert not np.frombuffer((ctypes.c_uint8 * 4).from_address(state.address), np.uint8).any()
+
+
+def test_no_targets_no_run(tmp_path):
+    engine = make(tmp_path)
+    engine._device.cuda.log.clear()
+    out = engine.run(request(5, 0))
+    assert out["scores"].shape == (0, 2)
+    assert not engine._device.cuda.log
+
+
+def test_two_engines_share_scratch_memory(tmp_path):
+    device = Device(cuda=FakeCuda())
+    small, large = (make(tmp_path, device=device, scratch=n) for n in (64, 4096))
+    for seed in range(4):
+        for engine in (small, large):
+            same(engine.run(inputs := request(8, 4, seed)), inputs)
+    assert small._context.scratch == large._context.scratch
+
+
+def test_threads_take_turns(tmp_path):
+    engine, wrong = make(tmp_path), []
+
+    def work(seed):
+        for i in range(50):
+            inputs = request(1 + (seed * 7 + i) % 64, 1 + i % 4, seed)
+            if not all(np.array_equal(engine.run(inputs)[n], x) for n, x in expected(inputs).items()):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_the_callers_stream_is_used():
+    cuda = FakeCuda()
+    assert Device(5, cuda=cuda).stream == 5
+    assert "cudaStreamCreate" not in cuda.log
+
+
+def test_a_shape_that_cannot_be_captured_runs_without(tmp_path):
+    device = Device(cuda=FakeCuda(fail={"cudaGraphInstantiate": "cudaErrorStreamCaptureInvalidated"}))
+    engine = make(tmp_path, device=device)
+    for seed in range(4):
+        same(engine.run(inputs := request(8, 4, seed)), inputs)
+    assert device.cuda.log.count("cudaStreamBeginCapture") == 1
+
+
+def test_the_tightest_profile():
+    assert choose_profile(ENTRY, {"N_h": 8, "N_t": 1}) == 0
+    assert choose_profile(ENTRY, {"N_h": 9, "N_t": 4}) == 1
+    both = {**ENTRY, "profiles": [{"N_h": [1, 64, 64]}, {"N_h": [1, 8, 8]}]}
+    assert choose_profile(both, {"N_h": 3, "N_t": 4}) == 1
+    with one_line(RequestError, "N_h is 65", "64"):
+        choose_profile(ENTRY, {"N_h": 65, "N_t": 1})
+    with one_line(RequestError, "N_t is 5", "4", ENTRY["file"]):
+        choose_profile(ENTRY, {"N_h": 5, "N_t": 5})
+    with one_line(RequestError, "no profile"):
+        choose_profile({**ENTRY, "profiles": [{"N_h": [4, 8, 8]}]}, {"N_h": 2})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"state": np.zeros((3, 3), np.uint16)}, ("state", "[3, 3]")),
+        ({"state": np.zeros(3, np.uint16)}, ("state", "[3]")),
+        ({"state": np.zeros((3, 2), np.float32)}, ("state", "float32", "bfloat16")),
+        ({"offsets": np.zeros(3, np.int32)}, ("offsets", "[3]", "one request per run")),
+    ],
+)
+def test_inputs_of_another_shape(change, words):
+    with one_line(RequestError, *words):
+        sizes_of(ENTRY, {**request(5, 2), **change})
+
+
+def test_a_missing_input():
+    inputs = request(5, 2)
+    del inputs["target"]
+    with one_line(RequestError, "target", "missing"):
+        sizes_of(ENTRY, inputs)
+
+
+def test_a_run_that_fails(tmp_path):
+    engine = make(tmp_path, fails=True)
+    with one_line(RequestError, "tensorrt-rtx", "failed"):
+        engine.run(request(5, 2))
+
+
+def test_the_wrong_machine():
+    check_fit(ENTRY, "1.7.1.116", 89)
+    with one_line(BuildError, "1.7.1.116", "1.8.0", "stca build"):
+        check_fit(ENTRY, "1.8.0", 89)
+    with one_line(BuildError, "SM 89", "SM 90", "--sm 90"):
+        check_fit(ENTRY, "1.7.1.116", 90)
+
+
+@pytest.mark.parametrize(
+    ("says", "words"),
+    [
+        ("IPluginRegistry::getCreator: Error Code 4: Cannot find plugin: Foo, version: 1", ("plugin", "register")),
+        (
+            "Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed. Version tag does not match",
+            ("version",),
+        ),
+        (
+            "The engine plan file is generated on an incompatible device, expecting compute capability 8.9",
+            ("stca build",),
+        ),
+        (
+            "Error Code 1: Serialization (assertion header.magicTag == kMAGIC failed. Magic tag mismatch)",
+            ("damaged",),
+        ),
+        ("Requested amount of GPU memory (34359738368 bytes) could not be allocated. OutOfMemory", ("memory",)),
+        ("something\nelse", ("cannot be loaded", "something else")),
+        ("", ("no reason",)),
+    ],
+)
+def test_a_plan_the_library_refuses(tmp_path, says, words):
+    with one_line(BuildError, ENTRY["file"], *words):
+        make(tmp_path, says=says)
+    assert len(explain_refusal(ENTRY, [says] * 20).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        ("cudaDeviceGetAttribute", "cudaErrorInsufficientDriver", ("no usable NVIDIA GPU", "ONNX Runtime")),
+        ("cudaMalloc", "cudaErrorMemoryAllocation", ("out of memory", "smaller")),
+        ("cudaHostAlloc", "cudaErrorUnknown", ("cudaHostAlloc", "cudaErrorUnknown")),
+    ],
+)
+def test_cuda_that_fails(tmp_path, call, error, words):
+    with one_line(BuildError, *words):
+        make(tmp_path, device=Device(cuda=FakeCuda(fail={call: error})))
+
+
+def test_no_gpu_here():
+    """On a machine with a GPU this finds it, on one without it says so."""
+    try:
+        device = Device()
+    except BuildError as e:
+        assert len(str(e).splitlines()) == 1  # noqa: PT017
+    else:
+        assert device.sm >= 50
