@@ -265,6 +265,24 @@ def test_the_same_append_again_changes_nothing(session):
     np.testing.assert_allclose(got, session.score(Request(inputs)), **ROUNDING)
 
 
+def test_an_append_that_does_not_follow_what_is_kept(session):
+    """An event was lost on the way: 8 follows 7, but only 6 is kept."""
+    inputs = ask(session)
+    session.score(Request({**inputs, **events(inputs, slice(0, 6))}, user="u", version=6))
+    assert not session.append("u", events(inputs, slice(7, 8)), version=8, after=7)
+    assert session.append("u", events(inputs, slice(6, 7)), version=7, after=6)
+    assert session.append("u", events(inputs, slice(7, 9)), version=9, after=7)
+    got = session.score(Request(without_user(inputs), user="u", version=9))
+    np.testing.assert_allclose(got, session.score(Request(inputs)), **ROUNDING)
+
+
+def test_an_append_needs_a_version(session):
+    inputs = ask(session)
+    session.score(Request(inputs, user="u", version=0))
+    with one_line(RequestError, "version"):
+        session.append("u", events(inputs, slice(0, 1)), version=None)
+
+
 def test_append_to_nothing(session):
     assert not session.append("u", events(ask(session), slice(None)), version=1)
     assert session.stats().users == 0
