@@ -6,12 +6,14 @@ import dataclasses
 import importlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx
+from torch import nn
 
 import stca
 from stca import probe
@@ -28,9 +30,13 @@ from stca.export.weights import externalize
 from stca.plugins import onnx_function
 from stca.plugins.spec import DOMAIN, OP_NAME
 
-# What proves a finished bundle before it gets its name: returns the parity report to record, raises when it fails.
-Prover = Callable[[Bundle], Mapping[str, Any]]
+# What proves a finished bundle before it gets its name, against the module it was made from (None for an ONNX file):
+# returns the parity report to record, raises when it fails.
+Prover = Callable[[Bundle, nn.Module | None], Mapping[str, Any]]
 Progress = Callable[[str], None]
+
+# Events on which a state is shown to be its parts joined.
+_APPEND_TOKENS = 480
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +65,9 @@ def resolve(name: str) -> RequestModel:
         ExportError: when there is no such callable, it fails, or it returns something else.
     """
     module, _, attribute = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does: the user's module is usually right here
     try:
         made = getattr(importlib.import_module(module), attribute)()
     except Exception as e:  # the user's own code: whatever it raises, the name and the cause are what helps
@@ -72,7 +81,7 @@ def export_checkpoint(
     checkpoint: Checkpoint,
     out: str | os.PathLike[str],
     *,
-    prove: Callable[[Bundle], Mapping[str, Any]],
+    prove: Prover,
     form: AttentionForm | Literal["auto"] = "auto",
     max_history: int | None = None,
     cut: CutOptions | None = None,
@@ -83,7 +92,8 @@ def export_checkpoint(
     Args:
         checkpoint: from `load_checkpoint`.
         out: directory of the bundle; an existing bundle there is replaced at the very end, or stays as it was.
-        prove: runs on the finished bundle before it gets its name; `stca.verify.prove` is the one to use.
+        prove: runs on the finished bundle before it gets its name, with the checkpoint's own module; use
+            `stca.verify.prove`.
         form: attention form, or `auto` to take the one with less work at the cut's nominal request.
         max_history: longest history to serve, in tokens; None takes the config's.
         cut: how to split.
@@ -100,7 +110,7 @@ def export_checkpoint(
     return export_module(
         model,
         out,
-        prove=prove,
+        prove=lambda bundle, _: prove(bundle, checkpoint.build("projected")),
         source={"kind": "stca", "config": json.loads(config.to_json())},
         attention=chosen,
         max_history=max_history or config.max_history,
@@ -129,7 +139,8 @@ def export_module(
     """
     progress("tracing the request graph")
     graph = to_request_graph(model)
-    return _write(graph, model.inputs, out, prove, source, attention, max_history, cut or CutOptions(), progress)
+    proof = lambda bundle: prove(bundle, model.module)  # noqa: E731
+    return _write(graph, model.inputs, out, proof, source, attention, max_history, cut or CutOptions(), progress)
 
 
 def split_onnx(
@@ -165,7 +176,8 @@ def split_onnx(
     attention = next((n.op_type for n in graph.graph.node if (n.domain, n.op_type) == (DOMAIN, OP_NAME)), None)
     if attention:
         onnx_function.attach(graph)
-    return _write(graph, specs, out, prove, {"kind": "onnx"}, None, max_history, cut or CutOptions(), progress)
+    proof = lambda bundle: prove(bundle, None)  # noqa: E731
+    return _write(graph, specs, out, proof, {"kind": "onnx"}, None, max_history, cut or CutOptions(), progress)
 
 
 def load_onnx(file: str | os.PathLike[str]) -> onnx.ModelProto:
@@ -206,7 +218,7 @@ def _write(
     graph: onnx.ModelProto,
     specs: tuple[TensorSpec, ...],
     out: str | os.PathLike[str],
-    prove: Prover,
+    prove: Callable[[Bundle], Mapping[str, Any]],
     source: Mapping[str, Any],
     attention: str | None,
     max_history: int | None,
@@ -217,6 +229,11 @@ def _write(
     if len(rows) > 1:
         names = " and ".join(rows.values())
         raise SplitError(f"outputs {names} differ in their first size; scores of one model must all be per target")
+    for spec in map(_spec, graph.graph.output):
+        if not spec.dtype.startswith(("float", "bfloat")):
+            raise SplitError(
+                f"output {spec.name!r} is {spec.dtype}; scores must be floating point, cast it in the model"
+            )
     progress("splitting by dataflow")
     scopes = {s.name: s.scope for s in specs if s.scope is not None}
     halves = split(graph, scopes, workload=cut.workload, flops_per_byte=cut.flops_per_byte)
@@ -255,35 +272,42 @@ def _write(
 
 
 def _appendable(halves: Split, specs: tuple[TensorSpec, ...]) -> bool:
-    """Whether the state of a history is the state of its parts joined: shown on random events, in two ragged parts."""
+    """Whether the state of a history is the state of its parts joined: shown on random events, cut at several places.
+
+    Shown, not derived: a token that looks further back than `_APPEND_TOKENS` events would go unnoticed.
+    """
     user = tuple(s for s in specs if s.scope == "user")
     per_token = [t for t in halves.state if t.shape[:1] == ("N_h",)]
     if not per_token or not any(s.shape == ("B_plus_1",) for s in user):
         return False
-    whole = probe.single(user, 9, 0, np.random.default_rng(0))
+    whole = probe.single(user, _APPEND_TOKENS, 0, np.random.default_rng(0))
     tokens = {s.name for s in user if s.shape[:1] == ("N_h",)}
     once = {s.name: np.full_like(whole[s.name], (s.limit or 2) - 1) for s in user if s.name in whole.keys() - tokens}
     whole |= once
-    parts = [{n: x[rows] if n in tokens else x for n, x in whole.items()} for rows in (slice(0, 4), slice(4, 9))]
-    # Appending encodes new events without the user's other inputs: no token may depend on them.
-    parts[1] |= {n: np.zeros_like(x) for n, x in once.items()}
+
+    def part(rows: slice) -> dict[str, Any]:
+        return {n: x[rows] if n in tokens else x for n, x in whole.items()}
 
     def state(request: dict[str, Any]) -> dict[str, Any]:
         feeds = probe.pack(user, [request])
         wanted = {i.name: feeds[i.name] for i in halves.user_encoder.graph.input}
         return dict(zip((t.name for t in halves.state), run_reference(halves.user_encoder, wanted), strict=True))
 
-    full, first, second = state(whole), state(parts[0]), state(parts[1])
-    for tensor in halves.state:
-        a = full[tensor.name]
-        if tensor in per_token:
-            b = np.concatenate([first[tensor.name], second[tensor.name]])
-            scale = float(np.abs(a).max(initial=0.0))
-            # A matrix product of fewer rows may sum in another order: roundings, nothing more.
-            if not np.allclose(a, b, rtol=0, atol=64 * np.finfo(np.float32).eps * scale):
+    full = state(whole)
+    for cut in (1, _APPEND_TOKENS * 2 // 3):
+        first = state(part(slice(0, cut)))
+        # Appending encodes new events without the user's other inputs: no token may depend on them.
+        second = state(part(slice(cut, None)) | {n: np.zeros_like(x) for n, x in once.items()})
+        for tensor in halves.state:
+            a = full[tensor.name]
+            if tensor in per_token:
+                b = np.concatenate([first[tensor.name], second[tensor.name]])
+                scale = float(np.abs(a).max(initial=0.0))
+                # A matrix product of fewer rows may sum in another order: roundings, nothing more.
+                if not np.allclose(a, b, rtol=0, atol=64 * np.finfo(np.float32).eps * scale):
+                    return False
+            elif tensor.value not in {s.name for s in user} and not np.array_equal(a, first[tensor.name]):
                 return False
-        elif tensor.value not in {s.name for s in user} and not np.array_equal(a, first[tensor.name]):
-            return False
     return True
 
 
@@ -297,13 +321,17 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def _id_limit(graph: onnx.GraphProto, name: str) -> int | None:
-    """Rows of the smallest table that the input indexes directly; None when it indexes none."""
+    """Rows of the smallest table that the input indexes, as it is or cast and reshaped; None when it indexes none."""
     rows = {t.name: t.dims[0] for t in graph.initializer if len(t.dims)}
+    names = {name}
+    for n in graph.node:
+        if n.op_type in ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity") and n.input[0] in names:
+            names.add(n.output[0])
     limits = [
         rows[n.input[0]]
         for n in graph.node
         if n.op_type == "Gather"
-        and n.input[1] == name
+        and n.input[1] in names
         and n.input[0] in rows
         and next((a.i for a in n.attribute if a.name == "axis"), 0) == 0
     ]

@@ -6,10 +6,11 @@ initializer is a tensor of the checkpoint, by name and by bytes, which is what l
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +58,8 @@ def to_request_graph(model: RequestModel) -> onnx.ModelProto:
         for s in model.inputs
     }
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-            traced = torch.export.export(model.module.eval(), (feeds,), dynamic_shapes=(dynamic,), strict=False)
+        with _quietly(model.module), torch.no_grad():
+            traced = torch.export.export(model.module, (feeds,), dynamic_shapes=(dynamic,), strict=False)
             program = torch.onnx.export(
                 traced,
                 (),
@@ -83,6 +82,22 @@ def to_request_graph(model: RequestModel) -> onnx.ModelProto:
     onnx_function.attach(graph)
     graph.producer_name, graph.producer_version = "stca", ""
     return graph
+
+
+@contextlib.contextmanager
+def _quietly(module: nn.Module) -> Iterator[None]:
+    """Without the exporter's chatter, and with the module in eval mode; both are afterwards as they were."""
+    logger, training = logging.getLogger("torch.onnx"), module.training
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        module.eval()
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            module.train(training)
 
 
 def example_inputs(inputs: Sequence[TensorSpec]) -> dict[str, Tensor]:
@@ -155,7 +170,7 @@ def _name_attention(model: onnx.ModelProto) -> None:
         tied = node.input[1] == node.input[2]
         for role, name in zip(("query", "key", "value"), node.input[:3], strict=True):
             names.setdefault(name, f"attention_{i}_{'history' if tied and role != 'query' else role}")
-    made = {o for n in model.graph.node for o in n.output}
+    made = {o for n in model.graph.node for o in n.output} - {o.name for o in model.graph.output}
     names = {old: new for old, new in names.items() if old in made and new not in made}
     for node in model.graph.node:
         for ends in (node.input, node.output):

@@ -10,6 +10,7 @@ import collections.abc
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -34,6 +35,8 @@ Scope = Literal["user", "request", "target"]
 SCOPES: tuple[Scope, ...] = ("user", "request", "target")
 # Stands where the manifest's own digest goes while it is computed: the digest is of the text with this in its place.
 _NO_DIGEST = "0" * 64
+# What a bundle's files end in; a directory with anything else is not replaced by a bundle.
+_SUFFIXES = (".json", ".onnx", ".safetensors", ".plan", ".weights")
 GRAPHS = ("request", "user_encoder", "target_scorer")
 
 # Bytes of one element, by the dtype names that manifests use (numpy's, and ml_dtypes' for the rest).
@@ -193,7 +196,7 @@ def _as(kind: Any, raw: Any, where: str) -> Any:
     elif origin is tuple and isinstance(raw, list):
         return tuple(_as(inner[0], x, f"{where}[{i}]") for i, x in enumerate(raw))
     elif origin is collections.abc.Mapping and isinstance(raw, dict):
-        return {k: _as(inner[1], v, f"{where}.{k}") for k, v in raw.items()}
+        return {k: _as(inner[1], v, f"{where}[{k!r:.40}]") for k, v in raw.items()}
     elif kind is int and isinstance(raw, int) and not isinstance(raw, bool):
         if raw < 0:
             raise ValueError(f"{where} is {raw}; it cannot be negative")
@@ -333,8 +336,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Callable[[Mani
         BundleError: when `path` exists and is not a bundle, or its parent cannot be written to.
     """
     target = Path(os.path.realpath(path))  # of a link (`current`), what it points to is replaced
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise BundleError(f"{target}: exists and is not a bundle; choose another --out or remove it")
+    if target.exists() and not _may_replace(target):
+        raise BundleError(f"{target}: exists and is not a bundle, or not only that; choose another --out or remove it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -346,16 +349,38 @@ def writing(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Callable[[Mani
         mask = umask()
         for p in work.iterdir():
             p.chmod(0o666 & ~mask)  # safetensors writes files that only their owner may read
-            with p.open("rb") as f:
-                os.fsync(f.fileno())
+            _sync(p)
         os.chmod(work, 0o777 & ~mask)
+        _sync(work)
         _put(work, target)
+        _sync(target.parent)
         return Bundle(target, done)
 
     try:
         yield work, commit
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        raise BundleError(f"{target}: cannot be written ({e.strerror}); free space or choose another --out") from e
     finally:
         shutil.rmtree(work, ignore_errors=True)  # after a swap this is the old bundle
+
+
+def _may_replace(target: Path) -> bool:
+    """Whether a directory is a bundle, damaged perhaps, and holds nothing that could be anything else."""
+    try:
+        ours = f'"format": "{FORMAT}"' in (target / MANIFEST).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return ours and all(p.suffix in _SUFFIXES and not p.is_dir() for p in target.iterdir())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _put(work: Path, target: Path) -> None:

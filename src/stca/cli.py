@@ -7,6 +7,7 @@ usage or input. An error is one line; `--debug` shows the traceback.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -102,17 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("bundle")
     p.add_argument("--history", type=_sizes, default=[512, 2048, 10_000], metavar="N,N", help="default 512,2048,10000")
     p.add_argument("--targets", type=_sizes, default=[1, 32, 300], metavar="N,N", help="default 1,32,300")
-    p.add_argument("--threads", type=int, help="threads of one request; default every core")
-    p.add_argument("--seconds", type=float, default=1.0, help="time for each figure")
+    p.add_argument("--threads", type=_count, help="threads of one request; default every core")
+    p.add_argument("--seconds", type=_positive, default=1.0, help="time for each figure")
 
     p = add("build", _build, "engines of both halves, written into the bundle")
     p.add_argument("bundle")
     p.add_argument("--engine", choices=ENGINES, required=True)
-    p.add_argument("--sm", type=int, metavar="NN", help="compute capability, 89 for 8.9; default this machine's GPU")
+    p.add_argument("--sm", type=_count, metavar="NN", help="compute capability, 89 for 8.9; default this machine's GPU")
     p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    p.add_argument("--history-max", type=int, metavar="N", help="most history tokens; default the bundle's limit")
-    p.add_argument("--targets-max", type=int, default=512, metavar="N", help="most targets (512)")
-    p.add_argument("--requests-max", type=int, default=1, metavar="N", help="most requests of a batch (1)")
+    p.add_argument("--history-max", type=_count, metavar="N", help="most history tokens; default the bundle's limit")
+    p.add_argument("--targets-max", type=_count, default=512, metavar="N", help="most targets (512)")
+    p.add_argument("--requests-max", type=_count, default=1, metavar="N", help="most requests of a batch (1)")
     p.add_argument("--history-buckets", type=_sizes, default=[], metavar="N,N", help="a profile for each range up to N")
     p.add_argument("--size", action="append", type=_size, default=[], metavar="DIM=N", help="most of any other size")
     p.add_argument("--refit", choices=("none", "identical", "weights"), help="can finished engines take new weights")
@@ -135,27 +136,42 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _cut_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--history", type=int, default=10_000, metavar="N", help="history tokens to cut for")
-    p.add_argument("--targets", type=int, default=300, metavar="N", help="targets to cut for")
+    p.add_argument("--history", type=_count, default=10_000, metavar="N", help="history tokens to cut for")
+    p.add_argument("--targets", type=_count, default=300, metavar="N", help="targets to cut for")
     p.add_argument("--size", action="append", type=_size, default=[], metavar="DIM=N", help="the same for other sizes")
-    p.add_argument("--flops-per-byte", type=float, metavar="F", help="work worth redoing to save a byte of state")
-    p.add_argument("--max-history", type=int, metavar="N", help="longest history to serve")
+    p.add_argument("--flops-per-byte", type=_positive, metavar="F", help="work worth redoing to save a byte of state")
+    p.add_argument("--max-history", type=_count, metavar="N", help="longest history to serve")
 
 
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
 def _sizes(text: str) -> list[int]:
-    sizes = [int(n) for n in text.split(",")]
-    if min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{min(sizes)} is less than 1")
-    return sizes
+    return [_count(n) for n in text.split(",")]
 
 
 def _size(text: str) -> tuple[str, int]:
-    name, _, n = text.partition("=")
-    return name, int(n)
+    name, equals, n = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form DIM=N")
+    return name, _count(n)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def _progress() -> Callable[[str], None]:
@@ -202,13 +218,15 @@ def _export(args: argparse.Namespace) -> int:
 
     progress = _progress()
     if (args.checkpoint is None) == (args.model is None):
-        raise StcaError("export needs either a CHECKPOINT or --model MODULE:CALLABLE")
+        raise StcaError("export needs a CHECKPOINT or --model MODULE:CALLABLE, one of the two")
     if args.model:
+        if args.form != "auto":
+            raise StcaError("--form: only a CHECKPOINT has both forms; choose the form inside your own module")
         model = resolve(args.model)
         bundle = export_module(
             model,
             args.out,
-            prove=lambda b: prove(b, module=model.module, progress=progress),
+            prove=functools.partial(prove, progress=progress),
             source={"kind": "callable", "name": args.model},
             max_history=args.max_history,
             cut=_cut(args),
@@ -218,7 +236,7 @@ def _export(args: argparse.Namespace) -> int:
         bundle = export_checkpoint(
             load_checkpoint(args.checkpoint),
             args.out,
-            prove=lambda b: prove(b, progress=progress),
+            prove=functools.partial(prove, progress=progress),
             form=args.form,
             max_history=args.max_history,
             cut=_cut(args),
@@ -246,7 +264,7 @@ def _split(args: argparse.Namespace) -> int:
         args.model,
         scopes,
         args.out,
-        prove=lambda b: prove(b, progress=progress),
+        prove=functools.partial(prove, progress=progress),
         max_history=args.max_history,
         cut=_cut(args),
         progress=progress,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -100,7 +101,7 @@ def demo(
     file = Path(checkpoint) if checkpoint is not None else shipped_checkpoint()
     loaded = load_checkpoint(file)
     bundle = export_checkpoint(
-        loaded, folder / "bundle", prove=lambda b: prove(b, progress=progress), progress=progress
+        loaded, folder / "bundle", prove=functools.partial(prove, progress=progress), progress=progress
     )
     session = Session.load(bundle.path)
     rows = auc_table(

@@ -15,14 +15,16 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
-
-import onnx
+from typing import TYPE_CHECKING, Any, cast
 
 from stca.errors import BuildError, StcaError
-from stca.export.engine_graph import EngineGraph, engine_graph
 from stca.plugins.ptx_launch import device_sm
 from stca.tensorrt_flavours import FLAVOURS, PROGRESS, Built, Flavour, Job, load
+
+if TYPE_CHECKING:
+    import onnx
+
+    from stca.export.engine_graph import EngineGraph
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,6 +49,8 @@ def _build(job: Job) -> Built:
     sm = _target(trt, flavour, job.sm)
     if job.attention == "plugin":
         importlib.import_module("stca.plugins.tensorrt_plugin").settings.sm = sm
+    from stca.export.engine_graph import engine_graph  # once it is known that there is something to build with
+
     graph = engine_graph(
         Path(job.graph),
         state=job.state,
@@ -94,10 +98,12 @@ def _build(job: Job) -> Built:
 
 def _tensors(values: Iterable[onnx.ValueInfoProto]) -> list[list[Any]]:
     """`(name, dtype, shape)` of each, in the words of a manifest."""
+    from onnx import helper
+
     found: list[list[Any]] = []
     for value in values:
         kind = value.type.tensor_type
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+        dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type).name
         found.append([value.name, dtype, [d.dim_param or d.dim_value for d in kind.shape.dim]])
     return found
 
@@ -106,6 +112,8 @@ def _refit(job: Job) -> Built:
     """Give a finished engine the graph's present weights. Needs the GPU it was built for; not run without one."""
     flavour = FLAVOURS[job.flavour]
     trt = load(flavour)
+    from stca.export.engine_graph import engine_graph
+
     graph = engine_graph(Path(job.graph), state=job.state, precision=cast(Any, job.precision))
     began = time.monotonic()
     log = _logger(trt)
