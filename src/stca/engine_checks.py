@@ -112,9 +112,9 @@ def verify_engine(
         module = verify.rebuild(bundle)
     progress("float64 reference")
     if module is not None:
-        against, reference = "float64 torch", verify.run_torch(module, feeds, double=True)
+        against, reference = "float64 torch", verify.run_torch(verify.in_form(module, "projected"), feeds, double=True)
         progress(f"torch in {precision}")
-        near = _run_torch(module, feeds, precision)
+        near = _run_torch(verify.in_form(module, manifest.attention), feeds, precision)
     else:
         against, reference = "float64 onnx.reference", verify.run_double(bundle, feeds)
         near = _run_typed(bundle, feeds, precision)

@@ -168,7 +168,7 @@ def test_killed_midway_the_bundle_is_as_it_was(bundle, new_checkpoint):
     before = tiny.contents(bundle)
     code = (
         "import os, signal, sys, stca.refit\n"
-        "stca.refit.refit(sys.argv[1], sys.argv[2], prove=lambda _: os.kill(os.getpid(), signal.SIGKILL))\n"
+        "stca.refit.refit(sys.argv[1], sys.argv[2], prove=lambda *_: os.kill(os.getpid(), signal.SIGKILL))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(bundle), str(new_checkpoint)], check=False)
     assert done.returncode == -signal.SIGKILL
