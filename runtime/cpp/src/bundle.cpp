@@ -18,6 +18,10 @@ constexpr const char* weights_name = "weights.safetensors";
 constexpr std::int64_t format_version = 1;
 constexpr std::uintmax_t largest_manifest = 16 << 20;  // real ones have some tens of kilobytes
 
+[[noreturn]] void malformed(const std::string& why) {
+  bundle_error(manifest_name, " is malformed (", why, "); export the bundle again");
+}
+
 /// Reads the fields of one JSON object; complaints name the place, as in "graphs.request.inputs[2].dtype".
 class Fields {
  public:
@@ -74,9 +78,6 @@ class Fields {
   }
 
  private:
-  [[noreturn]] static void malformed(const std::string& why) {
-    bundle_error(manifest_name, " is malformed (", why, "); export the bundle again");
-  }
   std::string at(const char* name) const { return place_.empty() ? name : place_ + "." + name; }
   bool absent(const char* name, bool may_miss) const {
     const Json* found = json_.find(name);
@@ -107,9 +108,37 @@ void read_tensor(const Fields& fields, TensorSpec& spec) {
   if (spec.shape.size() > STCA_MAX_RANK) fields.wrong("shape", "of at most " + std::to_string(STCA_MAX_RANK) + " axes");
 }
 
+EngineEntry read_engine(const Fields& fields) {
+  EngineEntry entry;
+  entry.graph = fields.optional_string("graph").value_or("");
+  entry.flavour = fields.optional_string("flavour").value_or("");
+  entry.file = fields.optional_string("file").value_or("");
+  if (entry.flavour != "tensorrt") return entry;  // nothing else of this library reads what plans say
+  entry.version = fields.string("version");
+  entry.precision = fields.string("precision");
+  entry.sm = fields.count("sm", 0);
+  entry.requests = fields.optional_count("requests", 1, false).value_or(0);
+  for (auto [name, specs] : {std::pair{"inputs", &entry.spec.inputs}, {"outputs", &entry.spec.outputs}}) {
+    fields.each(name, [specs = specs](const Json& item, const std::string& place) {
+      read_tensor({item, place}, specs->emplace_back());
+    });
+  }
+  fields.each("profiles", [&](const Json& item, const std::string& place) {
+    Profile& profile = entry.profiles.emplace_back();
+    const Fields sizes(item, place);
+    sizes.members([&](const std::string& symbol, const Json& json, const std::string&) {
+      const Json::List* three = json.list();  // smallest, best, largest
+      if (three == nullptr || three->size() != 3 || !(*three)[0].integer() || !(*three)[2].integer()) {
+        sizes.wrong(symbol.c_str(), "three sizes");
+      }
+      profile[symbol] = {*(*three)[0].integer(), *(*three)[2].integer()};
+    });
+  });
+  return entry;
+}
+
 TensorSpec read_spec(const Json& json, const std::string& place) {
   const Fields fields(json, place);
-  fields.only({"name", "dtype", "shape", "scope", "limit"});
   TensorSpec spec;
   read_tensor(fields, spec);
   if (const auto scope = fields.optional_string("scope")) {
@@ -122,7 +151,8 @@ TensorSpec read_spec(const Json& json, const std::string& place) {
     else
       fields.wrong("scope", "user, request or target");
   }
-  spec.limit = fields.optional_count("limit", 1, true).value_or(0);
+  spec.limit = fields.optional_count("limit", 0, true).value_or(0);
+  fields.only({"name", "dtype", "shape", "scope", "limit"});
   return spec;
 }
 
@@ -136,17 +166,56 @@ GraphSpec read_graph(const Fields& fields) {
       if (!seen.insert(specs->back().name).second) fields.wrong(name, "of different names");
     });
   }
+  fields.only({"file", "inputs", "outputs"});
   return graph;
 }
 
 StateSpec read_state(const Json& json, const std::string& place) {
   const Fields fields(json, place);
-  fields.only({"name", "dtype", "shape", "bytes_per_token", "input"});
   StateSpec spec;
   read_tensor(fields, spec);
   fields.count("bytes_per_token", 0);
   spec.input = fields.optional_string("input");
+  fields.only({"name", "dtype", "shape", "bytes_per_token", "input"});
   return spec;
+}
+
+/// What a session looks up by name must be there.
+void check_names(const Manifest& manifest) {
+  std::set<std::string> given, state;
+  for (const TensorSpec& spec : manifest.graph("request").inputs) given.insert(spec.name);
+  for (const StateSpec& spec : manifest.state) {
+    state.insert(spec.name);
+    if (spec.input && given.count(*spec.input) == 0) {
+      malformed("state '" + spec.name + "' copies '" + *spec.input + "', which is no input of the request graph");
+    }
+  }
+  for (const auto& [name, graph] : manifest.graphs) {
+    if (graph.outputs.empty()) malformed("graphs." + name + " has no outputs");
+    for (const TensorSpec& spec : graph.inputs) {
+      if (given.count(spec.name) == 0 && (name != "target_scorer" || state.count(spec.name) == 0)) {
+        malformed("graphs." + name + ": input '" + spec.name + "' is no input of the request graph and no state");
+      }
+    }
+  }
+}
+
+/// Holds the manifest's text against the digest it carries, which is of the text with zeros in the digest's place.
+void check_digest(const fs::path& root, std::string text) {
+  constexpr std::string_view field = "\"digest\": \"", digits = "0123456789abcdef";
+  constexpr std::size_t length = 64;
+  std::size_t at = text.find(field);
+  for (; at != std::string::npos; at = text.find(field, at + 1)) {
+    const std::size_t begin = at + field.size();
+    if (text.find_first_not_of(digits, begin) == begin + length && text[begin + length] == '"') break;
+  }
+  if (at != std::string::npos) {
+    const std::string carried = text.substr(at + field.size(), length);
+    Sha256 digest;
+    digest.update(text.replace(at + field.size(), length, length, '0'));
+    if (digest.hex() == carried) return;
+  }
+  bundle_error(root.string(), ": ", manifest_name, " was changed; copy the bundle again or export it anew");
 }
 
 void check_files(const fs::path& root, const Manifest& manifest) {
@@ -252,15 +321,16 @@ Manifest Manifest::parse(std::string text) {
   fields.each("state",
               [&](const Json& item, const std::string& place) { manifest.state.push_back(read_state(item, place)); });
   fields.each("engines", [&](const Json& item, const std::string& place) {
-    const Fields entry(item, place);
-    manifest.engines.push_back(
-        {entry.optional_string("graph").value_or(""), entry.optional_string("flavour").value_or(""),
-         entry.optional_string("file").value_or(""), entry.optional_count("sm", 0, true).value_or(0)});
+    manifest.engines.push_back(read_engine({item, place}));
   });
   fields.sub("files").members([&](const std::string& name, const Json& item, const std::string& place) {
     const Fields entry(item, place);
     manifest.files[name] = {entry.count("bytes", 0), entry.string("sha256")};
+    entry.only({"sha256", "bytes"});
   });
+  fields.only({"format", "version", "digest", "model", "weights", "precision", "attention", "graphs", "state",
+               "appendable", "max_history", "split", "parity", "producer", "engines", "files"});
+  check_names(manifest);
   manifest.text = std::move(text);
   return manifest;
 }
@@ -272,6 +342,7 @@ std::shared_ptr<const Bundle> Bundle::load(const fs::path& path) {
     }
     auto bundle = std::make_shared<Bundle>(Bundle{path, Manifest::parse(read_manifest(path)), {}});
     check_files(path, bundle->manifest);
+    check_digest(path, bundle->manifest.text);
     for (const auto& [name, graph] : bundle->manifest.graphs) bundle->graph_files[name] = (path / graph.file).string();
     return bundle;
   } catch (const fs::filesystem_error& e) {

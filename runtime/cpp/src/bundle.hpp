@@ -53,10 +53,17 @@ struct FileEntry {
   std::string sha256;
 };
 
-/// An engine that `build` put into the bundle; other fields of its entry are not needed to load it.
+/// Smallest and largest size of each symbol that an optimization profile admits.
+using Profile = std::map<std::string, std::pair<std::int64_t, std::int64_t>>;
+
+/// An engine that `stca build` put into the bundle. Only plans of TensorRT say more than the first line.
 struct EngineEntry {
   std::string graph, flavour, file;
-  std::int64_t sm = 0;  ///< compute capability, 90 for 9.0; 0 when the entry does not say
+  std::string version, precision;
+  std::int64_t sm = 0;        ///< compute capability, 90 for 9.0
+  std::int64_t requests = 0;  ///< most requests of one run; 0 for no limit
+  GraphSpec spec;             ///< inputs and outputs in the engine's own types, which may be narrower than the graph's
+  std::vector<Profile> profiles;
 };
 
 struct Manifest {

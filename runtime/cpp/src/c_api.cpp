@@ -89,6 +89,7 @@ class CallerEngine final : public Engine {
   }
 
   std::string name() const override { return name_; }
+  const GraphSpec& spec() const override { return graph_; }
 
   std::vector<Array> run(const std::vector<Array>& inputs) override {
     std::vector<stca_tensor> tensors;
@@ -106,7 +107,7 @@ class CallerEngine final : public Engine {
     if (outputs.code != STCA_OK) throw Error(outputs.code, outputs.message);
     if (code != STCA_OK) callback_failed(code, name_ + " failed without a message");
     for (std::size_t i = 0; i < count; ++i) {
-      if (!outputs.allocated[i]) fail(STCA_INTERNAL_ERROR, name_, " did not give the output ", graph_.outputs[i].name);
+      if (!outputs.allocated[i]) fail(STCA_ENGINE_ERROR, name_, " did not give the output ", graph_.outputs[i].name);
     }
     return std::move(outputs.arrays);
   }
@@ -148,10 +149,7 @@ Options options_of(const stca_options* given_options) {
 }
 
 /// Scores as the caller gets them: float32, rows of tasks.
-stca_scores* hand_out(Array scores) {
-  if (scores.dtype != STCA_FLOAT32) scores = converted(scores, STCA_FLOAT32);
-  return new stca_scores{std::move(scores)};
-}
+stca_scores* hand_out(const Array& scores) { return new stca_scores{converted(scores, STCA_FLOAT32)}; }
 
 const std::vector<TensorSpec>* specs_of(const stca_bundle* bundle, const char* graph, bool inputs) {
   if (bundle == nullptr || graph == nullptr) return nullptr;
@@ -186,30 +184,19 @@ const char* stca_last_error(void) { return last_error.c_str(); }
 
 const char* stca_code_name(int32_t code) {
   switch (code) {
-    case STCA_OK:
-      return "OK";
-    case STCA_ERROR:
-      return "StcaError";
-    case STCA_CHECKPOINT_ERROR:
-      return "CheckpointError";
-    case STCA_EXPORT_ERROR:
-      return "ExportError";
-    case STCA_SPLIT_ERROR:
-      return "SplitError";
-    case STCA_BUILD_ERROR:
-      return "BuildError";
-    case STCA_BUNDLE_ERROR:
-      return "BundleError";
-    case STCA_PARITY_ERROR:
-      return "ParityError";
-    case STCA_REQUEST_ERROR:
-      return "RequestError";
-    case STCA_USAGE_ERROR:
-      return "UsageError";
-    case STCA_INTERNAL_ERROR:
-      return "InternalError";
-    default:
-      return "unknown";
+    case STCA_OK: return "OK";
+    case STCA_ERROR: return "StcaError";
+    case STCA_CHECKPOINT_ERROR: return "CheckpointError";
+    case STCA_EXPORT_ERROR: return "ExportError";
+    case STCA_SPLIT_ERROR: return "SplitError";
+    case STCA_BUILD_ERROR: return "BuildError";
+    case STCA_BUNDLE_ERROR: return "BundleError";
+    case STCA_PARITY_ERROR: return "ParityError";
+    case STCA_REQUEST_ERROR: return "RequestError";
+    case STCA_ENGINE_ERROR: return "EngineError";
+    case STCA_USAGE_ERROR: return "UsageError";
+    case STCA_INTERNAL_ERROR: return "InternalError";
+    default: return "unknown";
   }
 }
 
@@ -253,7 +240,7 @@ void* stca_outputs_allocate(stca_outputs* outputs, size_t index, int32_t rank, c
   const int32_t code = guarded([&] {
     const auto& specs = outputs->graph.outputs;
     if (index >= specs.size())
-      fail(STCA_INTERNAL_ERROR, "the engine gave an output of index ", index, ", there are ", specs.size());
+      fail(STCA_ENGINE_ERROR, "the engine gave an output of index ", index, ", there are ", specs.size());
     const TensorSpec& spec = specs[index];
     Shape wanted;
     bool fits = rank == static_cast<int32_t>(spec.shape.size());
@@ -262,7 +249,7 @@ void* stca_outputs_allocate(stca_outputs* outputs, size_t index, int32_t rank, c
       wanted[wanted.rank++] = shape[i];
     }
     if (!fits) {
-      fail(STCA_INTERNAL_ERROR, "the engine gave ", spec.name, " another shape than ", spec.shape_text());
+      fail(STCA_ENGINE_ERROR, "the engine gave ", spec.name, " another shape than ", spec.shape_text());
     }
     outputs->arrays[index] = make_array(Memory::host(), spec.dtype, wanted).array;
     outputs->allocated[index] = true;
@@ -319,10 +306,10 @@ size_t stca_scores_tasks(const stca_scores* scores) { return scores->values.row_
 void stca_scores_release(stca_scores* scores) { delete scores; }
 
 int32_t stca_session_append(stca_session* session, const char* user, const stca_tensor* events, size_t event_count,
-                            const char* version, int32_t* kept) {
+                            const char* version, const char* after, int32_t* kept) {
   return guarded([&] {
-    given(session, "session"), given(user, "user"), given(version, "version");
-    const bool done = session->session.append(user, inputs_of(events, event_count, "events"), version);
+    given(session, "session"), given(user, "user");
+    const bool done = session->session.append(user, inputs_of(events, event_count, "events"), version, after);
     if (kept != nullptr) *kept = done ? 1 : 0;
   });
 }

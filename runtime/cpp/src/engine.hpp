@@ -17,10 +17,14 @@ class Engine {
   virtual ~Engine() = default;
   /// What runs the graph, with its version, for people to read.
   virtual std::string name() const = 0;
+  /// What goes in and out, in the order of `run`.
+  virtual const GraphSpec& spec() const = 0;
+  /// Most requests of one run; 0 for no limit.
+  virtual std::int64_t max_requests() const { return 0; }
   /// Where the user encoder leaves its outputs and the target scorer finds them.
   virtual Memory& memory() { return Memory::host(); }
-  /// Outputs in the manifest's order; `inputs` are exactly the graph's, in the manifest's order. States lie in
-  /// `memory()`, everything else in the host's.
+  /// Outputs for inputs. States lie in `memory()`, everything else in the host's; small ones, such as offsets that were
+  /// joined, may lie in the host's though they are of a state.
   virtual std::vector<Array> run(const std::vector<Array>& inputs) = 0;
 };
 
@@ -41,10 +45,7 @@ struct Engines {
 Engines make_engines(const std::shared_ptr<const Bundle>& bundle, const Options& options);
 
 // Each of these is in the library only when it was built with the headers of that name.
-std::unique_ptr<Engine> make_tensorrt_engine(const Bundle& bundle, const std::string& graph);
-std::unique_ptr<Engine> make_onnxruntime_engine(const Bundle& bundle, const std::string& graph, int threads);
-
-/// Engine entry of `flavour` for a graph, or null when the bundle has none.
-const EngineEntry* find_engine(const Manifest& manifest, const std::string& flavour, const std::string& graph);
+Engines make_tensorrt_engines(const std::shared_ptr<const Bundle>& bundle);
+Engines make_onnxruntime_engines(const std::shared_ptr<const Bundle>& bundle, int threads);
 
 }  // namespace stca::core

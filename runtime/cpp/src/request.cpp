@@ -80,14 +80,17 @@ std::string place_of(std::size_t index, const Shape& shape) {
   return place.text();
 }
 
-void check_finite(const TensorSpec& spec, const Array& array) {
+/// `array` is what `given` became in the model's type: a float64 can be finite and yet too large for it.
+void check_finite(const TensorSpec& spec, const Array& array, const Array& given) {
   visit_floating(array.dtype, [&](auto type) {
-    using T = decltype(type);
-    const T* data = static_cast<const T*>(array.data);
+    const auto* data = static_cast<const decltype(type)*>(array.data);
     for (std::size_t i = 0, count = array.shape.elements(); i < count; ++i) {
-      if (const auto value = static_cast<double>(data[i]); !std::isfinite(value)) {
-        request_error(spec.name, ": holds ", value, " at ", place_of(i, array.shape), "; values must be finite");
-      }
+      if (std::isfinite(static_cast<double>(data[i]))) continue;
+      visit_floating(given.dtype, [&](auto given_type) {
+        const auto value = static_cast<double>(static_cast<const decltype(given_type)*>(given.data)[i]);
+        request_error(spec.name, ": holds ", value, " at ", place_of(i, array.shape), "; values must be finite as ",
+                      dtype_name(spec.dtype));
+      });
     }
   });
 }
@@ -207,7 +210,7 @@ Door::Given Door::sort(Inputs inputs, int scopes, int others) const {
     }
     const auto i = static_cast<std::size_t>(found);
     if ((inputs_[i].scope & (scopes | others)) == 0) {
-      request_error(tensor.name, ": is a ", scope_name(inputs_[i].scope), " input and has no place here; leave it out");
+      request_error(tensor.name, ": is no part of an event; append takes the per-token user inputs alone");
     }
     if (given[i] != nullptr) request_error(tensor.name, ": is given twice");
     given[i] = &tensor;
@@ -286,11 +289,8 @@ Array Door::array(std::size_t index, const stca_tensor& value, Sizes& sizes) con
     }
   }
   if (elements > 0 && kind_of(spec.dtype) == Kind::integer) check_range(spec, raw);
-  if (elements > 0 && kind_of(spec.dtype) == Kind::floating) check_finite(spec, raw);
-  if (raw.dtype == spec.dtype) return raw;
-  Array fitting = converted(raw, spec.dtype);
-  // A float64 can be finite and yet too large for the model's type.
-  if (elements > 0 && kind_of(spec.dtype) == Kind::floating) check_finite(spec, fitting);
+  const Array fitting = converted(raw, spec.dtype);
+  if (elements > 0 && kind_of(spec.dtype) == Kind::floating) check_finite(spec, fitting, raw);
   return fitting;
 }
 

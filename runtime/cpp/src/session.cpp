@@ -1,6 +1,7 @@
 #include "session.hpp"
 
 #include <algorithm>
+#include <map>
 #include <optional>
 #include <utility>
 
@@ -9,11 +10,34 @@
 namespace stca::core {
 namespace {
 
-std::string layout(const Manifest& manifest) {
+/// States of one text, and of equal weights, can take each other's place: the same tensors, computed by the same graph
+/// in the same kind of engine, for the same window.
+std::string layout(const std::vector<TensorSpec>& state, const Manifest& manifest, const Engine& encoder) {
   std::string text;
-  for (const StateSpec& spec : manifest.state)
-    text += spec.name + ":" + dtype_name(spec.dtype) + ":" + spec.shape_text() + ";";
-  return text;
+  for (const TensorSpec& spec : state) text += spec.name + ":" + dtype_name(spec.dtype) + ":" + spec.shape_text() + ";";
+  text += "window:" + (manifest.max_history ? std::to_string(*manifest.max_history) : "none");
+  return text + ";" + manifest.files.at(manifest.graph("user_encoder").file).sha256 + ";" + encoder.name();
+}
+
+/// A model's outputs as one array of scores: the only output as it is, several side by side as float32 columns.
+Array scores_of(const std::vector<Array>& outputs) {
+  if (outputs.size() == 1) return outputs[0];
+  const std::int64_t targets = outputs[0].shape[0];
+  std::int64_t columns = 0;
+  std::vector<Array> parts;
+  for (const Array& output : outputs) {
+    parts.push_back(converted(output, STCA_FLOAT32));
+    columns += static_cast<std::int64_t>(parts.back().row_bytes() / sizeof(float));
+  }
+  auto [scores, to] = make_array(Memory::host(), STCA_FLOAT32, {targets, columns});
+  for (std::int64_t t = 0; t < targets; ++t) {
+    for (const Array& part : parts) {
+      const std::size_t bytes = part.row_bytes();
+      Memory::host().copy(to, static_cast<const std::byte*>(part.data) + static_cast<std::size_t>(t) * bytes, bytes);
+      to += bytes;
+    }
+  }
+  return scores;
 }
 
 template <class Specs>
@@ -27,14 +51,12 @@ std::optional<std::size_t> index_of(const Specs& specs, const std::string& name)
 }  // namespace
 
 Model::Model(std::shared_ptr<const Bundle> bundle, const Options& options)
-    : bundle_(std::move(bundle)),
-      door_(manifest(), options.truncate),
-      state_kind_(std::make_shared<StateKind>(StateKind{manifest().weights, layout(manifest())})) {
+    : bundle_(std::move(bundle)), door_(manifest(), options.truncate), engines_(make_engines(bundle_, options)) {
   const auto malformed = [&](const std::string& why) {
     bundle_error(bundle_->path.string(), ": ", why, "; export the bundle again");
   };
-  const GraphSpec& encoder = manifest().graph("user_encoder");
-  const GraphSpec& scorer = manifest().graph("target_scorer");
+  const GraphSpec& encoder = engines_.encoder->spec();
+  const GraphSpec& scorer = engines_.scorer->spec();
   for (const TensorSpec& spec : encoder.inputs) {
     const int i = door_.find(spec.name);
     if (i < 0 || door_.inputs()[static_cast<std::size_t>(i)].scope != STCA_USER) {
@@ -46,9 +68,11 @@ Model::Model(std::shared_ptr<const Bundle> bundle, const Options& options)
     const auto output = index_of(encoder.outputs, spec.name);
     if (!output) malformed("user_encoder does not give the state '" + spec.name + "'");
     state_outputs_.push_back(*output);
+    state_.push_back(encoder.outputs[*output]);
   }
   for (const TensorSpec& spec : scorer.inputs) {
-    if (const auto state = index_of(manifest().state, spec.name)) {
+    if (const auto state = index_of(state_, spec.name)) {
+      if (state_[*state].dtype != spec.dtype) malformed("the two engines disagree on the type of '" + spec.name + "'");
       scorer_inputs_.push_back({true, *state});
       continue;
     }
@@ -58,33 +82,40 @@ Model::Model(std::shared_ptr<const Bundle> bundle, const Options& options)
     }
     scorer_inputs_.push_back({false, static_cast<std::size_t>(i)});
   }
-  if (scorer.outputs.empty() || scorer.outputs[0].shape.empty() || kind_of(scorer.outputs[0].dtype) != Kind::floating) {
-    malformed("target_scorer has no floating-point output with one row per target");
+  if (scorer.outputs.empty()) malformed("target_scorer has no output");
+  for (const TensorSpec& spec : scorer.outputs) {
+    if (spec.shape.empty() || kind_of(spec.dtype) != Kind::floating) {
+      malformed("target_scorer's output '" + spec.name + "' is not one row of floating-point scores per target");
+    }
   }
-  engines_ = make_engines(bundle_, options);
   if (engines_.encoder->memory().device() != engines_.scorer->memory().device()) {
     fail(STCA_BUILD_ERROR, engines_.encoder->name(), " and ", engines_.scorer->name(),
          " keep states in different memories; run both halves on one engine");
   }
+  state_kind_ =
+      std::make_shared<StateKind>(StateKind{manifest().weights, layout(state_, manifest(), *engines_.encoder)});
 }
 
-bool Model::is_offsets(const StateSpec& spec) const {
-  const int i = spec.input ? door_.find(*spec.input) : -1;
+bool Model::is_offsets(std::size_t state) const {
+  const auto& input = manifest().state[state].input;
+  const int i = input ? door_.find(*input) : -1;
   return i >= 0 && door_.is_offsets(i);
 }
 
 void Model::check_packable() const {
   door_.check_packable();
-  for (const StateSpec& spec : manifest().state) {
-    if (!is_offsets(spec) && !spec.rows_are(tokens_symbol) && !spec.rows_are(users_symbol)) {
+  for (std::size_t i = 0; i < manifest().state.size(); ++i) {
+    const StateSpec& spec = manifest().state[i];
+    if (!is_offsets(i) && !spec.rows_are(tokens_symbol) && !spec.rows_are(users_symbol)) {
       request_error("states of this model cannot be packed into batches (", spec.name, " is ", spec.shape_text(),
                     "); send one Request at a time");
     }
   }
 }
 
-void Model::check_output(const std::string& graph, const TensorSpec& spec, const Array& output, const Row& counts,
+void Model::check_output(const Engine& engine, std::size_t index, const Array& output, const Row& counts,
                          std::int64_t users) const {
+  const TensorSpec& spec = engine.spec().outputs[index];
   bool fits = output.dtype == spec.dtype && output.shape.rank == static_cast<int>(spec.shape.size());
   for (int i = 0; fits && i < output.shape.rank; ++i) {
     const Axis& axis = spec.shape[static_cast<std::size_t>(i)];
@@ -96,9 +127,9 @@ void Model::check_output(const std::string& graph, const TensorSpec& spec, const
     fits = expected < 0 || output.shape[i] == expected;  // -1: a size this request does not decide
   }
   if (!fits) {
-    fail(STCA_BUILD_ERROR, graph, ": the engine gave ", spec.name, " as ", dtype_name(output.dtype), " ",
-         output.shape.text(), ", the manifest says ", dtype_name(spec.dtype), " ", spec.shape_text(),
-         "; build the engine from this bundle again");
+    fail(STCA_ENGINE_ERROR, engine.name(), " gave ", spec.name, " as ", dtype_name(output.dtype), " ",
+         output.shape.text(), ", expected ", dtype_name(spec.dtype), " ", spec.shape_text(), " for ", counts.tokens,
+         " tokens, ", counts.targets, " targets, ", users, " users; build the engine from this bundle again");
   }
 }
 
@@ -113,9 +144,8 @@ StateCache::State Model::encode(const Row& row) const {
   const std::vector<Array> outputs = engines_.encoder->run(feeds);
   auto state = std::make_shared<UserState>();
   state->tokens = std::max<std::int64_t>(row.tokens, 0);
-  const GraphSpec& graph = manifest().graph("user_encoder");
   for (std::size_t i : state_outputs_) {
-    check_output("user_encoder", graph.outputs[i], outputs[i], row, door_.ragged() ? 1 : -1);
+    check_output(*engines_.encoder, i, outputs[i], row, door_.ragged() ? 1 : -1);
     state->tensors.push_back(outputs[i]);
   }
   return state;
@@ -123,31 +153,62 @@ StateCache::State Model::encode(const Row& row) const {
 
 Array Model::join(std::size_t index, const std::vector<StateCache::State>& states) const {
   if (states.size() == 1) return states[0]->tensors[index];
-  const StateSpec& spec = manifest().state[index];
-  if (is_offsets(spec)) {
+  if (is_offsets(index)) {
     std::vector<std::int64_t> counts;
     for (const auto& state : states) counts.push_back(state->tokens);
-    return offsets_array(spec.dtype, counts);
+    return offsets_array(state_[index].dtype, counts);
   }
   std::vector<const Array*> parts;
   for (const auto& state : states) parts.push_back(&state->tensors[index]);
-  return concatenate(engines_.scorer->memory(), spec.name, parts);
+  return concatenate(engines_.scorer->memory(), state_[index].name, parts);
 }
 
 Array Model::score(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const {
+  const auto limit = static_cast<std::size_t>(engines_.scorer->max_requests());
+  if (limit == 0 || rows.size() <= limit) return score_together(states, rows);
+  std::vector<Array> scores;
+  for (std::size_t i = 0; i < rows.size(); i += limit) {
+    const auto part = [&](const auto& all) {
+      const auto begin = all.begin() + static_cast<std::ptrdiff_t>(i);
+      return std::decay_t<decltype(all)>(begin, begin + static_cast<std::ptrdiff_t>(std::min(limit, all.size() - i)));
+    };
+    scores.push_back(score_together(part(states), part(rows)));
+  }
+  std::vector<const Array*> parts;
+  for (const Array& array : scores) parts.push_back(&array);
+  return concatenate(Memory::host(), "scores", parts);
+}
+
+Array Model::score_together(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const {
   std::vector<Array> feeds;
   feeds.reserve(scorer_inputs_.size());
   for (const Source& source : scorer_inputs_) {
     feeds.push_back(source.state ? join(source.index, states) : door_.pack(rows, static_cast<int>(source.index)));
   }
-  std::vector<Array> outputs = engines_.scorer->run(feeds);
+  const std::vector<Array> outputs = engines_.scorer->run(feeds);
   Row counts;
-  for (const Row& row : rows)
-    counts.targets = row.targets < 0 ? -1 : std::max<std::int64_t>(counts.targets, 0) + row.targets;
+  for (const Row& row : rows) {
+    if (row.targets >= 0) counts.targets = std::max<std::int64_t>(counts.targets, 0) + row.targets;
+  }
   const auto users = static_cast<std::int64_t>(rows.size());
-  check_output("target_scorer", manifest().graph("target_scorer").outputs[0], outputs[0], counts,
-               door_.ragged() ? users : -1);
-  return outputs[0];
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    check_output(*engines_.scorer, i, outputs[i], counts, door_.ragged() ? users : -1);
+    if (outputs[i].shape[0] != outputs[0].shape[0])
+      fail(STCA_ENGINE_ERROR, "outputs differ in their number of targets");
+  }
+  return scores_of(outputs);
+}
+
+Array Model::no_scores() const {
+  std::vector<Array> outputs;
+  for (const TensorSpec& spec : engines_.scorer->spec().outputs) {
+    Shape shape{0};
+    for (std::size_t i = 1; i < spec.shape.size(); ++i) {
+      shape[shape.rank++] = std::max<std::int64_t>(spec.shape[i].size, 0);
+    }
+    outputs.push_back(make_array(Memory::host(), spec.dtype, shape).array);
+  }
+  return scores_of(outputs);
 }
 
 StateCache::State Model::extend(const UserState& old, const UserState& fresh) const {
@@ -155,15 +216,14 @@ StateCache::State Model::extend(const UserState& old, const UserState& fresh) co
   auto state = std::make_shared<UserState>();
   state->tokens = std::min(total, manifest().max_history.value_or(total));
   const std::int64_t dropped = total - state->tokens;
-  for (std::size_t i = 0; i < manifest().state.size(); ++i) {
-    const StateSpec& spec = manifest().state[i];
-    if (is_offsets(spec)) {
-      state->tensors.push_back(offsets_array(spec.dtype, {state->tokens}));
-    } else if (spec.rows_are(tokens_symbol)) {
+  for (std::size_t i = 0; i < state_.size(); ++i) {
+    if (is_offsets(i)) {
+      state->tensors.push_back(offsets_array(state_[i].dtype, {state->tokens}));
+    } else if (state_[i].rows_are(tokens_symbol)) {
       // Cut before joining, so that only what is kept is copied, once.
       const Array kept = rows(old.tensors[i], std::min(dropped, old.tokens), old.tokens);
       const Array added = rows(fresh.tensors[i], std::max<std::int64_t>(0, dropped - old.tokens), fresh.tokens);
-      state->tensors.push_back(concatenate(engines_.encoder->memory(), spec.name, {&kept, &added}));
+      state->tensors.push_back(concatenate(engines_.encoder->memory(), state_[i].name, {&kept, &added}));
     } else {
       state->tensors.push_back(old.tensors[i]);
     }
@@ -192,13 +252,7 @@ Array Session::score(const stca_request_batch& batch) {
 }
 
 Array Session::score(const Model& model, const std::vector<RequestView>& requests) {
-  if (requests.empty()) {
-    const TensorSpec& spec = model.manifest().graph("target_scorer").outputs[0];
-    Shape shape{0};
-    for (std::size_t i = 1; i < spec.shape.size(); ++i)
-      shape[shape.rank++] = std::max<std::int64_t>(spec.shape[i].size, 0);
-    return make_array(Memory::host(), spec.dtype, shape).array;
-  }
+  if (requests.empty()) return model.no_scores();
   if (requests.size() > 1) model.check_packable();
 
   // Everything is checked before anything is computed, so a refused request leaves no trace but a miss.
@@ -226,16 +280,30 @@ Array Session::score(const Model& model, const std::vector<RequestView>& request
       states[i] = cache_.get(*keys[i]);
     }
   }
+  std::map<std::pair<std::string, std::string>, StateCache::State> fresh;  // a user of several requests is encoded once
   for (std::size_t i = 0; i < requests.size(); ++i) {
     if (states[i] != nullptr) continue;
-    states[i] = model.encode(rows[i]);
-    if (keys[i]) cache_.put(std::move(*keys[i]), states[i]);
+    StateCache::State none, &known = keys[i] ? fresh[{keys[i]->user, keys[i]->version}] : none;
+    if (known == nullptr) {
+      known = model.encode(rows[i]);
+      if (keys[i]) keep(model, std::move(*keys[i]), known);
+    }
+    states[i] = known;
   }
   return model.score(states, rows);
 }
 
-bool Session::append(const std::string& user, Inputs events, const std::string& version) {
+bool Session::keep(const Model& model, StateKey key, const StateCache::State& state,
+                   const StateCache::State& instead_of) {
+  // After a swap, the state of an old model would only be in the way.
+  return this->model().get() == &model && cache_.put(std::move(key), state, instead_of);
+}
+
+bool Session::append(const std::string& user, Inputs events, const char* version, const char* after) {
   const ModelPtr model = this->model();
+  if (version == nullptr) {
+    request_error("version: is null; name the history with the new events, or no request will find it");
+  }
   if (!model->manifest().appendable) {
     request_error("this bundle's states cannot be appended to; send the whole history with a new version");
   }
@@ -243,8 +311,10 @@ bool Session::append(const std::string& user, Inputs events, const std::string& 
   model->door().admit_events(events, row);
   const auto held = cache_.find(user);
   if (!held || !(*held->first.kind == model->state_kind())) return false;
+  if (held->first.version == version) return true;  // the same call again, after a timeout perhaps: its events are in
+  if (after != nullptr && held->first.version != after) return false;
   const StateCache::State fresh = model->encode(row);
-  return cache_.put(model->key(user, version), model->extend(*held->second, *fresh));
+  return keep(*model, model->key(user, version), model->extend(*held->second, *fresh), held->second);
 }
 
 void Session::swap(const std::string& path) {

@@ -21,6 +21,7 @@ class Model {
   const std::shared_ptr<const Bundle>& bundle() const { return bundle_; }
   const Manifest& manifest() const { return bundle_->manifest; }
   const Door& door() const { return door_; }
+
   const Engine& engine(bool encoder) const { return encoder ? *engines_.encoder : *engines_.scorer; }
   const StateKind& state_kind() const { return *state_kind_; }
   StateKey key(std::string user, std::string version) const {
@@ -29,8 +30,10 @@ class Model {
 
   /// Runs the user encoder on one user's admitted inputs.
   StateCache::State encode(const Row& row) const;
-  /// Runs the target scorer once for several users; `rows` hold their request and target inputs.
+  /// Runs the target scorer for several users, all at once where it can; `rows` hold their request and target inputs.
   Array score(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const;
+  /// Scores of no target.
+  Array no_scores() const;
   /// The state of both histories one after the other, its oldest tokens dropped beyond the window.
   StateCache::State extend(const UserState& old, const UserState& fresh) const;
   /// Throws RequestError when requests cannot be computed together.
@@ -42,17 +45,19 @@ class Model {
     bool state;
     std::size_t index;
   };
-  bool is_offsets(const StateSpec& spec) const;
+  bool is_offsets(std::size_t state) const;
+  Array score_together(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const;
   Array join(std::size_t index, const std::vector<StateCache::State>& states) const;
-  void check_output(const std::string& graph, const TensorSpec& spec, const Array& output, const Row& counts,
+  void check_output(const Engine& engine, std::size_t index, const Array& output, const Row& counts,
                     std::int64_t users) const;
 
   std::shared_ptr<const Bundle> bundle_;
   Door door_;
+  Engines engines_;
   std::shared_ptr<const StateKind> state_kind_;
   std::vector<Source> encoder_inputs_, scorer_inputs_;
   std::vector<std::size_t> state_outputs_;  // of each state tensor, which output of the user encoder it is
-  Engines engines_;
+  std::vector<TensorSpec> state_;           // in the encoder's own types
 };
 
 /// Scores targets for users. One session serves many threads.
@@ -62,7 +67,8 @@ class Session {
 
   Array score(const std::vector<RequestView>& requests);
   Array score(const stca_request_batch& batch);
-  bool append(const std::string& user, Inputs events, const std::string& version);
+  /// `version` must not be null; `after` may.
+  bool append(const std::string& user, Inputs events, const char* version, const char* after);
   bool forget(const std::string& user) { return cache_.forget(user); }
   void swap(const std::string& path);
 
@@ -72,6 +78,7 @@ class Session {
  private:
   using ModelPtr = std::shared_ptr<const Model>;
   Array score(const Model& model, const std::vector<RequestView>& requests);
+  bool keep(const Model& model, StateKey key, const StateCache::State& state, const StateCache::State& instead_of = {});
 
   const Options options_;
   StateCache cache_;

@@ -20,11 +20,13 @@ StateCache::State StateCache::get(const StateKey& key) {
   return found->second->state;
 }
 
-bool StateCache::put(StateKey key, State state) {
+bool StateCache::put(StateKey key, State state, const State& instead_of) {
   const std::size_t bytes = state->bytes();
   Order dropped;
   const std::lock_guard lock(mutex_);
-  if (const auto found = by_user_.find(key.user); found != by_user_.end()) remove(found->second, dropped);
+  const auto found = by_user_.find(key.user);
+  if (instead_of != nullptr && (found == by_user_.end() || found->second->state != instead_of)) return false;
+  if (found != by_user_.end()) remove(found->second, dropped);
   if (bytes > budget_) {
     ++refused_;
     return false;

@@ -52,8 +52,9 @@ class StateCache {
 
   /// The state with exactly this key, or null.
   State get(const StateKey& key);
-  /// Keeps `state` in place of the user's last one; false when it is larger than the budget.
-  bool put(StateKey key, State state);
+  /// Keeps `state` in place of the user's last one; false when it is larger than the budget. With `instead_of`, only
+  /// while that is still the one kept: what came or went meanwhile wins.
+  bool put(StateKey key, State state, const State& instead_of = nullptr);
   /// Whatever is kept for `user`, without counting as a hit.
   std::optional<std::pair<StateKey, State>> find(const std::string& user) const;
   /// Drops the user's state; false when there was none.

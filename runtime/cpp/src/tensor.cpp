@@ -109,6 +109,7 @@ Array rows(const Array& array, std::int64_t begin, std::int64_t end) {
 }
 
 Array converted(const Array& array, DType wanted) {
+  if (array.dtype == wanted) return array;
   NewArray made = make_array(Memory::host(), wanted, array.shape);
   const std::size_t count = array.shape.elements();
   const auto each = [&](auto from_type, auto to_type, auto change) {

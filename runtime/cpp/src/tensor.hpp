@@ -85,7 +85,7 @@ Array concatenate(Memory& memory, const std::string& name, const std::vector<con
 /// Rows `[begin, end)`, sharing the memory.
 Array rows(const Array& array, std::int64_t begin, std::int64_t end);
 
-/// A copy converted to `wanted`, of the same kind; the values were checked to fit.
+/// The array as `wanted`, a type of the same kind; copied unless it is that already. The values were checked to fit.
 Array converted(const Array& array, DType wanted);
 
 /// Element `index` of an integer array.

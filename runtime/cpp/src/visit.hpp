@@ -54,22 +54,14 @@ using BFloat16 = SmallFloat<7>;
 template <class F>
 decltype(auto) visit_integer(stca_dtype dtype, F&& f) {
   switch (dtype) {
-    case STCA_INT8:
-      return f(std::int8_t{});
-    case STCA_UINT8:
-      return f(std::uint8_t{});
-    case STCA_INT16:
-      return f(std::int16_t{});
-    case STCA_UINT16:
-      return f(std::uint16_t{});
-    case STCA_INT32:
-      return f(std::int32_t{});
-    case STCA_UINT32:
-      return f(std::uint32_t{});
-    case STCA_UINT64:
-      return f(std::uint64_t{});
-    default:
-      return f(std::int64_t{});
+    case STCA_INT8: return f(std::int8_t{});
+    case STCA_UINT8: return f(std::uint8_t{});
+    case STCA_INT16: return f(std::int16_t{});
+    case STCA_UINT16: return f(std::uint16_t{});
+    case STCA_INT32: return f(std::int32_t{});
+    case STCA_UINT32: return f(std::uint32_t{});
+    case STCA_UINT64: return f(std::uint64_t{});
+    default: return f(std::int64_t{});
   }
 }
 
@@ -77,14 +69,10 @@ decltype(auto) visit_integer(stca_dtype dtype, F&& f) {
 template <class F>
 decltype(auto) visit_floating(stca_dtype dtype, F&& f) {
   switch (dtype) {
-    case STCA_FLOAT16:
-      return f(Float16{});
-    case STCA_BFLOAT16:
-      return f(BFloat16{});
-    case STCA_FLOAT64:
-      return f(double{});
-    default:
-      return f(float{});
+    case STCA_FLOAT16: return f(Float16{});
+    case STCA_BFLOAT16: return f(BFloat16{});
+    case STCA_FLOAT64: return f(double{});
+    default: return f(float{});
   }
 }
 

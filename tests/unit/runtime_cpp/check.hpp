@@ -1,4 +1,5 @@
-// The few lines of a test framework these tests need: named tests, checks that go on, and a way to expect an error.
+// The few lines of a test framework these tests need: named tests, checks that
+// go on, and a way to expect an error.
 #pragma once
 
 #include <cstdio>

@@ -1,7 +1,9 @@
-// Feeds mutated manifests to the parser: each is read or refused with an error, and never anything else.
+// Feeds mutated manifests to the parser: each is read or refused with an error,
+// and never anything else.
 //
-// With clang, `-fsanitize=fuzzer` and -DSTCA_LIBFUZZER this is a libFuzzer target. Otherwise it has a main of its own
-// that mutates a seed file: fuzz_manifest MANIFEST [ROUNDS [SEED]].
+// With clang, `-fsanitize=fuzzer` and -DSTCA_LIBFUZZER this is a libFuzzer
+// target. Otherwise it has a main of its own that mutates a seed file:
+// fuzz_manifest MANIFEST [ROUNDS [SEED]].
 #include <cstdint>
 #include <cstdlib>
 #include <fstream>
@@ -28,7 +30,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 #ifndef STCA_LIBFUZZER
 namespace {
 
-/// One to four random edits: what a flipped bit, a lost block, a bad merge or someone with an idea would do.
+/// One to four random edits: what a flipped bit, a lost block, a bad merge or
+/// someone with an idea would do.
 std::string mutated(std::string text, std::mt19937& random) {
   static const std::string pieces[] = {"{",        "}",      "[",    "]",        ",",       ":",
                                        "\"",       "null",   "true", "-1",       "1e999",   "18446744073709551616",
@@ -37,21 +40,11 @@ std::string mutated(std::string text, std::mt19937& random) {
   for (auto edits = 1 + random() % 4; edits > 0 && !text.empty(); --edits) {
     const std::size_t at = random() % text.size(), length = 1 + random() % 40;
     switch (random() % 6) {
-      case 0:
-        text[at] = static_cast<char>(random());
-        break;
-      case 1:
-        text[at] = static_cast<char>(text[at] ^ (1 << random() % 8));
-        break;
-      case 2:
-        text.erase(at, length);
-        break;
-      case 3:
-        text.insert(at, pieces[random() % std::size(pieces)]);
-        break;
-      case 4:
-        text.insert(at, text.substr(random() % text.size(), length));
-        break;
+      case 0: text[at] = static_cast<char>(random()); break;
+      case 1: text[at] = static_cast<char>(text[at] ^ (1 << random() % 8)); break;
+      case 2: text.erase(at, length); break;
+      case 3: text.insert(at, pieces[random() % std::size(pieces)]); break;
+      case 4: text.insert(at, text.substr(random() % text.size(), length)); break;
       default:
         if (random() % 8 == 0)
           text.resize(at);

@@ -1,4 +1,5 @@
-// Runs the golden requests and bundles through the public C++ interface: golden FOLDER [FILE] [--engine NAME]
+// Runs the golden requests and bundles through the public C++ interface: golden
+// FOLDER [FILE] [--engine NAME]
 #include <cmath>
 #include <cstring>
 #include <filesystem>
@@ -164,7 +165,10 @@ class Runner {
       compare(session.score(batch), step);
     } else if (call == "append") {
       const Tensors events(*step.find("events"));
-      compare(session.append(text_of(step, "user"), events.list(), text_of(step, "version")), step);
+      const Json* after = step.find("after");
+      compare(session.append(text_of(step, "user"), events.list(), text_of(step, "version"),
+                             after == nullptr ? std::nullopt : name_of(*after)),
+              step);
     } else if (call == "forget") {
       compare(session.forget(text_of(step, "user")), step);
     } else if (call == "swap") {

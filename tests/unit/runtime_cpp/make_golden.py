@@ -53,9 +53,7 @@ PLAIN_STATE = (
 )
 
 
-def write_bundle(
-    name: str, inputs: Any, state: Any, scores: TensorSpec, halves: Any, bias: float, **fields: Any
-) -> None:
+def write_bundle(name: str, inputs: Any, state: Any, scores: Any, halves: Any, bias: float, **fields: Any) -> None:
     """One golden bundle; its weights file is a safetensors file of the one number `bias`."""
     root = GOLDEN / name
     root.mkdir(parents=True)
@@ -69,7 +67,7 @@ def write_bundle(
     graphs = {}
     for graph, takes, gives, nodes, constants in (
         ("user_encoder", user, states, *halves[0]),
-        ("target_scorer", (*states, *rest), (scores,), *halves[1](bias)),
+        ("target_scorer", (*states, *rest), scores, *halves[1](bias)),
     ):
         proto = helper.make_graph(
             nodes,
@@ -85,7 +83,7 @@ def write_bundle(
         (root / f"{graph}.onnx").write_bytes(model.SerializeToString(deterministic=True))
         graphs[graph] = GraphSpec(f"{graph}.onnx", tuple(takes), tuple(gives))
     (root / "request.onnx").write_bytes(b"no runtime reads this one")
-    graphs["request"] = GraphSpec("request.onnx", tuple(inputs), (scores,))
+    graphs["request"] = GraphSpec("request.onnx", tuple(inputs), scores)
     seal(
         root,
         Manifest(
@@ -161,7 +159,7 @@ def log_halves() -> Any:
 
 
 def plain_halves() -> Any:
-    """Encoder and scorer of `plain`, which has no offsets: one request at a time."""
+    """Encoder and scorer of `plain`, which has no offsets and two outputs: one request at a time."""
     n = helper.make_node
     encoder = [
         n("Identity", ["clicks"], ["state_clicks"]),
@@ -175,7 +173,8 @@ def plain_halves() -> Any:
             n("Cast", ["hour"], ["time"], to=TensorProto.FLOAT),
             n("Mul", ["candidates", "clicked"], ["products"]),
             n("ReduceSum", ["products", "axis1"], ["dot"], keepdims=1),
-            n("Sum", ["dot", "profile_sum", "time", "bias"], ["scores"]),
+            n("Sum", ["dot", "profile_sum", "time", "bias"], ["finish"]),
+            n("ReduceSum", ["candidates", "axis1"], ["like"], keepdims=0),
         ]
         return nodes, {"axis0": np.int64([0]), "axis1": np.int64([1]), "bias": np.float32([bias])}
 
@@ -252,8 +251,9 @@ def batch(inputs: Any, expected: Any, users: Any = (), versions: Any = ()) -> di
     return {"call": "score_batch", "request": request, **_outcome(expected)}
 
 
-def append(user: str, events: Any, version: str, expected: Any) -> dict[str, Any]:
-    return {"call": "append", "user": user, "events": events, "version": version, **_outcome(expected)}
+def append(user: str, events: Any, version: str, expected: Any, after: str | None = None) -> dict[str, Any]:
+    order = {} if after is None else {"after": after}
+    return {"call": "append", "user": user, "events": events, "version": version, **order, **_outcome(expected)}
 
 
 def events(items: list[int], actions: list[int]) -> dict[str, Any]:
@@ -372,6 +372,20 @@ def good_cases() -> list[Any]:
             score(a.rest(), full.scores(), "ann", "v2"),
             truncate=True,
         ),
+        case(
+            "the same append again changes nothing",
+            score(a.inputs(), a.scores(), "ann", "v1"),
+            append("ann", events([40, 50], [2, 2]), "v2", True),
+            append("ann", events([40, 50], [2, 2]), "v2", True),
+            score(a.rest(), longer.scores(), "ann", "v2"),
+        ),
+        case(
+            "events follow the version they name",
+            score(a.inputs(), a.scores(), "ann", "v1"),
+            append("ann", events([40, 50], [2, 2]), "v3", False, after="v2"),
+            append("ann", events([40, 50], [2, 2]), "v2", True, after="v1"),
+            score(a.rest(), longer.scores(), "ann", "v2"),
+        ),
         case("nothing to append to", append("bob", events([1], [1]), "v2", False)),
         case(
             "forget",
@@ -431,9 +445,14 @@ def good_cases() -> list[Any]:
             stats(hits=2, misses=2, users=2, bytes=a.state_bytes() + b.state_bytes()),
         ),
         case(
-            "a model without offsets",
-            score(_plain(), [[1 + 1 * 4 + 2 * 6 + 3], [1 + 3 + 0.5 * 4]], "ann", "v1"),
-            score({k: v for k, v in _plain().items() if k in ("hour", "candidates")}, [[20], [6]], "ann", "v1"),
+            "a user with two requests in a batch",
+            batch(packed([a, b, a]), [*a.scores(), *b.scores(), *a.scores()], ["ann", "bob", "ann"], ["v1"] * 3),
+            stats(hits=0, misses=3, users=2),
+        ),
+        case(
+            "a model without offsets and with two outputs",
+            score(_plain(), [[1 + 1 * 4 + 2 * 6 + 3, 3], [1 + 3 + 0.5 * 4, 0.5]], "ann", "v1"),
+            score({k: v for k, v in _plain().items() if k in ("hour", "candidates")}, [[20, 3], [6, 0.5]], "ann", "v1"),
             stats(hits=1, misses=1, users=1, bytes=2 * 2 * 4 + 4),
             bundle="plain",
         ),
@@ -496,6 +515,13 @@ def bad_cases() -> list[Any]:
             "user_profile",
             "-inf",
             "finite",
+        ),
+        (
+            "too large for float32",
+            a.inputs(user_profile=tensor("float64", [[0, 1e300]])),
+            "user_profile",
+            "1e+300",
+            "[0, 1]",
         ),
         (
             "histories differ",
@@ -624,6 +650,19 @@ def damage_cases() -> list[Any]:
         damage("another format", edit("stca-bundle", "other-bundle"), says=("manifest.json", "stca-bundle")),
         damage("a newer version", edit('"version": 1', '"version": 2'), says=("version 2", "up to 1", "upgrade")),
         damage("no version", edit('"version": 1', '"version": "1"'), says=("version", "integer")),
+        damage(
+            "a changed size in the manifest",
+            edit('"max_history": 6', '"max_history": 7'),
+            says=("manifest.json", "changed"),
+        ),
+        damage("no digest", edit('"digest"', '"digests"'), says=("manifest.json",)),
+        damage("an unknown field", edit('"format"', '"color": 1, "format"'), says=("malformed", "color")),
+        damage(
+            "a state of nothing",
+            edit('"input": "history_offsets"', '"input": "nothing"'),
+            says=("malformed", "nothing"),
+        ),
+        damage("a graph without outputs", edit('"outputs": [', '"outputs": [], "_": ['), says=("malformed",)),
         damage("a version of true", edit('"version": 1', '"version": true'), says=("version", "integer")),
         damage("a field is missing", edit('"precision"', '"precisely"'), says=("misses", "precision")),
         damage("a graph is missing", edit('"user_encoder": {', '"user_decoder": {'), says=("misses", "user_encoder")),
@@ -643,14 +682,19 @@ def damage_cases() -> list[Any]:
 
 def main() -> None:
     shutil.rmtree(GOLDEN, ignore_errors=True)
-    two = TensorSpec("scores", "float32", ("N_t", 2))
+    scores = (TensorSpec("scores", "float32", ("N_t", 2)),)
     for name, bias in (("log", 0.0), ("log_other_weights", 1000.0)):
-        write_bundle(name, LOG_INPUTS, LOG_STATE, two, log_halves(), bias, appendable=True, max_history=WINDOW)
-    one = TensorSpec("scores", "float32", ("m", 1))
-    write_bundle("plain", PLAIN_INPUTS, PLAIN_STATE, one, plain_halves(), 0.0, appendable=False, max_history=None)
+        write_bundle(name, LOG_INPUTS, LOG_STATE, scores, log_halves(), bias, appendable=True, max_history=WINDOW)
+    outputs = (TensorSpec("finish", "float32", ("m", 1)), TensorSpec("like", "float32", ("m",)))
+    write_bundle("plain", PLAIN_INPUTS, PLAIN_STATE, outputs, plain_halves(), 0.0, appendable=False, max_history=None)
+    (GOLDEN / "cases.json").write_text(cases_text(), encoding="utf-8")
+
+
+def cases_text() -> str:
+    """All cases as JSON, one to a line."""
     cases = {"cases": [*good_cases(), *bad_cases()], "damages": damage_cases()}
     lines = (f' "{key}": [\n  ' + ",\n  ".join(map(json.dumps, value)) + "\n ]" for key, value in cases.items())
-    (GOLDEN / "cases.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 if __name__ == "__main__":

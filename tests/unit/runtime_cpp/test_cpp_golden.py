@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from make_golden import cases_text
 
 import stca.errors
 from stca.bundle import Bundle
@@ -48,7 +49,8 @@ def perform(session: Session, step: dict[str, Any]) -> dict[str, Any]:
             batch = RequestBatch(arrays(request["inputs"]), request["users"], request["versions"])
             return {"scores": session.score(batch).tolist()}
         case "append":
-            return {"kept": session.append(step["user"], arrays(step["events"]), step["version"])}
+            inputs = arrays(step["events"])
+            return {"kept": session.append(step["user"], inputs, step["version"], after=step.get("after"))}
         case "forget":
             return {"kept": session.forget(step["user"])}
         case "swap":
@@ -124,3 +126,7 @@ def test_every_error_class_has_a_code() -> None:
     codes = error_codes()
     assert set(codes) == classes
     assert len(set(codes.values())) == len(codes)
+
+
+def test_the_file_is_what_the_generator_writes() -> None:
+    assert (GOLDEN / "cases.json").read_text(encoding="utf-8") == cases_text(), "run make_golden.py"

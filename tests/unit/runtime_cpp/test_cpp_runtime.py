@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 from make_golden import Log, append, batch, events, forget, packed, score, stats, tensor
 from test_cpp_golden import error_codes, perform
 
+from stca import probe
 from stca.errors import StcaError
-from stca.runtime import Session
+from stca.runtime import Request, Session
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[2]
@@ -56,6 +59,17 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     configure(REPOSITORY / "runtime" / "cpp", folder, *settings)
     command("cmake", "--build", folder, "--parallel", "2")
     return folder
+
+
+@pytest.fixture(scope="session")
+def onnxruntime_library(build: Path) -> Path:
+    """ONNX Runtime's shared library, from the Python package, where the C++ engine for it was built."""
+    if not os.environ.get("ONNXRUNTIME_INCLUDE_DIR"):
+        pytest.skip("needs ONNXRUNTIME_INCLUDE_DIR, the folder of onnxruntime_c_api.h, which no wheel carries")
+    found = sorted(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"))
+    if not found:
+        pytest.skip("the onnxruntime package has no libonnxruntime.so of its own")
+    return found[0]
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +198,7 @@ def random_steps(seed: int) -> list[dict[str, Any]]:
             case 1:
                 some = log()
                 new = changed(events(some.items, some.actions))
-                return append(user or "ann", new, version or "v3", None)
+                return append(user or "ann", new, version or "v3", None, after=choose.choice([None, None, "v1"]))
             case 2:
                 return forget(user or "ann", False)
             case 3:
@@ -217,3 +231,54 @@ def test_random_requests_end_as_in_python(build: Path, tmp_path: Path, seed: int
     file = tmp_path / "cases.json"
     file.write_text(json.dumps({"cases": [case]}))
     print(command(build / "tests" / "stca_golden", GOLDEN, file))
+
+
+def test_golden_requests_on_onnxruntime(build: Path, onnxruntime_library: Path) -> None:
+    environment = {**os.environ, "STCA_ONNXRUNTIME_LIBRARY": str(onnxruntime_library)}
+    output = command(build / "tests" / "stca_golden", GOLDEN, "--engine", "onnxruntime", env=environment)
+    assert "as expected" in output
+
+
+def test_trained_model_scores_as_in_python(build: Path, onnxruntime_library: Path, tmp_path: Path) -> None:
+    """The shipped checkpoint, exported and served by both runtimes on one ONNX Runtime: bit for bit the same scores."""
+    from stca.export.checkpoint import load_checkpoint
+    from stca.export.pipeline import export_checkpoint
+    from stca.verify import prove
+
+    checkpoint = REPOSITORY / "examples" / "checkpoints" / "stca_demo.safetensors"
+    bundle = export_checkpoint(load_checkpoint(checkpoint), tmp_path / "demo", prove=prove)
+    specs = bundle.manifest.graphs["request"].inputs
+    scopes = {s.name: s.scope for s in specs}
+    rng = np.random.default_rng(0)
+    session = Session.load(bundle.path, threads=1)
+
+    def sent(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: tensor(str(x.dtype), x.ravel(), list(x.shape)) for name, x in inputs.items()}
+
+    def scored(inputs: dict[str, Any], user: str, version: str) -> dict[str, Any]:
+        return score(sent(inputs), session.score(Request(inputs, user, version)).tolist(), user, version)
+
+    steps = []
+    for user, (tokens, targets) in enumerate(((0, 3), (1, 1), (700, 40), (64, 300))):
+        inputs = probe.single(specs, tokens, targets, rng)
+        rest = {n: x for n, x in inputs.items() if scopes[n] != "user"}
+        new = {
+            n: x
+            for n, x in probe.single(specs, 5, 0, rng).items()
+            if scopes[n] == "user" and next(s for s in specs if s.name == n).shape[0] == "N_h"
+        }
+        steps.append(scored(inputs, f"user {user}", "v1"))
+        steps.append(scored(rest, f"user {user}", "v1"))
+        steps.append(append(f"user {user}", sent(new), "v2", session.append(f"user {user}", new, "v2")))
+        steps.append(scored(rest, f"user {user}", "v2"))
+    case = {"name": "demo", "bundle": "demo", "cache_bytes": 1 << 30, "truncate": False, "steps": steps}
+    (tmp_path / "cases.json").write_text(json.dumps({"cases": [case]}))
+    environment = {**os.environ, "STCA_ONNXRUNTIME_LIBRARY": str(onnxruntime_library)}
+    command(
+        build / "tests" / "stca_golden",
+        tmp_path,
+        tmp_path / "cases.json",
+        "--engine",
+        "onnxruntime",
+        env=environment,
+    )

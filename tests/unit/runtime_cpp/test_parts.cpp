@@ -142,7 +142,8 @@ TEST(tensor_small_floats_round_to_nearest_even) {
   CHECK_EQUAL(half(std::ldexp(3, -25)), 0x0002);  // a tie, to even
   CHECK_EQUAL(half(1.0 + std::ldexp(1, -11)), 0x3c00);
   CHECK_EQUAL(half(1.0 + std::ldexp(3, -11)), 0x3c02);
-  CHECK_EQUAL(half(std::ldexp(2047.5, -25)), 0x0400);  // rounds up into the normal numbers
+  CHECK_EQUAL(half(std::ldexp(2047.5, -25)),
+              0x0400);  // rounds up into the normal numbers
   CHECK_EQUAL(BFloat16::from(1.0).bits, 0x3f80);
   CHECK_EQUAL(BFloat16::from(-3.140625).bits, 0xc049);
   CHECK(std::isnan(static_cast<double>(Float16::from(std::nan("")))));
@@ -202,7 +203,8 @@ TEST(cache_keeps_within_its_budget) {
   }
   CHECK(!cache.put(key_of("big"), state_of(26)));
   CHECK_EQUAL(cache.stats().refused, 1u);
-  // A state that is refused still replaces what the user had: that was of an older history.
+  // A state that is refused still replaces what the user had: that was of an
+  // older history.
   CHECK(cache.put(key_of("big"), state_of(25)));
   CHECK_EQUAL(cache.stats().users, 1u);
   CHECK(!cache.put(key_of("big"), state_of(26)));

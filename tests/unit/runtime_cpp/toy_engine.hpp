@@ -1,4 +1,5 @@
-// The golden bundles' models as plain loops: what their ONNX graphs compute, for tests without an engine library.
+// The golden bundles' models as plain loops: what their ONNX graphs compute,
+// for tests without an engine library.
 #pragma once
 
 #include <cstring>
@@ -121,9 +122,11 @@ class ToyEngine : public stca::Engine {
         *feeds.data<float>("profile_sum") + static_cast<float>(*feeds.data<std::int32_t>("hour")) + bias_;
     const std::int64_t targets = feeds.rows("candidates");
     auto* out = static_cast<float*>(outputs.allocate(0, {targets, 1}));
+    auto* like = static_cast<float*>(outputs.allocate(1, {targets}));
     for (std::int64_t t = 0; t < targets; ++t) {
       const float* candidate = feeds.data<float>("candidates") + 2 * t;
       out[t] = candidate[0] * clicked[0] + candidate[1] * clicked[1] + rest;
+      like[t] = candidate[0] + candidate[1];
     }
   }
 

@@ -38,8 +38,9 @@ typedef enum stca_code {
   STCA_BUNDLE_ERROR = 6,     /* BundleError: the bundle is missing, damaged, too new, or not a bundle */
   STCA_PARITY_ERROR = 7,     /* ParityError */
   STCA_REQUEST_ERROR = 8,    /* RequestError: the request was refused; nothing was computed or kept */
+  STCA_ENGINE_ERROR = 9,     /* EngineError: an engine failed on inputs that passed the door; they may be right */
   STCA_USAGE_ERROR = 100,    /* this library was called wrongly: a null pointer, an index too large */
-  STCA_INTERNAL_ERROR = 101  /* out of memory, or a defect of this library or of an engine */
+  STCA_INTERNAL_ERROR = 101  /* the host is out of memory, or a defect of this library */
 } stca_code;
 
 /* Element types. Manifests use the first ten; a request may also bring the unsigned ones. */
@@ -187,11 +188,13 @@ STCA_API size_t stca_scores_targets(const stca_scores* scores);
 STCA_API size_t stca_scores_tasks(const stca_scores* scores);
 STCA_API void stca_scores_release(stca_scores* scores);
 
-/* Adds new events, oldest first, to a kept state; only they are encoded. `version` is that of the history with them.
- * `kept` says whether there was a state to add to and the longer one is kept. Appends for one user must be ordered by
- * the caller: of two at once, one may be lost. */
+/* Adds new events, oldest first, to a kept state; only they are encoded. `version` is that of the history with them; a
+ * call with the version that is kept already changes nothing. `after` is that of the history they follow: nothing is
+ * added to another one, so no event lost on the way goes unnoticed; NULL adds to whichever is kept.
+ * `kept` says whether the longer state is kept: not when there was none to add to, it went or changed meanwhile, or the
+ * new one is over the budget. Then the next request brings the history. */
 STCA_API int32_t stca_session_append(stca_session* session, const char* user, const stca_tensor* events,
-                                     size_t event_count, const char* version, int32_t* kept);
+                                     size_t event_count, const char* version, const char* after, int32_t* kept);
 /* Drops what is kept of a user; `kept` says whether anything was. */
 STCA_API int32_t stca_session_forget(stca_session* session, const char* user, int32_t* kept);
 /* Serves another bundle from the next request on; running ones finish on the old. On failure nothing changes. */

@@ -43,35 +43,37 @@ class RequestError : public StcaError {
   using StcaError::StcaError;
 };
 
+/// An engine failed on inputs that passed the door: out of memory, a broken kernel. The request may be right.
+class EngineError : public StcaError {
+  using StcaError::StcaError;
+};
+
 namespace detail {
 
 inline void check(std::int32_t code) {
   if (code == STCA_OK) return;
   const std::string message = stca_last_error();
   switch (code) {
-    case STCA_BUILD_ERROR:
-      throw BuildError(code, message);
-    case STCA_BUNDLE_ERROR:
-      throw BundleError(code, message);
-    case STCA_REQUEST_ERROR:
-      throw RequestError(code, message);
-    default:
-      throw StcaError(code, message);
+    case STCA_BUILD_ERROR: throw BuildError(code, message);
+    case STCA_BUNDLE_ERROR: throw BundleError(code, message);
+    case STCA_REQUEST_ERROR: throw RequestError(code, message);
+    case STCA_ENGINE_ERROR: throw EngineError(code, message);
+    default: throw StcaError(code, message);
   }
 }
 
-/// A callback's body: what it throws becomes a code and a message.
+/// A callback's body: what it throws becomes a code, `otherwise` when it is none of ours, and a message.
 template <class F>
-std::int32_t guarded(F&& f) noexcept {
+std::int32_t guarded(std::int32_t otherwise, F&& f) noexcept {
   try {
     f();
     return STCA_OK;
   } catch (const StcaError& e) {
     return stca_fail(e.code(), e.what());
   } catch (const std::exception& e) {
-    return stca_fail(STCA_INTERNAL_ERROR, e.what());
+    return stca_fail(otherwise, e.what());
   } catch (...) {
-    return stca_fail(STCA_INTERNAL_ERROR, "something that is no std::exception was thrown");
+    return stca_fail(otherwise, "something that is no std::exception was thrown");
   }
 }
 
@@ -228,7 +230,7 @@ class Outputs {
   /// Memory for output `index` in the manifest's order, of the manifest's dtype.
   void* allocate(std::size_t index, const std::vector<std::int64_t>& shape) {
     void* data = stca_outputs_allocate(outputs_, index, static_cast<std::int32_t>(shape.size()), shape.data());
-    if (data == nullptr) throw StcaError(STCA_INTERNAL_ERROR, stca_last_error());
+    if (data == nullptr) throw EngineError(STCA_ENGINE_ERROR, stca_last_error());
     return data;
   }
 
@@ -294,11 +296,13 @@ class Session {
     detail::check(stca_session_score_batch(session_.get(), &raw, &scores));
     return Scores(scores);
   }
-  /// Adds new events, oldest first, to a kept state; only they are encoded. Returns whether there was one to add to.
-  bool append(const std::string& user, const std::vector<Tensor>& events, const std::string& version) {
+  /// Adds new events, oldest first, to a kept state; only they are encoded. `version` is that of the history with them,
+  /// `after` that of the history they follow. Returns whether the state with them is kept.
+  bool append(const std::string& user, const std::vector<Tensor>& events, const std::string& version,
+              const std::optional<std::string>& after = std::nullopt) {
     std::int32_t kept = 0;
     detail::check(stca_session_append(session_.get(), detail::c_str(user, "user"), events.data(), events.size(),
-                                      detail::c_str(version, "version"), &kept));
+                                      detail::c_str(version, "version"), detail::c_str(after, "after"), &kept));
     return kept != 0;
   }
   /// Drops what is kept of a user; false when nothing was.
@@ -343,7 +347,7 @@ class Session {
   }
 
   static std::int32_t make_engine(void* context, const stca_bundle* bundle, const char* graph, stca_engine* engine) {
-    return detail::guarded([&] {
+    return detail::guarded(STCA_BUILD_ERROR, [&] {
       const auto& make = static_cast<const Options*>(context)->make_engine;
       const Bundle view(std::shared_ptr<const stca_bundle>(bundle, [](const stca_bundle*) {}));
       auto made = std::make_unique<std::pair<std::unique_ptr<Engine>, std::string>>(make(view, graph), "");
@@ -355,7 +359,7 @@ class Session {
   }
   using Made = std::pair<std::unique_ptr<Engine>, std::string>;
   static std::int32_t run(void* self, const stca_tensor* inputs, std::size_t count, stca_outputs* outputs) {
-    return detail::guarded([&] {
+    return detail::guarded(STCA_ENGINE_ERROR, [&] {
       Outputs sink(outputs);
       static_cast<Made*>(self)->first->run(inputs, count, sink);
     });
