@@ -125,6 +125,8 @@ def build(
     root = Path(bundle)
     manifest = _manifest(root)
     plans = _wanted(manifest, engine, sm, precision, attention, workload or Workload(), refit, provider)
+    if attention is None and plans[0].parts["attention"] == "decomposed":
+        progress(f"{engine} has no fused attention in {precision}: it is built of MatMul, Softmax and MatMul")
     held = {json.dumps(e.get("key"), sort_keys=True): e for e in manifest.engines}
     known = [*(e["key"] for e in manifest.engines if "key" in e), *(cache.known() if cache else ())]
     results: dict[str, dict[str, Any]] = {}
@@ -380,5 +382,6 @@ def _forecast(root: Path, manifest: Manifest, plan: _Plan, found: Mapping[str, A
     dims = {d.dim_param for v in graph.model.graph.input for d in v.type.tensor_type.shape.dim if d.dim_param}
     memory = estimate_memory(graph, {d: largest.get(d, 1) for d in dims})
     shown = {name: plan.parts[name] for name in ("flavour", "version", "sm", "precision", "attention", "profiles")}
+    shown["attention"] = shown["attention"] if graph.attention_nodes else None
     entry = {**shown, "graph": plan.graph, "memory": memory, "cache": found["cache"], "why": found["why"]}
     return _result(root, plan, entry)
