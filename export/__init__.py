@@ -1,9 +1,29 @@
-"""Checkpoint → torch module → one ONNX request graph → split by dataflow → bundle."""
+"""Checkpoint → torch module → one ONNX request graph → split by dataflow → bundle.
 
-from stca.bundle import TensorSpec
-from stca.export.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from stca.export.config import Field, StcaConfig
-from stca.export.to_onnx import RequestModel
+The names below are what an exporter needs. They load torch when they are first used, because a part of this package, the
+graph's scopes and costs, serves programs that need no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stca.bundle import TensorSpec
+    from stca.export.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+    from stca.export.config import Field, StcaConfig
+    from stca.export.to_onnx import RequestModel
+
+_HOMES = {
+    "Checkpoint": "stca.export.checkpoint",
+    "Field": "stca.export.config",
+    "RequestModel": "stca.export.to_onnx",
+    "StcaConfig": "stca.export.config",
+    "TensorSpec": "stca.bundle",
+    "load_checkpoint": "stca.export.checkpoint",
+    "save_checkpoint": "stca.export.checkpoint",
+}
 
 __all__ = [
     "Checkpoint",
@@ -14,3 +34,9 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
