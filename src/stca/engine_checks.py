@@ -66,7 +66,7 @@ def check_lowering(bundle: Bundle, form: Literal["fused", "decomposed"], folder:
             given |= engine.run({name: given[name] for name in names})
         for name in own[1].outputs:
             a, b = values[name].astype(np.float64), given[name].astype(np.float64)
-            limit = 1e-4 * max(1.0, float(np.abs(a).max(initial=0.0)))
+            limit = 64 * _EPS["fp32"] * float(np.abs(a).max(initial=0.0))
             if not np.allclose(a, b, rtol=0, atol=limit):
                 raise BuildError(
                     f"with one request per run {name} differs by {np.abs(a - b).max():.3g} at {tokens} history tokens; "

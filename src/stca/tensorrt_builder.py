@@ -231,6 +231,8 @@ def _explain(job: Job, errors: Sequence[str]) -> str:
             f"{name}: {job.flavour} has no fused attention for this head size in {job.precision}; take another "
             "precision, export with another --form, or ask for an unfused one with --attention decomposed"
         )
+    if job.refit != "none" and "CUDA_SUCCESS" in said:
+        return f"{name}: {job.flavour} builds engines that can be refitted only where there is a GPU; use --refit none"
     return f"{name}: {job.flavour} cannot build it: {said[:400]}"
 
 

@@ -118,6 +118,7 @@ def test_what_the_builder_said(job):
     assert "no fused attention for this head size in bf16" in _explain(job, [said])
     assert "cannot build it: x y" in _explain(job, ["x\n  y", "z"])
     assert "nothing" in _explain(job, [])
+    assert "only where there is a GPU" in _explain(job, ["CHECK(status == CUDA_SUCCESS) failed."])
 
 
 class FakeRefitter:
