@@ -1,6 +1,6 @@
 """Checkpoint → torch module → one ONNX request graph → split by dataflow → bundle.
 
-The names below are what an exporter needs. They load torch when they are first used, because a part of this package, the
+The names below are what an exporter needs. They load torch when they are first used: a part of this package, the
 graph's scopes and costs, serves programs that need no torch.
 """
 
