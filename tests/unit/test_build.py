@@ -253,7 +253,7 @@ def test_not_installed(bundle, monkeypatch):
         ({"engine": "onnxruntime", "provider": "CUDAExecutionProvider"}, ("CUDAExecutionProvider", "CPU")),
         ({"engine": RTX, "sm": 89, "attention": "plugin"}, (RTX, "'plugin'", "fused")),
         ({"engine": RTX, "sm": 89, "workload": Workload(requests_max=2)}, ("one request", "requests_max")),
-        ({"engine": RTX, "sm": 89, "workload": Workload(targets_max=0)}, ("N_t", "0")),
+        pytest.param({"engine": RTX, "sm": 89, "workload": Workload(targets_max=0)}, ("N_t", "0"), marks=needs_rtx),
     ],
 )
 def test_what_cannot_be_asked(bundle, asked, words):
