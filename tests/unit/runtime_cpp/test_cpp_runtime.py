@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -107,6 +108,16 @@ def test_only_the_c_abi_is_exported(build: Path) -> None:
     header = (REPOSITORY / "runtime" / "cpp" / "include" / "stca" / "runtime.h").read_text()
     assert names
     assert {name for name in names if f"{name}(" not in header} == set()
+
+
+def test_the_guides_program_compiles(tmp_path: Path) -> None:
+    """The example of the documentation, against the headers alone."""
+    text = (REPOSITORY / "docs" / "cpp_runtime.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```cpp\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "main.cpp").write_text(program)
+    include = REPOSITORY / "runtime" / "cpp" / "include"
+    warnings = ("-Wall", "-Wextra", "-Wpedantic", "-Werror")
+    command("c++", "-std=c++17", "-fsyntax-only", *warnings, "-I", include, tmp_path / "main.cpp")
 
 
 @contextlib.contextmanager

@@ -85,12 +85,15 @@ TEST(session_scores_several_requests_at_once) {
   stca::Session session(golden("log"), with(toy::maker(&counters)));
   Log ann, bob;
   bob.items = {}, bob.actions = {}, bob.targets = {5}, bob.prices = {0, 0};
-  const stca::Scores scores = session.score({{ann.all(), "ann", "v1"}, {bob.all(), "bob", "v1"}, {ann.all(), {}, {}}});
-  CHECK_EQUAL(scores.targets(), 5u);
+  const stca::Scores scores = session.score(
+      {{ann.all(), "ann", "v1"}, {bob.all(), "bob", "v1"}, {ann.all(), {}, {}}, {ann.all(), "ann", "v1"}});
+  CHECK_EQUAL(scores.targets(), 7u);
   CHECK_EQUAL(scores(0, 0), ann.first_score());
   CHECK_EQUAL(scores(2, 0), 25.5f);
   CHECK_EQUAL(scores(3, 0), ann.first_score());
+  CHECK_EQUAL(scores(5, 0), ann.first_score());
   CHECK_EQUAL(counters.scored, 1);
+  CHECK_EQUAL(counters.encoded, 3);  // ann once, though she has two requests
   CHECK_EQUAL(session.stats().users, 2u);
   CHECK_EQUAL(session.score(std::vector<stca::Request>{}).targets(), 0u);
 }
