@@ -20,6 +20,8 @@ from stca.bundle import Bundle, Scope
 from stca.errors import StcaError
 
 Command = Callable[[argparse.Namespace], int]
+# What `inspect` says of an engine; --json has the rest.
+_ENGINE_FACTS = ("graph", "flavour", "version", "sm", "precision", "attention", "file", "bytes", "requests")
 ENGINES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
@@ -111,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--engine", choices=ENGINES, required=True)
     p.add_argument("--sm", type=_count, metavar="NN", help="compute capability, 89 for 8.9; default this machine's GPU")
     p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    p.add_argument(
+        "--attention",
+        choices=("function", "plugin", "fused", "decomposed"),
+        help="how the operator gets in; default the engine's own way",
+    )
     p.add_argument("--history-max", type=_count, metavar="N", help="most history tokens; default the bundle's limit")
     p.add_argument("--targets-max", type=_count, default=512, metavar="N", help="most targets (512)")
     p.add_argument("--requests-max", type=_count, default=1, metavar="N", help="most requests of a batch (1)")
@@ -335,6 +342,7 @@ def _build(args: argparse.Namespace) -> int:
         engine=args.engine,
         sm=args.sm,
         precision=args.precision,
+        attention=args.attention,
         workload=workload,
         refit=args.refit,
         provider=args.provider,
@@ -376,6 +384,7 @@ def _inspect(args: argparse.Namespace) -> int:
         f"{m.split['recomputed_work'] / 1e9:.3g} of them redone per request, "
         f"request {m.split['request_work'] / 1e9:.3g}, target {m.split['target_work'] / 1e9:.3g}",
         *(d["text"] for d in m.split["request_dependencies"]),
+        *("engine " + ", ".join(f"{k} {v}" for k, v in e.items() if k in _ENGINE_FACTS) for e in m.engines),
     ]
     _emit(args, dataclasses.asdict(m), "\n".join(lines))
     return 0
