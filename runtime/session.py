@@ -60,8 +60,8 @@ class _Model:
         """Run the user encoder on one user's admitted inputs."""
         wanted = [s.name for s in self.manifest.graphs["user_encoder"].inputs]
         out = self.encoder.run({name: arrays[name] for name in wanted})
-        tokens = next((len(arrays[n]) for n in self.door.names("user") if self.door.inputs[n].shape[0] == TOKENS), 0)
-        return UserState(out, tokens)
+        rows = [len(arrays[n]) for n in self.door.names("user") if self.door.inputs[n].shape[:1] == (TOKENS,)]
+        return UserState(out, rows[0] if rows else 0)
 
     def score(self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]]) -> list[Array]:
         """Run the target scorer once for several users; `rows` are their request and target inputs."""
@@ -101,7 +101,7 @@ class _Model:
         for spec in self.manifest.state:
             if spec.input in self.door.offsets:
                 tensors[spec.name] = np.array([0, kept], dtype=spec.dtype)
-            elif spec.shape[0] == TOKENS:
+            elif spec.shape[:1] == (TOKENS,):
                 joined = [old.tensors[spec.name], new.tensors[spec.name]]
                 # Slice before joining, so that only what is kept is copied, once.
                 dropped = total - kept
@@ -191,7 +191,7 @@ class Session:
         if not model.manifest.appendable:
             raise RequestError("this bundle's states cannot be appended to; send the whole history with a new version")
         names = model.door.names("user")
-        once = {n: model.door.placeholder(n) for n in names if model.door.inputs[n].shape[0] != TOKENS}
+        once = {n: model.door.placeholder(n) for n in names if model.door.inputs[n].shape[:1] != (TOKENS,)}
         if given := [n for n in events if n in once or n in model.door.names("request", "target")]:
             raise RequestError(f"{given[0]}: is no part of an event; append takes the per-token user inputs alone")
         arrays = model.door.admit({**once, **events}, "user")

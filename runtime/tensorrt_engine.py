@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stca.bundle import ITEM_BYTES
-from stca.errors import BuildError, RequestError
+from stca.errors import BuildError, EngineError, RequestError
 from stca.tensorrt_flavours import FLAVOURS, load
 
 Array = NDArray[Any]
@@ -246,7 +246,8 @@ class TensorRTEngine:
         """See `Engine.run`; inputs the engine does not have are left aside.
 
         Raises:
-            RequestError: when a size is beyond the engine's profiles, or the run fails.
+            RequestError: when a size is beyond the engine's profiles.
+            EngineError: when the run fails.
         """
         sizes = sizes_of(self._entry, inputs)
         if sizes.get(TARGETS) == 0:
@@ -325,7 +326,7 @@ class TensorRTEngine:
             to_device = (b.address, b.host.ctypes.data, b.bytes(sizes), kind.cudaMemcpyHostToDevice, device.stream)
             device.call("cudaMemcpyAsync", *to_device)
         if not self._context.execute_async_v3(device.stream):
-            raise RequestError(f"{self.name} failed: {' '.join(self._said[-1:])[:300] or 'no reason given'}")
+            raise EngineError(f"{self.name} failed: {' '.join(self._said[-1:])[:300] or 'no reason given'}")
         for name in self.outputs:
             b = self._buffers[name]
             to_host = (b.host.ctypes.data, b.address, b.bytes(sizes), kind.cudaMemcpyDeviceToHost, device.stream)
@@ -342,7 +343,7 @@ class TensorRTEngine:
             finally:
                 graph = device.call("cudaStreamEndCapture", device.stream)
             return device.call("cudaGraphInstantiate", graph, 0)
-        except (BuildError, RequestError):
+        except (BuildError, EngineError, RequestError):
             self._limit = 0
             return None
 

@@ -134,7 +134,7 @@ class Manifest:
     def to_json(self) -> str:
         """The manifest as JSON: `format`, `version`, `digest`, then the fields."""
         head = {"format": FORMAT, "version": FORMAT_VERSION, "digest": _NO_DIGEST}
-        text = json.dumps({**head, **dataclasses.asdict(self)}, indent=1) + "\n"
+        text = json.dumps({**head, **dataclasses.asdict(self)}, indent=1, allow_nan=False) + "\n"
         return text.replace(_NO_DIGEST, _digest_of(text), 1)
 
     @classmethod
@@ -145,7 +145,7 @@ class Manifest:
             BundleError: when it is not ours, newer than this library, or lacks a field or has one of the wrong kind.
         """
         try:
-            raw = json.loads(text)
+            raw = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as e:  # a number of 5,000 digits is a plain ValueError
             raise BundleError(f"{MANIFEST} is not JSON ({e}); export the bundle again") from e
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
@@ -165,6 +165,17 @@ class Manifest:
         except (TypeError, ValueError, KeyError) as e:
             raise BundleError(f"{MANIFEST} is malformed ({e}); export the bundle again") from e
         return manifest
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different: which of two counts is each reader's own choice."""
+    if len(made := dict(pairs)) != len(pairs):
+        raise ValueError(f"a name occurs twice among {', '.join(k for k, _ in pairs)[:80]}")
+    return made
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _as(kind: Any, raw: Any, where: str) -> Any:
@@ -254,7 +265,7 @@ class Bundle:
         if os.path.lexists(root / MANIFEST) and not _is_plain(root / MANIFEST):
             raise BundleError(f"{root}: {MANIFEST} is not a plain file inside the bundle; copy the bundle again")
         try:
-            text = (root / MANIFEST).read_text(encoding="utf-8")
+            text = (root / MANIFEST).read_bytes().decode("utf-8")  # bytes, so that no line end changes unseen
         except FileNotFoundError as e:
             raise BundleError(f"{root}: has no {MANIFEST}; this is not a bundle, or its export did not finish") from e
         except (OSError, UnicodeDecodeError) as e:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support.errors import one_line
 
-from stca.errors import BuildError, RequestError
+from stca.errors import BuildError, EngineError, RequestError
 from stca.runtime.tensorrt_engine import Device, TensorRTEngine, check_fit, choose_profile, explain_refusal, sizes_of
 
 ENTRY = {
@@ -338,7 +338,7 @@ def test_a_missing_input():
 
 def test_a_run_that_fails(tmp_path):
     engine = make(tmp_path, fails=True)
-    with one_line(RequestError, "tensorrt-rtx", "failed"):
+    with one_line(EngineError, "tensorrt-rtx", "failed"):
         engine.run(request(5, 2))
 
 
