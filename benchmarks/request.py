@@ -42,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, bundle = _export(args, Path(folder))
         result = {
-            "command": "python " + " ".join([Path(__file__).name, *sys.argv[1:]]),
+            "command": "python benchmarks/" + " ".join([Path(__file__).name, *sys.argv[1:]]),
             "machine": machine(args.threads),
             "versions": {"torch": torch.__version__, "engine": OnnxRuntimeEngine(bundle.file("request")).name},
             "config": json.loads(model.config.to_json()),

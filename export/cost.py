@@ -234,7 +234,7 @@ def _make_nominal(model: onnx.ModelProto, workload: Mapping[str, int]) -> None:
                 if name not in workload:
                     raise SplitError(
                         f"dimension {axis} of input {value.name!r} has no nominal size; "
-                        f"give one for {name!r}, with --size {name}=N or in the workload"
+                        f"give one for {name!r}, as in --size {name}=300"
                     )
                 dim.dim_value = workload[name]
     for value in _declared(model.graph):

@@ -24,6 +24,7 @@ from stca.export.config import StcaConfig
 from stca.export.cost import DEFAULT_WORKLOAD, without_weights
 from stca.export.cut import DEFAULT_FLOPS_PER_BYTE
 from stca.export.model import AttentionForm, request_inputs
+from stca.export.scope import label, walk
 from stca.export.split import Split, run_reference, split
 from stca.export.to_onnx import RequestModel, to_request_graph
 from stca.export.weights import externalize
@@ -225,6 +226,17 @@ def _write(
     cut: CutOptions,
     progress: Progress,
 ) -> Bundle:
+    for tensor in graph.graph.initializer:
+        weight = onnx.numpy_helper.to_array(tensor)
+        if weight.dtype.kind == "f" and not np.isfinite(weight).all():
+            raise SplitError(f"weight {tensor.name!r} has NaN or infinite values; export an earlier step")
+    known = {"", "ai.onnx", "ai.onnx.ml", *(f.domain for f in graph.functions)}
+    for node in walk(graph.graph.node):
+        if node.domain not in known:
+            raise SplitError(
+                f"node {label(node)!r} is {node.op_type!r} of domain {node.domain!r}, which no check here can run; "
+                "give the model a function body for it, or express it in standard operators"
+            )
     rows = {tuple(s.shape[:1]): s.name for s in map(_spec, graph.graph.output)}
     if len(rows) > 1:
         names = " and ".join(rows.values())

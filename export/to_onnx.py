@@ -22,7 +22,7 @@ from onnx_ir.passes import Sequential
 from onnxscript import values
 from torch import Tensor, nn
 
-from stca.bundle import TensorSpec
+from stca.bundle import SCOPES, TensorSpec
 from stca.errors import ExportError
 from stca.plugins import onnx_function
 from stca.plugins.spec import DOMAIN, OP_NAME, OP_VERSION
@@ -51,6 +51,12 @@ def to_request_graph(model: RequestModel) -> onnx.ModelProto:
     Raises:
         ExportError: when torch cannot trace the module or ONNX has no operator for a part of it.
     """
+    for spec in model.inputs:
+        if not isinstance(spec, TensorSpec) or spec.scope not in SCOPES:
+            raise ExportError(
+                f"RequestModel.inputs has {spec!r:.80}; expected TensorSpec(name, dtype, shape, scope) with a scope of "
+                f"{', '.join(SCOPES)}"
+            )
     onnx_function.register_schema()
     feeds = example_inputs(model.inputs)
     dynamic = {

@@ -155,6 +155,8 @@ class Session:
             RequestError: naming the input, the value and the limit; nothing was computed or kept.
             EngineError: when an engine fails on valid inputs.
         """
+        if not isinstance(request, Request | RequestBatch):
+            raise RequestError(f"score takes a Request or a RequestBatch, got {type(request).__name__}")
         model = self._model
         requests = model.door.unpack(request) if isinstance(request, RequestBatch) else [request]
         rows = [model.door.admit(_without(r.inputs, model.door.names("user")), "request", "target") for r in requests]
@@ -290,4 +292,6 @@ def _key(user: Hashable, version: Hashable) -> tuple[Hashable, Hashable]:
 
 
 def _without(inputs: Mapping[str, ArrayLike], names: Sequence[str]) -> dict[str, ArrayLike]:
+    if not isinstance(inputs, Mapping):
+        raise RequestError(f"inputs: is {type(inputs).__name__}, expected the model's inputs by name")
     return {n: x for n, x in inputs.items() if n not in names}
