@@ -47,6 +47,8 @@ def main() -> None:
     if args.out:
         Path(args.out).write_text(text + "\n", encoding="utf-8")
     print(text)
+    if not body.get("parity", {}).get("passed", True):
+        sys.exit(1)
 
 
 def _arguments() -> argparse.Namespace:

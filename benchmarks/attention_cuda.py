@@ -206,6 +206,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Callable[[
     from torch.nn.attention.flex_attention import flex_attention
 
     q, k, v = _dense(query, key, value)
+    torch._dynamo.reset()  # past its limit of recompilations dynamo would quietly run the peer eagerly
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, scale=scale)
 
@@ -221,7 +222,8 @@ def _unfused_graph(query: Tensor, key: Tensor, value: Tensor, scale: float) -> C
 
 def _compiled(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Callable[[], Tensor]:
     q, k, v = _dense(query, key, value)
-    compiled = torch.compile(_unfused, dynamic=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(_unfused, dynamic=False, fullgraph=True)
     return lambda: compiled(q, k, v, scale)
 
 

@@ -236,7 +236,7 @@ def attend_kernel(
         if begin >= end:  # the sum 0 says all: combine_kernel drops what it finds in this part's `out`
             return
     else:
-        acc = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
+        acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     columns = first_value_column + tl.arange(0, BLOCK_DV)
     pointers = out + head_row * D_V + (rows * (KEY_HEADS * D_V))[:, None] + columns[None, :]
     stored = (rows[:, None] < rows_left) & (columns[None, :] < D_V)
@@ -272,7 +272,7 @@ def combine_kernel(
         # Loaded before it is known whether the part is empty, which saves a round trip; then dropped if it is.
         pointers = partial_out + part_row[:, None] * D_V + columns[None, :]
         values = tl.load(pointers, mask=held[:, None] & (columns[None, :] < D_V), other=0.0)
-        values = tl.where(part_sum[:, None] > 0.0, values, 0.0)
+        values = tl.where(part_sum[:, None] == 0.0, 0.0, values)  # not `> 0`: NaN must not pass for empty
 
         new_top = tl.maximum(top, tl.max(part_max, 0))
         rescale = tl.exp2(top - new_top)
@@ -280,5 +280,5 @@ def combine_kernel(
         acc = acc * rescale + tl.sum(values * part_rescale[:, None], 0)
         total = total * rescale + tl.sum(part_sum * part_rescale, 0)
         top = new_top
-    acc = acc / tl.where(total > 0.0, total, 1.0)
+    acc = acc / tl.where(total == 0.0, 1.0, total)
     tl.store(out + row * D_V + columns, acc.to(out.dtype.element_ty), mask=columns < D_V)

@@ -101,6 +101,9 @@ def best_engine(manifest: Manifest, machine: Machine | None = None, *, only: str
                 if reason := _obstacle(entries, flavour, provider, sm, machine):
                     passed_over.append(f"{name}: {reason}")
                     continue
+                if only is None and provider == "CPUExecutionProvider" and precision != "fp32":
+                    passed_over.append(f"{name}: on a CPU the bundle's own float32 graphs are faster")
+                    continue
                 why = f"{name} is the fastest pair in the bundle that runs here"
                 return Choice(flavour, precision, entries, why, tuple(passed_over))
     if only is not None:

@@ -104,7 +104,7 @@ def build(
     Args:
         bundle: its directory. It is replaced in one step at the end, or stays as it was.
         engine: onnxruntime, tensorrt or tensorrt-rtx.
-        sm: compute capability to build for, 89 for 8.9; None means this machine's GPU.
+        sm: compute capability to build for, 89 for 8.9; tensorrt takes this machine's GPU when it is None.
         precision: of weights and activations; `stca.export.precision` says what stays float32.
         attention: how the operator gets into the engine; None takes the flavour's own way. float32 has no fused
             attention in TensorRT and is decomposed, which the result says.
@@ -186,6 +186,10 @@ def _wanted(
         common |= {"version": onnxruntime.__version__, "sm": None, "attention": "function", "provider": provider}
     else:
         flavour = FLAVOURS[engine]
+        if sm is None and flavour.ahead_of_time:
+            raise BuildError(
+                f"SM not given: {engine} builds for a GPU that need not be here; say which with --sm, 89 for 8.9"
+            )
         chosen = attention or ("decomposed" if precision == "fp32" and flavour.ahead_of_time else flavour.attentions[0])
         if chosen not in flavour.attentions:
             raise BuildError(f"{engine} has no attention {chosen!r}; it has {', '.join(flavour.attentions)}")

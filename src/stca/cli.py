@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     p = add("build", _build, "engines of both halves, written into the bundle")
     p.add_argument("bundle")
     p.add_argument("--engine", choices=ENGINES, required=True)
-    p.add_argument("--sm", type=_count, metavar="NN", help="compute capability, 89 for 8.9; default this machine's GPU")
+    p.add_argument("--sm", type=_count, metavar="NN", help="compute capability to build for, 89 for 8.9")
     p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     p.add_argument(
         "--attention",
@@ -350,7 +350,10 @@ def _build(args: argparse.Namespace) -> int:
         dry_run=args.dry_run,
         progress=_progress(),
     )
-    lines = [f"{e['graph']}: {e['path']}, {e['cache']} ({e['why']})" for e in engines]
+    lines = [
+        f"{e['graph']}: {e['path']}, {e['cache']} ({e['why']})" + (f", memory {e['memory']}" if "memory" in e else "")
+        for e in engines
+    ]
     _emit(args, {"engines": engines}, "\n".join(lines))
     return 0
 

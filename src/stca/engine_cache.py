@@ -36,6 +36,8 @@ def why_missed(parts: Parts, known: Iterable[Parts]) -> str:
             nearest = other
     if best is None:
         return f"no {parts['flavour']} engine of {parts['name']} was built before"
+    if not best:
+        return "it was built before, but its file is gone or damaged"
     return "; ".join(
         f"{_WORDS.get(name, name)} changed from {_short(nearest.get(name))} to {_short(parts[name])}" for name in best
     )

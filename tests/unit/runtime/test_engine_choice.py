@@ -50,6 +50,10 @@ def test_the_fastest_that_runs(manifest):
     pairs = list(ALL)
     while pairs:
         choice = best_engine(manifest(*pairs), GPU)
+        if not choice.entries:  # what is left is slower than the bundle's own graphs
+            assert [line.partition(":")[0] for line in choice.passed_over] == ["onnxruntime fp16"]
+            assert best_engine(manifest(*pairs), GPU, only="onnxruntime").precision == "fp16"
+            break
         order.append((choice.flavour, choice.precision, choice.entries["target_scorer"].get("provider")))
         pairs = [p for p in pairs if (p[0]["flavour"], p[0]["precision"], p[0].get("provider")) != order[-1]]
     assert order == [
@@ -58,7 +62,6 @@ def test_the_fastest_that_runs(manifest):
         ("tensorrt-rtx", "fp32", None),
         ("onnxruntime", "fp16", "CUDAExecutionProvider"),
         ("onnxruntime", "fp32", "CPUExecutionProvider"),
-        ("onnxruntime", "fp16", "CPUExecutionProvider"),
     ]
 
 
