@@ -174,8 +174,7 @@ def split_onnx(
         dataclasses.replace(_spec(i), scope=scopes.get(i.name), limit=_id_limit(graph.graph, i.name))
         for i in graph.graph.input
     )
-    attention = next((n.op_type for n in graph.graph.node if (n.domain, n.op_type) == (DOMAIN, OP_NAME)), None)
-    if attention:
+    if any((n.domain, n.op_type) == (DOMAIN, OP_NAME) for n in graph.graph.node):
         onnx_function.attach(graph)
     proof = lambda bundle: prove(bundle, None)  # noqa: E731
     return _write(graph, specs, out, proof, {"kind": "onnx"}, None, max_history, cut or CutOptions(), progress)

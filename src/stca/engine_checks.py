@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -112,9 +111,9 @@ def verify_engine(
         module = verify.rebuild(bundle)
     progress("float64 reference")
     if module is not None:
-        against, reference = "float64 torch", verify.run_torch(verify.in_form(module, "projected"), feeds, double=True)
+        against, reference = "float64 torch", verify.run_torch(verify.in_form(module, "projected"), feeds, "float64")
         progress(f"torch in {precision}")
-        near = _run_torch(verify.in_form(module, manifest.attention), feeds, precision)
+        near = verify.run_torch(verify.in_form(module, manifest.attention), feeds, _TORCH[precision])
     else:
         against, reference = "float64 onnx.reference", verify.run_double(bundle, feeds)
         near = _run_typed(bundle, feeds, precision)
@@ -160,21 +159,6 @@ def _run_pair(bundle: Bundle, engines: Mapping[str, Engine], feeds: Mapping[str,
     given = {**feeds, **state}
     outputs = engines["target_scorer"].run({s.name: given[s.name] for s in graphs["target_scorer"].inputs})
     return scores_of([outputs[s.name] for s in graphs["target_scorer"].outputs])
-
-
-def _run_torch(module: nn.Module, feeds: Sequence[Mapping[str, Array]], precision: str) -> list[Array]:
-    import torch
-
-    dtype = getattr(torch, _TORCH[precision])
-    model = copy.deepcopy(module).eval().to(dtype)
-    out = []
-    with torch.no_grad():
-        for f in feeds:
-            tensors = {n: torch.from_numpy(np.ascontiguousarray(x)) for n, x in f.items()}
-            tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-            y = model(tensors)
-            out.append((y if isinstance(y, torch.Tensor) else y[0]).float().numpy())
-    return out
 
 
 def _run_typed(bundle: Bundle, feeds: Sequence[Mapping[str, Array]], precision: str) -> list[Array]:

@@ -142,9 +142,9 @@ def verify(
         module = rebuild(bundle)
     if module is not None:
         progress("float64 reference (torch)")
-        reference_name, reference = "float64 torch", run_torch(in_form(module, "projected"), feeds, double=True)
+        reference_name, reference = "float64 torch", run_torch(in_form(module, "projected"), feeds, "float64")
         progress("torch")
-        outcomes.append(("torch", run_torch(in_form(module, manifest.attention), feeds, double=False)))
+        outcomes.append(("torch", run_torch(in_form(module, manifest.attention), feeds)))
     else:
         progress("float64 reference (onnx.reference)")
         reference_name, reference = "float64 onnx.reference", run_double(bundle, feeds)
@@ -259,21 +259,24 @@ def in_form(module: nn.Module, form: str | None) -> nn.Module:
     return module
 
 
-def run_torch(module: nn.Module, feeds: Sequence[Mapping[str, Array]], *, double: bool) -> list[Array]:
+def run_torch(module: nn.Module, feeds: Sequence[Mapping[str, Array]], dtype: str | None = None) -> list[Array]:
+    """Scores of `module` in torch's `dtype` (`float64`, …), None for its own; what numpy lacks comes as float32."""
     import copy
 
     import torch
 
     model = copy.deepcopy(module).eval()
-    model = model.double() if double else model
+    to = getattr(torch, dtype) if dtype else None
+    model = model.to(to) if to else model
+    out = []
     with torch.no_grad():
-        out = []
         for f in feeds:
             tensors = {n: torch.from_numpy(np.ascontiguousarray(x)) for n, x in f.items()}
-            if double:
-                tensors = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+            if to:
+                tensors = {n: t.to(to) if t.is_floating_point() else t for n, t in tensors.items()}
             y = model(tensors)
-            out.append(scores_of([t.numpy() for t in ([y] if isinstance(y, torch.Tensor) else y)]))
+            scores = [t.float() if t.itemsize < 4 else t for t in ([y] if isinstance(y, torch.Tensor) else y)]
+            out.append(scores_of([t.numpy() for t in scores]))
     return out
 
 
