@@ -14,7 +14,7 @@ from stca.bundle import Bundle, Manifest, StateSpec
 from stca.errors import RequestError
 from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, best_engine, open_engines, own_graphs
-from stca.runtime.request import TOKENS, Door, Request, RequestBatch
+from stca.runtime.request import TOKENS, Door, Request, RequestBatch, check_swap
 from stca.runtime.state import CacheStats, StateCache, StateKey, UserState
 
 Array = NDArray[Any]
@@ -41,8 +41,7 @@ class _Model:
     choice: Choice
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], options: _Options) -> _Model:
-        bundle = Bundle.load(path)
+    def load(cls, bundle: Bundle, options: _Options) -> _Model:
         manifest = bundle.manifest
         choice = own_graphs() if options.engine == "graphs" else best_engine(manifest, only=options.engine)
         engines = open_engines(bundle, choice, threads=options.threads)
@@ -144,7 +143,7 @@ class Session:
             BuildError: when the engine cannot load a graph.
         """
         options = _Options(threads, truncate, engine)
-        return cls(_Model.load(bundle, options), StateCache(cache_bytes), options)
+        return cls(_Model.load(Bundle.load(bundle), options), StateCache(cache_bytes), options)
 
     def score(self, request: Request | RequestBatch) -> Array:
         """Scores `(targets, tasks)` of a request; of a batch, all requests' targets one after the other.
@@ -215,9 +214,12 @@ class Session:
         """Serve another bundle from the next request on; running ones finish on the old. States of other weights go.
 
         Raises:
-            BundleError, BuildError: as `load`; the session goes on with the bundle it has.
+            BundleError, BuildError: as `load`, and when the bundle takes other inputs or gives other scores than the
+                one being served, so that its clients' requests would fail. The session goes on with the bundle it has.
         """
-        model = _Model.load(bundle, self._options)
+        found = Bundle.load(bundle)
+        check_swap(bundle, self._model.manifest, found.manifest)
+        model = _Model.load(found, self._options)
         same = (model.manifest.weights, model.format) == (self._model.manifest.weights, self._model.format)
         self._model = model
         if not same:

@@ -101,6 +101,11 @@ class Door {
   bool truncate_ = false, ragged_ = false, has_user_inputs_ = false;
 };
 
+/// Whoever sends requests for one bundle must be able to send them to the other: the same inputs, and scores of the
+/// same form. Weights, id limits, the longest history and all that is inside the graphs may differ. `bundle` names the
+/// one with the manifest `other`. Throws BundleError naming the first input that differs, or the outputs.
+void check_swap(const std::string& bundle, const Manifest& served, const Manifest& other);
+
 /// `[0, counts[0], counts[0] + counts[1], …]` of an integer dtype.
 Array offsets_array(DType dtype, const std::vector<std::int64_t>& counts);
 

@@ -318,7 +318,9 @@ bool Session::append(const std::string& user, Inputs events, const char* version
 }
 
 void Session::swap(const std::string& path) {
-  auto next = std::make_shared<const Model>(Bundle::load(path), options_);
+  const std::shared_ptr<const Bundle> bundle = Bundle::load(path);
+  check_swap(path, model()->manifest(), bundle->manifest);
+  const auto next = std::make_shared<const Model>(bundle, options_);
   ModelPtr last;
   {
     const std::lock_guard lock(mutex_);

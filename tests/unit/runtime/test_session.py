@@ -17,6 +17,9 @@ from support.errors import one_line
 from stca import probe
 from stca.bundle import WEIGHTS, Bundle, seal, sha256_of
 from stca.errors import BuildError, BundleError, RequestError
+from stca.export.model import request_inputs
+from stca.export.pipeline import export_module
+from stca.export.to_onnx import RequestModel
 from stca.runtime import Request, RequestBatch, Session
 from stca.runtime.session import _Model
 
@@ -556,6 +559,66 @@ def test_a_swap_to_a_shorter_window_keeps_no_state_longer_than_it(log_session, b
     log_session.swap(tmp_path / "short")
     with one_line(RequestError):
         log_session.score(Request(without_user(inputs), user="u", version=1))
+
+
+def changed_request(manifest, name, **changes):
+    """The manifest with one input or output of the request graph changed; without `changes` it is left out."""
+    graph = manifest.graphs["request"]
+
+    def edit(specs):
+        kept = (dataclasses.replace(s, **changes) if s.name == name else s for s in specs)
+        return tuple(s for s in kept if changes or s.name != name)
+
+    whole = dataclasses.replace(graph, inputs=edit(graph.inputs), outputs=edit(graph.outputs))
+    return dataclasses.replace(manifest, graphs={**manifest.graphs, "request": whole})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("target_category", {"dtype": "int32"}, ("'target_category'", "int32 [N_t]", "int64 [N_t]")),
+        ("target_category", {"shape": ("N_t", 2)}, ("'target_category'", "[N_t, 2]", "[N_t]")),
+        ("target_category", {"shape": ("m",)}, ("'target_category'", "[m]", "[N_t]")),
+        ("request_device", {"scope": "target"}, ("'request_device'", "scope target", "scope request")),
+        ("scores", {"dtype": "float16"}, ("output", "float16 [*, 2]", "float32 [*, 2]")),
+        ("scores", {"shape": ("N_t", 3)}, ("output", "float32 [*, 3]", "float32 [*, 2]")),
+        ("scores", {"shape": ("m", 2)}, None),
+        ("history_item", {"limit": 10**6}, None),
+    ],
+    ids=str,
+)
+def test_a_swap_to_other_inputs_or_scores_is_refused(log_session, bundle_dir, tmp_path, name, changes, words):
+    """Every client's requests would fail from then on, so it is the swap that fails."""
+    inputs = ask(log_session)
+    expected = log_session.score(Request(inputs, user="u", version=1))
+    shutil.copytree(bundle_dir, tmp_path / "other")
+    seal(tmp_path / "other", changed_request(Bundle.load(bundle_dir).manifest, name, **changes))
+    if words is None:
+        log_session.swap(tmp_path / "other")
+    else:
+        with one_line(BundleError, "other", *words):
+            log_session.swap(tmp_path / "other")
+    assert np.array_equal(log_session.score(Request(without_user(inputs), user="u", version=1)), expected)
+
+
+def test_a_swap_between_models_of_which_one_takes_more(exported):
+    """A model with time deltas needs the request's time."""
+    log, delta = exported("log", "projected"), exported("delta", "projected")
+    with one_line(BundleError, "'request_time'", "int64 [B] of scope request in it", "missing there"):
+        Session.load(log, threads=1).swap(delta)
+    with one_line(BundleError, "'request_time'", "missing in it"):
+        Session.load(delta, threads=1).swap(log)
+
+
+def test_a_swap_to_another_depth_and_width(log_session, tmp_path):
+    model = tiny.module(tiny.config(layers=1, width=32, heads=2, items=200, max_history=40))
+    made = RequestModel(model, request_inputs(model.config))
+    out = export_module(made, tmp_path / "B", prove=tiny.no_proof, source={"kind": "callable"}, max_history=40).path
+    inputs = ask(log_session)
+    log_session.score(Request(inputs, user="u"))
+    log_session.swap(out)
+    assert log_session.stats().users == 0
+    assert np.array_equal(log_session.score(Request(inputs)), Session.load(out, threads=1).score(Request(inputs)))
 
 
 def test_a_request_under_way_finishes_on_the_bundle_it_began_with(log_session, other_weights, monkeypatch):

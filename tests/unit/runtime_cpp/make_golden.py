@@ -8,6 +8,7 @@ The expected scores are computed here, by `Log.scores` or by hand, not by either
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -101,8 +102,8 @@ def write_bundle(name: str, inputs: Any, state: Any, scores: Any, halves: Any, b
     )
 
 
-def log_halves() -> Any:
-    """Encoder and scorer of `log`: sums over each request's own segment of the history."""
+def log_halves(first: bool = False) -> Any:
+    """Encoder and scorer of `log`: sums over each request's own segment of the history. `first`: of items alone."""
     n = helper.make_node
     zero, one, end = np.int64([0]), np.int64([1]), np.int64([2**31])
     encoder = [
@@ -145,8 +146,10 @@ def log_halves() -> Any:
             n("Unsqueeze", ["item", "one"], ["item_column"]),
             n("MatMul", ["target_price", "price_weights"], ["price"]),
             n("Concat", ["item_column", "price"], ["own"], axis=1),
-            n("Sum", ["shared", "own", "bias"], ["scores"]),
+            n("Sum", ["shared", "own", "bias"], ["both_scores" if first else "scores"]),
         ]
+        if first:
+            nodes.append(n("Gather", ["both_scores", "first"], ["scores"], axis=1))
         constants = {
             "zero": zero, "one": one, "end": end, "last": np.int64([-1]), "axis0": np.int64(0),
             "first": np.int64(0), "step": np.int64(1), "no_token": np.zeros((1, 2), np.float32),
@@ -196,6 +199,7 @@ class Log:
 
     def __init__(self, items: list[int], actions: list[int], segment: int = 2, profile: tuple[float, float] = (0.5, 1)):
         self.items, self.actions, self.segment, self.profile = items, actions, segment, profile
+        self.window = WINDOW
         self.device, self.targets, self.prices = 1, [7, 999, 0], [[1.5, 2.0], [0.25, 0.0], [0.0, -1.0]]
 
     def user(self) -> dict[str, Any]:
@@ -218,12 +222,12 @@ class Log:
         return {k: v for k, v in {**self.user(), **self.rest(), **changes}.items() if v is not None}
 
     def scores(self, bias: float = 0.0) -> list[list[float]]:
-        left = sum(self.items[-WINDOW:]) + 10 * self.segment + self.profile[0] + bias
-        right = sum(self.actions[-WINDOW:]) + 100 * self.device + self.profile[1] + bias
+        left = sum(self.items[-self.window :]) + 10 * self.segment + self.profile[0] + bias
+        right = sum(self.actions[-self.window :]) + 100 * self.device + self.profile[1] + bias
         return [[left + t, right + p[0] + 2 * p[1]] for t, p in zip(self.targets, self.prices, strict=True)]
 
     def state_bytes(self) -> int:
-        return 8 * min(len(self.items), WINDOW) + 2 * 4 + 8 + 2 * 4
+        return 8 * min(len(self.items), self.window) + 2 * 4 + 8 + 2 * 4
 
 
 def packed(requests: list[Log], **changes: Any) -> dict[str, Any]:
@@ -295,6 +299,8 @@ def good_cases() -> list[Any]:
     none.targets, none.prices = [], []
     longer = Log([1, 2, 3, 40, 50], [0, 1, 3, 2, 2])
     full = Log([1, 2, 3, 40, 50, 60, 70, 80], [0, 1, 3, 2, 2, 0, 0, 1])
+    more = Log([1999] * (WINDOW + 1), [7] * (WINDOW + 1))  # more than the `log` bundle takes, of each
+    more.window = WINDOW + 1
     size = a.state_bytes()
     return [
         case("one request", score(a.inputs(), a.scores()), stats(hits=0, misses=0, users=0, bytes=0)),
@@ -433,6 +439,33 @@ def good_cases() -> list[Any]:
             score(a.inputs(), a.scores(), "ann", "v1"),
             swap("nowhere", refused("nowhere", "no such bundle", code=6)),
             score(a.rest(), a.scores(), "ann", "v1"),
+        ),
+        case(
+            "a swap to other limits",
+            score(a.inputs(), a.scores(), "ann", "v1"),
+            swap("log_other_limits"),
+            stats(users=0),
+            score(more.inputs(), more.scores(), "ann", "v2"),
+        ),
+        *(
+            case(
+                f"no swap to other {what}",
+                score(a.inputs(), a.scores(), "ann", "v1"),
+                swap(bundle, refused(bundle, *says, code=6)),
+                score(a.rest(), a.scores(), "ann", "v1"),
+                stats(hits=1, misses=1, users=1),
+            )
+            for what, bundle, *says in (
+                ("inputs", "plain", "'history_item' is missing in it, int64 [N_h] of scope user there"),
+                ("dtypes", "log_other_dtype", "'request_device' is int32 [B] of scope request in it, int64 [B]"),
+                ("scores", "log_other_scores", "output is float32 [*] in it, float32 [*, 2] there"),
+            )
+        ),
+        case(
+            "no swap to fewer inputs",
+            swap("log", refused("log", "'clicks' is missing in it, float32 [L, 2] of scope user there", code=6)),
+            score(_plain(), [[1 + 1 * 4 + 2 * 6 + 3, 3], [1 + 3 + 0.5 * 4, 0.5]]),
+            bundle="plain",
         ),
         case("a batch", batch(packed([a, b, empty, none]), [*a.scores(), *b.scores(), *empty.scores()])),
         case("a batch of one", batch(packed([a]), a.scores())),
@@ -685,9 +718,22 @@ def main() -> None:
     scores = (TensorSpec("scores", "float32", ("N_t", 2)),)
     for name, bias in (("log", 0.0), ("log_other_weights", 1000.0)):
         write_bundle(name, LOG_INPUTS, LOG_STATE, scores, log_halves(), bias, appendable=True, max_history=WINDOW)
+    for name, inputs, window in (
+        ("log_other_limits", [dataclasses.replace(s, limit=s.limit and 2 * s.limit) for s in LOG_INPUTS], WINDOW + 1),
+        ("log_other_dtype", [_int32(s) if s.name == "request_device" else s for s in LOG_INPUTS], WINDOW),
+    ):
+        write_bundle(name, inputs, LOG_STATE, scores, log_halves(), 0.0, appendable=True, max_history=window)
+    first = (TensorSpec("scores", "float32", ("N_t",)),)
+    write_bundle(
+        "log_other_scores", LOG_INPUTS, LOG_STATE, first, log_halves(first=True), 0.0, appendable=True, max_history=6
+    )
     outputs = (TensorSpec("finish", "float32", ("m", 1)), TensorSpec("like", "float32", ("m",)))
     write_bundle("plain", PLAIN_INPUTS, PLAIN_STATE, outputs, plain_halves(), 0.0, appendable=False, max_history=None)
     (GOLDEN / "cases.json").write_text(cases_text(), encoding="utf-8")
+
+
+def _int32(spec: TensorSpec) -> TensorSpec:
+    return dataclasses.replace(spec, dtype="int32")
 
 
 def cases_text() -> str:
