@@ -34,6 +34,19 @@ def scores_of(outputs: Sequence[Array]) -> Array:
     return np.concatenate([x.reshape(len(x), int(np.prod(x.shape[1:]))) for x in outputs], axis=1)
 
 
+def require_provider(name: str) -> None:
+    """Whether this build of ONNX Runtime has an execution provider at all.
+
+    Raises:
+        BuildError: naming those it has.
+    """
+    if name not in (known := ort.get_available_providers()):
+        raise BuildError(
+            f"ONNX Runtime {ort.__version__} has no {name} here, and would fall back to the CPU; it has "
+            f"{', '.join(known)}"
+        )
+
+
 class OnnxRuntimeEngine:
     """A graph in ONNX Runtime.
 
@@ -55,9 +68,11 @@ class OnnxRuntimeEngine:
         providers: tuple[str, ...] = ("CPUExecutionProvider",),
     ) -> None:
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is raised, once, and not printed besides
         if threads is not None:
             options.intra_op_num_threads = threads
+        for provider in providers:
+            require_provider(provider)
         try:
             self._session = ort.InferenceSession(str(model), options, providers=list(providers))
         except Exception as e:  # ONNX Runtime's exceptions share no base class of their own
@@ -71,6 +86,7 @@ class OnnxRuntimeEngine:
                 "or ask for CPUExecutionProvider"
             )
         self.name = f"onnxruntime {ort.__version__} ({providers[0].removesuffix('ExecutionProvider')})"
+        self.inputs = tuple(i.name for i in self._session.get_inputs())
         self.outputs = tuple(o.name for o in self._session.get_outputs())
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

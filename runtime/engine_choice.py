@@ -75,40 +75,47 @@ class Choice:
     passed_over: tuple[str, ...] = ()
 
 
-def best_engine(manifest: Manifest, machine: Machine | None = None, *, only: str | None = None) -> Choice:
+def best_engine(
+    manifest: Manifest, machine: Machine | None = None, *, only: str | None = None, precision: str | None = None
+) -> Choice:
     """The fastest pair of engines that can run here; ONNX Runtime on the CPU always can.
 
     Args:
         manifest: of a loaded bundle, whose engines' digests have been checked.
         machine: where to run; None looks at this one.
         only: the flavour to take, whose engines must then run here.
+        precision: of the engines, where a flavour is asked for; None takes the fastest.
 
     Raises:
-        BuildError: when a flavour is asked for and it has no engines that run here.
+        BuildError: when a flavour is asked for and it has no such engines that run here.
     """
     machine = machine or Machine.here()
     passed_over: list[str] = []
     for flavour, provider, precisions in _ORDER:
         if only not in (None, flavour):
             continue
-        for precision in precisions:
+        for kind in precisions:
+            if precision not in (None, kind):
+                continue
             pairs: dict[Any, dict[str, Mapping[str, Any]]] = {}
             for e in manifest.engines:
-                if (e["flavour"], e["precision"], e.get("provider", "")) == (flavour, precision, provider):
+                if (e["flavour"], e["precision"], e.get("provider", "")) == (flavour, kind, provider):
                     pairs.setdefault(e["sm"], {})[e["graph"]] = e
             for sm, entries in sorted(pairs.items(), key=lambda pair: pair[0] != machine.sm):
-                name = f"{flavour} {precision}" + (f" for SM {sm}" if sm else "")
+                name = f"{flavour} {kind}" + (f" for SM {sm}" if sm else "")
                 if reason := _obstacle(entries, flavour, provider, sm, machine):
                     passed_over.append(f"{name}: {reason}")
                     continue
-                if only is None and provider == "CPUExecutionProvider" and precision != "fp32":
+                if only is None and provider == "CPUExecutionProvider" and kind != "fp32":
                     passed_over.append(f"{name}: on a CPU the bundle's own float32 graphs are faster")
                     continue
                 why = f"{name} is the fastest pair in the bundle that runs here"
-                return Choice(flavour, precision, entries, why, tuple(passed_over))
+                return Choice(flavour, kind, entries, why, tuple(passed_over))
     if only is not None:
-        reasons = "; ".join(passed_over) or f"the bundle has none; run `stca build --engine {only}`"
-        raise BuildError(f"no {only} engines that run here: {reasons}")
+        asked = only if precision is None else f"{only} {precision}"
+        command = f"stca build --engine {only}" + (f" --precision {precision}" if precision else "")
+        reasons = "; ".join(passed_over) or f"the bundle has none; run `{command}`"
+        raise BuildError(f"no {asked} engines that run here: {reasons}")
     why = "ONNX Runtime on the CPU runs the bundle's own graphs; it has no engine that runs here"
     return own_graphs(why, tuple(passed_over))
 
@@ -140,7 +147,8 @@ def open_engines(bundle: Bundle, choice: Choice, *, threads: int | None = None) 
                 bundle.path / entry["file"], threads=threads, providers=(entry["provider"],)
             )
         else:
-            from stca.runtime.tensorrt_engine import Device, TensorRTEngine
+            from stca.runtime.cuda_device import Device
+            from stca.runtime.tensorrt_engine import TensorRTEngine
 
             device = device or Device()
             engines[half] = TensorRTEngine(bundle.path / entry["file"], entry, device)

@@ -4,16 +4,16 @@ Written against the documented API and tested with stand-ins for the library and
 
 bfloat16 values are `uint16` arrays of their bits, because numpy has no bfloat16; a state goes in as it came out. An
 empty history is run as one token of zeros that the offsets leave out, since an engine's smallest history is one token.
+
+A CUDA graph is captured per shape, and no two histories are of one length. So rows that the offsets leave out are added
+up to the next of a few sizes (`bucket`), in the dimensions for which the build has shown that such rows change nothing.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib
 import json
 import math
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from stca.bundle import ITEM_BYTES
 from stca.errors import BuildError, EngineError, RequestError
+from stca.runtime.cuda_device import Device, Owned
 from stca.tensorrt_flavours import FLAVOURS, load
 
 Array = NDArray[Any]
@@ -120,93 +121,54 @@ def sizes_of(entry: Entry, inputs: Mapping[str, Array]) -> dict[str, int]:
     return sizes
 
 
-class Device:
-    """A stream and what the engines on it share: scratch memory, and a lock, since they run one after the other.
-
-    Args:
-        stream: the caller's CUDA stream; None makes one.
-        cuda: stands in for `cuda.bindings.runtime`.
-
-    Raises:
-        BuildError: when there is no GPU, no driver or no `cuda-bindings`.
-    """
-
-    def __init__(self, stream: int | None = None, *, cuda: Any = None) -> None:
-        if cuda is None:
-            try:
-                cuda = importlib.import_module("cuda.bindings.runtime")
-            except ImportError as e:
-                raise BuildError(f"TensorRT engines need the CUDA bindings ({e}): pip install cuda-bindings") from e
-        self.cuda = cuda
-        self.lock = threading.RLock()
-        which = cuda.cudaDeviceAttr
-        major, minor = (
-            self.call("cudaDeviceGetAttribute", attribute, 0)
-            for attribute in (which.cudaDevAttrComputeCapabilityMajor, which.cudaDevAttrComputeCapabilityMinor)
-        )
-        self.sm = 10 * int(major) + int(minor)
-        self.stream = int(self.call("cudaStreamCreate")) if stream is None else stream
-        self._scratch, self._scratch_bytes = 0, 0
-
-    def call(self, function: str, *arguments: Any) -> Any:
-        """Call a CUDA function and return its result.
-
-        Raises:
-            BuildError: with CUDA's own name for what went wrong.
-        """
-        error, *results = getattr(self.cuda, function)(*arguments)
-        if int(error) != 0:
-            name = getattr(error, "name", str(error))
-            if "MemoryAllocation" in name:
-                raise BuildError("the GPU is out of memory; build for smaller sizes, or free some of it")
-            if name in ("cudaErrorInsufficientDriver", "cudaErrorNoDevice"):
-                raise BuildError(f"no usable NVIDIA GPU or driver here ({name}); serve with ONNX Runtime")
-            raise BuildError(f"CUDA failed in {function}: {name}")
-        return results[0] if len(results) == 1 else results
-
-    def allocate(self, size: int) -> int:
-        """Address of `size` bytes on the device."""
-        return int(self.call("cudaMalloc", max(1, size)))
-
-    def pinned(self, size: int) -> Array:
-        """`size` bytes of page-locked host memory, `(size,)` uint8."""
-        address = int(self.call("cudaHostAlloc", max(1, size), 0))
-        return np.ctypeslib.as_array((ctypes.c_uint8 * max(1, size)).from_address(address))
-
-    def scratch(self, size: int) -> int:
-        """Address of at least `size` bytes that engines use by turns."""
-        if size > self._scratch_bytes:
-            if self._scratch:
-                self.call("cudaFree", self._scratch)
-            self._scratch, self._scratch_bytes = self.allocate(size), size
-        return self._scratch
+def bucket(rows: int) -> int:
+    """The size that `rows` is filled up to: a multiple of 16 and, from 64 on, one of four per power of two."""
+    step = max(16, 1 << max(0, (rows - 1).bit_length() - 3))
+    return -(-rows // step) * step
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Buffer:
     """One input or output: page-locked on the host, and on the device, as large as the profiles allow."""
 
     spec: Mapping[str, Any]
-    host: Array
+    host: NDArray[np.uint8]
     address: int
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        return tuple(sizes[n] if isinstance(n, str) else n for n in self.spec["shape"])
+        return _shape(self.spec, sizes)
 
     def bytes(self, sizes: Mapping[str, int]) -> int:
-        return math.prod(self.shape(sizes)) * ITEM_BYTES[self.spec["dtype"]]
+        return _bytes(self.spec, sizes)
+
+    def values(self, sizes: Mapping[str, int]) -> Array:
+        """The host side as an array."""
+        return self.host[: self.bytes(sizes)].view(numpy_dtype(self.spec["dtype"])).reshape(self.shape(sizes))
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """A CUDA graph, and the execution context it was captured from, whose shapes are never changed again.
+
+    A context's own state is part of what was captured, which is why NVIDIA advises one for each graph.
+    """
+
+    context: Any
+    graph: Any
 
 
 class TensorRTEngine:
     """One half of a bundle in TensorRT or TensorRT-RTX; see `stca.runtime.engine.Engine`.
 
-    Threads take turns. Shapes that come again are replayed as CUDA graphs.
+    Threads take turns. Shapes that come again are replayed as CUDA graphs; TensorRT-RTX keeps its own. What it holds of
+    the GPU is given back when it is garbage.
 
     Args:
         plan: the engine's file. Its digest must be in the manifest: loading a plan runs code.
         entry: what the manifest says of it.
         device: shared by the engines of one session, so that they share scratch memory.
-        graphs: CUDA graphs to keep, by shape; 0 captures none.
+        graphs: CUDA graphs to keep, one for each shape, those of the shapes that first come twice: a capture takes many
+            times a run, so none is made in another's place. 0 captures none, and adds no rows.
         module: stands in for the library.
 
     Raises:
@@ -214,33 +176,34 @@ class TensorRTEngine:
     """
 
     def __init__(
-        self, plan: str | os.PathLike[str], entry: Entry, device: Device, *, graphs: int = 16, module: Any = None
+        self, plan: str | os.PathLike[str], entry: Entry, device: Device, *, graphs: int = 64, module: Any = None
     ) -> None:
         flavour = FLAVOURS[entry["flavour"]]
         trt = module if module is not None else load(flavour)
         check_fit(entry, trt.__version__, device.sm)
-        self._entry, self._device, self._limit = entry, device, graphs
+        self._entry, self._device, self._trt, self._graphs = entry, device, trt, graphs
+        self._captures = flavour.graphs == "captured" and graphs > 0
+        self._padded: Sequence[str] = entry.get("padded", ()) if graphs else ()
         self.name = f"{flavour.name} {entry['version']} (SM {entry['sm']}, {entry['precision']})"
         self.outputs = tuple(o["name"] for o in entry["outputs"])
         said: list[str] = []
         engine = trt.Runtime(_logger(trt, said)).deserialize_cuda_engine(Path(plan).read_bytes())
         if engine is None:
             raise BuildError(explain_refusal(entry, said))
-        self._said, self._engine, self._json = said, engine, trt.LayerInformationFormat.JSON
-        self._context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if self._context is None:
-            raise BuildError(explain_refusal(entry, [*said, "out of memory"]))
-        self._scratch = 0
+        self._said, self._engine = said, engine
+        self._owned = Owned(self, device.cuda)
         largest = {d: max(p[d][2] for p in entry["profiles"] if d in p) for p in entry["profiles"] for d in p}
         self._buffers: dict[str, _Buffer] = {}
         for spec in (*entry["inputs"], *entry["outputs"]):
-            buffer = _Buffer(spec, np.empty(0, np.uint8), 0)
-            buffer.host = device.pinned(buffer.bytes(largest))
-            buffer.address = device.allocate(buffer.bytes(largest))
-            self._buffers[spec["name"]] = buffer
-            self._context.set_tensor_address(spec["name"], buffer.address)
-        self._profile = 0
-        self._seen: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+            size = _bytes(spec, largest)
+            host, address = device.pinned(self._owned, size), device.memory(self._owned, size)
+            self._buffers[spec["name"]] = _Buffer(spec, host, address)
+        device.reserve(int(engine.device_memory_size_v2))
+        self._scratch = device.scratch
+        self._context, self._profile = self._new_context(native=flavour.graphs == "native" and graphs > 0), 0
+        # Shapes seen once, newest last, and what was captured of those that came again.
+        self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
+        self._replays: dict[tuple[int, ...], _Replay] = {}
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See `Engine.run`; inputs the engine does not have are left aside.
@@ -251,32 +214,45 @@ class TensorRTEngine:
         """
         sizes = sizes_of(self._entry, inputs)
         if sizes.get(TARGETS) == 0:
-            return {o["name"]: self._empty(o, sizes) for o in self._entry["outputs"]}
-        empty = sizes.get(TOKENS) == 0
-        run_sizes = {**sizes, TOKENS: 1} if empty else sizes
+            dtypes = {o["name"]: numpy_dtype(o["dtype"]) for o in self._entry["outputs"]}
+            return {o["name"]: np.zeros(_shape(o, sizes), dtypes[o["name"]]) for o in self._entry["outputs"]}
+        run_sizes = {d: 1 if d == TOKENS and n == 0 else n for d, n in sizes.items()}
         profile = choose_profile(self._entry, run_sizes)
+        for dim in self._padded:
+            run_sizes[dim] = min(bucket(run_sizes[dim]), self._entry["profiles"][profile][dim][2])
         with self._device.lock:
             self._stage(inputs, run_sizes)
             self._execute(profile, run_sizes)
-            out = {}
-            for name in self.outputs:
-                buffer = self._buffers[name]
-                shape = buffer.shape(run_sizes)
-                values = buffer.host[: buffer.bytes(run_sizes)].view(numpy_dtype(buffer.spec["dtype"])).reshape(shape)
-                per_token = empty and TOKENS in buffer.spec["shape"][:1]
-                out[name] = values[:0].copy() if per_token else values.copy()
-            return out
+            return {
+                name: self._buffers[name].values(run_sizes)[: _rows(self._buffers[name].spec, sizes)].copy()
+                for name in self.outputs
+            }
 
     def inspect(self) -> dict[str, Any]:
         """What the library tells of the engine: `layers`, after fusion, and `device_memory` in bytes."""
-        told = json.loads(self._engine.create_engine_inspector().get_engine_information(self._json))
+        inspector, kind = self._engine.create_engine_inspector(), self._trt.LayerInformationFormat.JSON
+        told = json.loads(inspector.get_engine_information(kind))
         return {"layers": told["Layers"], "device_memory": int(self._engine.device_memory_size_v2)}
 
-    def _empty(self, spec: Mapping[str, Any], sizes: Mapping[str, int]) -> Array:
-        return np.zeros([sizes[n] if isinstance(n, str) else n for n in spec["shape"]], numpy_dtype(spec["dtype"]))
+    def _new_context(self, *, native: bool = False) -> Any:
+        """An execution context on this engine's buffers and the shared scratch memory."""
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if native:
+            config = self._engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            context = self._engine.create_execution_context(config)
+        else:
+            context = self._engine.create_execution_context(strategy)
+        if context is None:
+            raise BuildError(explain_refusal(self._entry, [*self._said, "out of memory"]))
+        for name, buffer in self._buffers.items():
+            context.set_tensor_address(name, buffer.address)
+        context.set_device_memory(self._device.scratch, self._device.scratch_bytes)
+        return context
 
     def _stage(self, inputs: Mapping[str, Array], sizes: Mapping[str, int]) -> None:
-        """Copy inputs into page-locked memory; a missing row, that of an empty history, is zeros."""
+        """Copy inputs into page-locked memory; rows that are added are zeros."""
         for spec in self._entry["inputs"]:
             buffer, x = self._buffers[spec["name"]], inputs[spec["name"]]
             buffer.host[x.nbytes : buffer.bytes(sizes)] = 0
@@ -284,68 +260,89 @@ class TensorRTEngine:
 
     def _execute(self, profile: int, sizes: Mapping[str, int]) -> None:
         device, key = self._device, (profile, *sizes.values())
-        graph = self._seen.get(key)
-        scratch = device.scratch(int(self._engine.device_memory_size_v2))
-        if scratch != self._scratch:  # another engine made it grow: graphs hold the old address
-            self._scratch = scratch
-            self._context.set_device_memory(scratch, int(self._engine.device_memory_size_v2))
-            self._seen.clear()
-            graph = None
-        if graph is not None:
-            self._seen.move_to_end(key)
-            device.call("cudaGraphLaunch", graph, device.stream)
-        else:
-            self._set_shapes(profile, sizes)
-            self._enqueue(sizes)
-        device.call("cudaStreamSynchronize", device.stream)
-        if graph is None and self._limit:
-            if key in self._seen:  # the second time, with TensorRT's own state settled by the run just done
-                self._seen[key] = self._capture(sizes)
-            else:
-                self._seen[key] = None
-            while len(self._seen) > self._limit:
-                _, old = self._seen.popitem(last=False)
-                if old is not None:
-                    device.call("cudaGraphExecDestroy", old)
-
-    def _set_shapes(self, profile: int, sizes: Mapping[str, int]) -> None:
+        if self._scratch != device.scratch:  # another engine made it grow: graphs hold the old address
+            self._scratch = device.scratch
+            self._context.set_device_memory(device.scratch, device.scratch_bytes)
+            while self._replays:
+                _, old = self._replays.popitem()
+                self._owned.drop("cudaGraphExecDestroy", old.graph)  # before its context
+        if replay := self._replays.get(key):
+            device.call("cudaGraphLaunch", replay.graph, device.stream)
+            device.call("cudaStreamSynchronize", device.stream)
+            return
         if profile != self._profile:
-            self._context.set_optimization_profile_async(profile, self._device.stream)
+            self._context.set_optimization_profile_async(profile, device.stream)
             self._profile = profile
-        for spec in self._entry["inputs"]:
-            if not self._context.set_input_shape(spec["name"], self._buffers[spec["name"]].shape(sizes)):
-                raise RequestError(
-                    f"{spec['name']}: the engine refuses shape {self._buffers[spec['name']].shape(sizes)}"
-                )
+        self._set_shapes(self._context, sizes)
+        self._enqueue(self._context, sizes)
+        device.call("cudaStreamSynchronize", device.stream)
+        if not self._captures or len(self._replays) == self._graphs:
+            return
+        if key in self._seen:
+            del self._seen[key]
+            self._capture(key, profile, sizes)
+        else:
+            self._seen[key] = None
+            if len(self._seen) > 4 * self._graphs:
+                self._seen.popitem(last=False)
 
-    def _enqueue(self, sizes: Mapping[str, int]) -> None:
+    def _set_shapes(self, context: Any, sizes: Mapping[str, int]) -> None:
+        for spec in self._entry["inputs"]:
+            if not context.set_input_shape(spec["name"], shape := self._buffers[spec["name"]].shape(sizes)):
+                raise RequestError(f"{spec['name']}: the engine refuses shape {shape}")
+
+    def _enqueue(self, context: Any, sizes: Mapping[str, int]) -> None:
         """Copies in, the engine, copies out, all on the stream."""
         device, kind = self._device, self._device.cuda.cudaMemcpyKind
         for spec in self._entry["inputs"]:
             b = self._buffers[spec["name"]]
             to_device = (b.address, b.host.ctypes.data, b.bytes(sizes), kind.cudaMemcpyHostToDevice, device.stream)
             device.call("cudaMemcpyAsync", *to_device)
-        if not self._context.execute_async_v3(device.stream):
+        if not context.execute_async_v3(device.stream):
             raise EngineError(f"{self.name} failed: {' '.join(self._said[-1:])[:300] or 'no reason given'}")
         for name in self.outputs:
             b = self._buffers[name]
             to_host = (b.host.ctypes.data, b.address, b.bytes(sizes), kind.cudaMemcpyDeviceToHost, device.stream)
             device.call("cudaMemcpyAsync", *to_host)
 
-    def _capture(self, sizes: Mapping[str, int]) -> Any:
-        """The run just done as a CUDA graph; None, and no further try, where it cannot be captured."""
+    def _capture(self, key: tuple[int, ...], profile: int, sizes: Mapping[str, int]) -> None:
+        """Keep the run just done as a CUDA graph; where that cannot be had, do not try again."""
         device = self._device
         mode = device.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         try:
+            context = self._new_context()
+            if profile:
+                context.set_optimization_profile_async(profile, device.stream)
+            self._set_shapes(context, sizes)
+            self._enqueue(context, sizes)  # what a context does on its first run only must not be captured
+            device.call("cudaStreamSynchronize", device.stream)
             device.call("cudaStreamBeginCapture", device.stream, mode)
             try:
-                self._enqueue(sizes)
+                self._enqueue(context, sizes)
             finally:
-                graph = device.call("cudaStreamEndCapture", device.stream)
-            return device.call("cudaGraphInstantiate", graph, 0)
+                captured = device.call("cudaStreamEndCapture", device.stream)
+            try:
+                graph = device.call("cudaGraphInstantiate", captured, 0)
+            finally:
+                device.call("cudaGraphDestroy", captured)
         except (BuildError, EngineError, RequestError):
-            self._limit = 0
-            return None
+            self._captures = False
+            return
+        self._replays[key] = _Replay(context, self._owned.add("cudaGraphExecDestroy", graph))
+
+
+def _rows(spec: Mapping[str, Any], sizes: Mapping[str, int]) -> int | None:
+    """Rows of an output that are the request's, where its first size varies."""
+    first = next(iter(spec["shape"]), None)
+    return sizes[first] if isinstance(first, str) else None
+
+
+def _shape(spec: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[n] if isinstance(n, str) else n for n in spec["shape"])
+
+
+def _bytes(spec: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
+    return math.prod(_shape(spec, sizes)) * ITEM_BYTES[spec["dtype"]]
 
 
 def _logger(trt: Any, said: list[str]) -> Any:

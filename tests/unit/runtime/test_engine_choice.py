@@ -131,3 +131,11 @@ def test_a_gpu_engine_without_a_gpu(bundle_dir):
     pair = {e["graph"]: {**e, "file": "x.plan"} for e in entries("tensorrt-rtx", "bf16", 12)}
     with one_line(BuildError):
         open_engines(bundle, Choice("tensorrt-rtx", "bf16", pair, ""))
+
+
+def test_one_precision_of_a_flavour(manifest):
+    pairs = [entries("tensorrt-rtx", p, 89) for p in ("bf16", "fp16")]
+    assert best_engine(manifest(*pairs), GPU, only="tensorrt-rtx").precision == "bf16"
+    assert best_engine(manifest(*pairs), GPU, only="tensorrt-rtx", precision="fp16").precision == "fp16"
+    with one_line(BuildError, "no tensorrt-rtx fp32", "--engine tensorrt-rtx --precision fp32"):
+        best_engine(manifest(*pairs), GPU, only="tensorrt-rtx", precision="fp32")

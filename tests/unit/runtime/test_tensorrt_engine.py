@@ -7,7 +7,9 @@ forgets to stage, copy or synchronise gives wrong numbers here too. What it cann
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +17,15 @@ import pytest
 from support.errors import one_line
 
 from stca.errors import BuildError, EngineError, RequestError
-from stca.runtime.tensorrt_engine import Device, TensorRTEngine, check_fit, choose_profile, explain_refusal, sizes_of
+from stca.runtime.cuda_device import Device
+from stca.runtime.tensorrt_engine import (
+    TensorRTEngine,
+    bucket,
+    check_fit,
+    choose_profile,
+    explain_refusal,
+    sizes_of,
+)
 
 ENTRY = {
     "graph": "target_scorer",
@@ -39,14 +49,15 @@ ENTRY = {
 
 
 class FakeCuda:
-    """Memory, copies that take effect in stream order, and graphs that replay what was captured."""
+    """Memory, copies that take effect in stream order, graphs that replay what was captured, and a count of it all."""
 
     cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=0, cudaDevAttrComputeCapabilityMinor=1)
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
     def __init__(self, sm=89, fail=None):
-        self.sm, self.fail, self.memory, self.log = sm, fail or {}, [], []
+        self.sm, self.fail, self.log = sm, fail or {}, []
+        self.memory, self.pinned, self.graphs, self.streams = {}, {}, [], 0
         self.queue, self.captured = [], None
 
     def __getattribute__(self, name):
@@ -62,24 +73,41 @@ class FakeCuda:
 
         return call
 
+    @property
+    def held(self):
+        """What nobody has given back yet."""
+        return len(self.memory), len(self.pinned), len(self.graphs), self.streams
+
     def submit(self, work):
         (self.captured if self.captured is not None else self.queue).append(work)
+
+    def allocate(self, where, size):
+        block = (ctypes.c_uint8 * size).from_buffer(bytearray(b"\xee" * size))
+        where[ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
 
     def _cudaDeviceGetAttribute(self, attribute, device):
         return divmod(self.sm, 10)[attribute]
 
     def _cudaStreamCreate(self):
+        self.streams += 1
         return 77
 
+    def _cudaStreamDestroy(self, stream):
+        assert stream == 77
+        self.streams -= 1
+
     def _cudaMalloc(self, size):
-        self.memory.append((ctypes.c_uint8 * size).from_buffer(bytearray(b"\xee" * size)))
-        return ctypes.addressof(self.memory[-1])
+        return self.allocate(self.memory, size)
 
     def _cudaHostAlloc(self, size, flags):
-        return self._cudaMalloc(size)
+        return self.allocate(self.pinned, size)
 
     def _cudaFree(self, address):
-        pass
+        del self.memory[address]
+
+    def _cudaFreeHost(self, address):
+        del self.pinned[address]
 
     def _cudaMemcpyAsync(self, target, source, size, kind, stream):
         assert stream == 77
@@ -91,19 +119,26 @@ class FakeCuda:
         self.queue.clear()
 
     def _cudaStreamBeginCapture(self, stream, mode):
+        assert not self.queue
         self.captured = []
 
     def _cudaStreamEndCapture(self, stream):
         graph, self.captured = self.captured, None
+        self.graphs.append(graph)
         return graph
 
     def _cudaGraphInstantiate(self, graph, flags):
-        return graph
+        self.graphs.append(executable := list(graph))
+        return executable
+
+    def _cudaGraphDestroy(self, graph):
+        self._cudaGraphExecDestroy(graph)
 
     def _cudaGraphLaunch(self, graph, stream):
         self.queue.extend(graph)
 
     def _cudaGraphExecDestroy(self, graph):
+        self.graphs[:] = [g for g in self.graphs if g is not graph]
         graph.clear()
 
 
@@ -119,6 +154,7 @@ class FakeTensorRT:
 
     __version__ = "1.7.1.116"
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
+    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
     LayerInformationFormat = SimpleNamespace(JSON=1)
 
     class ILogger:
@@ -126,6 +162,7 @@ class FakeTensorRT:
 
     def __init__(self, cuda, says=None, scratch=64, fails=False):
         self.cuda, self.says, self.scratch, self.fails = cuda, says, scratch, fails
+        self.contexts = weakref.WeakSet()
 
     def Runtime(self, log):
         def deserialize(plan):
@@ -133,47 +170,73 @@ class FakeTensorRT:
                 log.log(self.ILogger.ERROR, self.says)
                 return None
             assert plan == b"plan"
-            context = FakeContext(self)
             told = SimpleNamespace(get_engine_information=lambda _: '{"Layers": ["fused"]}')
             return SimpleNamespace(
-                create_execution_context=lambda _: context,
+                create_execution_context=self.context,
+                create_runtime_config=FakeConfig,
                 create_engine_inspector=lambda: told,
                 device_memory_size_v2=self.scratch,
             )
 
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
 
+    def context(self, how):
+        assert how == "user" or (how.strategy, how.cuda_graph_strategy) == ("user", "whole")
+        made = FakeContext(self)
+        self.contexts.add(made)
+        return made
+
+
+class FakeConfig:
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.strategy = strategy
+
 
 class FakeContext:
+    """What it captured holds for the shapes it then had, on the first run of which it does things it does only once."""
+
     def __init__(self, trt):
         self.trt, self.addresses, self.shapes, self.profile, self.scratch = trt, {}, {}, 0, None
+        self.generation, self.settled = 0, False
 
     def set_tensor_address(self, name, address):
+        assert address in self.trt.cuda.memory
         self.addresses[name] = address
         return True
 
     def set_device_memory(self, address, size):
+        assert size >= self.trt.scratch
         self.scratch = address
+        self.generation += 1
 
     def set_optimization_profile_async(self, profile, stream):
         self.profile = profile
+        self.generation += 1
         return True
 
     def set_input_shape(self, name, shape):
         self.shapes[name] = shape
+        self.generation += 1
+        self.settled = False
         return True
 
     def execute_async_v3(self, stream):
-        assert self.scratch
+        cuda, generation = self.trt.cuda, self.generation
+        assert self.scratch in cuda.memory
+        assert cuda.captured is None or self.settled
+        self.settled = True
         tokens, targets, profile = self.shapes["state"][0], self.shapes["target"][0], self.profile
         low, _, high = ENTRY["profiles"][profile]["N_h"]
         assert low <= tokens <= high
+        context, addresses, scratch = weakref.ref(self), dict(self.addresses), self.scratch
 
         def view(name, count, dtype):
             size = count * np.dtype(dtype).itemsize
-            return np.frombuffer((ctypes.c_uint8 * size).from_address(self.addresses[name]), dtype)
+            return np.frombuffer((ctypes.c_uint8 * size).from_address(addresses[name]), dtype)
 
         def work():
+            assert scratch in cuda.memory
+            assert context().generation == generation  # of a graph too: its context must be as it was
             scores = view("scores", 2 * targets, np.float32).reshape(-1, 2)
             scores[:, 0], scores[:, 1] = view("target", targets, np.int64), view("offsets", 2, np.int32)[1]
             view("echo", 2 * tokens, np.uint16)[:] = view("state", 2 * tokens, np.uint16)
@@ -182,7 +245,10 @@ class FakeContext:
         return not self.trt.fails
 
 
-def make(tmp_path, *, graphs=16, device=None, entry=ENTRY, **fake):
+CAPTURED = {**ENTRY, "flavour": "tensorrt", "file": ENTRY["file"].replace("-rtx", "")}
+
+
+def make(tmp_path, *, graphs=16, device=None, entry=CAPTURED, **fake):
     (tmp_path / "p").write_bytes(b"plan")
     device = device or Device(cuda=FakeCuda())
     return TensorRTEngine(tmp_path / "p", entry, device, graphs=graphs, module=FakeTensorRT(device.cuda, **fake))
@@ -213,13 +279,81 @@ def same(out, inputs):
 @pytest.mark.parametrize("graphs", [0, 1, 16])
 def test_runs_of_all_shapes_again_and_again(tmp_path, graphs):
     engine = make(tmp_path, graphs=graphs)
-    assert engine.name == "tensorrt-rtx 1.7.1.116 (SM 89, bf16)"
+    assert engine.name == "tensorrt 1.7.1.116 (SM 89, bf16)"
     assert engine.outputs == ("scores", "echo")
     for seed in range(5):
         for tokens, targets in ((8, 4), (9, 1), (64, 3), (1, 1)):
             same(engine.run(inputs := request(tokens, targets, seed)), inputs)
     launched = engine._device.cuda.log.count("cudaGraphLaunch")
-    assert launched == {0: 0, 1: 0, 16: 3 * 4}[graphs]  # from the third run of a shape on
+    assert launched == {0: 0, 1: 3, 16: 3 * 4}[graphs]  # from the third run of a shape on
+    assert len(engine._replays) == {0: 0, 1: 1, 16: 4}[graphs]
+
+
+def test_a_shape_that_comes_again_among_many_that_do_not(tmp_path):
+    engine = make(tmp_path, graphs=1)
+    for seed in range(20):
+        for tokens in (8, 9 + seed):
+            same(engine.run(inputs := request(tokens, 4, seed)), inputs)
+    assert engine._device.cuda.log.count("cudaGraphLaunch") == 18
+    assert len(engine._seen) <= 4
+
+
+def test_rows_are_added_where_that_changes_nothing(tmp_path):
+    """Histories of any length share few graphs. Where the manifest does not say that rows may be added, none are."""
+    engine = make(tmp_path, entry={**CAPTURED, "padded": ["N_h", "N_t"]})
+    for tokens in range(65):
+        same(engine.run(inputs := request(tokens, 1 + tokens % 4, tokens)), inputs)
+    log = engine._device.cuda.log
+    assert len(engine._replays) == 5  # 8 in the first profile; 16, 32, 48 and 64 in the second
+    assert log.count("cudaGraphLaunch") == 65 - 2 * 5
+    state = engine._buffers["state"]
+    engine.run(request(50, 2))
+    rest = np.frombuffer((ctypes.c_uint8 * state.bytes({"N_h": 64})).from_address(state.address), np.uint8)
+    assert not rest[50 * 4 :].any()
+    assert rest[: 50 * 4].any()
+    assert len(make(tmp_path, graphs=0, entry={**CAPTURED, "padded": ["N_h"]})._replays) == 0
+
+
+def test_the_sizes_that_rows_are_filled_up_to():
+    sizes = [bucket(n) for n in range(1, 10_241)]
+    assert sorted(set(sizes))[:8] == [16, 32, 48, 64, 80, 96, 112, 128]
+    assert all(n <= size <= max(1.25 * n, n + 15) for n, size in enumerate(sizes, 1))
+    assert sizes == sorted(sizes)
+    assert all(bucket(size) == size for size in sizes)
+    assert len(set(sizes)) == 33
+
+
+def test_a_library_that_makes_graphs_itself_is_let_to(tmp_path):
+    engine = make(tmp_path, entry=ENTRY)
+    for seed in range(4):
+        same(engine.run(inputs := request(8, 4, seed)), inputs)
+    assert engine.name.startswith("tensorrt-rtx")
+    assert "cudaStreamBeginCapture" not in engine._device.cuda.log
+
+
+def test_all_is_given_back(tmp_path):
+    """As a swap does: a new session's engines are loaded, and the old ones are garbage."""
+    cuda = FakeCuda()
+    engine = make(tmp_path, device=Device(cuda=cuda), graphs=2)
+    for seed in range(4):
+        for tokens in (8, 9, 10):
+            engine.run(request(tokens, 4, seed))
+            engine.run(request(tokens, 4, seed))
+    assert cuda.held == (6, 5, 2, 1)  # five tensors and the scratch memory, two graphs
+    contexts = engine._context.trt.contexts
+    assert len(contexts) == 3
+    del engine
+    gc.collect()
+    assert cuda.held == (0, 0, 0, 0)
+    assert not contexts
+
+
+def test_a_plan_that_is_refused_leaves_nothing_behind(tmp_path):
+    cuda = FakeCuda(fail={"cudaHostAlloc": "cudaErrorMemoryAllocation"})
+    with one_line(BuildError, "out of memory"):
+        make(tmp_path, device=Device(cuda=cuda))
+    gc.collect()
+    assert cuda.held == (0, 0, 0, 0)
 
 
 def test_what_is_inside(tmp_path):
@@ -269,6 +403,12 @@ def test_two_engines_share_scratch_memory(tmp_path):
         for engine in (small, large):
             same(engine.run(inputs := request(8, 4, seed)), inputs)
     assert small._context.scratch == large._context.scratch
+    assert len(device.cuda.memory) == 2 * 5 + 1
+    grown = make(tmp_path, device=device, scratch=1 << 16)  # its scratch memory moves under the graphs of the others
+    for seed in range(4):
+        for engine in (small, grown, large):
+            same(engine.run(inputs := request(8, 4, seed)), inputs)
+    assert len(device.cuda.memory) == 3 * 5 + 1
 
 
 def test_threads_take_turns(tmp_path):
@@ -300,6 +440,7 @@ def test_a_shape_that_cannot_be_captured_runs_without(tmp_path):
     for seed in range(4):
         same(engine.run(inputs := request(8, 4, seed)), inputs)
     assert device.cuda.log.count("cudaStreamBeginCapture") == 1
+    assert not device.cuda.graphs
 
 
 def test_the_tightest_profile():
@@ -338,7 +479,7 @@ def test_a_missing_input():
 
 def test_a_run_that_fails(tmp_path):
     engine = make(tmp_path, fails=True)
-    with one_line(EngineError, "tensorrt-rtx", "failed"):
+    with one_line(EngineError, "tensorrt 1", "failed"):
         engine.run(request(5, 2))
 
 
@@ -372,7 +513,7 @@ def test_the_wrong_machine():
     ],
 )
 def test_a_plan_the_library_refuses(tmp_path, says, words):
-    with one_line(BuildError, ENTRY["file"], *words):
+    with one_line(BuildError, CAPTURED["file"], *words):
         make(tmp_path, says=says)
     assert len(explain_refusal(ENTRY, [says] * 20).splitlines()) == 1
 
