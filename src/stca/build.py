@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -144,19 +145,22 @@ def build(
             misses.append(plan)
         progress(f"{plan.graph}: {results[plan.graph]['cache']}, {results[plan.graph]['why']}")
     if dry_run:
+        if misses and engine in FLAVOURS and FLAVOURS[engine].ahead_of_time:
+            build_plan(job_of(Bundle(root, manifest), misses[0].parts, plan=None), progress)
         return [_forecast(root, manifest, plan, results[plan.graph]) for plan in plans]
     if not misses and not fresh:
         return [_result(root, plan, results[plan.graph]) for plan in plans]
     loaded = Bundle.load(root)
     with tempfile.TemporaryDirectory(prefix="stca-engines-") as folder:
-        if (form := plans[0].parts["attention"]) in ("fused", "decomposed") and misses:
-            from stca.engine_checks import check_lowering
+        padded: Mapping[str, list[str]] = {}
+        if misses and engine in FLAVOURS:
+            from stca.engine_checks import check_graphs
 
-            progress("checking the lowered graphs on ONNX Runtime")
-            check_lowering(loaded, form, Path(folder))
+            progress("checking the engines' graphs on ONNX Runtime")
+            padded = check_graphs(loaded, plans[0].parts["attention"], Path(folder))
         for plan in misses:
             progress(f"{plan.graph}: building for {engine} in {precision}")
-            entry, file = _build_one(loaded, plan, Path(folder), cache, progress)
+            entry, file = _build_one(loaded, plan, padded.get(plan.graph, []), Path(folder), cache, progress)
             results[plan.graph] |= entry
             fresh[plan.graph] = file
         progress("writing the bundle")
@@ -181,6 +185,9 @@ def _wanted(
     if engine == "onnxruntime":
         import onnxruntime
 
+        from stca.runtime.engine import require_provider
+
+        require_provider(provider)
         if attention not in (None, "function"):
             raise BuildError(f"onnxruntime runs the operator's function body; it has no attention {attention!r}")
         common |= {"version": onnxruntime.__version__, "sm": None, "attention": "function", "provider": provider}
@@ -208,6 +215,10 @@ def _wanted(
         if chosen == "plugin":
             common["plugin"] = _digest_of(Path(__file__).parent / "plugins")
     common["builder"] = _digest_of(*(Path(__file__).parent / name for name in _BUILDER))
+    common["onnx"] = importlib.metadata.version("onnx")
+    known = {n for half in HALVES for t in manifest.graphs[half].inputs for n in t.shape if isinstance(n, str)}
+    if unknown := [d for d in workload.sizes if d not in known]:
+        raise BuildError(f"no dimension {unknown[0]!r} to give a size to; there are {', '.join(sorted(known))}")
     plans = []
     for half in HALVES:
         spec = manifest.graphs[half]
@@ -225,15 +236,22 @@ def _wanted(
     return plans
 
 
-# Sources that decide what an engine computes besides what it is built from.
-_BUILDER = ("tensorrt_builder.py", "export/engine_graph.py", "export/lower.py", "export/precision.py")
+# Sources that decide what an engine computes besides what it is built from, the operator's function body among them.
+_BUILDER: Final = (
+    "engine_checks.py",
+    "tensorrt_builder.py",
+    "tensorrt_flavours.py",
+    *(f"export/{name}.py" for name in ("cost", "engine_graph", "lower", "precision", "scope")),
+    *(f"plugins/{name}.py" for name in ("onnx_function", "spec")),
+)
 
 
 def _digest_of(*paths: Path) -> str:
-    """Digest of source files; of a folder, its Python files."""
+    """Digest of source files; of a folder, all that lie in it and below: the table of tiles is one of them."""
     digest = hashlib.sha256()
     for path in paths:
-        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+        below = (p for p in path.rglob("*") if p.is_file() and p.suffix != ".pyc")
+        for file in sorted(below) if path.is_dir() else [path]:
             digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -241,15 +259,17 @@ def _digest_of(*paths: Path) -> str:
 def _file_name(half: str, graph_file: str, parts: Mapping[str, Any]) -> str:
     if parts["flavour"] != "onnxruntime":
         return f"{half}.{parts['flavour']}.sm{parts['sm']}.{parts['precision']}.plan"
-    return graph_file if parts["precision"] == "fp32" else f"{half}.onnxruntime.{parts['precision']}.onnx"
+    if parts["precision"] == "fp32":
+        return graph_file
+    provider = parts["provider"].removesuffix("ExecutionProvider").lower()
+    return f"{half}.onnxruntime.{provider}.{parts['precision']}.onnx"
 
 
 def _build_one(
-    bundle: Bundle, plan: _Plan, folder: Path, cache: EngineCache | None, progress: Progress
+    bundle: Bundle, plan: _Plan, padded: Sequence[str], folder: Path, cache: EngineCache | None, progress: Progress
 ) -> tuple[dict[str, Any], Path | None]:
     """The manifest entry of a new engine, and its file where it is not one the bundle has."""
     parts = plan.parts
-    state = tuple(s.name for s in bundle.manifest.state)
     entry: dict[str, Any] = {
         **{name: parts[name] for name in ("flavour", "version", "sm", "precision", "attention", "profiles")},
         "graph": plan.graph,
@@ -257,30 +277,18 @@ def _build_one(
         "key": parts,
     }
     if parts["flavour"] == "onnxruntime":
-        return _build_onnxruntime(bundle, plan, entry, state, folder)
+        return _build_onnxruntime(bundle, plan, entry, folder)
     file = folder / plan.file
     timing = cache.timing(parts["flavour"], parts["version"], parts["sm"]) if cache else None
-    built = build_plan(
-        Job(
-            flavour=parts["flavour"],
-            graph=str(bundle.file(plan.graph).absolute()),
-            state=state,
-            precision=parts["precision"],
-            attention=parts["attention"],
-            profiles=parts["profiles"],
-            sm=parts["sm"],
-            refit=parts["refit"],
-            plan=str(file),
-            timing_cache=str(timing) if timing else None,
-        ),
-        progress,
-    )
+    job = job_of(bundle, parts, plan=str(file), timing_cache=str(timing) if timing else None)
+    built = build_plan(job, progress)
     lowered = parts["attention"] in ("fused", "decomposed")
     entry |= {
         "attention": parts["attention"] if built.attention_nodes else None,
         "version": built.version,
         "sm": built.sm,
         "requests": 1 if lowered else max((p["B"][2] for p in parts["profiles"] if "B" in p), default=1),
+        "padded": list(padded),
         "refit": parts["refit"],
         "inputs": [{"name": n, "dtype": d, "shape": s} for n, d, s in built.inputs],
         "outputs": [{"name": n, "dtype": d, "shape": s} for n, d, s in built.outputs],
@@ -293,8 +301,18 @@ def _build_one(
     return entry, file
 
 
+def job_of(bundle: Bundle, parts: Mapping[str, Any], **more: Any) -> Job:
+    """What the building process is asked for an engine with these parts, over the graphs of `bundle`."""
+    return Job(
+        graph=str(bundle.file(parts["name"]).absolute()),
+        state=[s.name for s in bundle.manifest.state],
+        **{name: parts[name] for name in ("flavour", "precision", "attention", "profiles", "sm", "refit")},
+        **more,
+    )
+
+
 def _build_onnxruntime(
-    bundle: Bundle, plan: _Plan, entry: dict[str, Any], state: tuple[str, ...], folder: Path
+    bundle: Bundle, plan: _Plan, entry: dict[str, Any], folder: Path
 ) -> tuple[dict[str, Any], Path | None]:
     """ONNX Runtime compiles when it loads, so what is built is the typed graph; float32 is the bundle's own file."""
     from stca.export.engine_graph import engine_graph
@@ -303,6 +321,7 @@ def _build_onnxruntime(
     began = time.monotonic()
     file = bundle.file(plan.graph)
     if plan.parts["precision"] != "fp32":
+        state = [s.name for s in bundle.manifest.state]
         graph = engine_graph(file, state=state, precision=plan.parts["precision"])
         file = graph.save(folder / plan.file)
     engine = OnnxRuntimeEngine(file, threads=1, providers=(plan.parts["provider"],))
@@ -313,24 +332,31 @@ def _build_onnxruntime(
         "outputs": list(engine.outputs),
         "provider": plan.parts["provider"],
         "seconds": round(time.monotonic() - began, 3),
-        "bytes": sum(p.stat().st_size for p in _with_weights(file)),
+        "bytes": sum(p.stat().st_size for p in with_weights(file)),
     }
     return entry, None if file == bundle.file(plan.graph) else file
 
 
 def _write(bundle: Bundle, engines: Sequence[tuple[Mapping[str, Any], Path | None]]) -> None:
-    """The bundle with these engines added, each in place of one under the same name; put there in one step."""
-    added = {entry["file"] for entry, _ in engines}
-    kept = [e for e in bundle.manifest.engines if e["file"] not in added]
+    """The bundle with these engines added, each in place of the one that served the same; put there in one step."""
+    added = [_place(entry) for entry, _ in engines]
+    kept = [e for e in bundle.manifest.engines if _place(e) not in added]
     entries = [{n: x for n, x in entry.items() if n not in ("cache", "why")} for entry, _ in engines]
     with writing(bundle.path) as (work, commit):
         for _, file in engines:
-            for part in _with_weights(file) if file else ():
+            for part in with_weights(file) if file else ():
                 shutil.copyfile(part, work / part.name)
-        for name in bundle.manifest.files:
+        gone = {e["file"] for e in bundle.manifest.engines} - {e["file"] for e in (*kept, *entries)}
+        gone = {part for name in gone for part in (name, str(Path(name).with_suffix(".weights")))}
+        for name in bundle.manifest.files.keys() - gone:
             if not (work / name).exists():
                 share(bundle.path / name, work / name)
         commit(dataclasses.replace(bundle.manifest, engines=(*kept, *entries)))
+
+
+def _place(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a bundle has one engine for."""
+    return tuple(entry.get(name) for name in ("graph", "flavour", "provider", "precision", "sm"))
 
 
 def share(source: Path, target: Path) -> None:
@@ -346,7 +372,8 @@ def share(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _with_weights(file: Path) -> Iterator[Path]:
+def with_weights(file: Path) -> Iterator[Path]:
+    """An engine's files: itself, and the weights that a typed graph has beside it."""
     yield file
     if (weights := file.with_suffix(".weights")).exists():
         yield weights

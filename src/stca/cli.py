@@ -23,6 +23,7 @@ Command = Callable[[argparse.Namespace], int]
 # What `inspect` says of an engine; --json has the rest.
 _ENGINE_FACTS = ("graph", "flavour", "version", "sm", "precision", "attention", "file", "bytes", "requests")
 ENGINES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("bundle")
     p.add_argument("--model", metavar="MODULE:CALLABLE", help="the callable the bundle was exported from")
     p.add_argument("--engine", choices=ENGINES, help="check these built engines instead, and name the node at fault")
+    p.add_argument("--precision", choices=PRECISIONS, help="of the engines; default the fastest that run here")
 
     p = add("bench", _bench, "latency per stage, hit and miss, with the pointwise baseline")
     p.add_argument("bundle")
@@ -112,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("bundle")
     p.add_argument("--engine", choices=ENGINES, required=True)
     p.add_argument("--sm", type=_count, metavar="NN", help="compute capability to build for, 89 for 8.9")
-    p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    p.add_argument("--precision", choices=PRECISIONS, default="fp32")
     p.add_argument(
         "--attention",
         choices=("function", "plugin", "fused", "decomposed"),
@@ -283,13 +285,15 @@ def _verify(args: argparse.Namespace) -> int:
     from stca.export.pipeline import resolve
     from stca.verify import verify
 
+    if args.precision and not args.engine:
+        raise StcaError("--precision: is of built engines; say which with --engine")
     module = resolve(args.model).module if args.model else None
     bundle = Bundle.load(args.bundle)
     if args.engine:
         from stca.engine_checks import verify_engine
         from stca.runtime.engine_choice import best_engine
 
-        choice = best_engine(bundle.manifest, only=args.engine)
+        choice = best_engine(bundle.manifest, only=args.engine, precision=args.precision)
         report = verify_engine(bundle, choice, module=module, progress=_progress())
     else:
         report = verify(bundle, module=module, progress=_progress())

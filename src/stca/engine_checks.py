@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
@@ -13,8 +14,8 @@ from numpy.typing import NDArray
 from stca import probe, verify
 from stca.bisect import bisect
 from stca.build import HALVES
-from stca.bundle import Bundle
-from stca.errors import BuildError, ParityError
+from stca.bundle import Bundle, GraphSpec, TensorSpec
+from stca.errors import BuildError, EngineError, ParityError
 from stca.export.engine_graph import engine_graph
 from stca.runtime import OnnxRuntimeEngine
 from stca.runtime.engine import Engine, scores_of
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Array = NDArray[Any]
+TOKENS, TARGETS = "N_h", "N_t"
 Progress = Callable[[str], None]
 
 # Requests every engine is asked, one at a time, as (history tokens, targets).
@@ -32,45 +34,113 @@ _EPS: Final = {"fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
 _TORCH: Final = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def check_lowering(bundle: Bundle, form: Literal["fused", "decomposed"], folder: Path) -> None:
-    """Run both lowered halves on ONNX Runtime in float32 against the bundle's own, request by request.
+def check_graphs(
+    bundle: Bundle, attention: Literal["plugin", "fused", "decomposed"], folder: Path
+) -> dict[str, list[str]]:
+    """Run the graphs that engines are made from on ONNX Runtime, and find out which rows may be added to an input.
 
-    The histories have 0, 1 and 9 tokens; an empty one is given as one token of zeros, as the runtime gives it.
+    Lowered graphs are held against the bundle's own in float32, request by request. The histories have 0, 1 and 9
+    tokens; an empty one is given as one token of zeros, as the runtime gives it. A plugin computes what the function
+    body does, so for it the bundle's own graphs stand.
 
     Args:
+        attention: how the operator gets into the engine.
         folder: for the lowered graphs and their weights.
+
+    Returns:
+        For each half those of the dimensions `N_h` and `N_t` in which rows beyond the last offset change no other row.
 
     Raises:
         BuildError: when a score differs by more than float32 can explain.
     """
-    manifest = bundle.manifest
-    state = [s.name for s in manifest.state]
-    specs = manifest.graphs["request"].inputs
-    own = [OnnxRuntimeEngine(bundle.file(half), threads=1) for half in HALVES]
-    lowered = []
+    own = {half: OnnxRuntimeEngine(bundle.file(half), threads=1) for half in HALVES}
+    if attention == "plugin":
+        return {half: _paddable(bundle, own, half) for half in HALVES}
+    lowered = {}
     for half in HALVES:
-        graph = engine_graph(bundle.file(half), state=state, attention=form)
-        file = graph.save(folder / f"{half}.check.onnx")
-        lowered.append((OnnxRuntimeEngine(file, threads=1), [i.name for i in graph.model.graph.input]))
+        state = [s.name for s in bundle.manifest.state]
+        graph = engine_graph(bundle.file(half), state=state, attention=attention)
+        lowered[half] = OnnxRuntimeEngine(graph.save(folder / f"{half}.check.onnx"), threads=1)
+    _check_lowering(bundle, own, lowered)
+    return {half: _paddable(bundle, lowered, half) for half in HALVES}
+
+
+def _check_lowering(
+    bundle: Bundle, own: Mapping[str, OnnxRuntimeEngine], lowered: Mapping[str, OnnxRuntimeEngine]
+) -> None:
+    specs = bundle.manifest.graphs["request"].inputs
     for tokens in (0, 1, 9):
-        feeds = probe.pack(specs, [probe.single(specs, tokens, 3, np.random.default_rng(tokens))])
-        values = dict(feeds)
-        for engine, half in zip(own, HALVES, strict=True):
-            values |= engine.run({s.name: values[s.name] for s in manifest.graphs[half].inputs})
+        given = probe.pack(specs, [probe.single(specs, tokens, 3, np.random.default_rng(tokens))])
+        values = _run_halves(own, given)
         if tokens == 0:
-            per_token = {s.name for s in specs if s.shape[:1] == ("N_h",)}
-            feeds = {n: np.zeros((1, *x.shape[1:]), x.dtype) if n in per_token else x for n, x in feeds.items()}
-        given = dict(feeds)
-        for engine, names in lowered:
-            given |= engine.run({name: given[name] for name in names})
-        for name in own[1].outputs:
-            a, b = values[name].astype(np.float64), given[name].astype(np.float64)
-            limit = 64 * _EPS["fp32"] * float(np.abs(a).max(initial=0.0))
-            if not np.allclose(a, b, rtol=0, atol=limit):
+            per_token = {s.name for s in specs if s.shape[:1] == (TOKENS,)}
+            given = {n: np.zeros((1, *x.shape[1:]), x.dtype) if n in per_token else x for n, x in given.items()}
+        found = _run_halves(lowered, given)
+        for name in own["target_scorer"].outputs:
+            if not _same(values[name], found[name]):
+                difference = np.abs(values[name].astype(np.float64) - found[name]).max()
                 raise BuildError(
-                    f"with one request per run {name} differs by {np.abs(a - b).max():.3g} at {tokens} history tokens; "
+                    f"with one request per run {name} differs by {difference:.3g} at {tokens} history tokens; "
                     "this model's engines need the plugin (--engine tensorrt) or ONNX Runtime"
                 )
+
+
+def _paddable(bundle: Bundle, engines: Mapping[str, OnnxRuntimeEngine], half: str) -> list[str]:
+    """Dimensions of a half that may be longer than its offsets say, shown by rows of random values there."""
+    specs, graph = bundle.manifest.graphs["request"].inputs, bundle.manifest.graphs[half]
+    longest = min(12, bundle.manifest.max_history or 12)
+    request = probe.single(specs, longest, 5, np.random.default_rng(0))
+    values = _run_halves(engines, probe.pack(specs, [request]))
+    found = []
+    for dim, scope, counts in ((TOKENS, "user", (longest // 2, 0)), (TARGETS, "target", (3,))):
+        tensors = (*graph.inputs, *graph.outputs)
+        if not any(dim in t.shape for t in tensors) or any(dim in t.shape[1:] for t in tensors):
+            continue
+        offsets = [s for s in specs if s.shape == ("B_plus_1",) and s.scope == scope]
+        if all(_ignores_more(bundle, engines[half], graph, values, dim, offsets, used) for used in counts):
+            found.append(dim)
+    return found
+
+
+def _ignores_more(
+    bundle: Bundle,
+    engine: OnnxRuntimeEngine,
+    graph: GraphSpec,
+    values: Mapping[str, Array],
+    dim: str,
+    offsets: Sequence[TensorSpec],
+    used: int,
+) -> bool:
+    """Whether rows of `dim` beyond the first `used`, which are all that the offsets count, change nothing."""
+    short = {s.name: np.array([0, used], s.dtype) for s in offsets}
+    short |= {s.name: short[s.input] for s in bundle.manifest.state if s.input in short}
+    rows = max(1, used)  # an empty history is one token that the offsets leave out
+    cut = {t.name: values[t.name][:rows] for t in graph.inputs if t.shape[:1] == (dim,)}
+    try:
+        more = engine.run(_of(engine, {**values, **short}))
+        less = engine.run(_of(engine, {**values, **short, **cut}))
+    except EngineError:
+        return False
+    counted = {t.name: used if t.shape[:1] == (dim,) else None for t in graph.outputs}
+    return all(_same(less[name][:n], more[name][:n]) for name, n in counted.items())
+
+
+def _run_halves(engines: Mapping[str, OnnxRuntimeEngine], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """All of a request's values: its inputs, its state and its scores."""
+    values = dict(feeds)
+    for half in HALVES:
+        values |= engines[half].run(_of(engines[half], values))
+    return values
+
+
+def _of(engine: OnnxRuntimeEngine, values: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: values[name] for name in engine.inputs}
+
+
+def _same(a: Array, b: Array) -> bool:
+    """Equal as far as float32 goes; `a` has the scale."""
+    wide = a.astype(np.float64)
+    return np.allclose(wide, b, rtol=0, atol=64 * _EPS["fp32"] * float(np.abs(wide).max(initial=0.0)))
 
 
 def verify_engine(
@@ -93,7 +163,7 @@ def verify_engine(
         choice: which engines; `stca.runtime.engine_choice.best_engine` makes one.
         module: as in `stca.verify.verify`.
         engines: the engines by half, loaded already; None loads them.
-        probes: requests to ask, as (history tokens, targets); longer histories than the bundle serves are cut.
+        probes: requests to ask, as (history tokens, targets); what is more than the engines serve is cut.
         seed: of the requests.
         progress: told each step as it starts.
 
@@ -104,9 +174,9 @@ def verify_engine(
     manifest, precision = bundle.manifest, choice.precision
     specs = manifest.graphs["request"].inputs
     rng = np.random.default_rng(seed)
-    longest = manifest.max_history or max(n for n, _ in probes)
+    probes = [(min(n, _most(bundle, choice, TOKENS)), min(m, _most(bundle, choice, TARGETS))) for n, m in probes]
     sizes = [[m] for _, m in probes]
-    feeds = [probe.pack(specs, [probe.single(specs, min(n, longest), m, rng)]) for n, m in probes]
+    feeds = [probe.pack(specs, [probe.single(specs, n, m, rng)]) for n, m in probes]
     if module is None and manifest.model["kind"] == "stca":
         module = verify.rebuild(bundle)
     progress("float64 reference")
@@ -134,6 +204,14 @@ def verify_engine(
     return verify.ParityReport(True, manifest.weights, precision, against, (yardstick, found))
 
 
+def _most(bundle: Bundle, choice: Choice, dim: str) -> int:
+    """How large the bundle and both engines let a dimension get."""
+    limits = [bundle.manifest.max_history or sys.maxsize] if dim == TOKENS else [sys.maxsize]
+    for entry in choice.entries.values():
+        limits += [max(p[dim][2] for p in entry["profiles"])] if any(dim in p for p in entry["profiles"]) else []
+    return min(limits)
+
+
 def _blame(bundle: Bundle, choice: Choice, progress: Progress) -> str:
     """Which node of the graphs the engines were made from is the first to diverge."""
     precision = cast(Any, choice.precision)
@@ -144,13 +222,12 @@ def _blame(bundle: Bundle, choice: Choice, progress: Progress) -> str:
             suspect: Any = bundle.path / entry.get("file", bundle.manifest.graphs[half].file)
         else:
             state = [s.name for s in bundle.manifest.state]
-            attention = cast(Any, entry["key"]["attention"])
-            if attention == "plugin":
-                return "its graphs hold plugins and cannot be bisected on ONNX Runtime"
+            # A plugin cannot be run here; the function body computes the same.
+            attention = cast(Any, {"plugin": "function"}.get(kind := entry["key"]["attention"], kind))
             suspect = engine_graph(bundle.file(half), state=state, precision=precision, attention=attention)
         if divergence := bisect(bundle, half, suspect, precision=precision):
             return str(divergence)
-    return "the graphs they were made from are right, so it is the engines: rebuild them, and report it if it stays"
+    return "the graphs they were made from are right, so it is the engines or a plugin in them: build them again"
 
 
 def _run_pair(bundle: Bundle, engines: Mapping[str, Engine], feeds: Mapping[str, Array]) -> Array:

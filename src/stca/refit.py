@@ -1,8 +1,9 @@
 """New weights into a bundle whose graphs stay: a new weights file, and parity with the new checkpoint.
 
 It works because a graph's initializers are the checkpoint's tensors, by name, shape and place in the weights file. The
-graphs are shared with the old bundle as files. Engines hold weights: one built for it (`--refit weights`) gets the new
-ones where its library and a GPU are at hand, every other one is left out of the new bundle, and the result says so.
+graphs are shared with the old bundle as files. Engines hold weights: those built for it (`--refit weights`) get the new
+ones, and are checked, where their library and a GPU are at hand; every other one is left out of the new bundle, and the
+result says so.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from stca.build import HALVES, share
+from stca.build import job_of, share, with_weights
 from stca.bundle import WEIGHTS, Bundle, Manifest, seal, sha256_of, writing
 from stca.engine_cache import EngineCache, key_of
-from stca.errors import BuildError, BundleError, CheckpointError
+from stca.engine_checks import verify_engine
+from stca.errors import BuildError, BundleError, CheckpointError, ParityError
 from stca.export.checkpoint import load_checkpoint, read_tensors
 from stca.export.config import StcaConfig
 from stca.export.weights import offsets
-from stca.tensorrt_flavours import FLAVOURS, Job, build_plan
+from stca.runtime.engine_choice import Choice
+from stca.tensorrt_flavours import FLAVOURS, build_plan
 from stca.verify import verify
 
 Progress = Callable[[str], None]
@@ -90,14 +93,14 @@ def refit(
             parity = prove(fresh, module)
         told: list[dict[str, Any]] = []
         engines: list[Mapping[str, Any]] = []
-        for entry in old.manifest.engines:
-            said: dict[str, Any] = {"file": entry["file"], "kept": True}
+        for pair in _pairs(old.manifest.engines):
+            said: dict[str, Any] = {"kept": True}
             try:
-                engines.append(_refit_engine(old, fresh, entry, cache, progress))
-            except BuildError as e:
-                said |= {"kept": False, "why": str(e)}
-                progress(f"{entry['file']} is left out: {e}")
-            told.append(said)
+                engines += _renew(old, fresh, pair, module, cache, progress)
+            except (BuildError, ParityError) as e:
+                said = {"kept": False, "why": str(e)}
+                progress(f"{', '.join(e['file'] for e in pair)} left out: {said['why']}")
+            told += [{"file": entry["file"], **said} for entry in pair]
         done = commit(dataclasses.replace(manifest, parity=parity, engines=tuple(engines)))
     return {"weights": done.manifest.weights, "parity": dict(parity), "bundle": str(done.path), "engines": told}
 
@@ -139,47 +142,53 @@ def _same_config(manifest: Manifest, config: StcaConfig) -> None:
             raise CheckpointError(f"config: {name} is {here!r}, in the bundle it is {there!r}; export the checkpoint")
 
 
-def _refit_engine(
+def _pairs(engines: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Engines that serve together: one flavour, provider, precision and SM."""
+    pairs: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for e in engines:
+        pairs.setdefault((e["flavour"], e.get("provider"), e["precision"], e["sm"]), []).append(e)
+    return list(pairs.values())
+
+
+def _renew(
     old: Bundle,
     fresh: Bundle,
-    entry: Mapping[str, Any],
+    pair: Sequence[Mapping[str, Any]],
+    module: nn.Module | None,
     cache: EngineCache | None,
     progress: Progress,
-) -> Mapping[str, Any]:
-    """The manifest entry of an engine with the new weights, its file in the new bundle.
+) -> list[Mapping[str, Any]]:
+    """The manifest entries of a pair with the new weights, its files in the new bundle.
 
     Raises:
         BuildError: why it cannot have them.
+        ParityError: when it has them and scores differently.
     """
-    parts = {**entry["key"], "weights": fresh.manifest.weights}
-    if entry["file"] in {g.file for g in old.manifest.graphs.values()}:
-        return {**entry, "key": parts}  # ONNX Runtime on the bundle's own graph
-    if entry["flavour"] not in FLAVOURS or entry.get("refit") == "none":
+    renewed: list[Mapping[str, Any]] = [{**e, "key": {**e["key"], "weights": fresh.manifest.weights}} for e in pair]
+    own = {g.file for g in old.manifest.graphs.values()}
+    if fresh.manifest.weights == old.manifest.weights:
+        for file in (file for e in pair if e["file"] not in own for file in with_weights(old.path / e["file"])):
+            share(file, fresh.path / file.name)
+        return renewed
+    if all(e["file"] in own for e in pair):
+        return renewed  # ONNX Runtime on the bundle's own graphs
+    if any(e["flavour"] not in FLAVOURS or e["refit"] == "none" for e in pair):
         raise BuildError("it has the old weights and was not built to be refitted; run `stca build` again")
-    if entry["refit"] == "identical":
+    if any(e["refit"] == "identical" for e in pair):
         raise BuildError(
             "it was built to be refitted with identical weights alone, and TensorRT promises nothing for others; run "
             "`stca build` again, with --refit weights if it is to be refitted later"
         )
-    plan = fresh.path / entry["file"]
-    half = next(h for h in HALVES if h == entry["graph"])
-    progress(f"refitting {entry['file']}")
-    build_plan(
-        Job(
-            flavour=entry["flavour"],
-            graph=str(fresh.file(half).absolute()),
-            state=[s.name for s in fresh.manifest.state],
-            precision=entry["precision"],
-            attention=parts["attention"],
-            profiles=entry["profiles"],
-            sm=entry["sm"],
-            refit=entry["refit"],
-            plan=str(plan),
-            refit_from=str((old.path / entry["file"]).absolute()),
-        ),
-        progress,
-    )
-    made = {**entry, "key": parts, "bytes": plan.stat().st_size}
-    if cache:
-        cache.put(key_of(parts), made, plan)
-    return made
+    for i, entry in enumerate(renewed):
+        progress(f"refitting {entry['file']}")
+        plan, before = fresh.path / entry["file"], (old.path / entry["file"]).absolute()
+        build_plan(job_of(fresh, entry["key"], plan=str(plan), refit_from=str(before)), progress)
+        renewed[i] = {**entry, "bytes": plan.stat().st_size}
+    progress("proving parity of the refitted engines")
+    flavour, precision = pair[0]["flavour"], pair[0]["precision"]
+    choice = Choice(flavour, precision, {e["graph"]: e for e in renewed}, "it was refitted")
+    verify_engine(fresh, choice, module=module, progress=progress)
+    for entry in renewed:
+        if cache:
+            cache.put(key_of(entry["key"]), entry, fresh.path / entry["file"])
+    return renewed

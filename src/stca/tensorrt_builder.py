@@ -47,18 +47,9 @@ def _build(job: Job) -> Built:
     flavour = FLAVOURS[job.flavour]
     trt = load(flavour)
     sm = _target(trt, flavour, job.sm)
-    if job.attention == "plugin":
-        importlib.import_module("stca.plugins.tensorrt_plugin").settings.sm = sm
-    from stca.export.engine_graph import engine_graph  # once it is known that there is something to build with
-
-    graph = engine_graph(
-        Path(job.graph),
-        state=job.state,
-        precision=cast(Any, job.precision),
-        attention=cast(Any, job.attention),
-        sizes={dim: sizes[1] for dim, sizes in job.profiles[-1].items()},
-        sm=sm,
-    )
+    if job.plan is None:
+        return Built(trt.__version__, sm, 0.0, {}, 0, [], [])
+    graph = _graph(job, sm)
     began = time.monotonic()
     log = _logger(trt)
     try:
@@ -81,7 +72,7 @@ def _build(job: Job) -> Built:
         raise BuildError(_explain(job, log.errors))
     if job.attention == "plugin" and graph.attention_nodes:
         _require_plugin_in(trt, log, plan, graph.attention_nodes)
-    Path(job.plan).write_bytes(memoryview(plan))
+    Path(str(job.plan)).write_bytes(memoryview(plan))
     if flavour.timing_cache and job.timing_cache:
         _save(Path(job.timing_cache), memoryview(config.get_timing_cache().serialize()))
 
@@ -93,6 +84,22 @@ def _build(job: Job) -> Built:
         attention_nodes=graph.attention_nodes,
         inputs=_tensors(graph.model.graph.input),
         outputs=_tensors(graph.model.graph.output),
+    )
+
+
+def _graph(job: Job, sm: int) -> EngineGraph:
+    """The graph of a job, its plugins registered: the parser looks for them, and so does a plan that is loaded."""
+    if job.attention == "plugin":
+        importlib.import_module("stca.plugins.tensorrt_plugin").settings.sm = sm
+    from stca.export.engine_graph import engine_graph  # once it is known that there is something to build with
+
+    return engine_graph(
+        Path(job.graph),
+        state=job.state,
+        precision=cast(Any, job.precision),
+        attention=cast(Any, job.attention),
+        sizes={dim: sizes[1] for dim, sizes in job.profiles[-1].items()},
+        sm=sm,
     )
 
 
@@ -109,12 +116,15 @@ def _tensors(values: Iterable[onnx.ValueInfoProto]) -> list[list[Any]]:
 
 
 def _refit(job: Job) -> Built:
-    """Give a finished engine the graph's present weights. Needs the GPU it was built for; not run without one."""
+    """Give a finished engine the present weights of the graph it was built from.
+
+    NVIDIA's own refitter finds which of the engine's weights an initializer became. Needs the GPU that the engine was
+    built for; not run without one.
+    """
     flavour = FLAVOURS[job.flavour]
     trt = load(flavour)
-    from stca.export.engine_graph import engine_graph
-
-    graph = engine_graph(Path(job.graph), state=job.state, precision=cast(Any, job.precision))
+    sm = _target(trt, flavour, job.sm)
+    graph = _graph(job, sm)
     began = time.monotonic()
     log = _logger(trt)
     engine = trt.Runtime(log).deserialize_cuda_engine(Path(str(job.refit_from)).read_bytes())
@@ -122,42 +132,46 @@ def _refit(job: Job) -> Built:
         said = f": {' '.join(log.errors[0].split())[:200]}" if log.errors else ""
         raise BuildError(f"{job.flavour} cannot load the engine here to refit it{said}")
     refitter = trt.Refitter(engine, log)
-    dtypes = {"float32": trt.float32, "float16": trt.float16, "bfloat16": trt.bfloat16}
-    named = {
-        tensor.name: graph.array(tensor) for tensor in graph.model.graph.initializer if tensor.name in graph.weights
-    }
-    for name in refitter.get_all_weights():
-        array = named.get(name)
-        if array is None:
-            continue
-        weights = trt.Weights(dtypes[array.dtype.name], array.ctypes.data, array.size)
-        if not refitter.set_named_weights(name, weights):
-            raise BuildError(f"{job.flavour} refuses new weights for {name!r}; build the engine anew")
+    parser = trt.OnnxParserRefitter(refitter, log)
+    _say("refitting")
+    keep_alive = _give(parser, graph, Path(job.graph).name)
+    if not parser.refit_model_proto():
+        raise BuildError(f"{job.flavour} does not take the new weights: {_first_error(parser)}; build it anew")
     if missing := refitter.get_missing_weights():
         raise BuildError(f"{job.flavour} wants new weights for {missing[0]!r}, which the graph has not; build it anew")
     if not refitter.refit_cuda_engine():
         raise BuildError(f"{job.flavour} cannot refit the engine: {' '.join(log.errors[:1])[:300]}; build it anew")
-    Path(job.plan).write_bytes(memoryview(engine.serialize()))
-    return Built(trt.__version__, job.sm or 0, time.monotonic() - began, {}, graph.attention_nodes, [], [])
+    del keep_alive
+    Path(str(job.plan)).write_bytes(memoryview(engine.serialize()))
+    return Built(trt.__version__, sm, time.monotonic() - began, {}, graph.attention_nodes, [], [])
+
+
+def _give(parser: Any, graph: EngineGraph, name: str) -> list[Any]:
+    """Hand a parser or a refitter the model and each weight in memory; returns what must outlive their use."""
+    arrays = []
+    if not parser.load_model_proto(graph.model.SerializeToString()):
+        raise BuildError(f"{name}: the parser refuses it: {_first_error(parser)}")
+    for tensor in graph.model.graph.initializer:
+        if tensor.name in graph.weights:
+            array = graph.array(tensor)
+            arrays.append(array)
+            if not parser.load_initializer(tensor.name, array.ctypes.data, array.nbytes):
+                raise BuildError(f"{name}: the parser does not take weight {tensor.name!r}; export the bundle anew")
+    return arrays
 
 
 def _parse(parser: Any, graph: EngineGraph, name: str) -> list[Any]:
-    """Give the parser the model and each weight in memory; returns what must outlive the build."""
-    arrays = []
-    ok = parser.load_model_proto(graph.model.SerializeToString())
-    if ok:
-        for tensor in graph.model.graph.initializer:
-            if tensor.name in graph.weights:
-                array = graph.array(tensor)
-                arrays.append(array)
-                if not parser.load_initializer(tensor.name, array.ctypes.data, array.nbytes):
-                    raise BuildError(f"{name}: the parser does not take weight {tensor.name!r}; export the bundle anew")
-        ok = parser.parse_model_proto()
-    if not ok:
+    """Parse the graph; returns what must outlive the build."""
+    arrays = _give(parser, graph, name)
+    if not parser.parse_model_proto():
         error = parser.get_error(0)
-        what = " ".join(error.desc().split())[:300]
-        raise BuildError(f"{name}: the parser refuses node {error.node_name()!r} ({error.node_operator()}): {what}")
+        at = f"node {error.node_name()!r} ({error.node_operator()})"
+        raise BuildError(f"{name}: the parser refuses {at}: {_first_error(parser)}")
     return arrays
+
+
+def _first_error(parser: Any) -> str:
+    return " ".join(parser.get_error(0).desc().split())[:300] if parser.num_errors else "it gives no reason"
 
 
 def _require_attention(attention: str, nodes: int, layers: Mapping[str, int]) -> None:

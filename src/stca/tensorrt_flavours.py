@@ -41,6 +41,7 @@ class Flavour:
         ahead_of_time: builds for any SM it knows, GPU or not; the other one builds for the GPU it runs on.
         timing_cache: whether it measures kernels while it builds, and can remember.
         refit: default refit mode.
+        graphs: who makes CUDA graphs at run time: we, by capturing, or the library itself.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Flavour:
     ahead_of_time: bool
     timing_cache: bool
     refit: RefitMode
+    graphs: Literal["captured", "native"]
 
 
 FLAVOURS: Final[Mapping[str, Flavour]] = {
@@ -63,6 +65,7 @@ FLAVOURS: Final[Mapping[str, Flavour]] = {
         ahead_of_time=False,
         timing_cache=True,
         refit="identical",
+        graphs="captured",
     ),
     "tensorrt-rtx": Flavour(
         name="tensorrt-rtx",
@@ -73,6 +76,7 @@ FLAVOURS: Final[Mapping[str, Flavour]] = {
         ahead_of_time=True,
         timing_cache=False,
         refit="none",  # its refit modes compile for the GPU of this machine, and fail where there is none
+        graphs="native",  # it compiles kernels for a shape while it runs, so a capture from outside may come too early
     ),
 }
 
@@ -82,7 +86,10 @@ PROGRESS: Final = "stca-progress "  # begins a line that the building process wa
 
 @dataclass(frozen=True)
 class Job:
-    """One plan to build or, with `refit_from`, to make of another plan with the graph's present weights."""
+    """One plan to build or, with `refit_from`, to make of another plan with the graph's present weights.
+
+    Without `plan` nothing is built: the answer is whether the library builds for this SM.
+    """
 
     flavour: str
     graph: str
@@ -92,7 +99,7 @@ class Job:
     profiles: Sequence[Profile]
     sm: int | None
     refit: str
-    plan: str
+    plan: str | None
     timing_cache: str | None = None
     refit_from: str | None = None
 

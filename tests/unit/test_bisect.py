@@ -99,7 +99,8 @@ class ReferenceEngine:
 
 
 def choice(bundle, flavour, precision, attention="decomposed"):
-    entries = {half: {"file": f"{half}.plan", "key": {"attention": attention}} for half in HALVES}
+    made = {"key": {"attention": attention}, "profiles": [{"N_h": [1, 20, 30], "N_t": [1, 9, 9]}]}
+    entries = {half: {"file": f"{half}.plan", **made} for half in HALVES}
     return Choice(flavour, precision, entries, "asked for")
 
 
@@ -125,13 +126,29 @@ def test_engines_that_are_wrong_though_their_graphs_are_right(bundle_dir):
         verify_engine(bundle, choice(bundle, "tensorrt-rtx", "fp32"), engines=engines)
 
 
-def test_plugins_cannot_be_bisected_and_it_says_so(bundle_dir):
+def test_behind_a_plugin_the_graph_is_bisected_with_the_function_body(bundle_dir):
     bundle = Bundle.load(bundle_dir)
     engines = {half: ReferenceEngine(graph_of(bundle, half)) for half in HALVES}
     run = engines["target_scorer"].run
     engines["target_scorer"].run = lambda inputs: {n: -x for n, x in run(inputs).items()}
-    with one_line(ParityError, "plugins"):
-        verify_engine(bundle, choice(bundle, "tensorrt", "fp32", "plugin"), engines=engines)
+    asked = choice(bundle, "tensorrt", "fp32", "plugin")
+    with one_line(ParityError, "it is the engines or a plugin"):
+        verify_engine(bundle, asked, engines=engines)
+
+
+def test_engines_are_asked_no_more_than_they_serve(bundle_dir):
+    bundle, largest = Bundle.load(bundle_dir), {}
+    engines = {half: ReferenceEngine(graph_of(bundle, half, "fp32", "decomposed")) for half in HALVES}
+    run = engines["target_scorer"].run
+
+    def counted(inputs):
+        for name in ("target_item", "attention_0_history"):
+            largest[name] = max(largest.get(name, 0), len(inputs[name]))
+        return run(inputs)
+
+    engines["target_scorer"].run = counted
+    assert verify_engine(bundle, choice(bundle, "tensorrt-rtx", "fp32"), engines=engines).passed
+    assert largest == {"target_item": 9, "attention_0_history": 30}
 
 
 def test_a_wrong_weight_in_a_built_engine_is_found_and_its_node_named(bundle_dir, tmp_path):

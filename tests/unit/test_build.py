@@ -75,6 +75,7 @@ def test_both_halves_are_built_and_written_into_the_bundle(built, bundle_dir):
     shapes = {i["name"]: (i["dtype"], i["shape"]) for i in scorer["inputs"]}
     assert shapes["attention_0_history"] == ("bfloat16", ["N_h", 1, 24])
     assert shapes["target_offsets"] == ("int32", [2])
+    assert (encoder["padded"], scorer["padded"]) == (["N_h"], ["N_t"])  # one attention looks at all tokens it is given
     assert scorer["outputs"] == [{"name": "scores", "dtype": "float32", "shape": ["N_t", 2]}]
 
 
@@ -251,9 +252,14 @@ def test_not_installed(bundle, monkeypatch):
         ({"engine": "onnxruntime", "attention": "fused"}, ("onnxruntime", "'fused'")),
         ({"engine": "onnxruntime", "precision": "bf16"}, ("bf16", "MatMul")),
         ({"engine": "onnxruntime", "provider": "CUDAExecutionProvider"}, ("CUDAExecutionProvider", "CPU")),
+        ({"engine": "onnxruntime", "provider": "../x", "dry_run": True}, ("../x", "CPUExecutionProvider")),
         ({"engine": RTX, "sm": 89, "attention": "plugin"}, (RTX, "'plugin'", "fused")),
         ({"engine": RTX, "sm": 89, "workload": Workload(requests_max=2)}, ("one request", "requests_max")),
         pytest.param({"engine": RTX, "sm": 89, "workload": Workload(targets_max=0)}, ("N_t", "0"), marks=needs_rtx),
+        pytest.param(
+            {"engine": RTX, "sm": 89, "workload": Workload(sizes={"N_x": 3})}, ("'N_x'", "B_plus_1, N_h, N_t"), marks=needs_rtx
+        ),
+        pytest.param({"engine": RTX, "sm": 999, "dry_run": True}, ("no SM 999", "89", "120"), marks=needs_rtx),
     ],
 )
 def test_what_cannot_be_asked(bundle, asked, words):
@@ -281,6 +287,40 @@ def test_onnxruntime_engines(bundle):
     added = {name for e in typed for name in (e["file"], f"{Path(e['file']).stem}.weights")}
     assert set(tiny.contents(bundle)) == before | added
     assert sum(len(x) for n, x in tiny.contents(bundle).items() if n in added) < 0.9 * (bundle / WEIGHTS).stat().st_size
+
+
+def test_engines_of_two_providers_stand_side_by_side(bundle, monkeypatch):
+    """No CUDA here: another of ONNX Runtime's providers, which runs on the CPU, takes its name."""
+    import stca.runtime.engine
+
+    real = stca.runtime.engine.OnnxRuntimeEngine
+
+    def on_cpu(file, *, threads, providers):
+        return real(file, threads=threads)
+
+    monkeypatch.setattr(stca.runtime, "OnnxRuntimeEngine", on_cpu)
+    monkeypatch.setattr(stca.runtime.engine, "require_provider", lambda _: None)
+    for provider in ("CPUExecutionProvider", "CUDAExecutionProvider"):
+        for precision in ("fp32", "fp16"):
+            build(bundle, engine="onnxruntime", precision=precision, provider=provider)
+    entries = Bundle.load(bundle).manifest.engines
+    assert len(entries) == 8
+    assert len({e["file"] for e in entries}) == 2 + 2 * 2  # the bundle's own graphs serve both
+    for provider in ("CPUExecutionProvider", "CUDAExecutionProvider"):
+        for precision in ("fp32", "fp16"):
+            again = build(bundle, engine="onnxruntime", precision=precision, provider=provider)
+            assert [r["cache"] for r in again] == ["hit", "hit"]
+
+
+def test_an_engine_takes_the_place_of_one_that_served_the_same(bundle, monkeypatch):
+    """With another version of the library it is another engine under the same name."""
+    import onnxruntime
+
+    build(bundle, engine="onnxruntime", precision="fp16")
+    monkeypatch.setattr(onnxruntime, "__version__", "99")
+    results = build(bundle, engine="onnxruntime", precision="fp16")
+    assert all(r["cache"] == "miss" and r["why"].startswith("version changed") for r in results)
+    assert [e["version"] for e in Bundle.load(bundle).manifest.engines] == ["99", "99"]
 
 
 def test_weights_never_have_two_names(bundle):

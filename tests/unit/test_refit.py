@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,16 +19,17 @@ from safetensors.torch import load_file, save_file
 from support import tiny
 from support.errors import one_line
 
+import stca.engine_checks
 import stca.refit
 from stca import probe
 from stca.build import Workload, build
 from stca.bundle import WEIGHTS, Bundle, seal
 from stca.engine_cache import EngineCache
-from stca.errors import BuildError, CheckpointError, ParityError
+from stca.errors import CheckpointError, ParityError
 from stca.export.checkpoint import load_checkpoint, save_checkpoint
 from stca.export.pipeline import export_checkpoint
 from stca.refit import refit
-from stca.runtime import Request, Session
+from stca.runtime import OnnxRuntimeEngine, Request, Session
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +186,8 @@ def test_onnxruntime_on_the_bundles_own_graphs_stays_and_typed_graphs_go(bundle,
     assert {e["file"]: e["kept"] for e in result["engines"]} == {
         "user_encoder.onnx": True,
         "target_scorer.onnx": True,
-        "user_encoder.onnxruntime.fp16.onnx": False,
-        "target_scorer.onnxruntime.fp16.onnx": False,
+        "user_encoder.onnxruntime.cpu.fp16.onnx": False,
+        "target_scorer.onnxruntime.cpu.fp16.onnx": False,
     }
     assert all("stca build" in e["why"] for e in result["engines"] if not e["kept"])
     assert {e["key"]["weights"] for e in Bundle.load(bundle).manifest.engines} == {result["weights"]}
@@ -210,45 +212,95 @@ def test_an_engine_with_old_weights_is_left_out_and_the_next_build_says_why(bund
     assert all(r["why"].startswith("the weights changed") for r in again)
 
 
-ENTRY = {
-    "graph": "target_scorer",
-    "file": "target_scorer.tensorrt.sm90.bf16.plan",
-    "flavour": "tensorrt",
-    "version": "11.4.0.106",
-    "sm": 90,
-    "precision": "bf16",
-    "attention": "plugin",
-    "profiles": [{"N_h": [1, 9, 9]}],
-    "key": {"weights": "old", "attention": "plugin"},
-}
+def test_the_same_weights_keep_every_engine(bundle, bundle_dir, tmp_path):
+    """A checkpoint that was bundled before: nothing about its engines is out of date."""
+    save_checkpoint(tmp_path / "same.safetensors", tiny.module(tiny.config()))
+    for precision in ("fp32", "fp16"):
+        build(bundle, engine="onnxruntime", precision=precision)
+    before = Bundle.load(bundle).manifest
+    result = refit(bundle, tmp_path / "same.safetensors", prove=tiny.no_proof)
+    assert result["weights"] == before.weights
+    assert [e["kept"] for e in result["engines"]] == [True] * 4
+    after = Bundle.load(bundle).manifest
+    assert after.engines == before.engines
+    assert after.files == before.files
+    assert [r["cache"] for r in build(bundle, engine="onnxruntime", precision="fp16")] == ["hit", "hit"]
+
+
+def pair(mode):
+    """Manifest entries of TensorRT plans for a GPU that is not here."""
+    common = {"flavour": "tensorrt", "sm": 90, "precision": "fp32", "refit": mode}
+    more = {"attention": "plugin", "profiles": [{"N_h": [1, 9, 9]}], "weights": "old"}
+    return [
+        {**common, "graph": half, "file": f"{half}.tensorrt.sm90.fp32.plan", "key": {**common, **more, "name": half}}
+        for half in ("user_encoder", "target_scorer")
+    ]
+
+
+@pytest.fixture
+def planned(bundle):
+    """A function that gives the bundle such plans."""
+
+    manifest = Bundle.load(bundle).manifest
+
+    def write(mode):
+        for entry in pair(mode):
+            (bundle / entry["file"]).write_bytes(b"old plan")
+        seal(bundle, dataclasses.replace(manifest, engines=tuple(pair(mode))))
+
+    return write
 
 
 @pytest.mark.parametrize(
     ("mode", "words"), [("identical", ("identical", "--refit weights")), ("none", ("stca build",))]
 )
-def test_an_engine_not_built_for_new_weights_is_not_given_any(bundle, mode, words):
+def test_engines_not_built_for_new_weights_are_not_given_any(bundle, planned, new_checkpoint, monkeypatch, mode, words):
     """TensorRT's identical-refit flag promises nothing for other weights, so it is not asked."""
-    old = Bundle.load(bundle)
-    with one_line(BuildError, *words):
-        stca.refit._refit_engine(old, old, {**ENTRY, "refit": mode}, None, pytest.fail)
+    planned(mode)
+    monkeypatch.setattr(stca.refit, "build_plan", pytest.fail)
+    result = refit(bundle, new_checkpoint, prove=tiny.no_proof)
+    assert [e["kept"] for e in result["engines"]] == [False, False]
+    assert all(word in e["why"] for e in result["engines"] for word in words)
+    assert not Bundle.load(bundle).manifest.engines
+    assert not list(bundle.glob("*.plan"))
 
 
-def test_an_engine_built_for_new_weights_gets_them(bundle, monkeypatch, tmp_path):
-    """As far as a CPU allows: the job that a process with a GPU is given."""
-    old, jobs = Bundle.load(bundle), []
+@pytest.mark.parametrize("right", [True, False])
+def test_engines_built_for_new_weights_get_them_and_are_checked(
+    bundle, planned, new_checkpoint, monkeypatch, tmp_path, right
+):
+    """As far as a CPU allows: the jobs that a process with a GPU is given, and engines of ONNX Runtime in their place.
+
+    The wrong ones stand for a refit that left the old weights in.
+    """
+    planned("weights")
+    jobs, stale = [], shutil.copytree(bundle, tmp_path / "stale")
 
     def refitted(job, progress):
         jobs.append(job)
-        from pathlib import Path
-
         Path(job.plan).write_bytes(b"refitted")
 
+    def opened(fresh, choice, *, threads):
+        assert {e["file"] for e in choice.entries.values()} == {e["file"] for e in pair("weights")}
+        root = fresh.path if right else stale
+        return {half: OnnxRuntimeEngine(root / f"{half}.onnx", threads=threads) for half in choice.entries}
+
     monkeypatch.setattr(stca.refit, "build_plan", refitted)
+    monkeypatch.setattr(stca.engine_checks, "open_engines", opened)
     cache = EngineCache(tmp_path / "cache")
-    made = stca.refit._refit_engine(old, old, {**ENTRY, "refit": "weights"}, cache, lambda _: None)
-    (job,) = jobs
-    assert job.refit_from == str(bundle / ENTRY["file"])
-    assert (job.flavour, job.precision, job.refit, job.sm) == ("tensorrt", "bf16", "weights", 90)
-    assert made["key"]["weights"] == old.manifest.weights
-    assert made["bytes"] == 8
-    assert cache.known() == [made["key"]]
+    result = refit(bundle, new_checkpoint, prove=tiny.no_proof, cache=cache)
+    assert [Path(job.refit_from).name for job in jobs] == [e["file"] for e in pair("weights")]
+    assert {(job.flavour, job.precision, job.refit, job.sm, job.attention) for job in jobs} == {
+        ("tensorrt", "fp32", "weights", 90, "plugin")
+    }
+    assert all(job.profiles == [{"N_h": [1, 9, 9]}] for job in jobs)
+    assert [e["kept"] for e in result["engines"]] == [right, right]
+    entries = Bundle.load(bundle).manifest.engines
+    if right:
+        assert [(bundle / e["file"]).read_bytes() for e in entries] == [b"refitted"] * 2
+        assert {e["key"]["weights"] for e in entries} == {result["weights"]}
+        assert sorted(e["name"] for e in cache.known()) == ["target_scorer", "user_encoder"]
+    else:
+        assert "differs" in result["engines"][0]["why"]
+        assert not entries
+        assert not cache.known()

@@ -122,57 +122,84 @@ def test_what_the_builder_said(job):
 
 
 class FakeRefitter:
-    """TensorRT's refitter over a stand-in engine; reads weights where it is told that they are."""
+    """TensorRT's refitter and its ONNX refitter over a stand-in engine; reads weights where it is told they are."""
 
     __version__ = "11.4.0.106"
-    float32, float16, bfloat16 = np.float32, np.float16, ml_dtypes.bfloat16
 
     class ILogger:
         INTERNAL_ERROR, ERROR, WARNING = range(3)
 
-    def __init__(self, names, missing=(), done=True, loads=True):
-        self.names, self.missing, self.done, self.loads, self.given = names, missing, done, loads, {}
+    def __init__(self, missing=(), done=True, loads=True, takes=True):
+        self.missing, self.done, self.loads, self.takes, self.given, self.order = missing, done, loads, takes, {}, []
 
     def Runtime(self, log):
-        engine = SimpleNamespace(serialize=lambda: b"refitted") if self.loads else None
-        log.log(self.ILogger.ERROR, "driver is too old")
-        return SimpleNamespace(deserialize_cuda_engine=lambda plan: engine)
+        def deserialize(plan):
+            self.order.append("deserialize")
+            return SimpleNamespace(serialize=lambda: b"refitted") if self.loads else None
 
-    def Weights(self, dtype, address, count):
-        size = count * np.dtype(dtype).itemsize
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype).copy()
+        log.log(self.ILogger.ERROR, "driver is too old")
+        return SimpleNamespace(deserialize_cuda_engine=deserialize)
 
     def Refitter(self, engine, log):
-        def give(name, values):
-            self.given[name] = values
+        return SimpleNamespace(get_missing_weights=lambda: self.missing, refit_cuda_engine=lambda: self.done)
+
+    def OnnxParserRefitter(self, refitter, log):
+        def load(text):
+            self.model = onnx.load_from_string(text)
+            return True
+
+        def give(name, address, size):
+            tensor = next(t for t in self.model.graph.initializer if t.name == name)
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            assert size == np.prod(tensor.dims) * dtype.itemsize
+            self.given[name] = np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype).copy()
             return True
 
         return SimpleNamespace(
-            get_all_weights=lambda: self.names,
-            get_missing_weights=lambda: self.missing,
-            set_named_weights=give,
-            refit_cuda_engine=lambda: self.done,
+            load_model_proto=load,
+            load_initializer=give,
+            refit_model_proto=lambda: self.takes,
+            num_errors=1,
+            get_error=lambda _: SimpleNamespace(desc=lambda: "no such\nweight"),
         )
 
 
-def refitted(job, monkeypatch, **fake):
+def refitted(job, monkeypatch, attention="decomposed", **fake):
     Path(job.refit_from).write_bytes(b"old")
-    trt = FakeRefitter(["layers.0.out.weight", "task_out.weight", "a constant of TensorRT's"], **fake)
+    trt = FakeRefitter(**fake)
     monkeypatch.setattr(tensorrt_builder, "load", lambda _: trt)
-    return trt, _refit(job)
+    monkeypatch.setattr(tensorrt_builder, "device_sm", lambda: 90)
+    return trt, _refit(dataclasses.replace(job, attention=attention))
 
 
-def test_new_weights_go_in_by_name_and_in_the_engines_type(job, monkeypatch):
-    trt, built = refitted(job, monkeypatch)
+@pytest.mark.parametrize("attention", ["fused", "decomposed"])
+def test_new_weights_go_into_the_graph_the_engine_was_built_from(job, monkeypatch, attention):
+    trt, built = refitted(job, monkeypatch, attention)
     assert Path(job.plan).read_bytes() == b"refitted"
-    assert built.version == "11.4.0.106"
+    assert (built.version, built.sm) == ("11.4.0.106", 90)
+    assert ("Attention" in {n.op_type for n in trt.model.graph.node}) == (attention == "fused")
     true = {t.name: numpy_helper.to_array(t) for t in onnx.load(job.graph).graph.initializer}
-    assert set(trt.given) == {"layers.0.out.weight", "task_out.weight"}
+    external = [t.name for t in onnx.load(job.graph, load_external_data=False).graph.initializer if t.external_data]
+    assert set(trt.given) == set(external)
     low, wide = trt.given["layers.0.out.weight"], trt.given["task_out.weight"]
     assert low.dtype == ml_dtypes.bfloat16
     assert np.array_equal(low, true["layers.0.out.weight"].reshape(-1).astype(ml_dtypes.bfloat16))
     assert wide.dtype == np.float32  # the score head
     assert np.array_equal(wide, true["task_out.weight"].reshape(-1))
+
+
+def test_plugins_are_registered_before_a_plan_that_needs_them_is_loaded(job, monkeypatch):
+    """The encoder has none; were it the scorer, the plan would not load without."""
+    encoder = dataclasses.replace(job, graph=str(Path(job.graph).with_name("user_encoder.onnx")))
+    order = []
+
+    def register(name):
+        order.append(name)
+        return SimpleNamespace(settings=SimpleNamespace())
+
+    monkeypatch.setattr(tensorrt_builder.importlib, "import_module", register)
+    trt, _ = refitted(encoder, monkeypatch, "plugin")
+    assert order + trt.order == ["stca.plugins.tensorrt_plugin", "deserialize"]
 
 
 @pytest.mark.parametrize(
@@ -181,15 +208,26 @@ def test_new_weights_go_in_by_name_and_in_the_engines_type(job, monkeypatch):
         ({"missing": ["folded"]}, ("'folded'", "build it anew")),
         ({"done": False}, ("cannot refit", "driver is too old")),
         ({"loads": False}, ("cannot load", "driver is too old")),
+        ({"takes": False}, ("does not take", "no such weight", "build it anew")),
     ],
 )
 def test_a_refit_that_fails(job, monkeypatch, fake, words):
     with one_line(BuildError, *words):
         refitted(job, monkeypatch, **fake)
+    assert not Path(job.plan).exists()
+
+
+def test_a_plan_for_another_gpu_is_not_refitted(job, monkeypatch):
+    monkeypatch.setattr(tensorrt_builder, "load", lambda _: FakeRefitter())
+    monkeypatch.setattr(tensorrt_builder, "device_sm", lambda: 89)
+    with one_line(BuildError, "SM 89", "SM 90"):
+        _refit(job)
 
 
 def test_errors_go_into_the_reply(job, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(tensorrt_builder, "load", lambda _: FakeRefitter([], loads=False))
+    monkeypatch.setattr(tensorrt_builder, "load", lambda _: FakeRefitter(loads=False))
+    monkeypatch.setattr(tensorrt_builder, "device_sm", lambda: 90)
+    job = dataclasses.replace(job, attention="decomposed")
     (tmp_path / "old").write_bytes(b"old")
     (tmp_path / "job").write_text(json.dumps(dataclasses.asdict(job)))
     assert main([str(tmp_path / "job"), str(tmp_path / "reply")]) == 2
