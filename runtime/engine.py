@@ -56,6 +56,10 @@ class OnnxRuntimeEngine:
         providers: execution providers in order of preference. One that cannot be loaded is an error, because ONNX
             Runtime itself would fall back to the CPU without a word.
 
+        literal: compute quantize and dequantize nodes as they stand, for a check of the graph. Otherwise ONNX Runtime
+            turns them into integer kernels, which is faster, and at opset 23 breaks graphs (1.31 moves such nodes over
+            a Reshape and forgets their type).
+
     Raises:
         BuildError: when ONNX Runtime refuses the graph or a provider is not to be had.
     """
@@ -66,9 +70,12 @@ class OnnxRuntimeEngine:
         *,
         threads: int | None = None,
         providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        literal: bool = False,
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised, once, and not printed besides
+        if literal:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         for provider in providers:

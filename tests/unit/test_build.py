@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib.util
 import json
@@ -10,17 +11,22 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import pytest
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from support import tiny
 from support.errors import one_line
 
 import stca.build
+from stca import probe
 from stca.build import HALVES, Workload, build
 from stca.bundle import WEIGHTS, Bundle, Manifest, seal, sha256_of
 from stca.engine_cache import EngineCache
 from stca.errors import BuildError, BundleError
+from stca.runtime import OnnxRuntimeEngine
 from stca.tensorrt_flavours import FLAVOURS, installed_version
 
 RTX = "tensorrt-rtx"
@@ -172,6 +178,45 @@ def test_each_precision_builds(bundle, precision, attention):
 
 
 @needs_rtx
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_quantized_graphs_build(quantized, precision):
+    """Every Q/DQ pair of the graph is in the network, beside the fused attention."""
+    results = build(quantized, engine=RTX, sm=89, precision=precision, workload=WORKLOAD)
+    assert results[1]["attention"] == ("decomposed" if precision == "fp32" else "fused")
+    for entry in Bundle.load(quantized).manifest.engines:
+        graph = onnx.load(quantized / f"{entry['graph']}.onnx", load_external_data=False).graph
+        wanted = collections.Counter(n.op_type for n in graph.node)
+        assert entry["layers"]["QUANTIZE"] == wanted["QuantizeLinear"] > 5
+        assert entry["layers"]["DEQUANTIZE"] == wanted["DequantizeLinear"] > 10
+
+
+@pytest.fixture
+def quantized(bundle, tmp_path):
+    """The bundle with INT8 matrix products, as a calibration with ONNX Runtime's own tool makes them."""
+    loaded = Bundle.load(bundle)
+    specs = loaded.manifest.graphs["request"].inputs
+    values = probe.pack(specs, [probe.single(specs, 20, 9, np.random.default_rng(0))])
+    for half in HALVES:
+        engine = OnnxRuntimeEngine(loaded.file(half), threads=1)
+        feeds = {name: values[name] for name in engine.inputs}
+        values |= engine.run(feeds)
+        onnx.save(onnx.load(loaded.file(half)), tmp_path / "whole.onnx")
+        quantize_static(
+            tmp_path / "whole.onnx",
+            tmp_path / "int8.onnx",
+            SimpleNamespace(get_next=iter([feeds, None]).__next__),
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QInt8,
+            op_types_to_quantize=["MatMul"],
+            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+        )
+        loaded.file(half).unlink()
+        shutil.copy(tmp_path / "int8.onnx", loaded.file(half))
+    seal(bundle, loaded.manifest)
+    return bundle
+
+
+@needs_rtx
 def test_an_engine_without_its_fused_attention_is_not_built(exported, tmp_path):
     """Heads of 8 have no fused kernel. The encoder's engine was built by then, and nothing of it is left."""
     bundle = shutil.copytree(exported("log", "projected"), tmp_path / "B")
@@ -257,7 +302,9 @@ def test_not_installed(bundle, monkeypatch):
         ({"engine": RTX, "sm": 89, "workload": Workload(requests_max=2)}, ("one request", "requests_max")),
         pytest.param({"engine": RTX, "sm": 89, "workload": Workload(targets_max=0)}, ("N_t", "0"), marks=needs_rtx),
         pytest.param(
-            {"engine": RTX, "sm": 89, "workload": Workload(sizes={"N_x": 3})}, ("'N_x'", "B_plus_1, N_h, N_t"), marks=needs_rtx
+            {"engine": RTX, "sm": 89, "workload": Workload(sizes={"N_x": 3})},
+            ("'N_x'", "B_plus_1, N_h, N_t"),
+            marks=needs_rtx,
         ),
         pytest.param({"engine": RTX, "sm": 999, "dry_run": True}, ("no SM 999", "89", "120"), marks=needs_rtx),
     ],
