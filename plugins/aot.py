@@ -22,7 +22,8 @@ from typing import Any, Final
 
 from stca.errors import BuildError
 from stca.plugins import tiling
-from stca.plugins.tiling import ARTIFACT_SMS, Shape, Sizes, Tile
+from stca.plugins.devices import ARTIFACT_SMS, device_for
+from stca.plugins.tiling import Shape, Sizes, Tile
 
 # Drivers since CUDA 12.8 load it, and no older version names every SM; Triton's default is newer than many drivers.
 PTX_VERSION: Final = 87
@@ -112,7 +113,7 @@ def _combine_block(value_depth: int) -> tuple[int, int, int]:
 def compile_attend(shape: Shape, tile: Tile, sm: int, scale: float, split: bool) -> Artifact:
     """`attend_kernel` for one tile.
 
-    Parameters of the result: `query, key, value, target_offsets, history_offsets, history_lengths, n_targets,
+    Parameters of the result: `query, key, value, target_offsets, history_offsets, history_lengths, n_targets, n_tokens,
     n_requests, out` and, with `split`, `stats`. Grid: `attend_grid`.
 
     Args:
@@ -133,7 +134,7 @@ def compile_attend(shape: Shape, tile: Tile, sm: int, scale: float, split: bool)
         "attend_kernel",
         pointers=pointers,
         structure=("target_offsets", "history_offsets", "history_lengths"),
-        scalars=("n_targets", "n_requests"),
+        scalars=("n_targets", "n_tokens", "n_requests"),
         constants=attend_constants(shape, tile, scale, split),
         sm=sm,
         warps=tile.warps,
@@ -176,7 +177,7 @@ def best_tiles(
     Raises:
         BuildError: when none does.
     """
-    device = tiling.device_for(sm)
+    device = device_for(sm)
     candidates = sorted(
         tiling.tiles(shape, sm, shared_limit),
         key=lambda tile: tiling.seconds(shape, sizes, tile, splits, device),

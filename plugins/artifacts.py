@@ -24,7 +24,8 @@ from typing import Any, Final
 
 from stca.errors import BuildError, StcaError
 from stca.plugins import aot, tiling
-from stca.plugins.tiling import ARTIFACT_SMS, DTYPE_BYTES, PORTABLE_SHARED_LIMIT, Shape, Sizes, Tile
+from stca.plugins.devices import ARTIFACT_SMS, device_for
+from stca.plugins.tiling import DTYPE_BYTES, PORTABLE_SHARED_LIMIT, Shape, Sizes, Tile
 
 # (width d, heads h) of the models that the default list serves, both forms of each.
 _MODELS: Final = ((256, 8), (512, 8), (1024, 16))
@@ -100,7 +101,7 @@ def _tiles(variants: Sequence[Shape], scale: float, sm: int, shared_limit: int) 
     """The best for each variant and typical size that keep to the limit in every variant."""
     best = []
     for shape, sizes in itertools.product(variants, _TYPICAL):
-        splits = tiling.choose(shape, sizes, tiling.device_for(sm), shared_limit).splits
+        splits = tiling.choose(shape, sizes, device_for(sm), shared_limit).splits
         best += aot.best_tiles(shape, scale, sizes, splits, sm, shared_limit, 1)
     fitting = [
         tile

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import io
 import os
 import pickle
 import subprocess
@@ -15,8 +16,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace, TracebackType
-from typing import Any
+from typing import IO, Any
 
+import torch
 from torch import Tensor
 
 KERNELS = Path(__file__).with_name("kernels.py")
@@ -36,7 +38,8 @@ class Interpreter:
         constants: Mapping[str, Any],
         source: Path = KERNELS,
     ) -> None:
-        """Run one kernel over `grid`; CPU tensors among `arguments` are written in place, as a GPU would.
+        """Run one kernel over `grid`; CPU tensors among `arguments` are written in place, as a GPU would, and so is
+        what lies around them in their storage if the kernel writes there.
 
         Args:
             kernel: name of the kernel in `source`.
@@ -58,16 +61,15 @@ class Interpreter:
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         try:
-            pickle.dump((kernel, grid, list(arguments), dict(constants), source), self._child.stdin)
-            self._child.stdin.flush()
-            results = pickle.load(self._child.stdout)
+            _send((kernel, grid, list(arguments), dict(constants), source), self._child.stdin)
+            results = _receive(self._child.stdout)
         except (EOFError, BrokenPipeError) as error:
             raise RuntimeError(f"Triton's interpreter ended with exit status {self._child.wait()}") from error
         if isinstance(results, str):
             raise RuntimeError(f"{kernel} failed in Triton's interpreter: {results}")
         for argument, result in zip(arguments, results, strict=True):
             if isinstance(argument, Tensor):
-                argument.copy_(result)
+                argument.untyped_storage().copy_(result.untyped_storage())
 
     def close(self) -> None:
         """End the child."""
@@ -83,6 +85,18 @@ class Interpreter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _send(message: Any, to: IO[bytes]) -> None:
+    """With `torch.save`, to which tensors that share memory are views of one storage, also on the other side."""
+    packed = io.BytesIO()
+    torch.save(message, packed)
+    pickle.dump(packed.getvalue(), to)
+    to.flush()
+
+
+def _receive(source: IO[bytes]) -> Any:
+    return torch.load(io.BytesIO(pickle.load(source)), weights_only=False)  # from this module's own other half
 
 
 @functools.cache
@@ -140,7 +154,7 @@ def _serve() -> None:
     _patch_once()
     while True:
         try:
-            kernel, grid, arguments, constants, source = pickle.load(sys.stdin.buffer)
+            kernel, grid, arguments, constants, source = _receive(sys.stdin.buffer)
         except EOFError:
             return
         try:
@@ -148,8 +162,7 @@ def _serve() -> None:
             reply: Any = [x if isinstance(x, Tensor) else None for x in arguments]
         except Exception as error:  # the parent raises it; the child lives on
             reply = f"{type(error).__name__}: {error}"
-        pickle.dump(reply, replies)
-        replies.flush()
+        _send(reply, replies)
 
 
 if __name__ == "__main__":

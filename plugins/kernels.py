@@ -19,6 +19,9 @@ segment, no prefix sum.
 **Softmax.** Running maximum and sum in float32, base 2 with `log2(e)` folded into the scale. The maximum starts at a
 large finite number instead of -inf, so that nothing here ever computes `inf - inf`: an empty history has sum 0 and
 gives zeros. Products of float32 inputs are true float32 products, never TF32.
+
+**Offsets.** A host cannot look at values on the GPU without waiting for them, so nobody has checked these. Whatever is
+read from them is brought into bounds: wrong ones give wrong numbers, but touch no memory beyond the tensors.
 """
 
 import triton
@@ -28,6 +31,11 @@ import triton.language as tl
 _LOWEST = tl.constexpr(-1.0e38)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _SEARCH = tl.constexpr(128)
+
+
+@triton.jit
+def _within(x, least, most):
+    return tl.minimum(tl.maximum(x, least), most)
 
 
 @triton.jit
@@ -141,7 +149,8 @@ def _attend_tokens(
     return acc, new_max, row_sum
 
 
-@triton.jit
+# A history's length differs from request to request: nothing about it may ask for another compilation.
+@triton.jit(do_not_specialize=["n_tokens"])
 def attend_kernel(
     query,  # (N_t, HEADS, D)
     key,  # (N_h, KEY_HEADS, D)
@@ -150,6 +159,7 @@ def attend_kernel(
     history_offsets,  # (B + 1,) int32
     history_lengths,  # (B,) int32
     n_targets,  # N_t
+    n_tokens,  # N_h
     n_requests,  # B
     out,  # (N_t, HEADS, D_V) of the inputs' type; SPLIT: (S, N_t, HEADS, D_V) float32, not yet divided by the sum
     stats,  # SPLIT only, else None: (S, N_t, HEADS, 2) float32, maximum (base 2) and sum
@@ -179,15 +189,19 @@ def attend_kernel(
     key_head = tl.program_id(1) // VALUE_TILES
     value_tile = tl.program_id(1) % VALUE_TILES
     split = tl.program_id(2)
-    if tile >= n_targets * GROUP // BLOCK_M + n_requests:  # a grid rounded up, or no request at all
+    if tile >= n_targets * GROUP // BLOCK_M + n_requests:  # a grid rounded up
+        return
+    if n_requests == 0:  # then there are no offsets to read
         return
 
     segment = _segment_of_tile(target_offsets, n_requests, tile, GROUP, BLOCK_M)
-    first_target = tl.load(target_offsets + segment)
-    n_rows = (tl.load(target_offsets + segment + 1) - first_target) * GROUP
-    first_token = tl.load(history_offsets + segment).to(tl.int64)
-    length = tl.load(history_lengths + segment)
-    first_row = (tile - first_target * GROUP // BLOCK_M - segment) * BLOCK_M
+    first_target = _within(tl.load(target_offsets + segment), 0, n_targets)
+    n_rows = (_within(tl.load(target_offsets + segment + 1), first_target, n_targets) - first_target) * GROUP
+    token_offset = _within(tl.load(history_offsets + segment), 0, n_tokens)
+    length = _within(tl.load(history_lengths + segment), 0, n_tokens - token_offset)
+    first_token = token_offset.to(tl.int64)
+    tile_of_segment = tile - first_target * GROUP // BLOCK_M - segment
+    first_row = _within(tile_of_segment, 0, tl.cdiv(n_rows, BLOCK_M)) * BLOCK_M
     rows_left = n_rows - first_row
     if rows_left <= 0:
         return

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from stca.plugins import tiling
 from stca.plugins.aot import attend_constants, attend_grid
+from stca.plugins.devices import Device, device_for, scaled
 from stca.plugins.interpret import KERNELS, Interpreter
 from stca.plugins.spec import QUALIFIED_NAME
-from stca.plugins.tiling import Device, Plan, Shape, Sizes
+from stca.plugins.tiling import Plan, Shape, Sizes
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,13 @@ def launches(
 
     All tensors are contiguous; shapes and dtypes are those of `torch.ops.stca.target_history_attention`. Partial
     results are allocated here, uninitialised: what the second kernel reads, the first has written.
+
+    Raises:
+        ValueError: for a shape without a kernel, or sizes beyond int32.
     """
     shape = shape_of(query, key, value)
     sizes = sizes_of(query, key, target_offsets)
+    tiling.check_sizes(shape, sizes)
     if sizes.targets == 0:
         return []
     split = plan.splits > 1
@@ -80,7 +85,7 @@ def launches(
     attend = Launch(
         "attend_kernel",
         attend_grid(sizes.targets, sizes.requests, shape, plan.tile, plan.splits),
-        (query, key, value, *structure, sizes.targets, sizes.requests, *outputs),
+        (query, key, value, *structure, sizes.targets, sizes.tokens, sizes.requests, *outputs),
         attend_constants(shape, plan.tile, scale, split, upcast=upcast),
         plan.tile.warps,
         plan.tile.stages,
@@ -123,7 +128,7 @@ def device_of(tensor: Tensor) -> Device:
         ValueError: for a GPU before SM 80, naming the supported ones.
     """
     properties = torch.cuda.get_device_properties(tensor.device)
-    return tiling.scaled(tiling.device_for(10 * properties.major + properties.minor), properties.multi_processor_count)
+    return scaled(device_for(10 * properties.major + properties.minor), properties.multi_processor_count)
 
 
 def target_history_attention(
@@ -138,7 +143,7 @@ def target_history_attention(
     """The operator on CUDA tensors; arguments as for `torch.ops.stca.target_history_attention`, already checked.
 
     Raises:
-        ValueError: for a head size, dtype or GPU without a kernel, or without Triton.
+        ValueError: for a head size, dtype or GPU without a kernel, sizes beyond int32, or without Triton.
     """
     try:
         import triton  # noqa: F401

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stca.plugins.spec import check_shapes
+from stca.plugins.spec import check_offsets, check_shapes
 
 
 def target_history_attention(
@@ -38,10 +38,11 @@ def target_history_attention(
         `(N_t, H, D_v)` float64; zeros where the history is empty.
 
     Raises:
-        ValueError: when shapes disagree.
+        ValueError: when shapes disagree, or offsets or lengths do not describe the rows given.
     """
     lengths = np.diff(history_offsets) if history_lengths is None else history_lengths
     check_shapes(query.shape, key.shape, value.shape, target_offsets.shape, history_offsets.shape, lengths.shape)
+    check_offsets(target_offsets.tolist(), history_offsets.tolist(), lengths.tolist(), len(query), len(key))
     q, k, v = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
     heads = q.shape[1]
     out = np.zeros((q.shape[0], heads, v.shape[2]), dtype=np.float64)

@@ -16,6 +16,7 @@ from onnx import helper, shape_inference
 from stca.errors import BuildError
 from stca.plugins import onnx_function, tiling
 from stca.plugins.aot import artifact_sm
+from stca.plugins.devices import device_for
 from stca.plugins.spec import DOMAIN, OP_NAME, QUALIFIED_NAME, TENSORRT_JOIN, TENSORRT_PARTS, TENSORRT_TIED
 from stca.plugins.tiling import Shape, Sizes
 
@@ -48,15 +49,17 @@ def prepare(
         model: with the operator as nodes of the main graph; head counts and sizes are static. Weights may be external.
         sizes: what the engine's optimization profile is tuned for. The cost model then says into how many parts a
             history is cut; without it every history is one part.
-        sm: compute capability of the GPU, 90 for 9.0; needed with `sizes`.
+        sm: compute capability of the GPU, 90 for 9.0; needed with `sizes`, as each GPU wants other parts.
         shared_limit: as in `tensorrt_plugin.Settings`.
 
     Raises:
-        BuildError: when a head size is unknown or unsupported, or the SM is.
+        BuildError: when a head size is unknown or unsupported, or the SM is, or there are sizes without an SM.
     """
+    if sizes is not None and sm is None:
+        raise BuildError("prepare: sizes without sm; name the GPU's compute capability too, such as sm=90 for 9.0")
     prepared = onnx.ModelProto()
     prepared.CopyFrom(model)
-    device = None if sm is None else tiling.device_for(artifact_sm(sm))
+    device = None if sm is None else device_for(artifact_sm(sm))
     types = _tensor_types(model)
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
@@ -65,7 +68,10 @@ def prepare(
             continue
         try:
             shape = _shape(node, types)
-            parts = 1 if sizes is None or device is None else tiling.choose(shape, sizes, device, shared_limit).splits
+            parts = 1
+            if sizes is not None and device is not None:
+                tiling.check_sizes(shape, sizes)
+                parts = tiling.choose(shape, sizes, device, shared_limit).splits
         except ValueError as error:
             raise BuildError(str(error)) from error
         nodes += _plugins(node, shape, parts)

@@ -20,7 +20,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import GenericAlias
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from stca.errors import BuildError
 from stca.plugins import aot, tiling
@@ -139,17 +139,17 @@ def _describe_out(inputs: Tensors, attributes: Attributes) -> trtp.TensorDesc:
 def _describe_parts(inputs: Tensors, attributes: Attributes) -> tuple[trtp.TensorDesc, trtp.TensorDesc]:
     """`partial_out (S, N_t, H, D_v)` and `partial_stats (S, N_t, H, 2)`, both float32."""
     parts = attributes["parts"]
-    if parts < 2:
-        raise BuildError(f"{TENSORRT_PARTS}: {parts} parts; supported is 2 or more, and one part is {OP_NAME}")
+    if not 2 <= parts <= tiling.MAX_PARTS:
+        raise BuildError(f"{TENSORRT_PARTS}: {parts} parts; supported are 2 to {tiling.MAX_PARTS}; 1 is {OP_NAME}")
     targets, heads, depth = _describe_out(inputs, attributes).shape_expr
     partial_out = trtp.from_shape_expr((parts, targets, heads, depth), dtype=trt.float32)
     return partial_out, trtp.from_shape_expr((parts, targets, heads, 2), dtype=trt.float32)
 
 
-def _typical(desc: trtp.TensorDesc) -> int:
-    """Length of the first axis that the build tunes for."""
-    shape = desc.shape
-    return int(shape.opt[0] if shape.is_dynamic else shape[0])
+def _sizes(inputs: Tensors, bound: Literal["opt", "max"]) -> tiling.Sizes:
+    """`N_t, N_h, B` that the build tunes for, or the most that the engine will take."""
+    shapes = [inputs[i].shape for i in (0, 1, 5)]
+    return tiling.Sizes(*(int(getattr(shape, bound)[0] if shape.is_dynamic else shape[0]) for shape in shapes))
 
 
 @functools.cache
@@ -161,9 +161,12 @@ def candidates(shape: tiling.Shape, sm: int, shared_limit: int) -> tuple[tiling.
 def _tune_attend(inputs: Tensors, attributes: Attributes) -> list[int]:
     """The tactics worth timing."""
     shape, sm, limit = _shape(inputs, attributes), target_sm(), settings.shared_limit
-    sizes = tiling.Sizes(targets=_typical(inputs[0]), tokens=_typical(inputs[1]), requests=_typical(inputs[5]))
+    try:
+        tiling.check_sizes(shape, _sizes(inputs, "max"))
+    except ValueError as error:
+        raise BuildError(f"{error} (the most that the optimization profile allows)") from error
     scale, parts = attributes["scale"], attributes.get("parts", 1)
-    best = aot.best_tiles(shape, scale, sizes, parts, sm, limit, settings.tactics)
+    best = aot.best_tiles(shape, scale, _sizes(inputs, "opt"), parts, sm, limit, settings.tactics)
     numbered = candidates(shape, sm, limit)
     return [numbered.index(tile) + 1 for tile in best]
 
@@ -172,9 +175,9 @@ def _launch_attend(inputs: Tensors, attributes: Attributes, tactic: int) -> Laun
     shape, sm, parts = _shape(inputs, attributes), target_sm(), attributes.get("parts", 1)
     tile = candidates(shape, sm, settings.shared_limit)[tactic - 1]
     artifact = aot.compile_attend(shape, tile, sm, attributes["scale"], parts > 1)
-    targets, requests = inputs[0].shape_expr[0], inputs[5].shape_expr[0]
+    targets, tokens, requests = (inputs[i].shape_expr[0] for i in (0, 1, 5))
     grid = aot.attend_grid(targets, requests, shape, tile, parts)
-    return _launch(artifact, grid, (targets, requests))
+    return _launch(artifact, grid, (targets, tokens, requests))
 
 
 def _describe_join(inputs: Tensors, attributes: Attributes) -> trtp.TensorDesc:

@@ -24,23 +24,25 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from stca.plugins.devices import Device
 from stca.plugins.spec import QUALIFIED_NAME
 
 DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_DEPTH: Final = 512
 MAX_DEPTH_ABSORBED: Final = 1024
-# SMs whose artifacts are built ahead of time; just-in-time compilation serves every later one too.
-ARTIFACT_SMS: Final = (80, 86, 89, 90, 100, 120)
+# Offsets inside a tile are int32: 128 rows, 4096 heads apart, of size 512 are an eighth of what fits.
+MAX_HEADS: Final = 4096
+MAX_PARTS: Final = 128
 PORTABLE_SHARED_LIMIT: Final = 48 * 1024
 # Seconds: a dependent access to device memory, a kernel's launch behind another, and the barriers of a step.
 MEMORY_LATENCY: Final = 0.7e-6
 LAUNCH: Final = 2.0e-6
 STEP: Final = 0.15e-6
-_SPLITS: Final = (*range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range(72, 129, 8))
+_SPLITS: Final = (*range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range(72, MAX_PARTS + 1, 8))
 MEASURED_TABLE: Final = Path(__file__).with_name("tiles.json")
 
 
@@ -68,7 +70,9 @@ class Shape:
             raise ValueError(
                 f"{QUALIFIED_NAME}: dtype {self.dtype} is not supported; use one of {', '.join(DTYPE_BYTES)}"
             )
-        if self.heads < 1 or self.key_heads not in (1, self.heads):
+        if not 1 <= self.heads <= MAX_HEADS:
+            raise ValueError(f"{QUALIFIED_NAME}: {self.heads} heads are not supported; use 1 to {MAX_HEADS}")
+        if self.key_heads not in (1, self.heads):
             raise ValueError(
                 f"{QUALIFIED_NAME}: {self.key_heads} key heads for {self.heads} heads; use 1 or {self.heads}"
             )
@@ -126,66 +130,22 @@ class Plan:
     measured: bool = False
 
 
-@dataclass(frozen=True)
-class Device:
-    """Rates of a GPU. Datasheet figures are good enough to rank plans; only ratios matter.
-
-    Attributes:
-        sm: compute capability, 90 for 9.0. multiprocessors: how many.
-        bandwidth: device memory, byte/s. cache_bandwidth: second-level cache, byte/s.
-        matrix: dense 16-bit operations/s. exponentials: per second.
-        shared: bytes of shared memory per multiprocessor; a block gets at most 1 KiB less.
-    """
-
-    sm: int
-    multiprocessors: int
-    bandwidth: float
-    cache_bandwidth: float
-    matrix: float
-    exponentials: float
-    shared: int
-
-    @property
-    def shared_limit(self) -> int:
-        """Most shared memory of one block, in bytes."""
-        return self.shared - 1024
-
-
-_DEVICES: Final = (
-    Device(80, 108, 2.0e12, 4.5e12, 312e12, 108 * 16 * 1.41e9, 164 * 1024),
-    Device(86, 84, 0.94e12, 2.5e12, 142e12, 84 * 16 * 1.7e9, 100 * 1024),
-    Device(89, 142, 0.86e12, 4.0e12, 362e12, 142 * 16 * 2.5e9, 100 * 1024),
-    Device(90, 132, 3.35e12, 5.5e12, 989e12, 132 * 16 * 1.75e9, 228 * 1024),
-    Device(100, 148, 8.0e12, 10.0e12, 2250e12, 148 * 16 * 1.9e9, 228 * 1024),
-    Device(120, 170, 1.79e12, 7.0e12, 209e12, 170 * 16 * 2.4e9, 100 * 1024),
-)
-
-
-def device_for(sm: int) -> Device:
-    """The rates of the newest known GPU that is not newer than `sm`.
+def check_sizes(shape: Shape, sizes: Sizes) -> None:
+    """Refuse what the kernels, which count rows, tokens and blocks in int32, cannot count.
 
     Raises:
-        ValueError: for an SM before 80, which has no asynchronous copies and no bfloat16.
+        ValueError: naming the size, its value and the limit.
     """
-    known = [device for device in _DEVICES if device.sm <= sm]
-    if not known:
-        raise ValueError(
-            f"{QUALIFIED_NAME}: SM {sm} is not supported; the kernels need SM 80 or later and are built for "
-            f"{', '.join(map(str, ARTIFACT_SMS))}"
-        )
-    return known[-1]
-
-
-def scaled(device: Device, multiprocessors: int) -> Device:
-    """The same GPU with another number of multiprocessors, and rates in proportion; bandwidth stays."""
-    share = multiprocessors / device.multiprocessors
-    return replace(
-        device,
-        multiprocessors=multiprocessors,
-        cache_bandwidth=device.cache_bandwidth * share,
-        matrix=device.matrix * share,
-        exponentials=device.exponentials * share,
-    )
+    # Tiles and parts are whole blocks: the last may end MAX_PARTS blocks of 128 beyond the rows or tokens there are.
+    # Requests are added to the number of tiles, which is at most N_t * H / 16.
+    whole_blocks = 2**31 - 2 * MAX_PARTS * 128
+    for name, size, limit in (
+        ("N_t * H", sizes.targets * shape.heads, whole_blocks),
+        ("N_h", sizes.tokens, whole_blocks),
+        ("B", sizes.requests, 2**30),
+    ):
+        if size >= limit:
+            raise ValueError(f"{QUALIFIED_NAME}: {name} is {size}, expected less than {limit}; send smaller batches")
 
 
 def power_of_two(n: int) -> int:
@@ -389,6 +349,10 @@ def measured_plans(path: Path) -> dict[tuple[int, Shape, Sizes], Plan]:
 
     A JSON list of objects with `sm`, `shape`, `sizes`, `tile` (the fields of those classes), `splits` and `seconds`.
     """
+    return _read_plans(path)
+
+
+def _read_plans(path: Path) -> dict[tuple[int, Shape, Sizes], Plan]:
     if not path.exists():
         return {}
     rows: list[dict[str, Any]] = json.loads(path.read_text())
@@ -398,3 +362,24 @@ def measured_plans(path: Path) -> dict[tuple[int, Shape, Sizes], Plan]:
         )
         for row in rows
     }
+
+
+def record(path: Path, sm: int, shape: Shape, sizes: Sizes, plan: Plan) -> None:
+    """Put one measured plan into the table at `path`: other rows stay, one of the same SM, shape and sizes is replaced.
+
+    Args:
+        path: the table; made when it is not there, and never seen half written.
+        sm: compute capability of the GPU it was measured on.
+        shape: what was compiled in.
+        sizes: of the launch; rounded here.
+        plan: with the seconds it took.
+    """
+    plans = {**_read_plans(path), (sm, shape, rounded(sizes)): plan}
+    rows: list[dict[str, Any]] = []
+    for (of_sm, of_shape, of_sizes), of in plans.items():
+        key = {"sm": of_sm, "shape": asdict(of_shape), "sizes": asdict(of_sizes)}
+        rows.append({**key, "tile": asdict(of.tile), "splits": of.splits, "seconds": of.seconds})
+    rows.sort(key=lambda row: [row["sm"], *row["shape"].values(), *row["sizes"].values()])
+    new = path.with_name(f".{path.name}.new")
+    new.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    new.replace(path)

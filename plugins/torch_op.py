@@ -1,4 +1,8 @@
-"""`torch.ops.stca.target_history_attention`: one node to `torch.export`, differentiable, exact on a CPU."""
+"""`torch.ops.stca.target_history_attention`: one node to `torch.export`, differentiable, exact on a CPU.
+
+On a CPU the values of offsets and lengths are checked. On a GPU that would wait for every launch before, so there the
+caller vouches for them; the kernels touch nothing beyond the tensors even where the caller is wrong.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stca.plugins.spec import check_shapes
+from stca.plugins import tiling
+from stca.plugins.spec import QUALIFIED_NAME, check_offsets, check_shapes
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _segments(target_offsets: Tensor, history_offsets: Tensor, history_lengths: Tensor | None) -> list[list[int]]:
-    """Rows `(first target, last target, first token, last token)`, one per request, on the host."""
+def _segments(
+    target_offsets: Tensor, history_offsets: Tensor, history_lengths: Tensor | None, n_targets: int, n_tokens: int
+) -> list[tuple[int, int, int, int]]:
+    """Rows `(first target, last target, first token, last token)`, one per request, on the host, checked."""
     if history_lengths is None:
         history_lengths = history_offsets[1:] - history_offsets[:-1]
-    rows = torch.stack(
-        [target_offsets[:-1], target_offsets[1:], history_offsets[:-1], history_offsets[:-1] + history_lengths], dim=1
-    )
-    segments: list[list[int]] = rows.tolist()
-    return segments
+    n = len(target_offsets)
+    values = torch.cat([target_offsets, history_offsets, history_lengths]).tolist()  # one copy from a GPU, not three
+    targets, tokens, lengths = values[:n], values[n : 2 * n], values[2 * n :]
+    check_offsets(targets, tokens, lengths, n_targets, n_tokens)
+    return [(targets[b], targets[b + 1], tokens[b], tokens[b] + length) for b, length in enumerate(lengths)]
 
 
 def stack_heads(x: Tensor, key_heads: int) -> Tensor:
@@ -52,10 +59,25 @@ def eager(
 
     All heads of a request share one matrix product: with one key head the targets' heads stack up as rows, so the
     absorbed form is a single `(m · H, D) x (D, L)` product instead of `H` small ones.
+
+    Args:
+        query: `(N_t, H, D)` float32, float64, bfloat16 or float16.
+        key: `(N_h, H_k, D)` of the same dtype; `H_k` is 1 (absorbed) or `H` (projected).
+        value: `(N_h, H_k, D_v)` of the same dtype.
+        target_offsets: `(B + 1,)` int32, from 0 to `N_t`, not decreasing.
+        history_offsets: `(B + 1,)` int32, from 0 to `N_h`, not decreasing.
+        history_lengths: `(B,)` int32 or None, tokens used from each segment's start, at most the segment's.
+        scale: factor on the logits.
+
+    Returns:
+        `(N_t, H, D_v)` of the query's dtype; zeros where the history is empty.
+
+    Raises:
+        ValueError: when offsets or lengths do not describe the rows given.
     """
     compute = _compute_dtype(query)
     parts = []
-    for t0, t1, l0, l1 in _segments(target_offsets, history_offsets, history_lengths):
+    for t0, t1, l0, l1 in _segments(target_offsets, history_offsets, history_lengths, len(query), len(key)):
         m = t1 - t0
         if m == 0 or l1 == l0:
             parts.append(query.new_zeros(m, query.shape[1], value.shape[2]))
@@ -67,107 +89,66 @@ def eager(
     return torch.cat(parts) if parts else query.new_zeros(0, query.shape[1], value.shape[2])
 
 
-@torch.library.custom_op("stca::target_history_attention", mutates_args=(), device_types="cpu")
-def target_history_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    target_offsets: Tensor,
-    history_offsets: Tensor,
-    history_lengths: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """Attention of each target over its own request's history.
+# `(Tensor query, …, float scale)`: what the op takes, and, after the output's gradient, what its backward takes.
+_ARGUMENTS = torch.library.infer_schema(eager, mutates_args=()).removesuffix(" -> Tensor")
 
-    Args:
-        query: `(N_t, H, D)` float32, float64, bfloat16 or float16.
-        key: `(N_h, H_k, D)` of the same dtype; `H_k` is 1 (absorbed) or `H` (projected).
-        value: `(N_h, H_k, D_v)` of the same dtype.
-        target_offsets: `(B + 1,)` int32.
-        history_offsets: `(B + 1,)` int32.
-        history_lengths: `(B,)` int32 or None, tokens used from each segment's start.
-        scale: factor on the logits.
 
-    Returns:
-        `(N_t, H, D_v)` of the query's dtype; zeros where the history is empty. Softmax and sums are float32, or float64
-        for float64 inputs.
-    """
-    _check(query, key, value, target_offsets, history_offsets, history_lengths)
-    return eager(query, key, value, target_offsets, history_offsets, history_lengths, scale)
+@torch.library.custom_op(
+    "stca::target_history_attention", mutates_args=(), device_types="cpu", schema=f"{_ARGUMENTS} -> Tensor"
+)
+def target_history_attention(*arguments: Any) -> Tensor:
+    """Attention of each target over its own request's history; arguments, result and errors are those of `eager`."""
+    _check(*arguments[:-1])
+    return eager(*arguments)
 
 
 @target_history_attention.register_kernel("cuda")
-def _cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    target_offsets: Tensor,
-    history_offsets: Tensor,
-    history_lengths: Tensor | None,
-    scale: float,
-) -> Tensor:
+def _cuda(*arguments: Any) -> Tensor:
     from stca.plugins import launch  # Triton is needed only here
 
-    _check(query, key, value, target_offsets, history_offsets, history_lengths)
-    return launch.target_history_attention(query, key, value, target_offsets, history_offsets, history_lengths, scale)
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    target_offsets: Tensor,
-    history_offsets: Tensor,
-    history_lengths: Tensor | None,
-) -> None:
-    check_shapes(
-        query.shape,
-        key.shape,
-        value.shape,
-        target_offsets.shape,
-        history_offsets.shape,
-        None if history_lengths is None else history_lengths.shape,
-    )
-    if query.dtype not in _DTYPES:
-        raise ValueError(f"query is {query.dtype}; supported are {', '.join(map(str, _DTYPES))}")
-    if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
-    for name, x in (("target_offsets", target_offsets), ("history_offsets", history_offsets)):
-        if x.dtype != torch.int32:
-            raise ValueError(f"{name} is {x.dtype}; expected torch.int32")
-    if history_lengths is not None and history_lengths.dtype != torch.int32:
-        raise ValueError(f"history_lengths is {history_lengths.dtype}; expected torch.int32")
+    _check(*arguments[:-1])
+    return launch.target_history_attention(*arguments)
 
 
 @target_history_attention.register_fake
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    target_offsets: Tensor,
-    history_offsets: Tensor,
-    history_lengths: Tensor | None,
-    scale: float,
-) -> Tensor:
-    return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+def _fake(*arguments: Any) -> Tensor:
+    query, key, value, *_ = arguments
+    _check(*arguments[:-1])
+    if query.is_cuda:  # what has no kernel is refused while a model is compiled, not at its first request
+        tiling.Shape(
+            query.shape[1], key.shape[1], query.shape[2], value.shape[2], str(query.dtype).removeprefix("torch.")
+        )
+    out: Tensor = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+    return out
 
 
-@torch.library.custom_op("stca::target_history_attention_backward", mutates_args=())
-def _gradients(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    target_offsets: Tensor,
-    history_offsets: Tensor,
-    history_lengths: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _check(query: Tensor, key: Tensor, value: Tensor, *structure: Tensor | None) -> None:
+    """Shapes, dtypes and devices, which are known without a look at the values, also while a model is compiled."""
+    check_shapes(*(None if x is None else x.shape for x in (query, key, value, *structure)))  # type: ignore[arg-type]
+    if query.dtype not in _DTYPES:
+        raise ValueError(f"{QUALIFIED_NAME}: query is {query.dtype}, expected {', '.join(map(str, _DTYPES))}")
+    expected = {"key": query.dtype, "value": query.dtype} | dict.fromkeys(
+        ("target_offsets", "history_offsets", "history_lengths"), torch.int32
+    )
+    for (name, dtype), x in zip(expected.items(), (key, value, *structure), strict=True):
+        if x is not None and x.dtype != dtype:
+            raise ValueError(f"{QUALIFIED_NAME}: {name} is {x.dtype}, expected {dtype}")
+        if x is not None and x.device != query.device:
+            raise ValueError(f"{QUALIFIED_NAME}: {name} is on {x.device}, expected {query.device} as the query")
+
+
+@torch.library.custom_op(
+    "stca::target_history_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_ARGUMENTS[1:]} -> (Tensor, Tensor, Tensor)",
+)
+def _gradients(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. The weights are computed anew, so that nothing of size targets x history is
     kept from forward to backward; an op of its own, so that compilers see no loop over requests here either."""
+    query, key, value, target_offsets, history_offsets, history_lengths, scale = arguments
     compute = _compute_dtype(query)
     d_query, d_key, d_value = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
-    for t0, t1, l0, l1 in _segments(target_offsets, history_offsets, history_lengths):
+    for t0, t1, l0, l1 in _segments(target_offsets, history_offsets, history_lengths, len(query), len(key)):
         m = t1 - t0
         if m == 0 or l1 == l0:
             continue
@@ -183,16 +164,7 @@ def _gradients(
 
 
 @_gradients.register_fake
-def _gradients_fake(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    target_offsets: Tensor,
-    history_offsets: Tensor,
-    history_lengths: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients_fake(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 

@@ -124,13 +124,31 @@ int32_t smHere()
     return artifactSm(sm);
 }
 
-uint32_t checkedGrid(int64_t blocks)
+//! What changes from launch to launch.
+struct Sizes
 {
-    if (blocks < 1 || blocks > INT32_MAX)
-    {
-        throw std::runtime_error("a launch of " + std::to_string(blocks) + " blocks; int32 sizes are supported");
-    }
-    return static_cast<uint32_t>(blocks);
+    int64_t targets;
+    int64_t tokens;
+    int64_t requests;
+};
+
+//! The sizes in these dimensions, which must be ones that the kernels, counting in int32, can count; the limits are those
+//! of `check_sizes` in plugins/tiling.py, which says where they come from.
+Sizes sizesOf(Shape const& shape, Dims const& query, Dims const& key, Dims const& lengths)
+{
+    Sizes const sizes{query.d[0], key.d[0], lengths.d[0]};
+    auto const check = [](char const* name, int64_t size, int64_t limit) {
+        if (size >= limit)
+        {
+            throw std::runtime_error(std::string(name) + " is " + std::to_string(size) + ", expected less than "
+                + std::to_string(limit) + "; send smaller batches");
+        }
+    };
+    constexpr int64_t kWHOLE_BLOCKS = (int64_t{1} << 31) - 2 * kMAX_PARTS * 128;
+    check("N_t * H", sizes.targets * shape.heads, kWHOLE_BLOCKS);
+    check("N_h", sizes.tokens, kWHOLE_BLOCKS);
+    check("B", sizes.requests, int64_t{1} << 30);
+    return sizes;
 }
 
 Combine const& findCombine(Shape const& shape, int32_t sm)
@@ -274,6 +292,9 @@ int32_t TargetHistoryAttention::configurePlugin(
 {
     return guarded([&] {
         Shape const shape = shapeOf(in[0].desc.dims, in[1].desc.dims, in[2].desc.dims, in[0].desc.type);
+        // `desc.dims` has -1 where a dimension is dynamic; `max` then bounds it.
+        auto const most = [in](int32_t i) { return in[i].desc.dims.d[0] >= 0 ? in[i].desc.dims : in[i].max; };
+        Sizes const sizes = sizesOf(shape, most(0), most(1), most(5));
         int32_t const sm = smHere();
         int64_t mostRows = 0;
         mTactics.clear();
@@ -293,9 +314,7 @@ int32_t TargetHistoryAttention::configurePlugin(
                 + " D_v=" + std::to_string(shape.valueDepth) + " scale=" + std::to_string(mScale) + " on this GPU; "
                 + supported());
         }
-        // `desc.dims` has -1 where a dimension is dynamic; `max` then bounds it.
-        int64_t const targets = in[0].desc.dims.d[0] >= 0 ? in[0].desc.dims.d[0] : in[0].max.d[0];
-        mWorkspaceRows = static_cast<int32_t>(std::min(mostRows, kMAX_PARTS * targets * shape.heads));
+        mWorkspaceRows = static_cast<int32_t>(std::min(mostRows, kMAX_PARTS * sizes.targets * shape.heads));
     });
 }
 
@@ -342,6 +361,7 @@ int32_t TargetHistoryAttention::onShapeChange(
     // Modules are loaded here, not in enqueue, which may be recorded into a CUDA graph.
     return guarded([&] {
         Shape const shape = shapeOf(in[0].dims, in[1].dims, in[2].dims, in[0].type);
+        sizesOf(shape, in[0].dims, in[1].dims, in[5].dims);
         int32_t const sm = artifactSm(currentDevice().sm);
         if (find(shape, sm, false, false) == nullptr)
         {
@@ -367,10 +387,11 @@ int32_t TargetHistoryAttention::enqueue(PluginTensorDesc const* inputDesc, Plugi
     return guarded([&] {
         Shape const shape
             = shapeOf(inputDesc[0].dims, inputDesc[1].dims, inputDesc[2].dims, inputDesc[0].type);
-        auto targets = static_cast<int32_t>(inputDesc[0].dims.d[0]);
-        auto requests = static_cast<int32_t>(inputDesc[5].dims.d[0]);
-        int64_t const tokens = inputDesc[1].dims.d[0];
-        int64_t const rows = int64_t{targets} * shape.heads;
+        Sizes const sizes = sizesOf(shape, inputDesc[0].dims, inputDesc[1].dims, inputDesc[5].dims);
+        auto targets = static_cast<int32_t>(sizes.targets);
+        auto tokens = static_cast<int32_t>(sizes.tokens);
+        auto requests = static_cast<int32_t>(sizes.requests);
+        int64_t const rows = sizes.targets * shape.heads;
         if (rows == 0 || requests == 0)
         {
             return;
@@ -401,7 +422,7 @@ int32_t TargetHistoryAttention::enqueue(PluginTensorDesc const* inputDesc, Plugi
         {
             int64_t const blocks = inParts->busyX(targets, requests) * inParts->gridY();
             int64_t const atOnce = int64_t{device.multiprocessors} * loadAttend(*inParts).resident;
-            int64_t const tokenBlocks = tokens / requests / inParts->blockN;
+            int64_t const tokenBlocks = sizes.tokens / requests / inParts->blockN;
             parts = std::min({atOnce / blocks, tokenBlocks / kLEAST_BLOCKS_A_PART, kMAX_PARTS,
                 int64_t{mWorkspaceRows} / rows});
         }
@@ -411,24 +432,24 @@ int32_t TargetHistoryAttention::enqueue(PluginTensorDesc const* inputDesc, Plugi
         void* out = outputs[0];
         if (parts < 2)
         {
-            void* arguments[] = {&in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &targets, &requests, &out};
+            void* arguments[] = {&in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &targets, &tokens, &requests, &out};
             launch(loadAttend(*whole),
-                {checkedGrid(whole->gridX(targets, requests)), static_cast<uint32_t>(whole->gridY()), 1}, arguments,
-                stream);
+                {static_cast<uint32_t>(whole->gridX(targets, requests)), static_cast<uint32_t>(whole->gridY()), 1},
+                arguments, stream);
             return;
         }
         auto* partialOut = static_cast<float*>(workspace);
         float* partialStats = partialOut + parts * rows * shape.valueDepth;
         void* attendArguments[]
-            = {&in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &targets, &requests, &partialOut, &partialStats};
+            = {&in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &targets, &tokens, &requests, &partialOut, &partialStats};
         launch(loadAttend(*inParts),
-            {checkedGrid(inParts->gridX(targets, requests)), static_cast<uint32_t>(inParts->gridY()),
+            {static_cast<uint32_t>(inParts->gridX(targets, requests)), static_cast<uint32_t>(inParts->gridY()),
                 static_cast<uint32_t>(parts)},
             attendArguments, stream);
         auto nRows = static_cast<int32_t>(rows);
         auto nParts = static_cast<int32_t>(parts);
         void* combineArguments[] = {&partialOut, &partialStats, &nRows, &nParts, &out};
-        launch(loadCombine(findCombine(shape, sm)), {checkedGrid(rows), 1, 1}, combineArguments, stream);
+        launch(loadCombine(findCombine(shape, sm)), {static_cast<uint32_t>(rows), 1, 1}, combineArguments, stream);
     });
 }
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from support import attention_cases
 
-from stca.plugins import aot, ptx_launch, tiling
+from stca.plugins import aot, ptx_launch
+from stca.plugins.devices import device_for
 from stca.plugins.tiling import PORTABLE_SHARED_LIMIT, Shape, Sizes
 
 pytestmark = [
@@ -62,4 +63,4 @@ def test_portable_artifacts(case: attention_cases.Case) -> None:
 def test_more_shared_memory_than_the_default_limit() -> None:
     sm = aot.artifact_sm(ptx_launch.device_sm())
     case = attention_cases.Case(attention_cases.Layout("large-tile", (300,), (2000,)), 2, 1, 256, 256, "bfloat16")
-    attention_cases.check(case, launch(case, 2, sm, tiling.device_for(sm).shared_limit))
+    attention_cases.check(case, launch(case, 2, sm, device_for(sm).shared_limit))

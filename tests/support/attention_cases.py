@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stca.plugins.launch import Launch
 from stca.plugins.reference import target_history_attention as reference
+from stca.plugins.tiling import Shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,7 +32,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. `scores` says what the logits are like; unused tokens always hold NaN and inf."""
+    """One row of the table. `scores` says what the logits are like; unused tokens always hold NaN and inf. With `tied`,
+    key and value are one tensor."""
 
     layout: Layout
     heads: int
@@ -40,11 +43,17 @@ class Case:
     dtype: str
     scores: str = "ordinary"
     scale: float = 0.25
+    tied: bool = False
 
     @property
     def name(self) -> str:
-        form = "absorbed" if self.key_heads == 1 else "projected"
+        form = ("absorbed" if self.key_heads == 1 else "projected") + "-tied" * self.tied
         return f"{self.layout.name}-{form}{self.heads}x{self.depth}to{self.value_depth}-{self.scores}-{self.dtype}"
+
+    @property
+    def shape(self) -> Shape:
+        """What is compiled in."""
+        return Shape(self.heads, self.key_heads, self.depth, self.value_depth, self.dtype, self.tied)
 
     @property
     def products(self) -> int:
@@ -55,7 +64,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The operator's tensor arguments, on the CPU."""
+    """The operator's tensor arguments; a tied case's key and value are the same object."""
 
     query: Tensor
     key: Tensor
@@ -75,7 +84,13 @@ class Inputs:
             self.history_lengths,
         )
 
+    def cuda(self) -> Inputs:
+        """The same on the GPU."""
+        query, key, value, *structure = (x.cuda() for x in self.tensors())
+        return Inputs(query, key, key if self.value is self.key else value, *structure)
 
+
+PADDED = Layout("padded", (4, 3, 2), (40, 40, 40), (40, 17, 1))
 # Blocks are 16 or 32 wide in the interpreter, 16 to 128 on a GPU: sizes around these, and around no block at all.
 LAYOUTS = (
     Layout("no-request", (), ()),
@@ -92,7 +107,7 @@ LAYOUTS = (
     Layout("empty-between", (3, 2, 4, 1), (19, 0, 40, 1)),
     Layout("no-targets-between", (3, 0, 0, 4), (7, 30, 5, 23)),
     Layout("starts-off-block", (7, 9, 16, 1), (16, 17, 15, 34)),
-    Layout("padded", (4, 3, 2), (40, 40, 40), (40, 17, 1)),
+    PADDED,
     Layout("padded-empty", (2, 3, 1), (24, 24, 24), (0, 23, 0)),
     Layout("padded-block", (2, 2), (48, 48), (32, 33)),
     Layout("one-token-each", (1, 1, 1, 1, 1), (1, 1, 1, 1, 1)),
@@ -120,6 +135,8 @@ def _table() -> Iterator[Case]:
         yield Case(Layout("few", (1, 1), (30, 17)), 2, 1, 1024, 1024, dtype, scale=1 / 32)
         for heads, key_heads in forms:
             yield Case(LONG, heads, key_heads, 32, 32, dtype)
+            yield Case(middle, heads, key_heads, 32, 32, dtype, tied=True)
+        yield Case(PADDED, 4, 1, 64, 64, dtype, tied=True)
 
 
 TABLE = tuple(_table())
@@ -151,10 +168,19 @@ def inputs(case: Case) -> Inputs:
     for begin, end, length in zip(offsets[:-1], offsets[1:], lengths, strict=True):
         key[begin + length : end] = np.nan
         value[begin + length : end] = np.inf
-    floats = (torch.from_numpy(x).to(DTYPES[case.dtype]) for x in (query, key, value))
+    floats = [torch.from_numpy(x).to(DTYPES[case.dtype]) for x in (query, key, value)]
+    if case.tied:
+        floats[2] = floats[1]
     target_offsets = np.concatenate([[0], np.cumsum(layout.targets)]).astype(np.int32)
     structure = (torch.from_numpy(x) for x in (target_offsets, offsets, np.array(lengths, dtype=np.int32)))
     return Inputs(*floats, *structure)
+
+
+def poison_parts(steps: Sequence[Launch]) -> None:
+    """Fill the partial results that a split launch leaves for the join with NaN: what it does not write then shows."""
+    for part in steps[1].arguments[:2] if len(steps) == 2 else ():
+        assert isinstance(part, Tensor)
+        part.fill_(float("nan"))
 
 
 def signed_scale(case: Case) -> float:

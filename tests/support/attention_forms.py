@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
-from support.attention_cases import DTYPES, Case, Inputs, inputs, signed_scale
+from support.attention_cases import DTYPES, Case, Inputs, inputs, poison_parts, signed_scale
 from torch import Tensor
 
 from stca.plugins import launch, onnx_function, torch_op  # noqa: F401  (torch_op registers the op)
@@ -106,8 +106,9 @@ def small_plan(case: Case) -> Plan:
     tile = Tile(
         block_m=16,
         block_n=(16, 32)[pick % 2],
-        block_d=min(power_of_two(case.depth), (512 if narrow else 16, 32, 64)[pick % 3]),
-        block_dv=min(power_of_two(case.value_depth), 512 if narrow else (16, 32, 128)[pick // 18 % 3]),
+        # Where key and value are one tensor, a token in one piece, without which it is not loaded once.
+        block_d=min(power_of_two(case.depth), 512 if case.tied else (512 if narrow else 16, 32, 64)[pick % 3]),
+        block_dv=min(power_of_two(case.value_depth), 512 if narrow or case.tied else (16, 32, 128)[pick // 18 % 3]),
         warps=4,
         stages=2,
     )
@@ -120,9 +121,6 @@ def interpreted(case: Case, interpreter: Interpreter, source: Path = KERNELS) ->
     x = inputs(case)
     out = torch.full((len(x.query), case.heads, case.value_depth), float("nan"), dtype=x.query.dtype)
     steps = launch.launches(*x.tensors(), signed_scale(case), small_plan(case), out, upcast=True)
-    if len(steps) == 2:  # the parts: first outputs of the first launch, first inputs of the second
-        for part in steps[1].arguments[:2]:
-            assert isinstance(part, Tensor)
-            part.fill_(float("nan"))
+    poison_parts(steps)
     launch.run_interpreted(steps, interpreter, source)
     return out

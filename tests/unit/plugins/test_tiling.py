@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stca.plugins import aot, tiling
-from stca.plugins.tiling import ARTIFACT_SMS, PORTABLE_SHARED_LIMIT, Shape, Sizes, device_for
+from stca.plugins.devices import ARTIFACT_SMS, device_for
+from stca.plugins.tiling import PORTABLE_SHARED_LIMIT, Shape, Sizes
 
 PROJECTED = Shape(16, 16, 64, 64, "bfloat16")
 ABSORBED = Shape(8, 1, 256, 256, "bfloat16", tied=True)

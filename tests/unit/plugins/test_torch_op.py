@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stca.plugins import torch_op
 
@@ -77,20 +78,56 @@ def test_lengths_may_be_left_out() -> None:
     )
 
 
+@pytest.mark.parametrize("fake", [False, True])
 @pytest.mark.parametrize("position", [3, 4, 5])
-def test_offsets_of_the_wrong_type_are_refused(position: int) -> None:
+def test_offsets_of_the_wrong_type_are_refused(position: int, fake: bool) -> None:
     tensors = list(arguments(1))
+    if fake:
+        tensors = [x.to("meta") for x in tensors]
     tensors[position] = tensors[position].long()
     names = ("target_offsets", "history_offsets", "history_lengths")
-    with pytest.raises(ValueError, match=rf"{names[position - 3]} is torch.int64; expected torch.int32"):
+    with pytest.raises(ValueError, match=rf"{names[position - 3]} is torch.int64, expected torch.int32"):
         Op(*tensors, 0.3)
 
 
-def test_other_bad_arguments_are_refused_by_name() -> None:
-    query, key, value, *structure = arguments(1)
-    with pytest.raises(ValueError, match=r"query is torch.int32; supported are torch.float32, .*torch.bfloat16"):
+@pytest.mark.parametrize("fake", [False, True])
+def test_other_bad_arguments_are_refused_by_name(fake: bool) -> None:
+    tensors = arguments(1)
+    query, key, value, *structure = [x.to("meta") for x in tensors] if fake else tensors
+    with pytest.raises(ValueError, match=r"query is torch.int32, expected torch.float32, .*torch.bfloat16"):
         Op(query.int(), key.int(), value.int(), *structure, 0.3)
-    with pytest.raises(ValueError, match="differ in dtype"):
+    with pytest.raises(ValueError, match=r"key is torch.float64, expected torch.float32"):
         Op(query, key.double(), value, *structure, 0.3)
+    with pytest.raises(ValueError, match="query has rank 2, expected 3"):
+        Op(query[0], key, value, *structure, 0.3)
+    with pytest.raises(ValueError, match="history_lengths has shape"):
+        Op(query, key, value, *structure[:2], structure[2][None], 0.3)
     with pytest.raises(ValueError, match=r"key has 2 heads; expected 1 \(absorbed\) or the query's 4"):
         Op(query, key.expand(-1, 2, -1), value.expand(-1, 2, -1), *structure, 0.3)
+
+
+def test_what_has_no_gpu_kernel_is_refused_while_a_model_is_compiled() -> None:
+    with FakeTensorMode():
+        query, key = torch.empty(5, 4, 8, device="cuda"), torch.empty(9, 1, 8, device="cuda")
+        offsets = torch.empty(3, dtype=torch.int32, device="cuda")
+        with pytest.raises(ValueError, match="head size D = 8 is not supported; the kernels take multiples of 16"):
+            Op(query, key, key, offsets, offsets, None, 0.3)
+        with pytest.raises(ValueError, match="history_offsets is on cpu, expected cuda:0 as the query"):
+            Op(query, key, key, offsets, torch.empty(3, dtype=torch.int32), None, 0.3)
+
+
+def test_export_and_compile_report_a_wrong_dtype() -> None:
+    tensors = list(arguments(1))
+    tensors[4] = tensors[4].long()
+    message = "history_offsets is torch.int64, expected torch.int32"
+    with pytest.raises(Exception, match=message):
+        torch.export.export(_Module(), tuple(tensors))
+    with pytest.raises(Exception, match=message):
+        torch.compile(_Module(), fullgraph=True, backend="aot_eager")(*tensors)
+
+
+def test_arguments_may_be_named() -> None:
+    tensors = arguments(1)
+    names = ("query", "key", "value", "target_offsets", "history_offsets", "history_lengths")
+    named = dict(zip(names, tensors, strict=True))
+    torch.testing.assert_close(Op(**named, scale=0.3), Op(*tensors, 0.3), rtol=0, atol=0)

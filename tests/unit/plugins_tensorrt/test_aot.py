@@ -12,7 +12,8 @@ import pytest
 
 from stca.errors import BuildError
 from stca.plugins import aot, artifacts
-from stca.plugins.tiling import ARTIFACT_SMS, PORTABLE_SHARED_LIMIT, Shape, Sizes, Tile
+from stca.plugins.devices import ARTIFACT_SMS
+from stca.plugins.tiling import PORTABLE_SHARED_LIMIT, Shape, Sizes, Tile
 
 pytest.importorskip("triton", reason="compiling kernels needs Triton: pip install triton")
 
@@ -32,7 +33,7 @@ def entry_parameters(ptx: str) -> list[str]:
 def test_every_sm_assembles_and_takes_only_what_tensorrt_passes(sm: int) -> None:
     tile = Tile(16, 32, 64, 64, 4, 2)
     artifact = aot.compile_attend(PROJECTED, tile, sm, 0.125, split=True)
-    assert artifact.parameters == (*TENSORS_IN, "u32", "u32", "u64", "u64")
+    assert artifact.parameters == (*TENSORS_IN, "u32", "u32", "u32", "u64", "u64")
     assert entry_parameters(artifact.ptx) == list(artifact.parameters)
     assert artifact.target == f"sm_{sm}" + ("a" if sm >= 90 else "")
     assert artifact.threads == 128

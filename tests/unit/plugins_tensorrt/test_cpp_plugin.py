@@ -122,6 +122,7 @@ class TestLibrary:
         heads, depth, fits = 2, 64, 264
         inputs = [f"p{4096 * (2 if tied and i == 3 else i)}" for i in range(1, 7)]
         out, workspace = f"p{4096 * 7}", 4096 * 8
+        counts = [str(targets), str(tokens), str(requests)]
 
         kernels = json.loads((artifact_folder / "artifacts.json").read_text())["kernels"]
         parts = int(launches[0][1].split(",")[2])
@@ -141,10 +142,10 @@ class TestLibrary:
         assert grid == f"{targets * heads // tile_rows + requests},{columns},{parts}"
         if parts == 1:
             assert len(launches) == 1
-            assert arguments.split(",") == [*inputs, str(targets), str(requests), out]
+            assert arguments.split(",") == [*inputs, *counts, out]
             return
         partial = [f"p{workspace}", f"p{workspace + 4 * parts * targets * heads * depth}"]
-        assert arguments.split(",") == [*inputs, str(targets), str(requests), *partial]
+        assert arguments.split(",") == [*inputs, *counts, *partial]
         name, grid, _, _, arguments = launches[1]
         assert (name, grid) == ("combine_kernel", f"{targets * heads},1,1")
         assert arguments.split(",") == [*partial, str(targets * heads), str(parts), out]

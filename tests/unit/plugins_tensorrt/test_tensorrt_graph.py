@@ -113,3 +113,7 @@ def test_what_has_no_kernel_is_refused_by_name() -> None:
         tensorrt_graph.prepare(model(dtype=TensorProto.DOUBLE))
     with pytest.raises(BuildError, match="SM 70: supported are 80"):
         tensorrt_graph.prepare(model(), FEW, 70)
+    with pytest.raises(BuildError, match="sizes without sm; name the GPU's compute capability too, such as sm=90"):
+        tensorrt_graph.prepare(model(), FEW)
+    with pytest.raises(BuildError, match=f"N_t \\* H is {2**31}, expected less than {2**31 - 2**15}"):
+        tensorrt_graph.prepare(model(), Sizes(2**27, 10_000, 1), 90)

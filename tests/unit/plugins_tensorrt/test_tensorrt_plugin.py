@@ -20,8 +20,9 @@ from support import attention_cases, nvidia_bindings
 
 from stca.errors import BuildError
 from stca.plugins import aot, tiling
+from stca.plugins.devices import ARTIFACT_SMS, device_for
 from stca.plugins.interpret import Interpreter
-from stca.plugins.tiling import ARTIFACT_SMS, PORTABLE_SHARED_LIMIT, Shape
+from stca.plugins.tiling import PORTABLE_SHARED_LIMIT, Shape
 
 pytest.importorskip("triton", reason="compiling kernels needs Triton: pip install triton")
 trt = nvidia_bindings.load_or_skip()
@@ -164,11 +165,11 @@ def test_types_shapes_kernel_and_launch(case: Case) -> None:
     assert tactic.kernel == "attend_kernel"
     assert f".target sm_{case.sm}" in tactic.ptx
     assert f".visible .entry {tactic.kernel}(" in tactic.ptx
-    assert entry_parameters(tactic.ptx) == ["u64"] * 6 + ["u32"] * 2 + ["u64"] * len(built.output_types)
+    assert entry_parameters(tactic.ptx) == ["u64"] * 6 + ["u32"] * 3 + ["u64"] * len(built.output_types)
     tile = plugin.candidates(shape, case.sm, PORTABLE_SHARED_LIMIT)[tactic.number - 1]
     for targets, tokens, requests in ((1, 1, 1), (300, 10_000, 1), (1024, 640_000, 64)):
         launch = tactic.at(sizes(targets, tokens, requests))
-        assert launch.values == (targets, requests)
+        assert launch.values == (targets, tokens, requests)
         rows = targets * shape.heads // shape.key_heads
         assert launch.grid == (
             rows // tile.block_m + requests,
@@ -213,8 +214,8 @@ def test_tactics_differ_and_keep_to_the_shared_memory_limit() -> None:
 class TestErrors:
     SHAPE = Shape(2, 2, 64, 64, "bfloat16")
 
-    def refuse(self, match: str, name: str = SINGLE, **changed: Any) -> None:
-        attributes = {"scale": 0.125} if name == SINGLE else {"scale": 0.125, "parts": 1, "tied": 0}
+    def refuse(self, match: str, name: str = SINGLE, parts: int = 1, **changed: Any) -> None:
+        attributes = {"scale": 0.125} if name == SINGLE else {"scale": 0.125, "parts": parts, "tied": 0}
         with pytest.raises(BuildError, match=match):
             plugin_driver.build(name, attributes, attend_inputs(self.SHAPE, **changed), TYPICAL)
 
@@ -241,7 +242,20 @@ class TestErrors:
         self.refuse("history_lengths has 2 dimensions, expected 1", history_lengths=(trt.int32, ("B", 1)))
 
     def test_parts(self) -> None:
-        self.refuse("1 parts; supported is 2 or more", name=PARTS)
+        self.refuse("1 parts; supported are 2 to 128", name=PARTS)
+        self.refuse("129 parts; supported are 2 to 128", name=PARTS, parts=129)
+
+    @pytest.mark.parametrize(
+        ("most", "message"),
+        [
+            (sizes(2**30, 10_000, 1), f"N_t \\* H is {2**31}, expected less than {2**31 - 2**15}"),
+            (sizes(300, 2**31 - 2**15, 1), f"N_h is {2**31 - 2**15}, expected less than {2**31 - 2**15}"),
+            (sizes(300, 10_000, 2**30), f"B is {2**30}, expected less than {2**30}"),
+        ],
+    )
+    def test_sizes_beyond_int32(self, most: dict[str, int], message: str) -> None:
+        with pytest.raises(BuildError, match=message):
+            plugin_driver.build(SINGLE, {"scale": 0.125}, attend_inputs(self.SHAPE), most)
 
     def test_join_dtype(self) -> None:
         inputs = [(trt.float32, (7, "N_t", 16, 64)), (trt.float32, (7, "N_t", 16, 2))]
@@ -264,15 +278,15 @@ class TestErrors:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def run(case: attention_cases.Case, parts: int, tactics: int, interpreter: Interpreter, tied: bool = False) -> int:
+def run(case: attention_cases.Case, parts: int, tactics: int, interpreter: Interpreter) -> int:
     """Build the case's plugins, launch every tactic in the interpreter on NaN, and check; returns how many it was."""
     x = attention_cases.inputs(case)
     scale = attention_cases.signed_scale(case)
-    shape = Shape(case.heads, case.key_heads, case.depth, case.value_depth, case.dtype, tied)
+    shape = case.shape
     at = sizes(x.query.shape[0], x.key.shape[0], x.history_lengths.shape[0])
     plugin.settings.tactics = tactics
-    name = PARTS if parts > 1 else TIED if tied else SINGLE
-    extra = {"parts": parts, "tied": int(tied)} if parts > 1 else {}
+    name = PARTS if parts > 1 else TIED if case.tied else SINGLE
+    extra = {"parts": parts, "tied": int(case.tied)} if parts > 1 else {}
     built = plugin_driver.build(name, {"scale": scale, **extra}, attend_inputs(shape), at)
     dims = [tuple(plugin_driver.evaluate(d, at) for d in output) for output in built.output_dims]
     for tactic in built.tactics:
@@ -289,17 +303,6 @@ def run(case: attention_cases.Case, parts: int, tactics: int, interpreter: Inter
             interpreter.launch(join.kernel, join.grid, [*outputs, *join.values, out], constants)
         attention_cases.check(case, out)
     return len(built.tactics)
-
-
-@pytest.fixture
-def tied_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Key and value of every case are one tensor."""
-    untied = attention_cases.inputs
-
-    def tied(case: attention_cases.Case) -> attention_cases.Inputs:
-        return dataclasses.replace(untied(case), value=untied(case).key)
-
-    monkeypatch.setattr(attention_cases, "inputs", tied)
 
 
 RAGGED = attention_cases.Layout("tensorrt-ragged", (5, 0, 3, 17), (40, 7, 0, 65), (33, 7, 0, 65))
@@ -320,11 +323,11 @@ def test_the_launch_computes_the_operator(
     assert run(case, parts, tactics=tactics, interpreter=interpreter) == tactics
 
 
-@pytest.mark.usefixtures("tied_inputs")
 @pytest.mark.parametrize("parts", [1, 5])
 def test_the_launch_computes_the_operator_with_key_and_value_tied(parts: int, interpreter: Interpreter) -> None:
     layout = attention_cases.Layout("tensorrt-tied", (7, 2), (129, 300))
-    run(attention_cases.Case(layout, 4, 1, 64, 64, "bfloat16"), parts, tactics=1, interpreter=interpreter, tied=True)
+    case = attention_cases.Case(layout, 4, 1, 64, 64, "bfloat16", tied=True)
+    run(case, parts, tactics=1, interpreter=interpreter)
 
 
 def uncompiled(shape: Shape, tile: tiling.Tile, sm: int, scale: float, split: bool) -> aot.Artifact:
@@ -359,7 +362,7 @@ def test_the_check_notices_a_wrong_grid_and_a_wrong_argument(
 
     def forgotten(tactic: plugin_driver.Tactic, at: dict[str, int]) -> plugin_driver.Evaluated:
         launch = right(tactic, at)
-        return dataclasses.replace(launch, values=(launch.values[0], launch.values[1] - 1))
+        return dataclasses.replace(launch, values=(*launch.values[:2], launch.values[2] - 1))
 
     for wrong in (short, forgotten):
         monkeypatch.setattr(plugin_driver.Tactic, "at", wrong)
@@ -376,7 +379,7 @@ def test_settings_reach_the_cost_model() -> None:
         built = plugin_driver.build(SINGLE, {"scale": 0.125}, attend_inputs(shape), at)
         tile = plugin.candidates(shape, 90, PORTABLE_SHARED_LIMIT)[built.tactics[0].number - 1]
         chosen.append(tile)
-        device, counts = tiling.device_for(90), tiling.Sizes(at["N_t"], at["N_h"], at["B"])
+        device, counts = device_for(90), tiling.Sizes(at["N_t"], at["N_h"], at["B"])
         every = tiling.tiles(shape, 90, PORTABLE_SHARED_LIMIT)
         assert tile == min(every, key=lambda one: tiling.seconds(shape, counts, one, 1, device))
     assert chosen[0].block_m < chosen[1].block_m

@@ -282,6 +282,10 @@ void checkConfigure(Plugin const& plugin)
     CHECK(plugin.build->configurePlugin(wrong.data(), 6, &wrong[6], 1) == -1);
     CHECK(gLog.says("D=48") && gLog.says("supported are") && gLog.says("H_k=1 D=64") && gLog.says("SM"));
 
+    auto const tooMany = dynamic(node(int64_t{1} << 30, 10000, 4));
+    CHECK(plugin.build->configurePlugin(tooMany.data(), 6, &tooMany[6], 1) == -1);
+    CHECK(gLog.says("N_t * H is 2147483648, expected less than 2147450880"));
+
     auto const right = dynamic(node(300, 10000, 4));
     CHECK(plugin.build->configurePlugin(right.data(), 6, &right[6], 1) == 0);
     int32_t const count = plugin.build->getNbTactics();
@@ -338,6 +342,14 @@ void enqueue(IPluginCreatorV3One* factory, int64_t targets, int64_t tokens, int6
     void* const workspace = reinterpret_cast<void*>(uintptr_t{4096 * 8});
     CHECK(plugin.runtime->enqueue(sizes.data(), &sizes[6], inputs.data(), &out, workspace, nullptr) == 0);
     std::printf("log %s\n", gLog.text.c_str());
+
+    // Cut to int32, these would be ordinary sizes.
+    for (auto const& large : {node(targets + (int64_t{1} << 32), tokens, requests),
+             node(targets, tokens + (int64_t{1} << 32), requests), node(targets, tokens, requests + (int64_t{1} << 32))})
+    {
+        CHECK(plugin.runtime->onShapeChange(large.data(), 6, &large[6], 1) == -1 && gLog.says("expected less than"));
+        CHECK(plugin.runtime->enqueue(large.data(), &large[6], inputs.data(), &out, workspace, nullptr) == -1);
+    }
 
     inputs[0] = reinterpret_cast<void const*>(uintptr_t{4098});
     bool const nothing = targets == 0;

@@ -1,0 +1,228 @@
+"""Offsets that contradict the tensors: refused where their values are known, harmless where they are not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stca.plugins import launch, torch_op  # noqa: F401  (torch_op registers the op)
+from stca.plugins.interpret import KERNELS, Interpreter
+from stca.plugins.reference import target_history_attention as reference
+from stca.plugins.tiling import Plan, Shape, Sizes, Tile, check_sizes
+
+Op = torch.ops.stca.target_history_attention
+TARGETS, TOKENS, HEADS, DEPTH = 5, 40, 2, 16
+LIMIT = 2**31 - 2**15
+
+# What is wrong: target_offsets, history_offsets, history_lengths of a batch with TARGETS targets and TOKENS tokens, and
+# what the message says.
+WRONG = {
+    "targets begin late": ([1, 5], [0, 40], [40], "target_offsets[0] is 1, expected 0"),
+    "targets end early": ([0, 2, 4], [0, 40, 40], [40, 0], "target_offsets[2], the last, is 4, expected N_t = 5"),
+    "targets end late": ([0, 3, 7], [0, 1, 40], [1, 39], "target_offsets[2], the last, is 7, expected N_t = 5"),
+    "targets descend": (
+        [0, 4, 2, 5],
+        [0, 1, 2, 40],
+        [1, 1, 38],
+        "target_offsets[2] is 2, expected at least target_offsets[1] = 4",
+    ),
+    "targets below zero": (
+        [0, -40, -40, 5],
+        [0, 1, 2, 40],
+        [1, 1, 38],
+        "target_offsets[1] is -40, expected at least target_offsets[0] = 0",
+    ),
+    "tokens begin before the first": ([0, 5], [-3, 40], [43], "history_offsets[0] is -3, expected 0"),
+    "tokens end late": ([0, 5], [0, 47], [47], "history_offsets[1], the last, is 47, expected N_h = 40"),
+    "tokens descend": (
+        [0, 2, 5],
+        [0, 46, 40],
+        [40, 3],
+        "history_offsets[2] is 40, expected at least history_offsets[1] = 46",
+    ),
+    "a length beyond its segment": (
+        [0, 2, 5],
+        [0, 30, 40],
+        [30, 19],
+        "history_lengths[1] is 19, expected 0 to 10, the tokens of its segment",
+    ),
+    "a negative length": ([0, 5], [0, 40], [-16], "history_lengths[0] is -16, expected 0 to 40"),
+    "anything": (
+        [0, 2**31 - 1, -(2**31), 2**31 - 1, 5],
+        [0, -(2**31), 2**31 - 1, 2**31 - 1, 40],
+        [2**31 - 1, -(2**31), 2**31 - 1, 40],
+        "target_offsets[2] is -2147483648, expected at least target_offsets[1] = 2147483647",
+    ),
+}
+
+
+def rows(targets: int = TARGETS, tokens: int = TOKENS) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, HEADS, DEPTH, generator=generator) for n in (targets, tokens, tokens)]
+
+
+def int32(*values: list[int]) -> list[Tensor]:
+    return [torch.tensor(x, dtype=torch.int32) for x in values]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_torch_op_and_the_reference_name_the_entry(wrong: str) -> None:
+    *structure, message = WRONG[wrong]
+    pattern = rf"^stca::TargetHistoryAttention: {re.escape(message)}.*$"  # one line
+    with pytest.raises(ValueError, match=pattern):
+        Op(*rows(), *int32(*structure), 0.25)
+    with pytest.raises(ValueError, match=pattern):
+        reference(*(x.numpy() for x in rows()), *map(np.array, structure), scale=0.25)
+
+
+def test_lengths_left_out_are_no_way_around() -> None:
+    with pytest.raises(ValueError, match=r"history_offsets\[1\], the last, is 47, expected N_h = 40"):
+        Op(*rows(), *int32([0, 5], [0, 47]), None, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("targets", "tokens", "structure", "message"),
+    [
+        (3, 0, ([0], [0], []), "target_offsets has 1 entry, so no request, for 3 rows; expected none"),
+        (0, 7, ([0], [0], []), "history_offsets has 1 entry, so no request, for 7 rows; expected none"),
+        (0, 0, ([], [], []), "target_offsets has 0 entries; expected batch + 1, at least 1"),
+        (0, 0, ([0], [], []), "history_offsets has 0 entries; expected batch + 1, at least 1"),
+        (3, 7, ([0, 3], [0, 4, 7], [7]), "target_offsets has 2 entries, history_offsets 3; both need batch + 1"),
+        (3, 7, ([0, 3], [0, 7], [7, 7]), "history_lengths has shape (2,), expected (1,)"),
+    ],
+)
+def test_counts_are_checked_by_shape_alone(
+    targets: int, tokens: int, structure: tuple[list[int], ...], message: str
+) -> None:
+    """So on a GPU too, and while a model is compiled: here on tensors without values."""
+    meta = [x.to("meta") for x in (*rows(targets, tokens), *int32(*structure))]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Op(*meta, 0.25)
+
+
+def test_no_request_is_no_row() -> None:
+    assert Op(*rows(0, 0), *int32([0], [0], []), 0.25).shape == (0, HEADS, DEPTH)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (Sizes(2**27, 1, 1), f"N_t \\* H is {2**31}, expected less than {LIMIT}; send smaller batches"),
+        (Sizes(1, LIMIT, 1), f"N_h is {LIMIT}, expected less than {LIMIT}"),
+        (Sizes(1, 1, 2**30), f"B is {2**30}, expected less than {2**30}"),
+    ],
+)
+def test_sizes_beyond_int32_are_refused(sizes: Sizes, message: str) -> None:
+    shape = Shape(16, 16, 16, 16, "bfloat16")
+    with pytest.raises(ValueError, match=message):
+        check_sizes(shape, sizes)
+    check_sizes(shape, Sizes(LIMIT // 16 - 1, LIMIT - 1, 2**30 - 1))
+
+
+def test_a_launch_beyond_int32_is_refused() -> None:
+    query = torch.empty(1, 16, 16).expand(2**27, -1, -1)
+    key = torch.empty(1, 16, 16)
+    with pytest.raises(ValueError, match=r"N_t \* H is 2147483648, expected less than 2147450880"):
+        launch.launches(query, key, key, *int32([0, 2**27], [0, 1], [1]), 0.25, PLAN, torch.empty(0))
+
+
+# --- on a GPU nobody looks at the values: the kernels must stay within the tensors ------------------------------------
+
+GUARD = 2048  # elements before and after each tensor; three times what the cases' small excesses reach
+PLAN = Plan(Tile(16, 16, 16, 16, 4, 2), 1, 0.0)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    with Interpreter() as child:
+        yield child
+
+
+def guarded(x: Tensor, around: float) -> Tensor:
+    """`x` in the middle of a larger block of memory that is full of `around`."""
+    block = torch.full((x.numel() + 2 * GUARD,), around, dtype=x.dtype)
+    inside = block[GUARD : GUARD + x.numel()].view(x.shape)
+    inside.copy_(x)
+    return inside
+
+
+def surroundings(x: Tensor) -> Tensor:
+    block = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return torch.cat([block[:GUARD], block[GUARD + x.numel() :]])
+
+
+def attend(
+    tensors: list[Tensor], structure: list[Tensor], splits: int, interpreter: Interpreter, source: Path = KERNELS
+) -> list[Tensor]:
+    """`attend_kernel` alone, on tensors between NaN and offsets between plausible offsets; returns its outputs."""
+    floats = [guarded(x, float("nan")) for x in tensors]
+    integers = [guarded(x, 3) for x in structure]
+    plan = Plan(PLAN.tile, splits, 0.0)
+    (step, *_) = launch.launches(*floats, *integers, 0.25, plan, torch.empty_like(tensors[0]), upcast=True)
+    first = 6 + 3
+    outputs = [guarded(torch.zeros_like(x), 7.0) for x in step.arguments[first:] if isinstance(x, Tensor)]
+    interpreter.launch("attend_kernel", step.grid, [*step.arguments[:first], *outputs], step.constants, source)
+    return outputs
+
+
+def stays_inside(outputs: list[Tensor]) -> bool:
+    """Nothing around the inputs was read, nothing around the outputs written."""
+    return all(x.isfinite().all() for x in outputs) and all((surroundings(x) == 7.0).all() for x in outputs)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_kernel_touches_only_the_tensors(wrong: str, splits: int, interpreter: Interpreter) -> None:
+    *structure, _ = WRONG[wrong]
+    assert stays_inside(attend(rows(), int32(*structure), splits, interpreter))
+
+
+def test_the_kernel_reads_no_offsets_where_there_is_no_request(interpreter: Interpreter) -> None:
+    tensors, empty = rows(), int32([0], [0], [])
+    step = launch.launches(*tensors, *int32([0, 5], [0, 40], [40]), 0.25, PLAN, torch.empty_like(tensors[0]))[0]
+    out = guarded(torch.zeros_like(tensors[0]), 7.0)
+    arguments = [*tensors, *(guarded(x, 3) for x in empty), TARGETS, TOKENS, 0, out, None]
+    interpreter.launch("attend_kernel", (4, 2, 1), arguments[:-1], {**step.constants, "UPCAST": True})
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "bounded", "free"),
+    [
+        (
+            "targets end late",
+            "_within(tl.load(target_offsets + segment + 1), first_target, n_targets)",
+            "tl.load(target_offsets + segment + 1)",
+        ),
+        (
+            "targets below zero",
+            "_within(tile_of_segment, 0, tl.cdiv(n_rows, BLOCK_M))",
+            "tile_of_segment",
+        ),
+        (
+            "tokens begin before the first",
+            "_within(tl.load(history_offsets + segment), 0, n_tokens)",
+            "tl.load(history_offsets + segment)",
+        ),
+        (
+            "tokens end late",
+            "_within(tl.load(history_lengths + segment), 0, n_tokens - token_offset)",
+            "tl.load(history_lengths + segment)",
+        ),
+    ],
+)
+def test_the_check_notices_a_missing_bound(
+    wrong: str, bounded: str, free: str, interpreter: Interpreter, tmp_path: Path
+) -> None:
+    text = KERNELS.read_text()
+    assert text.count(bounded) == 1
+    mutant = tmp_path / "mutant.py"
+    mutant.write_text(text.replace(bounded, free))
+    *structure, _ = WRONG[wrong]
+    assert not stays_inside(attend(rows(), int32(*structure), 1, interpreter, mutant))
