@@ -293,6 +293,8 @@ def _build_one(
         "inputs": [{"name": n, "dtype": d, "shape": s} for n, d, s in built.inputs],
         "outputs": [{"name": n, "dtype": d, "shape": s} for n, d, s in built.outputs],
         "layers": built.layers,
+        "fused_layers": built.fused_layers,
+        "memory": built.memory,
         "seconds": round(built.seconds, 3),
         "bytes": file.stat().st_size,
     }
@@ -392,8 +394,11 @@ def _is_whole(root: Path, manifest: Manifest, name: str) -> bool:
     return entry is not None and file.is_file() and not file.is_symlink() and sha256_of(file) == entry["sha256"]
 
 
+_NOT_SHOWN: Final = ("key", "layers", "fused_layers", "inputs", "outputs")
+
+
 def _result(root: Path, plan: _Plan, entry: Mapping[str, Any]) -> dict[str, Any]:
-    shown = {name: value for name, value in entry.items() if name not in ("key", "layers", "inputs", "outputs")}
+    shown = {name: value for name, value in entry.items() if name not in _NOT_SHOWN}
     first = ("graph", "path", "bytes", "seconds", "precision", "profiles")
     shown["path"] = str(root / plan.file)
     return {name: shown[name] for name in (*first, *(n for n in shown if n not in first)) if name in shown}

@@ -37,7 +37,12 @@ SCOPES: tuple[Scope, ...] = ("user", "request", "target")
 _NO_DIGEST = "0" * 64
 # What a bundle's files end in; a directory with anything else is not replaced by a bundle.
 _SUFFIXES = (".json", ".onnx", ".safetensors", ".plan", ".weights")
-GRAPHS = ("request", "user_encoder", "target_scorer")
+HALVES = ("user_encoder", "target_scorer")
+GRAPHS = ("request", *HALVES)
+
+# Symbolic sizes with a fixed meaning: packed history tokens, packed targets, requests, and offsets. Rows that these
+# count can be joined with other requests' rows in a ragged batch.
+TOKENS, TARGETS, USERS, OFFSETS = "N_h", "N_t", "B", "B_plus_1"
 
 # Bytes of one element, by the dtype names that manifests use (numpy's, and ml_dtypes' for the rest).
 ITEM_BYTES: Mapping[str, int] = {
@@ -53,8 +58,7 @@ class TensorSpec:
     Attributes:
         name: its name in the graph.
         dtype: numpy's name of the element type.
-        shape: sizes; a string is symbolic. `N_h`, `N_t`, `B`, `B_plus_1` are packed tokens, packed targets, requests
-            and offsets; tensors that use them can be packed into ragged batches.
+        shape: sizes; a string is symbolic. `TOKENS`, `TARGETS`, `USERS` and `OFFSETS` have a fixed meaning.
         scope: where an input's values come from; None for an output.
         limit: ids must be in `[0, limit)`; None when any value will do.
     """

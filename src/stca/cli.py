@@ -355,7 +355,8 @@ def _build(args: argparse.Namespace) -> int:
         progress=_progress(),
     )
     lines = [
-        f"{e['graph']}: {e['path']}, {e['cache']} ({e['why']})" + (f", memory {e['memory']}" if "memory" in e else "")
+        f"{e['graph']}: {e['path']}, {e['cache']} ({e['why']})"
+        + (f"; {_memory(e['memory'])}" if e.get("memory") else "")
         for e in engines
     ]
     _emit(args, {"engines": engines}, "\n".join(lines))
@@ -391,10 +392,28 @@ def _inspect(args: argparse.Namespace) -> int:
         f"{m.split['recomputed_work'] / 1e9:.3g} of them redone per request, "
         f"request {m.split['request_work'] / 1e9:.3g}, target {m.split['target_work'] / 1e9:.3g}",
         *(d["text"] for d in m.split["request_dependencies"]),
-        *("engine " + ", ".join(f"{k} {v}" for k, v in e.items() if k in _ENGINE_FACTS) for e in m.engines),
+        *(line for e in m.engines for line in _engine_lines(e)),
     ]
     _emit(args, dataclasses.asdict(m), "\n".join(lines))
     return 0
+
+
+def _engine_lines(entry: Mapping[str, Any]) -> list[str]:
+    """What is known of an engine: how it was made, its layers, and what memory it takes."""
+    lines = ["engine " + ", ".join(f"{name} {entry[name]}" for name in _ENGINE_FACTS if name in entry)]
+    if layers := entry.get("layers"):
+        counts = ", ".join(f"{kind} {n}" for kind, n in sorted(layers.items(), key=lambda x: -x[1]))
+        lines.append(f"  layers before fusion: {counts}")
+    if fused := entry.get("fused_layers"):
+        lines.append(f"  layers of the engine: {len(fused)}")
+        lines += [f"    {layer if isinstance(layer, str) else layer.get('Name', layer)}" for layer in fused]
+    if memory := entry.get("memory"):
+        lines.append(f"  {_memory(memory)}")
+    return lines
+
+
+def _memory(parts: Mapping[str, int]) -> str:
+    return "memory at the largest sizes: " + ", ".join(f"{name.replace('_', ' ')} {n:,} B" for name, n in parts.items())
 
 
 def _dims(shape: Sequence[int | str]) -> str:

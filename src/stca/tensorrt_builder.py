@@ -48,7 +48,7 @@ def _build(job: Job) -> Built:
     trt = load(flavour)
     sm = _target(trt, flavour, job.sm)
     if job.plan is None:
-        return Built(trt.__version__, sm, 0.0, {}, 0, [], [])
+        return Built(trt.__version__, sm)
     graph = _graph(job, sm)
     began = time.monotonic()
     log = _logger(trt)
@@ -70,8 +70,9 @@ def _build(job: Job) -> Built:
     del keep_alive
     if plan is None:
         raise BuildError(_explain(job, log.errors))
-    if job.attention == "plugin" and graph.attention_nodes:
-        _require_plugin_in(trt, log, plan, graph.attention_nodes)
+    told = None if flavour.ahead_of_time else _look_into(trt, log, plan)
+    if told is not None and job.attention == "plugin":
+        _require_plugins(told["layers"], graph.attention_nodes)
     Path(str(job.plan)).write_bytes(memoryview(plan))
     if flavour.timing_cache and job.timing_cache:
         _save(Path(job.timing_cache), memoryview(config.get_timing_cache().serialize()))
@@ -82,6 +83,8 @@ def _build(job: Job) -> Built:
         seconds=time.monotonic() - began,
         layers=dict(layers),
         attention_nodes=graph.attention_nodes,
+        memory=_memory(graph, job, told),
+        fused_layers=told["layers"] if told else None,
         inputs=_tensors(graph.model.graph.input),
         outputs=_tensors(graph.model.graph.output),
     )
@@ -143,7 +146,7 @@ def _refit(job: Job) -> Built:
         raise BuildError(f"{job.flavour} cannot refit the engine: {' '.join(log.errors[:1])[:300]}; build it anew")
     del keep_alive
     Path(str(job.plan)).write_bytes(memoryview(engine.serialize()))
-    return Built(trt.__version__, sm, time.monotonic() - began, {}, graph.attention_nodes, [], [])
+    return Built(trt.__version__, sm, time.monotonic() - began)
 
 
 def _give(parser: Any, graph: EngineGraph, name: str) -> list[Any]:
@@ -183,15 +186,29 @@ def _require_attention(attention: str, nodes: int, layers: Mapping[str, int]) ->
         )
 
 
-def _require_plugin_in(trt: Any, log: Any, plan: Any, nodes: int) -> None:
-    """The finished engine must name our plugin once per attention; only a machine that can load it can tell."""
+def _look_into(trt: Any, log: Any, plan: Any) -> dict[str, Any]:
+    """The finished engine's `layers`, after fusion, and its `device_memory`; only where it can be loaded."""
+    _say("looking into the engine")
     engine = trt.Runtime(log).deserialize_cuda_engine(plan)
     if engine is None:
         raise BuildError("the engine that was just built cannot be loaded; is this the GPU it was built for?")
-    told = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    found = sum("TargetHistoryAttention" in json.dumps(layer) for layer in json.loads(told)["Layers"])
+    told = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    return {"layers": told["Layers"], "device_memory": int(engine.device_memory_size_v2)}
+
+
+def _require_plugins(layers: Sequence[Any], nodes: int) -> None:
+    """The finished engine must name our plugin once per attention."""
+    found = sum("TargetHistoryAttention" in json.dumps(layer) for layer in layers)
     if found < nodes:
         raise BuildError(f"{nodes} attentions in the graph, {found} of our plugins in the engine; report this")
+
+
+def _memory(graph: EngineGraph, job: Job, told: Mapping[str, Any] | None) -> dict[str, int]:
+    """Bytes of the engine at its largest sizes: `scratch` is the library's own figure, the others are estimates."""
+    from stca.export.engine_graph import estimate_memory
+
+    largest = {d: max(p[d][2] for p in job.profiles) for p in job.profiles for d in p}
+    return estimate_memory(graph, largest) | ({"scratch": told["device_memory"]} if told else {})
 
 
 def _config(trt: Any, builder: Any, graph: EngineGraph, job: Job, flavour: Flavour, sm: int) -> Any:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -113,17 +113,22 @@ class Built:
         sm: what it was built for.
         seconds: of parsing and building, without the start of the process.
         layers: of the network by type, before TensorRT fuses them.
+        fused_layers: what the library's inspector tells of the engine's; None where it cannot load the engine here.
         attention_nodes: how many attentions are in the engine.
+        memory: bytes at the largest sizes; see `stca.export.engine_graph.estimate_memory`, and `scratch`, what the
+            library says that a run takes besides, where it can load the engine.
         inputs, outputs: `(name, dtype, shape)`; a string is a size that varies.
     """
 
     version: str
     sm: int
-    seconds: float
-    layers: Mapping[str, int]
-    attention_nodes: int
-    inputs: Sequence[Sequence[Any]]
-    outputs: Sequence[Sequence[Any]]
+    seconds: float = 0.0
+    layers: Mapping[str, int] = field(default_factory=dict)
+    fused_layers: Sequence[Any] | None = None
+    attention_nodes: int = 0
+    memory: Mapping[str, int] = field(default_factory=dict)
+    inputs: Sequence[Sequence[Any]] = ()
+    outputs: Sequence[Sequence[Any]] = ()
 
 
 def installed_version(flavour: Flavour) -> str:

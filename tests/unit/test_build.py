@@ -77,6 +77,8 @@ def test_both_halves_are_built_and_written_into_the_bundle(built, bundle_dir):
     assert encoder["attention"] is None
     assert scorer["attention"] == "fused"
     assert scorer["layers"]["ATTENTION_INPUT"] == 2
+    assert scorer["fused_layers"] is None  # nothing here can load it
+    assert scorer["memory"]["activations"] > 0
     assert scorer["profiles"] == [{"N_h": [1, 32, 32], "N_t": [1, 64, 64]}]
     shapes = {i["name"]: (i["dtype"], i["shape"]) for i in scorer["inputs"]}
     assert shapes["attention_0_history"] == ("bfloat16", ["N_h", 1, 24])

@@ -229,8 +229,8 @@ def test_the_same_weights_keep_every_engine(bundle, bundle_dir, tmp_path):
 
 def pair(mode):
     """Manifest entries of TensorRT plans for a GPU that is not here."""
-    common = {"flavour": "tensorrt", "sm": 90, "precision": "fp32", "refit": mode}
-    more = {"attention": "plugin", "profiles": [{"N_h": [1, 9, 9]}], "weights": "old"}
+    common = {"flavour": "tensorrt", "sm": 90, "precision": "fp32", "refit": mode, "profiles": [{"N_h": [1, 9, 9]}]}
+    more = {"attention": "plugin", "weights": "old"}
     return [
         {**common, "graph": half, "file": f"{half}.tensorrt.sm90.fp32.plan", "key": {**common, **more, "name": half}}
         for half in ("user_encoder", "target_scorer")

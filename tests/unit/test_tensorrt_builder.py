@@ -19,7 +19,7 @@ from support.errors import one_line
 from stca import tensorrt_builder
 from stca.bundle import Bundle
 from stca.errors import BuildError
-from stca.tensorrt_builder import _explain, _refit, _require_attention, _require_plugin_in, _target, main
+from stca.tensorrt_builder import _explain, _look_into, _refit, _require_attention, _require_plugins, _target, main
 from stca.tensorrt_flavours import FLAVOURS, Job
 
 
@@ -99,18 +99,20 @@ def test_a_network_that_lost_its_attention_is_refused(attention, layers, fine):
 
 def inspected(layers):
     inspector = SimpleNamespace(get_engine_information=lambda _: json.dumps({"Layers": layers}))
-    engine = SimpleNamespace(create_engine_inspector=lambda: inspector) if layers is not None else None
-    runtime = SimpleNamespace(deserialize_cuda_engine=lambda _: engine)
+    engine = SimpleNamespace(create_engine_inspector=lambda: inspector, device_memory_size_v2=4096)
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda _: engine if layers is not None else None)
     return SimpleNamespace(Runtime=lambda _: runtime, LayerInformationFormat=SimpleNamespace(JSON=0))
 
 
 def test_an_engine_without_its_plugins_is_refused():
     ours = [{"Name": "a", "PluginType": "TargetHistoryAttentionTied"}, "node_TargetHistoryAttention", {"Name": "gemm"}]
-    _require_plugin_in(inspected(ours), None, b"", 2)
+    told = _look_into(inspected(ours), None, b"")
+    assert told == {"layers": ours, "device_memory": 4096}
+    _require_plugins(told["layers"], 2)
     with one_line(BuildError, "2 attentions", "1 of our plugins"):
-        _require_plugin_in(inspected(ours[:1]), None, b"", 2)
+        _require_plugins(ours[:1], 2)
     with one_line(BuildError, "cannot be loaded"):
-        _require_plugin_in(inspected(None), None, b"", 2)
+        _look_into(inspected(None), None, b"")
 
 
 def test_what_the_builder_said(job):
