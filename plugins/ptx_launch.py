@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from stca.errors import BuildError
-from stca.plugins.aot import ALIGNMENT, Artifact
+from stca.plugins.aot import ALIGNMENT, Artifact, compile_attend, compile_combine
+from stca.plugins.tiling import Plan, Shape
+
+if TYPE_CHECKING:
+    from stca.plugins.launch import Launch  # which needs torch
 
 # A block gets more than this only after the function's limit is raised; nobody has tried whether TensorRT raises it.
 DEFAULT_SHARED_LIMIT: Final = 48 * 1024
@@ -97,6 +101,33 @@ class LoadedKernel:
         packed = arguments(self.artifact, inputs, values, outputs)
         block = (self.artifact.threads, 1, 1)
         _check(self._driver.cuLaunchKernel(self._function, *grid, *block, self.artifact.shared, stream, packed, 0))
+
+
+def load(shape: Shape, plan: Plan, sm: int, scale: float, device: int = 0) -> list[LoadedKernel]:
+    """The kernels that an engine for `sm` would hold for a plan: one, or with a split history two.
+
+    Raises:
+        BuildError: as `compile_attend` and `LoadedKernel` do.
+    """
+    split = plan.splits > 1
+    artifacts = [compile_attend(shape, plan.tile, sm, scale, split)]
+    if split:
+        artifacts.append(compile_combine(shape.value_depth, shape.dtype, sm))
+    return [LoadedKernel(artifact, device) for artifact in artifacts]
+
+
+def run(steps: Sequence[Launch], kernels: Sequence[LoadedKernel], stream: int = 0) -> None:
+    """Enqueue the launches of `stca.plugins.launch.launches`, each with its own artifact, instead of Triton's.
+
+    Raises:
+        ValueError: as `arguments` does.
+        BuildError: with the driver's error.
+    """
+    for step, kernel in zip(steps, kernels, strict=True):
+        kinds = [isinstance(x, int) for x in step.arguments]
+        first, last = kinds.index(True), len(kinds) - kinds[::-1].index(True)
+        numbers = [x if isinstance(x, int) else x.data_ptr() for x in step.arguments]
+        kernel.launch(step.grid, numbers[:first], numbers[first:last], numbers[last:], stream)
 
 
 def _driver() -> Any:

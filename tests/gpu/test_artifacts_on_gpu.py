@@ -10,7 +10,8 @@ from support import attention_cases
 
 from stca.plugins import aot, ptx_launch
 from stca.plugins.devices import device_for
-from stca.plugins.tiling import PORTABLE_SHARED_LIMIT, Shape, Sizes
+from stca.plugins.launch import launches
+from stca.plugins.tiling import PORTABLE_SHARED_LIMIT, Plan, Sizes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,28 +24,14 @@ CASES = [case for case in attention_cases.TABLE if sum(case.layout.targets)][::5
 
 def launch(case: attention_cases.Case, parts: int, sm: int, shared_limit: int) -> torch.Tensor:
     """The case's output from artifacts for `sm`, on outputs full of NaN."""
-    x = attention_cases.inputs(case)
-    on_gpu = [tensor.cuda() for tensor in x.tensors()]
-    inputs = [tensor.data_ptr() for tensor in on_gpu]
-    shape = Shape(case.heads, case.key_heads, case.depth, case.value_depth, case.dtype)
-    sizes = Sizes(x.query.shape[0], x.key.shape[0], x.history_lengths.shape[0])
-    scale = attention_cases.signed_scale(case)
-    (tile,) = aot.best_tiles(shape, scale, sizes, parts, sm, shared_limit, count=1)
-    attend = ptx_launch.LoadedKernel(aot.compile_attend(shape, tile, sm, scale, parts > 1))
-    grid = aot.attend_grid(sizes.targets, sizes.requests, shape, tile, parts)
-    out = torch.full((sizes.targets, shape.heads, shape.value_depth), math.nan, dtype=x.query.dtype, device="cuda")
-    stream = torch.cuda.current_stream().cuda_stream
-    counts = (sizes.targets, sizes.requests)
-    if parts == 1:
-        attend.launch(grid, inputs, counts, [out.data_ptr()], stream)
-        return out.cpu()
-    rows = (parts, sizes.targets, shape.heads)
-    partial = [torch.full((*rows, width), math.nan, device="cuda") for width in (shape.value_depth, 2)]
-    addresses = [tensor.data_ptr() for tensor in partial]
-    attend.launch(grid, inputs, counts, addresses, stream)
-    join = ptx_launch.LoadedKernel(aot.compile_combine(shape.value_depth, shape.dtype, sm))
-    n_rows = sizes.targets * shape.heads
-    join.launch((n_rows, 1, 1), addresses, (n_rows, parts), [out.data_ptr()], stream)
+    x = attention_cases.inputs(case).cuda()
+    sizes, scale = Sizes(len(x.query), len(x.key), len(x.history_lengths)), attention_cases.signed_scale(case)
+    (tile,) = aot.best_tiles(case.shape, scale, sizes, parts, sm, shared_limit, count=1)
+    plan = Plan(tile, parts, 0.0)
+    out = torch.full((sizes.targets, case.heads, case.value_depth), math.nan, dtype=x.query.dtype, device="cuda")
+    steps = launches(*x.tensors(), scale, plan, out)
+    attention_cases.poison_parts(steps)
+    ptx_launch.run(steps, ptx_launch.load(case.shape, plan, sm, scale), torch.cuda.current_stream().cuda_stream)
     return out.cpu()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.attention_cases import TABLE, Case, check, inputs, signed_scale
+from support.attention_cases import TABLE, Case, check, inputs, poison_parts, signed_scale
 from torch import Tensor
 
 from stca.plugins import launch, tiling, torch_op
@@ -19,7 +19,7 @@ PLAN_CASES = [case for case in TABLE if case.layout.name in ("three", "starts-of
 
 
 def on_gpu(case: Case) -> tuple[Tensor, ...]:
-    return tuple(x.cuda() for x in inputs(case).tensors())
+    return inputs(case).cuda().tensors()
 
 
 def poison() -> None:
@@ -45,8 +45,24 @@ def test_every_candidate_tile(case: Case) -> None:
             continue
         out = torch.full((*query.shape[:2], value.shape[2]), float("nan"), dtype=query.dtype, device="cuda")
         steps = launch.launches(query, key, value, *structure, signed_scale(case), Plan(tile, 1 + i % 4, 0.0), out)
-        poison()
+        poison_parts(steps)
         launch.run_cuda(steps)
+        check(case, out.cpu())
+
+
+def test_parts_that_are_never_written_are_noticed() -> None:
+    """The join without the launch that fills what it joins: without the poison it might find old results there."""
+    case = next(case for case in PLAN_CASES if case.dtype == "float32")
+    query, key, value, *structure = on_gpu(case)
+    shape, device = launch.shape_of(query, key, value), launch.device_of(query)
+    tile = next(tiling.tiles(shape, device.sm, device.shared_limit))
+    out = torch.full((*query.shape[:2], value.shape[2]), float("nan"), dtype=query.dtype, device="cuda")
+    steps = launch.launches(query, key, value, *structure, signed_scale(case), Plan(tile, 3, 0.0), out)
+    launch.run_cuda(steps)
+    check(case, out.cpu())
+    poison_parts(steps)
+    launch.run_cuda(steps[1:])
+    with pytest.raises(AssertionError, match="not finite"):
         check(case, out.cpu())
 
 
@@ -75,6 +91,34 @@ def test_offsets_beyond_two_to_the_31st_element() -> None:
     single = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 3], [0, 400], [400])]
     expected = torch_op.eager(query[3:], key[last], value[last], *single, 0.125)
     torch.testing.assert_close(out[3:], expected, rtol=2e-2, atol=2e-2)
+
+
+def test_wrong_offsets_touch_only_the_tensors() -> None:
+    """Also with NaN around them; and a later launch still works, which it would not after an illegal access."""
+    tokens, heads, depth = 100, 4, 64
+    block = torch.full((3 * tokens, 1, depth), float("nan"), device="cuda", dtype=torch.float16)
+    key = block[tokens : 2 * tokens]
+    key[:] = torch.randn(key.shape, device="cuda")
+    query = torch.randn(7, heads, depth, device="cuda").half()
+    most = 2**31 - 1
+    for ends in (
+        ([0, 9, -20, 7], [-50, 90, 130, 300], [60, most, 150]),
+        ([5, most, -most, most], [most, -most, 3, -1], [most, most, -1]),
+    ):
+        structure = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in ends]
+        out = torch.ops.stca.target_history_attention(query, key, key, *structure, 0.125)
+        assert out.shape == query.shape
+        torch.cuda.synchronize()
+    right = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 7], [0, tokens], [tokens])]
+    out = torch.ops.stca.target_history_attention(query, key, key, *right, 0.125)
+    torch.testing.assert_close(out, torch_op.eager(query, key, key, *right, 0.125), rtol=2e-2, atol=2e-2)
+
+
+def test_no_request_with_rows_is_refused() -> None:
+    query = torch.randn(3, 4, 64, device="cuda")
+    none = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0], [0], [])]
+    with pytest.raises(ValueError, match="target_offsets has 1 entry, so no request, for 3 rows"):
+        torch.ops.stca.target_history_attention(query, query[:0], query[:0], *none, 1.0)
 
 
 def test_compiled_and_captured() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,25 +45,55 @@ except Exception as error:
 """
 
 
-def run(environment: dict[str, str]) -> str:
+# What TensorRT would be told to launch for a history in three parts, first as it is expected, then as it is launched.
+OPERATOR = """
+import torch
+from stca.plugins import aot, launch, ptx_launch
+from stca.plugins.tiling import Plan, Tile
+query, key, out = torch.zeros(5, 2, 64), torch.zeros(40, 1, 64), torch.zeros(5, 2, 64)
+structure = [torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 5], [0, 30, 40], [30, 10])]
+plan = Plan(Tile(16, 16, 64, 64, 8, 1), 3, 0.0)
+steps = launch.launches(query, key, key, *structure, 0.125, plan, out)
+parts = steps[1].arguments[:2]
+for name, grid, *arguments in (
+    ("attend_kernel", f"{5 * 2 // 16 + 2},1,3", query, key, key, *structure, 5, 40, 2, *parts),
+    ("combine_kernel", "10,1,1", *parts, 10, 3, out),
+):
+    text = ",".join(str(x) if isinstance(x, int) else f"p{x.data_ptr()}" for x in arguments)
+    print(f"launch {name} grid={grid} arguments={text}", flush=True)
+shape = launch.shape_of(query, key, key)
+ptx_launch.run(steps, ptx_launch.load(shape, plan, aot.artifact_sm(ptx_launch.device_sm()), 0.125))
+"""
+
+
+def run(script: str, environment: dict[str, str]) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env={**os.environ, **environment}
     )
-    return done.stdout + done.stderr
+    return (done.stdout + done.stderr).splitlines()
 
 
-@pytest.mark.skipif(
-    not os.environ.get("CI") and importlib.util.find_spec("cuda") is None,
-    reason="the launcher needs the driver's bindings: pip install cuda-bindings",
-)
-def test_launch_reaches_the_driver_as_it_was_given(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def recording_driver(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment in which a driver records launches, on a GPU of SM 89."""
+    if not os.environ.get("CI") and importlib.util.find_spec("cuda") is None:
+        pytest.skip("the launcher needs the driver's bindings: pip install cuda-bindings")
     triton = pytest.importorskip("triton", reason="for cuda.h: pip install triton")
+    folder = tmp_path_factory.mktemp("driver")
     headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     source = Path(__file__).parent / "cpp" / "recording_driver.cc"
-    library = ["-shared", "-fPIC", "-std=c++17", "-Wl,-soname,libcuda.so.1", "-o", str(tmp_path / "libcuda.so.1")]
+    library = ["-shared", "-fPIC", "-std=c++17", "-Wl,-soname,libcuda.so.1", "-o", str(folder / "libcuda.so.1")]
     subprocess.run(["g++", *library, f"-I{headers}", str(source), "-ldl"], check=True)
-    said = run({"LD_LIBRARY_PATH": str(tmp_path), "RECORDING_SM": "89"}).splitlines()
-    assert said == [
+    return {"LD_LIBRARY_PATH": str(folder), "RECORDING_SM": "89"}
+
+
+def test_the_operators_launches_become_those_of_its_artifacts(recording_driver: dict[str, str]) -> None:
+    *expected, attend, combine = run(OPERATOR, recording_driver)
+    assert [re.sub(r" block=\S+ shared=\S+", "", line) for line in (attend, combine)] == expected
+
+
+def test_launch_reaches_the_driver_as_it_was_given(recording_driver: dict[str, str]) -> None:
+    assert run(SCRIPT, recording_driver) == [
         "sm 89",
         "launch k grid=5,6,7 block=128,1,1 shared=60000 arguments=p16,p32,-3,p48",
         "BuildError the NVIDIA driver answered CUDA_ERROR_INVALID_PTX",
