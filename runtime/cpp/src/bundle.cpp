@@ -113,10 +113,12 @@ EngineEntry read_engine(const Fields& fields) {
   entry.graph = fields.optional_string("graph").value_or("");
   entry.flavour = fields.optional_string("flavour").value_or("");
   entry.file = fields.optional_string("file").value_or("");
+  entry.precision = fields.optional_string("precision").value_or("");
+  entry.sm = fields.optional_count("sm", 0, true).value_or(0);
+  entry.provider = fields.optional_string("provider").value_or("");
   if (entry.flavour != "tensorrt") return entry;  // nothing else of this library reads what plans say
   entry.version = fields.string("version");
-  entry.precision = fields.string("precision");
-  entry.sm = fields.count("sm", 0);
+  fields.string("precision"), fields.count("sm", 1);
   entry.requests = fields.optional_count("requests", 1, false).value_or(0);
   for (auto [name, specs] : {std::pair{"inputs", &entry.spec.inputs}, {"outputs", &entry.spec.outputs}}) {
     fields.each(name, [specs = specs](const Json& item, const std::string& place) {

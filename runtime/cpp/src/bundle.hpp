@@ -56,11 +56,12 @@ struct FileEntry {
 /// Smallest and largest size of each symbol that an optimization profile admits.
 using Profile = std::map<std::string, std::pair<std::int64_t, std::int64_t>>;
 
-/// An engine that `stca build` put into the bundle. Only plans of TensorRT say more than the first line.
+/// An engine that `stca build` put into the bundle. What follows `provider` is read of TensorRT plans alone.
 struct EngineEntry {
-  std::string graph, flavour, file;
-  std::string version, precision;
-  std::int64_t sm = 0;        ///< compute capability, 90 for 9.0
+  std::string graph, flavour, file, precision;
+  std::int64_t sm = 0;        ///< compute capability, 90 for 9.0; 0 where the engine is for none
+  std::string provider;       ///< of ONNX Runtime
+  std::string version;        ///< of the library that built it, "11.4.0.106"
   std::int64_t requests = 0;  ///< most requests of one run; 0 for no limit
   GraphSpec spec;             ///< inputs and outputs in the engine's own types, which may be narrower than the graph's
   std::vector<Profile> profiles;

@@ -1,5 +1,6 @@
 // The C ABI: checks pointers, turns exceptions into codes, and owns the handles.
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <functional>
 #include <new>
@@ -119,6 +120,17 @@ class CallerEngine final : public Engine {
   std::string name_;
 };
 
+/// The struct as programs know it that were compiled before it grew.
+constexpr std::size_t first_options_size = offsetof(stca_options, cuda_graphs);
+
+/// Copies `text` into the caller's `size` bytes, cut to fit with its final NUL.
+void copy_text(const std::string& text, char* to, std::size_t size) {
+  if (size == 0) return;
+  const std::size_t n = std::min(text.size(), size - 1);
+  std::memcpy(to, text.data(), n);
+  to[n] = '\0';
+}
+
 Options options_of(const stca_options* given_options) {
   stca_options o;
   stca_options_init(&o);
@@ -134,6 +146,7 @@ Options options_of(const stca_options* given_options) {
   options.truncate = o.truncate != 0;
   options.threads = o.threads;
   options.engine = o.engine == nullptr ? "" : o.engine;
+  options.cuda_graphs = o.cuda_graphs;
   if (o.make_engine == nullptr) return options;
   options.make = [make = o.make_engine, context = o.make_engine_context](const std::shared_ptr<const Bundle>& bundle,
                                                                          const std::string& graph) {
@@ -264,9 +277,13 @@ int32_t stca_fail(int32_t code, const char* message) {
   return failed(static_cast<stca_code>(code), message == nullptr ? "" : message);
 }
 
-void stca_options_init(stca_options* options) {
-  *options = {sizeof(stca_options), std::uint64_t{1} << 30, 0, 0, nullptr, nullptr, nullptr};
+void stca_options_init_sized(stca_options* options, size_t size) {
+  const stca_options defaults{
+      std::min(size, sizeof(stca_options)), std::uint64_t{1} << 30, 0, 0, nullptr, nullptr, nullptr, 16};
+  std::memcpy(options, &defaults, defaults.size);
 }
+#undef stca_options_init
+STCA_API void stca_options_init(stca_options* options) { stca_options_init_sized(options, first_options_size); }
 
 int32_t stca_session_load(const char* bundle, const stca_options* options, stca_session** session) {
   return guarded([&] {
@@ -341,11 +358,23 @@ int32_t stca_session_engine(const stca_session* session, const char* graph, char
     if (!encoder && std::strcmp(graph, "target_scorer") != 0) {
       fail(STCA_USAGE_ERROR, "no engine runs '", graph, "'; there are user_encoder and target_scorer");
     }
-    const std::string text = session->session.model()->engine(encoder).name();
-    if (size == 0) return;
-    const std::size_t n = std::min(text.size(), size - 1);
-    std::memcpy(name, text.data(), n);
-    name[n] = '\0';
+    copy_text(session->session.model()->engine(encoder).name(), name, size);
+  });
+}
+
+int32_t stca_session_engine_choice(const stca_session* session, const char* what, char* text, size_t size,
+                                   size_t* length) {
+  return guarded([&] {
+    given(session, "session"), given(what, "what");
+    if (size > 0) given(text, "text");
+    const auto model = session->session.model();
+    const bool why = std::strcmp(what, "why") == 0;
+    if (!why && std::strcmp(what, "passed_over") != 0) {
+      fail(STCA_USAGE_ERROR, "an engine's choice has no '", what, "'; it has why and passed_over");
+    }
+    const std::string& whole = why ? model->engines().why : model->engines().passed_over;
+    if (length != nullptr) *length = whole.size();
+    copy_text(whole, text, size);
   });
 }
 

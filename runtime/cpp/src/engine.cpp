@@ -18,36 +18,55 @@ constexpr bool with_onnxruntime = true;
 constexpr bool with_onnxruntime = false;
 #endif
 
-/// TensorRT where the bundle has plans for it, else ONNX Runtime; of those the library was built with.
-std::string best_engine(const Manifest& manifest) {
+/// Looks for a GPU and for TensorRT only where the bundle has plans that could run.
+Machine machine_for(const Manifest& manifest) {
   const bool plans = std::any_of(manifest.engines.begin(), manifest.engines.end(),
                                  [](const EngineEntry& entry) { return entry.flavour == "tensorrt"; });
-  if (with_tensorrt && plans) return "tensorrt";
-  if (with_onnxruntime) return "onnxruntime";
-  if (with_tensorrt) {
-    fail(STCA_BUILD_ERROR, "the bundle has no TensorRT engines; run `stca build --engine tensorrt`");
+  if constexpr (with_tensorrt) {
+    if (plans) return tensorrt_machine();
   }
-  fail(STCA_BUILD_ERROR,
-       "this library was built without TensorRT and without ONNX Runtime; rebuild it with -DTENSORRT_INCLUDE_DIR=… or "
-       "-DONNXRUNTIME_INCLUDE_DIR=…, or give it engines (make_engine)");
+  return {with_tensorrt, 0, "", "", ""};
+}
+
+Choice choose(const Manifest& manifest, const std::string& wanted) {
+  if (wanted == "onnxruntime" || wanted == "graphs") return own_graphs();
+  if (!wanted.empty() && wanted != "tensorrt") {
+    fail(STCA_BUILD_ERROR, "there is no engine '", wanted, "'; choose tensorrt, onnxruntime or graphs");
+  }
+  return best_engine(manifest, machine_for(manifest), wanted);
+}
+
+Engines open(const std::shared_ptr<const Bundle>& bundle, const Choice& choice, const Options& options) {
+  if constexpr (with_tensorrt) {
+    if (choice.encoder != nullptr) return make_tensorrt_engines(bundle, choice, options.cuda_graphs);
+  }
+  if constexpr (with_onnxruntime) {
+    return make_onnxruntime_engines(bundle, options.threads);
+  } else {
+    fail(STCA_BUILD_ERROR, "this library was built without ", with_tensorrt ? "" : "TensorRT and without ",
+         "ONNX Runtime; rebuild it with -DONNXRUNTIME_INCLUDE_DIR=…, or give it engines (make_engine)");
+  }
 }
 
 }  // namespace
 
 Engines make_engines(const std::shared_ptr<const Bundle>& bundle, const Options& options) {
-  if (options.make) return {options.make(bundle, "user_encoder"), options.make(bundle, "target_scorer")};
-  const std::string kind = options.engine.empty() ? best_engine(bundle->manifest) : options.engine;
-#ifdef STCA_WITH_TENSORRT
-  if (kind == "tensorrt") return make_tensorrt_engines(bundle);
-#endif
-#ifdef STCA_WITH_ONNXRUNTIME
-  if (kind == "onnxruntime") return make_onnxruntime_engines(bundle, options.threads);
-#endif
-  if (kind != "tensorrt" && kind != "onnxruntime") {
-    fail(STCA_BUILD_ERROR, "there is no engine '", kind, "'; choose tensorrt or onnxruntime");
+  if (options.make) {
+    return {options.make(bundle, "user_encoder"), options.make(bundle, "target_scorer"), "the caller's own engines",
+            ""};
   }
-  fail(STCA_BUILD_ERROR, "this library was built without ", kind, "; rebuild it with -D",
-       kind == "tensorrt" ? "TENSORRT" : "ONNXRUNTIME", "_INCLUDE_DIR=…, or choose another engine");
+  const Choice choice = choose(bundle->manifest, options.engine);
+  const std::string passed_over = joined(choice.passed_over);
+  try {
+    Engines engines = open(bundle, choice, options);
+    engines.why = choice.why;
+    engines.passed_over = passed_over;
+    return engines;
+  } catch (const Error& e) {
+    // What was left to try failed too; whoever reads this may rather want to mend what was passed over.
+    if (passed_over.empty()) throw;
+    throw Error(e.code, std::string(e.what()) + "; passed over were " + passed_over);
+  }
 }
 
 }  // namespace stca::core

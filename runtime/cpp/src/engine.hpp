@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bundle.hpp"
+#include "engine_choice.hpp"
 #include "tensor.hpp"
 
 namespace stca::core {
@@ -31,21 +32,27 @@ class Engine {
 struct Options {
   std::uint64_t cache_bytes = std::uint64_t{1} << 30;
   bool truncate = false;
-  int threads = 0;     ///< 0 leaves it to the engine
-  std::string engine;  ///< "tensorrt", "onnxruntime"; empty for the best one there is
+  int threads = 0;       ///< 0 leaves it to the engine
+  std::string engine;    ///< "tensorrt", "onnxruntime" or "graphs"; empty for the best one that runs here
+  int cuda_graphs = 16;  ///< most CUDA graphs that a TensorRT engine keeps; none from 0 down
   /// The caller's own engine for a graph, instead of the built-in ones.
   std::function<std::unique_ptr<Engine>(const std::shared_ptr<const Bundle>&, const std::string& graph)> make;
 };
 
 struct Engines {
   std::unique_ptr<Engine> encoder, scorer;
+  std::string why;          ///< why these, one line
+  std::string passed_over;  ///< why not a faster pair, one reason for each
 };
 
 /// The engines of both halves. Throws BuildError when there is none, or it cannot load a graph.
 Engines make_engines(const std::shared_ptr<const Bundle>& bundle, const Options& options);
 
 // Each of these is in the library only when it was built with the headers of that name.
-Engines make_tensorrt_engines(const std::shared_ptr<const Bundle>& bundle);
+/// What there is of a GPU and of TensorRT; nothing that is missing is an error.
+Machine tensorrt_machine();
+Engines make_tensorrt_engines(const std::shared_ptr<const Bundle>& bundle, const Choice& choice, int cuda_graphs);
+/// The bundle's own graphs on the CPU, whatever engines it has.
 Engines make_onnxruntime_engines(const std::shared_ptr<const Bundle>& bundle, int threads);
 
 }  // namespace stca::core

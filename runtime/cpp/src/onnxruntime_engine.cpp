@@ -151,7 +151,7 @@ class OnnxRuntimeEngine final : public Engine {
 
 Engines make_onnxruntime_engines(const std::shared_ptr<const Bundle>& bundle, int threads) {
   return {std::make_unique<OnnxRuntimeEngine>(bundle, "user_encoder", threads),
-          std::make_unique<OnnxRuntimeEngine>(bundle, "target_scorer", threads)};
+          std::make_unique<OnnxRuntimeEngine>(bundle, "target_scorer", threads), "", ""};
 }
 
 }  // namespace stca::core

@@ -23,6 +23,7 @@ class Model {
   const Door& door() const { return door_; }
 
   const Engine& engine(bool encoder) const { return encoder ? *engines_.encoder : *engines_.scorer; }
+  const Engines& engines() const { return engines_; }
   const StateKind& state_kind() const { return *state_kind_; }
   StateKey key(std::string user, std::string version) const {
     return {std::move(user), std::move(version), state_kind_};

@@ -5,6 +5,8 @@
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
+#include "library.hpp"
+
 namespace stca::core {
 namespace {
 
@@ -29,29 +31,58 @@ static_assert(C::capability_major == cudaDevAttrComputeCapabilityMajor &&
 static_assert(C::host_to_device == cudaMemcpyHostToDevice && C::device_to_host == cudaMemcpyDeviceToHost &&
               C::device_to_device == cudaMemcpyDeviceToDevice);
 static_assert(C::stream_non_blocking == cudaStreamNonBlocking && C::host_alloc_default == cudaHostAllocDefault);
+static_assert(C::capture_thread_local == cudaStreamCaptureModeThreadLocal &&
+              C::pool_release_threshold == cudaMemPoolAttrReleaseThreshold);
 static_assert(sizeof(cudaError_t) == sizeof(C::Error) && sizeof(cudaStream_t) == sizeof(C::Stream));
 
-struct Libraries {
-  CudaFunctions cuda = CudaFunctions::load(CUDART_VERSION / 1000);
-  Library tensorrt{("libnvinfer.so." + std::to_string(NV_TENSORRT_MAJOR)).c_str(), "STCA_TENSORRT_LIBRARY"};
-  void* (*create_runtime)(void*, std::int32_t) = nullptr;
-  std::int32_t (*version)() = nullptr;
+/// The CUDA runtime. Throws BuildError when there is none; the next one to ask tries again.
+const CudaFunctions& cuda() {
+  static const CudaFunctions functions = CudaFunctions::load(CUDART_VERSION / 1000);
+  return functions;
+}
 
-  Libraries() {
-    create_runtime = tensorrt.get<decltype(create_runtime)>("createInferRuntime_INTERNAL");
-    version = tensorrt.get<decltype(version)>("getInferLibVersion");
+/// What is used of libnvinfer, loaded as the CUDA runtime is.
+struct TensorRt {
+  void* (*create_runtime)(void*, std::int32_t) = nullptr;
+  std::string version;
+
+  TensorRt() {
+    const Library library(("libnvinfer.so." + std::to_string(NV_TENSORRT_MAJOR)).c_str(), "STCA_TENSORRT_LIBRARY");
+    create_runtime = library.get<decltype(create_runtime)>("createInferRuntime_INTERNAL");
+    for (const char* part : {"Major", "Minor", "Patch", "Build"}) {
+      const std::string function = "getInferLib" + std::string(part) + "Version";
+      version += (version.empty() ? "" : ".") + std::to_string(library.get<std::int32_t (*)()>(function.c_str())());
+    }
+  }
+  static const TensorRt& get() {
+    static const TensorRt library;
+    return library;
   }
 };
 
 }  // namespace
 
-Engines make_tensorrt_engines(const std::shared_ptr<const Bundle>& bundle) {
-  static const Libraries libraries;
+Machine tensorrt_machine() {
+  Machine machine{true, 0, "", "", ""};
+  try {
+    machine.sm = Device::current_sm(cuda());
+  } catch (const Error& e) {
+    machine.no_gpu = e.what();
+    return machine;
+  }
+  try {
+    machine.tensorrt = TensorRt::get().version;
+  } catch (const Error& e) {
+    machine.no_tensorrt = e.what();
+  }
+  return machine;
+}
+
+Engines make_tensorrt_engines(const std::shared_ptr<const Bundle>& bundle, const Choice& choice, int cuda_graphs) {
   const auto create = [](nvinfer1::ILogger& log) {
-    return static_cast<nvinfer1::IRuntime*>(libraries.create_runtime(&log, NV_TENSORRT_VERSION));
+    return static_cast<nvinfer1::IRuntime*>(TensorRt::get().create_runtime(&log, NV_TENSORRT_VERSION));
   };
-  return make_tensorrt_pair<Nvidia>(bundle, std::make_shared<Device>(libraries.cuda), version_text(libraries.version()),
-                                    create);
+  return make_tensorrt_pair<Nvidia>(bundle, choice, cuda(), create, {cuda_graphs, Replays{}.most_copied});
 }
 
 }  // namespace stca::core

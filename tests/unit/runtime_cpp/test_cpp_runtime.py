@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -21,8 +22,11 @@ from make_golden import Log, append, batch, events, forget, packed, score, stats
 from test_cpp_golden import error_codes, perform
 
 from stca import probe
-from stca.errors import StcaError
+from stca.bundle import Bundle
+from stca.errors import BuildError, StcaError
 from stca.runtime import Request, Session
+from stca.runtime.engine_choice import HALVES, Machine, best_engine
+from stca.tensorrt_flavours import FLAVOURS
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[2]
@@ -242,6 +246,75 @@ def test_random_requests_end_as_in_python(build: Path, tmp_path: Path, seed: int
     file = tmp_path / "cases.json"
     file.write_text(json.dumps({"cases": [case]}))
     print(command(build / "tests" / "stca_golden", GOLDEN, file))
+
+
+def choice_cases(seed: int) -> list[dict[str, Any]]:
+    """Engines that a bundle may have, machines it may come to, and what Python chooses there, in its own words."""
+    choose = random.Random(seed)
+    manifest = Bundle.load(GOLDEN / "log").manifest
+    sizes: dict[str, Any] = {"profiles": [{"N_h": [1, 6, 6]}], "requests": None, "inputs": [], "outputs": []}
+
+    def entries() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for _ in range(choose.randrange(0, 5)):
+            kind: dict[str, Any] = {
+                "flavour": "tensorrt",
+                "precision": choose.choice(["bf16", "fp16", "fp32"]),
+                **sizes,
+            }
+            kind |= {"sm": choose.choice([80, 90]), "version": choose.choice(["11.4.0.106", "11.5.0.1"])}
+            if choose.random() < 0.3:
+                kind |= {"flavour": "onnxruntime", "precision": choose.choice(["fp16", "fp32"]), "sm": None}
+                kind |= {"provider": choose.choice(["CPUExecutionProvider", "CUDAExecutionProvider"])}
+            for half in choose.choice([HALVES, HALVES, HALVES, HALVES[:1], HALVES[1:], HALVES[::-1]]):
+                file = manifest.graphs[half].file if kind["precision"] == "fp32" else f"{half}.{len(found)}"
+                found.append({**kind, "graph": half, "file": file})
+        return found
+
+    def case() -> dict[str, Any]:
+        made = dataclasses.replace(manifest, engines=tuple(entries()))
+        machine = Machine(
+            choose.choice([None, 80, 90, 90]), choose.choice([{}, {"tensorrt": "11.4.0.106"}, {"tensorrt": "11.5.0.1"}])
+        )
+        only = choose.choice([None, None, "tensorrt"])
+        try:
+            choice = best_engine(made, machine, only=only)
+            plan = choice.entries["user_encoder"]["file"] if choice.flavour == "tensorrt" else ""
+            expected = {"why": choice.why, "passed_over": "; ".join(choice.passed_over), "encoder": plan}
+        except BuildError as e:
+            expected = {"why": str(e), "passed_over": "", "encoder": ""}
+        here = {"sm": machine.sm or 0, "tensorrt": machine.versions.get("tensorrt", "")}
+        return {
+            "manifest": made.to_json(),
+            "only": only or "",
+            "install": FLAVOURS["tensorrt"].install,
+            **here,
+            **expected,
+        }
+
+    return [case() for _ in range(200)]
+
+
+def test_engines_are_chosen_as_in_python(build: Path, tmp_path: Path) -> None:
+    cases = choice_cases(1)
+    ends = {case["why"].split(" fp")[0].split(" bf")[0][:40] for case in cases}
+    assert len(ends) >= 4  # plans, the bundle's own graphs as an engine, as the last resort, and refusals
+    file = tmp_path / "cases.json"
+    file.write_text(json.dumps(cases))
+    output = command(
+        build / "tests" / "stca_tests", "choice_is_pythons", env={**os.environ, "STCA_CHOICE_CASES": str(file)}
+    )
+    assert "200 cases" in output
+
+
+def test_serves_on_onnxruntime_where_no_plan_runs(build: Path, onnxruntime_library: Path) -> None:
+    """With the real loaders of CUDA and TensorRT: whatever this machine lacks is a reason, not an error."""
+    if not os.environ.get("TENSORRT_INCLUDE_DIR"):
+        pytest.skip("needs TENSORRT_INCLUDE_DIR, the folder of NvInferRuntime.h, which no wheel carries")
+    environment = {**os.environ, "STCA_ONNXRUNTIME_LIBRARY": str(onnxruntime_library)}
+    output = command(build / "tests" / "stca_tests", "choice_falls_back", env=environment)
+    print(output)
+    assert "(CPU), passed over: tensorrt bf16 for SM 1: t" in output  # there is no GPU, or this GPU is another
 
 
 def test_golden_requests_on_onnxruntime(build: Path, onnxruntime_library: Path) -> None:

@@ -1,7 +1,9 @@
 // The session beyond what the golden requests show: engines, threads,
 // lifetimes, and callers that do it wrong.
 #include <atomic>
+#include <cstddef>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <random>
 #include <thread>
@@ -72,6 +74,8 @@ TEST(session_computes_the_user_side_once) {
     CHECK_EQUAL(counters.encoded, 1);
     CHECK_EQUAL(counters.scored, 2);
     CHECK_EQUAL(session.engine("user_encoder"), "toy");
+    CHECK_EQUAL(session.why(), "the caller's own engines");
+    CHECK_EQUAL(session.passed_over(), "");
     session.swap(golden("log_other_weights"));
     CHECK_EQUAL(counters.alive, 2);  // the old ones are gone
     CHECK_EQUAL(session.score(stca::Request{log.all(), "ann", "v1"})(0, 0), log.first_score(1000));
@@ -126,6 +130,31 @@ TEST(session_tells_what_the_bundle_takes) {
   CHECK(session.bundle().weights() != bundle.weights());
 }
 
+TEST(session_tells_which_states_an_engine_can_take) {
+  // The same bundle, but what encodes is another engine: its states are its own.
+  int made = 0;
+  toy::Counters counters;
+  class Named : public toy::ToyEngine {
+   public:
+    Named(const stca::Bundle& bundle, const std::string& graph, toy::Counters* counters, std::string name)
+        : ToyEngine(bundle, graph, counters), name_(std::move(name)) {}
+    std::string name() const override { return name_; }
+
+   private:
+    std::string name_;
+  };
+  stca::Session session(golden("log"), with([&](const stca::Bundle& bundle, const std::string& graph) {
+                          return std::make_unique<Named>(bundle, graph, &counters, made++ < 4 ? "old" : "new");
+                        }));
+  const Log log;
+  const auto score = [&] { session.score(stca::Request{log.all(), "ann", "v1"}); };
+  score(), session.swap(golden("log")), score();
+  CHECK_EQUAL(counters.encoded, 1);
+  session.swap(golden("log")), score();
+  CHECK_EQUAL(session.engine("user_encoder"), "new");
+  CHECK_EQUAL(counters.encoded, 2);
+}
+
 TEST(session_needs_an_engine) {
 #if !defined(STCA_WITH_TENSORRT) && !defined(STCA_WITH_ONNXRUNTIME)
   CHECK_THROWS(stca::Session(golden("log")), stca::BuildError, "without TensorRT and without ONNX Runtime");
@@ -134,7 +163,8 @@ TEST(session_needs_an_engine) {
   options.engine = "abacus";
   CHECK_THROWS(stca::Session(golden("log"), options), stca::BuildError, "no engine 'abacus'");
   options.engine = "tensorrt";
-  CHECK_THROWS(stca::Session(golden("log"), options), stca::BuildError, "");  // not built in, not installed, or no plan
+  CHECK_THROWS(stca::Session(golden("log"), options), stca::BuildError,
+               "no tensorrt engines that run here: the bundle has none; run `stca build --engine tensorrt`");
   const auto none = [](const stca::Bundle&, const std::string&) { return std::unique_ptr<stca::Engine>(); };
   CHECK_THROWS(stca::Session(golden("log"), with(none)), stca::BuildError, "make_engine gave none");
   const auto throws = [](const stca::Bundle&, const std::string& graph) -> std::unique_ptr<stca::Engine> {
@@ -223,6 +253,49 @@ TEST(session_refuses_names_cut_by_a_zero_byte) {
   CHECK_THROWS(session.score(stca::Request{log.rest(), std::string("ann\0x", 5), "v1"}), stca::RequestError,
                "user: holds a zero byte");
   CHECK_THROWS(session.forget(std::string("ann\0", 4)), stca::RequestError, "zero byte");
+}
+
+#undef stca_options_init
+extern "C" void stca_options_init(stca_options* options);  // as programs call it that know a shorter struct
+
+TEST(session_options_may_grow) {
+  constexpr std::size_t old = offsetof(stca_options, cuda_graphs);
+  stca_options options;
+  std::memset(&options, 0x55, sizeof options);
+  stca_options_init(&options);
+  CHECK_EQUAL(options.size, old);
+  CHECK_EQUAL(options.cuda_graphs, 0x55555555);  // not theirs
+  CHECK(options.cache_bytes == std::uint64_t{1} << 30 && options.engine == nullptr && options.make_engine == nullptr);
+  options.engine = "abacus";
+  stca_session* session = nullptr;
+  CHECK_EQUAL(stca_session_load(golden("log").c_str(), &options, &session), STCA_BUILD_ERROR);
+  CHECK(check::contains(stca_last_error(), "no engine 'abacus'"));
+  stca_options_init_sized(&options, sizeof options + 8);  // a program that knows a longer one
+  CHECK_EQUAL(options.size, sizeof options);
+  CHECK_EQUAL(options.cuda_graphs, 16);
+}
+
+TEST(session_says_why_in_any_length) {
+  stca_options options;
+  stca_options_init_sized(&options, sizeof options);
+  options.make_engine = [](void*, const stca_bundle*, const char*, stca_engine* engine) -> std::int32_t {
+    engine->run = [](void*, const stca_tensor*, std::size_t, stca_outputs*) -> std::int32_t { return 0; };
+    return STCA_OK;
+  };
+  stca_session* raw = nullptr;
+  CHECK_EQUAL(stca_session_load(golden("log").c_str(), &options, &raw), STCA_OK);
+  char text[8] = "";
+  std::size_t length = 0;
+  CHECK_EQUAL(stca_session_engine_choice(raw, "why", text, sizeof text, &length), STCA_OK);
+  CHECK_EQUAL(std::string(text), "the cal");
+  CHECK_EQUAL(length, std::strlen("the caller's own engines"));
+  CHECK_EQUAL(stca_session_engine_choice(raw, "passed_over", text, sizeof text, nullptr), STCA_OK);
+  CHECK_EQUAL(std::string(text), "");
+  CHECK_EQUAL(stca_session_engine_choice(raw, "why", nullptr, 0, &length), STCA_OK);
+  CHECK_EQUAL(stca_session_engine_choice(raw, "why", nullptr, 1, &length), STCA_USAGE_ERROR);
+  CHECK_EQUAL(stca_session_engine_choice(raw, "how", text, 1, &length), STCA_USAGE_ERROR);
+  CHECK_EQUAL(stca_session_engine_choice(nullptr, "why", text, 1, &length), STCA_USAGE_ERROR);
+  stca_session_release(raw);
 }
 
 TEST(session_c_abi_answers_null_pointers) {

@@ -120,7 +120,8 @@ STCA_API void stca_bundle_release(stca_bundle* bundle);
 STCA_API const char* stca_bundle_path(const stca_bundle* bundle);
 STCA_API const char* stca_bundle_weights(const stca_bundle* bundle);  /* the weights' version, a SHA-256 */
 STCA_API const char* stca_bundle_manifest(const stca_bundle* bundle); /* the text of manifest.json */
-/* `graph` is "request", "user_encoder" or "target_scorer". The path lives as long as the bundle; NULL: no such graph. */
+/* `graph` is "request", "user_encoder" or "target_scorer". The path lives as long as the bundle; NULL: no such graph.
+ */
 STCA_API const char* stca_bundle_file(const stca_bundle* bundle, const char* graph);
 STCA_API size_t stca_bundle_input_count(const stca_bundle* bundle, const char* graph);
 STCA_API size_t stca_bundle_output_count(const stca_bundle* bundle, const char* graph);
@@ -157,13 +158,15 @@ typedef struct stca_session stca_session;
 typedef struct stca_scores stca_scores;
 
 typedef struct stca_options {
-  size_t size;          /* sizeof(stca_options); set by stca_options_init */
+  size_t size;          /* sizeof(stca_options) where the caller was compiled; set by stca_options_init */
   uint64_t cache_bytes; /* most bytes of user states to keep between requests; 0 keeps none */
   int32_t truncate;     /* not 0: serve a history longer than the bundle's limit from its most recent part */
   int32_t threads;      /* of one request, where the engine uses CPU threads; 0 leaves it to the engine */
-  const char* engine;   /* "tensorrt", "onnxruntime", or NULL for the best one this library was built with */
+  const char* engine;   /* "tensorrt", "onnxruntime" or "graphs" (one and the same: the bundle's own graphs on the CPU),
+                         * or NULL for the fastest that runs here; stca_session_engine_choice says which and why */
   stca_make_engine make_engine; /* the caller's own instead; NULL for the built-in ones */
   void* make_engine_context;    /* must outlive the session: swap makes engines again */
+  int32_t cuda_graphs; /* most CUDA graphs that each TensorRT engine keeps, one for each shape; from 0 down, none */
 } stca_options;
 
 typedef struct stca_cache_stats {
@@ -172,7 +175,11 @@ typedef struct stca_cache_stats {
   uint64_t users, bytes, budget;
 } stca_cache_stats;
 
-STCA_API void stca_options_init(stca_options* options); /* 1 GiB of states, everything else off */
+/* Defaults: 1 GiB of states, 16 CUDA graphs, everything else off. `size` is the caller's sizeof(stca_options): a
+ * library that knows more fields leaves alone what lies behind the caller's. stca_options_init passes it along; the
+ * function of that name is for programs that were compiled before the struct grew. */
+STCA_API void stca_options_init_sized(stca_options* options, size_t size);
+#define stca_options_init(options) stca_options_init_sized((options), sizeof(stca_options))
 
 /* Release with stca_session_release. `options` may be NULL. */
 STCA_API int32_t stca_session_load(const char* bundle, const stca_options* options, stca_session** session);
@@ -205,6 +212,11 @@ STCA_API int32_t stca_session_stats(const stca_session* session, stca_cache_stat
 STCA_API int32_t stca_session_bundle(const stca_session* session, stca_bundle** bundle);
 /* Which engine runs `graph`, copied into `name` and cut to `size` bytes with the final NUL. */
 STCA_API int32_t stca_session_engine(const stca_session* session, const char* graph, char* name, size_t size);
+/* Of the engines' choice, "why" those, or which faster ones were "passed_over", with the reason of each; empty when
+ * none was. Copied into `text` and cut to `size` bytes with the final NUL; `length`, unless it is NULL, is that of the
+ * whole. */
+STCA_API int32_t stca_session_engine_choice(const stca_session* session, const char* what, char* text, size_t size,
+                                            size_t* length);
 
 #ifdef __cplusplus
 }

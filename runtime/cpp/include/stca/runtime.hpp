@@ -253,8 +253,9 @@ struct Options {
   std::uint64_t cache_bytes = std::uint64_t{1} << 30;  ///< most bytes of user states to keep; 0 keeps none
   bool truncate = false;   ///< serve a history longer than the limit from its most recent part
   int threads = 0;         ///< of one request; 0 leaves it to the engine
-  std::string engine;      ///< "tensorrt", "onnxruntime"; empty for the best one in the library
+  std::string engine;      ///< "tensorrt", "onnxruntime" or "graphs"; empty for the fastest that runs here
   MakeEngine make_engine;  ///< engines of one's own instead
+  int cuda_graphs = 16;    ///< most that each TensorRT engine keeps, one for each shape; 0 keeps none
 };
 
 using CacheStats = stca_cache_stats;
@@ -271,6 +272,7 @@ class Session {
     o.truncate = options_->truncate ? 1 : 0;
     o.threads = options_->threads;
     o.engine = options_->engine.empty() ? nullptr : options_->engine.c_str();
+    o.cuda_graphs = options_->cuda_graphs;
     if (options_->make_engine) {
       o.make_engine = make_engine;
       o.make_engine_context = options_.get();
@@ -332,8 +334,22 @@ class Session {
     detail::check(stca_session_engine(session_.get(), graph.c_str(), name, sizeof name));
     return name;
   }
+  /// Why those engines: one line.
+  std::string why() const { return choice("why"); }
+  /// Which faster engines were passed over, with the reason of each; empty when none was.
+  std::string passed_over() const { return choice("passed_over"); }
 
  private:
+  std::string choice(const char* what) const {
+    std::string text;
+    for (std::size_t length = 255; text.size() != length;) {  // a swap in between may make it longer
+      text.resize(length);
+      detail::check(stca_session_engine_choice(session_.get(), what, text.data(), text.size() + 1, &length));
+      if (length < text.size()) text.resize(length);
+    }
+    return text;
+  }
+
   Scores score(const Request* requests, std::size_t count) {
     std::vector<stca_request> raw;
     raw.reserve(count);
