@@ -1,12 +1,15 @@
-"""What TensorRT engines need of CUDA: a stream, memory, and that all of it is given back."""
+"""What TensorRT engines need of CUDA: a stream, memory, arrays on the GPU, and that all of it is given back."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import importlib
+import math
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +83,12 @@ class Device:
         if stream is None:
             stream = int(self._owned.add("cudaStreamDestroy", self.call("cudaStreamCreate")))
         self.stream, self.scratch, self.scratch_bytes = stream, 0, 0
+        # Unless told otherwise, the pool gives free memory back to the driver whenever a run is waited for.
+        pool = self.call("cudaDeviceGetDefaultMemPool", 0)
+        keep = importlib.import_module("cuda.bindings.driver").cuuint64_t(1 << 63)
+        self.call("cudaMemPoolSetAttribute", pool, cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold, keep)
+        self._garbage: collections.deque[int] = collections.deque()
+        weakref.finalize(self, _free_arrays, cuda, self._garbage, stream)
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Call a CUDA function and return its result.
@@ -115,3 +124,94 @@ class Device:
                 self._owned.drop("cudaFree", self.scratch)
                 self.scratch, self.scratch_bytes = 0, 0
             self.scratch, self.scratch_bytes = self.memory(self._owned, size), size
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
+        """An array that is not written yet, from CUDA's pool: its memory follows the stream's order."""
+        address = int(self.call("cudaMallocAsync", max(1, math.prod(shape) * dtype.itemsize), self.stream))
+        return DeviceArray(self, address, shape, dtype, None)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Enqueue a copy of `size` bytes from one device address to another."""
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call("cudaMemcpyAsync", target, source, size, kind, self.stream)
+
+    def collect(self) -> None:
+        """Give back the memory of arrays that are garbage; to be called with the lock.
+
+        They cannot do it themselves: whatever is enqueued while a graph is being captured becomes part of the graph.
+        """
+        _free_arrays(self.cuda, self._garbage, self.stream)
+
+
+def _free_arrays(cuda: Any, garbage: collections.deque[int], stream: int) -> None:
+    while garbage:
+        with contextlib.suppress(Exception):
+            cuda.cudaFreeAsync(garbage.popleft(), stream)
+
+
+class DeviceArray:
+    """Rows on the GPU. Written once, by the stream of its device; sliced along the first axis like a numpy array.
+
+    Attributes:
+        address: of the first element.
+        shape, dtype: as numpy's; bfloat16 is uint16.
+    """
+
+    def __init__(
+        self, device: Device, address: int, shape: tuple[int, ...], dtype: np.dtype[Any], whole: DeviceArray | None
+    ) -> None:
+        self._device, self.address, self.shape, self.dtype, self._whole = device, address, shape, dtype, whole
+        if whole is None:
+            weakref.finalize(self, device._garbage.append, address).atexit = False  # the pool ends with the process
+
+    @property
+    def ndim(self) -> int:
+        """How many axes."""
+        return len(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * self.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> DeviceArray:
+        """Rows one after the other, in the same memory."""
+        start, stop, _ = rows.indices(len(self))
+        shape = (max(0, stop - start), *self.shape[1:])
+        address = self.address + start * math.prod(self.shape[1:]) * self.itemsize
+        return DeviceArray(self._device, address, shape, self.dtype, self._whole or self)
+
+    def copy(self) -> DeviceArray:
+        """The same values in memory of their own."""
+        return join_on_device([self])
+
+    def to_host(self) -> NDArray[Any]:
+        """The values as a numpy array; waits for the stream."""
+        values, device = np.empty(self.shape, self.dtype), self._device
+        kind = device.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        with device.lock:
+            device.call("cudaMemcpyAsync", values.ctypes.data, self.address, self.nbytes, kind, device.stream)
+            device.call("cudaStreamSynchronize", device.stream)
+        return values
+
+
+def join_on_device(parts: Sequence[DeviceArray]) -> DeviceArray:
+    """Rows of all parts, one part after the other."""
+    device = parts[0]._device
+    with device.lock:
+        device.collect()
+        joined = device.array((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+        at = joined.address
+        for part in parts:
+            if part.nbytes:
+                device.copy(at, part.address, part.nbytes)
+            at += part.nbytes
+    return joined

@@ -2,8 +2,9 @@
 
 Written against the documented API and tested with stand-ins for the library and for CUDA. It has not run on a GPU yet.
 
-bfloat16 values are `uint16` arrays of their bits, because numpy has no bfloat16; a state goes in as it came out. An
-empty history is run as one token of zeros that the offsets leave out, since an engine's smallest history is one token.
+bfloat16 values are `uint16` arrays of their bits, because numpy has no bfloat16; a state goes in as it came out. It
+stays on the GPU: for a request it is copied from its own memory to the engine's, and does not cross the bus. An empty
+history is run as one token of zeros that the offsets leave out, since an engine's smallest history is one token.
 
 A CUDA graph is captured per shape, and no two histories are of one length. So rows that the offsets leave out are added
 up to the next of a few sizes (`bucket`), in the dimensions for which the build has shown that such rows change nothing.
@@ -15,7 +16,7 @@ import json
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,11 +26,13 @@ from numpy.typing import NDArray
 
 from stca.bundle import ITEM_BYTES
 from stca.errors import BuildError, EngineError, RequestError
-from stca.runtime.cuda_device import Device, Owned
+from stca.runtime.cuda_device import Device, DeviceArray, Owned
 from stca.tensorrt_flavours import FLAVOURS, load
 
 Array = NDArray[Any]
+AnyArray = NDArray[Any] | DeviceArray
 Entry = Mapping[str, Any]
+_Key = tuple[int | str, ...]  # what a CUDA graph holds for: profile, sizes, inputs that cross the bus
 
 TOKENS, TARGETS = "N_h", "N_t"
 # What a library says when it refuses a plan, and what that means; the first that fits.
@@ -98,7 +101,7 @@ def choose_profile(entry: Entry, sizes: Mapping[str, int]) -> int:
     raise RequestError(f"no profile of {entry['file']} admits {dict(sizes)}; build with a profile for it")
 
 
-def sizes_of(entry: Entry, inputs: Mapping[str, Array]) -> dict[str, int]:
+def sizes_of(entry: Entry, inputs: Mapping[str, AnyArray]) -> dict[str, int]:
     """The symbolic sizes of one run, from its inputs.
 
     Raises:
@@ -167,6 +170,7 @@ class TensorRTEngine:
         plan: the engine's file. Its digest must be in the manifest: loading a plan runs code.
         entry: what the manifest says of it.
         device: shared by the engines of one session, so that they share scratch memory.
+        keep: outputs to leave on the GPU, as `DeviceArray`s.
         graphs: CUDA graphs to keep, one for each shape, those of the shapes that first come twice: a capture takes many
             times a run, so none is made in another's place. 0 captures none, and adds no rows.
         module: stands in for the library.
@@ -176,7 +180,14 @@ class TensorRTEngine:
     """
 
     def __init__(
-        self, plan: str | os.PathLike[str], entry: Entry, device: Device, *, graphs: int = 64, module: Any = None
+        self,
+        plan: str | os.PathLike[str],
+        entry: Entry,
+        device: Device,
+        *,
+        keep: Collection[str] = (),
+        graphs: int = 64,
+        module: Any = None,
     ) -> None:
         flavour = FLAVOURS[entry["flavour"]]
         trt = module if module is not None else load(flavour)
@@ -186,6 +197,7 @@ class TensorRTEngine:
         self._padded: Sequence[str] = entry.get("padded", ()) if graphs else ()
         self.name = f"{flavour.name} {entry['version']} (SM {entry['sm']}, {entry['precision']})"
         self.outputs = tuple(o["name"] for o in entry["outputs"])
+        self._fetched = tuple(name for name in self.outputs if name not in keep)
         said: list[str] = []
         engine = trt.Runtime(_logger(trt, said)).deserialize_cuda_engine(Path(plan).read_bytes())
         if engine is None:
@@ -202,11 +214,11 @@ class TensorRTEngine:
         self._scratch = device.scratch
         self._context, self._profile = self._new_context(native=flavour.graphs == "native" and graphs > 0), 0
         # Shapes seen once, newest last, and what was captured of those that came again.
-        self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
-        self._replays: dict[tuple[int, ...], _Replay] = {}
+        self._seen: OrderedDict[_Key, None] = OrderedDict()
+        self._replays: dict[_Key, _Replay] = {}
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """See `Engine.run`; inputs the engine does not have are left aside.
+    def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, Any]:
+        """See `Engine.run`; inputs the engine does not have are left aside, and may be on the GPU.
 
         Raises:
             RequestError: when a size is beyond the engine's profiles.
@@ -220,13 +232,14 @@ class TensorRTEngine:
         profile = choose_profile(self._entry, run_sizes)
         for dim in self._padded:
             run_sizes[dim] = min(bucket(run_sizes[dim]), self._entry["profiles"][profile][dim][2])
-        with self._device.lock:
-            self._stage(inputs, run_sizes)
-            self._execute(profile, run_sizes)
-            return {
-                name: self._buffers[name].values(run_sizes)[: _rows(self._buffers[name].spec, sizes)].copy()
-                for name in self.outputs
-            }
+        try:
+            with self._device.lock:
+                self._device.collect()
+                staged = self._stage(inputs, run_sizes)
+                self._execute(profile, run_sizes, staged)
+                return {name: self._result(self._buffers[name], name, sizes, run_sizes) for name in self.outputs}
+        except BuildError as e:  # CUDA failed, and not while an engine was made
+            raise EngineError(f"{self.name} failed: {e}") from e
 
     def inspect(self) -> dict[str, Any]:
         """What the library tells of the engine: `layers`, after fusion, and `device_memory` in bytes."""
@@ -251,15 +264,38 @@ class TensorRTEngine:
         context.set_device_memory(self._device.scratch, self._device.scratch_bytes)
         return context
 
-    def _stage(self, inputs: Mapping[str, Array], sizes: Mapping[str, int]) -> None:
-        """Copy inputs into page-locked memory; rows that are added are zeros."""
-        for spec in self._entry["inputs"]:
-            buffer, x = self._buffers[spec["name"]], inputs[spec["name"]]
-            buffer.host[x.nbytes : buffer.bytes(sizes)] = 0
-            buffer.host[: x.nbytes] = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    def _stage(self, inputs: Mapping[str, AnyArray], sizes: Mapping[str, int]) -> tuple[str, ...]:
+        """Put inputs where the engine finds them; rows that are added are zeros.
 
-    def _execute(self, profile: int, sizes: Mapping[str, int]) -> None:
-        device, key = self._device, (profile, *sizes.values())
+        Returns:
+            The names of those that are in page-locked memory now, and still have to cross the bus.
+        """
+        device, staged = self._device, []
+        for spec in self._entry["inputs"]:
+            name, buffer = spec["name"], self._buffers[spec["name"]]
+            x, size = inputs[name], buffer.bytes(sizes)
+            if isinstance(x, DeviceArray):
+                if x.nbytes:
+                    device.copy(buffer.address, x.address, x.nbytes)
+                if rest := size - x.nbytes:
+                    device.call("cudaMemsetAsync", buffer.address + x.nbytes, 0, rest, device.stream)
+            else:
+                buffer.host[x.nbytes : size] = 0
+                buffer.host[: x.nbytes] = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+                staged.append(name)
+        return tuple(staged)
+
+    def _result(self, buffer: _Buffer, name: str, sizes: Mapping[str, int], run_sizes: Mapping[str, int]) -> AnyArray:
+        """An output of the run just done, in memory of its own, without the rows that were added."""
+        if name in self._fetched:
+            return buffer.values(run_sizes)[: _rows(buffer.spec, sizes)].copy()
+        result = self._device.array(buffer.shape(sizes), numpy_dtype(buffer.spec["dtype"]))
+        if result.nbytes:
+            self._device.copy(result.address, buffer.address, result.nbytes)
+        return result
+
+    def _execute(self, profile: int, sizes: Mapping[str, int], staged: tuple[str, ...]) -> None:
+        device, key = self._device, _key(profile, sizes, staged)
         if self._scratch != device.scratch:  # another engine made it grow: graphs hold the old address
             self._scratch = device.scratch
             self._context.set_device_memory(device.scratch, device.scratch_bytes)
@@ -274,13 +310,13 @@ class TensorRTEngine:
             self._context.set_optimization_profile_async(profile, device.stream)
             self._profile = profile
         self._set_shapes(self._context, sizes)
-        self._enqueue(self._context, sizes)
+        self._enqueue(self._context, sizes, staged)
         device.call("cudaStreamSynchronize", device.stream)
         if not self._captures or len(self._replays) == self._graphs:
             return
         if key in self._seen:
             del self._seen[key]
-            self._capture(key, profile, sizes)
+            self._capture(key, profile, sizes, staged)
         else:
             self._seen[key] = None
             if len(self._seen) > 4 * self._graphs:
@@ -291,21 +327,21 @@ class TensorRTEngine:
             if not context.set_input_shape(spec["name"], shape := self._buffers[spec["name"]].shape(sizes)):
                 raise RequestError(f"{spec['name']}: the engine refuses shape {shape}")
 
-    def _enqueue(self, context: Any, sizes: Mapping[str, int]) -> None:
-        """Copies in, the engine, copies out, all on the stream."""
+    def _enqueue(self, context: Any, sizes: Mapping[str, int], staged: Sequence[str]) -> None:
+        """Copies over the bus, the engine, copies back, all on the stream."""
         device, kind = self._device, self._device.cuda.cudaMemcpyKind
-        for spec in self._entry["inputs"]:
-            b = self._buffers[spec["name"]]
+        for name in staged:
+            b = self._buffers[name]
             to_device = (b.address, b.host.ctypes.data, b.bytes(sizes), kind.cudaMemcpyHostToDevice, device.stream)
             device.call("cudaMemcpyAsync", *to_device)
         if not context.execute_async_v3(device.stream):
             raise EngineError(f"{self.name} failed: {' '.join(self._said[-1:])[:300] or 'no reason given'}")
-        for name in self.outputs:
+        for name in self._fetched:
             b = self._buffers[name]
             to_host = (b.host.ctypes.data, b.address, b.bytes(sizes), kind.cudaMemcpyDeviceToHost, device.stream)
             device.call("cudaMemcpyAsync", *to_host)
 
-    def _capture(self, key: tuple[int, ...], profile: int, sizes: Mapping[str, int]) -> None:
+    def _capture(self, key: _Key, profile: int, sizes: Mapping[str, int], staged: Sequence[str]) -> None:
         """Keep the run just done as a CUDA graph; where that cannot be had, do not try again."""
         device = self._device
         mode = device.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -314,11 +350,11 @@ class TensorRTEngine:
             if profile:
                 context.set_optimization_profile_async(profile, device.stream)
             self._set_shapes(context, sizes)
-            self._enqueue(context, sizes)  # what a context does on its first run only must not be captured
+            self._enqueue(context, sizes, staged)  # what a context does on its first run only must not be captured
             device.call("cudaStreamSynchronize", device.stream)
             device.call("cudaStreamBeginCapture", device.stream, mode)
             try:
-                self._enqueue(context, sizes)
+                self._enqueue(context, sizes, staged)
             finally:
                 captured = device.call("cudaStreamEndCapture", device.stream)
             try:
@@ -329,6 +365,10 @@ class TensorRTEngine:
             self._captures = False
             return
         self._replays[key] = _Replay(context, self._owned.add("cudaGraphExecDestroy", graph))
+
+
+def _key(profile: int, sizes: Mapping[str, int], staged: Sequence[str]) -> _Key:
+    return (profile, *sizes.values(), *staged)
 
 
 def _rows(spec: Mapping[str, Any], sizes: Mapping[str, int]) -> int | None:

@@ -17,7 +17,7 @@ import pytest
 from support.errors import one_line
 
 from stca.errors import BuildError, EngineError, RequestError
-from stca.runtime.cuda_device import Device
+from stca.runtime.cuda_device import Device, join_on_device
 from stca.runtime.tensorrt_engine import (
     TensorRTEngine,
     bucket,
@@ -52,8 +52,9 @@ class FakeCuda:
     """Memory, copies that take effect in stream order, graphs that replay what was captured, and a count of it all."""
 
     cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=0, cudaDevAttrComputeCapabilityMinor=1)
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaMemPoolAttr = SimpleNamespace(cudaMemPoolAttrReleaseThreshold=4)
 
     def __init__(self, sm=89, fail=None):
         self.sm, self.fail, self.log = sm, fail or {}, []
@@ -61,7 +62,7 @@ class FakeCuda:
         self.queue, self.captured = [], None
 
     def __getattribute__(self, name):
-        if not name.startswith("cuda") or name in ("cudaDeviceAttr", "cudaMemcpyKind", "cudaStreamCaptureMode"):
+        if not name.startswith("cuda") or hasattr(FakeCuda, name):
             return object.__getattribute__(self, name)
 
         def call(*args):
@@ -95,6 +96,7 @@ class FakeCuda:
 
     def _cudaStreamDestroy(self, stream):
         assert stream == 77
+        self._cudaStreamSynchronize(stream)
         self.streams -= 1
 
     def _cudaMalloc(self, size):
@@ -104,14 +106,38 @@ class FakeCuda:
         return self.allocate(self.pinned, size)
 
     def _cudaFree(self, address):
+        self._cudaStreamSynchronize(77)  # as CUDA does
         del self.memory[address]
 
     def _cudaFreeHost(self, address):
+        self._cudaStreamSynchronize(77)
         del self.pinned[address]
+
+    def _cudaMallocAsync(self, size, stream):
+        assert self.captured is None
+        return self.allocate(self.memory, size)
+
+    def _cudaFreeAsync(self, address, stream):
+        assert self.captured is None
+        self.queue.append(lambda: self.memory.pop(address))
+
+    def _cudaDeviceGetDefaultMemPool(self, device):
+        return 5
+
+    def _cudaMemPoolSetAttribute(self, pool, attribute, value):
+        assert (pool, attribute, int(value)) == (5, 4, 1 << 63)
+
+    def on_device(self, address, size):
+        return any(block <= address and address + size <= block + len(x) for block, x in self.memory.items())
 
     def _cudaMemcpyAsync(self, target, source, size, kind, stream):
         assert stream == 77
+        assert (self.on_device(source, size), self.on_device(target, size)) == (kind != 1, kind != 2)
         self.submit(lambda: ctypes.memmove(target, source, size))
+
+    def _cudaMemsetAsync(self, address, value, size, stream):
+        assert self.on_device(address, size)
+        self.submit(lambda: ctypes.memset(address, value, size))
 
     def _cudaStreamSynchronize(self, stream):
         for work in self.queue:
@@ -248,10 +274,11 @@ class FakeContext:
 CAPTURED = {**ENTRY, "flavour": "tensorrt", "file": ENTRY["file"].replace("-rtx", "")}
 
 
-def make(tmp_path, *, graphs=16, device=None, entry=CAPTURED, **fake):
+def make(tmp_path, *, graphs=16, keep=(), device=None, entry=CAPTURED, **fake):
     (tmp_path / "p").write_bytes(b"plan")
     device = device or Device(cuda=FakeCuda())
-    return TensorRTEngine(tmp_path / "p", entry, device, graphs=graphs, module=FakeTensorRT(device.cuda, **fake))
+    module = FakeTensorRT(device.cuda, **fake)
+    return TensorRTEngine(tmp_path / "p", entry, device, keep=keep, graphs=graphs, module=module)
 
 
 def request(tokens, targets, seed=0):
@@ -346,6 +373,49 @@ def test_all_is_given_back(tmp_path):
     gc.collect()
     assert cuda.held == (0, 0, 0, 0)
     assert not contexts
+
+
+def test_a_state_stays_on_the_gpu(tmp_path):
+    """What one engine leaves there another takes, whole, cut and joined; it is given back when it is garbage."""
+    cuda = FakeCuda()
+    device = Device(cuda=cuda)
+    encoder = make(tmp_path, device=device, keep=("echo",))
+    scorer = make(tmp_path, device=device, entry={**CAPTURED, "padded": ["N_h"]})
+    held = cuda.held
+    for seed, tokens in enumerate((20, 20, 20, 20, 33, 0, 5)):
+        inputs = request(tokens, 3, seed)
+        out = encoder.run(inputs)
+        assert isinstance(out["scores"], np.ndarray)
+        state = out["echo"]
+        assert (len(state), state.shape, state.nbytes) == (tokens, (tokens, 2), 4 * tokens)
+        same(scorer.run({**inputs, "state": state}), inputs)
+        assert np.array_equal(state.to_host(), inputs["state"])
+        both = join_on_device([state[2:], state[:2], state[1:1]])
+        assert np.array_equal(both.to_host(), np.concatenate([inputs["state"][2:], inputs["state"][:2]]))
+        assert np.array_equal(state[1:3].copy().to_host(), inputs["state"][1:3])
+        del state, out, both
+    before = cuda.log.count("cudaGraphLaunch")
+    for seed in range(4):
+        inputs = request(40 + seed, 3, seed)
+        same(scorer.run({**inputs, "state": encoder.run(inputs)["echo"]}), inputs)
+    assert cuda.log.count("cudaGraphLaunch") == before + 3  # one graph, whatever address a state has
+    assert {key[3:] for key in scorer._replays} == {("offsets", "target")}  # what crosses the bus
+    device.collect()
+    cuda._cudaStreamSynchronize(77)
+    assert cuda.held[0] == held[0]
+
+
+def test_a_state_outlives_the_engines_that_made_it(tmp_path):
+    cuda = FakeCuda()
+    state = make(tmp_path, device=Device(cuda=cuda), keep=("echo",)).run(inputs := request(9, 3))["echo"]
+    part = state[4:]
+    del state
+    gc.collect()
+    assert np.array_equal(part.to_host(), inputs["state"][4:])
+    assert cuda.held[0] == 2  # the state and the scratch memory
+    del part
+    gc.collect()
+    assert cuda.held == (0, 0, 0, 0)
 
 
 def test_a_plan_that_is_refused_leaves_nothing_behind(tmp_path):
