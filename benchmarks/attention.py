@@ -2,15 +2,19 @@
 
     python benchmarks/attention.py --out benchmarks/results/NAME.json
 
-On a CUDA GPU: our kernels in both forms, PyTorch's scaled_dot_product_attention with each of its backends,
-FlexAttention, torch.compile of the plain form, and the unfused graph, over histories x targets x model sizes. Each row
-has its bytes, operations and roofline, from a copy and a matrix product measured in the same run, and the fraction
-reached. `--tune` also times the cost model's best plans and writes the fastest to the table that overrules it.
+On a CUDA GPU: our kernels in both forms against float64, over dtypes, model sizes and ragged batches; then their speed
+beside PyTorch's scaled_dot_product_attention with each of its backends, FlexAttention, torch.compile of the plain form,
+and the unfused graph, over histories x targets x model sizes. Each row has its bytes, operations and roofline, from a
+copy and a matrix product measured in the same run, and the fraction reached. `--only parity` and `--only speed` do one
+of the two; `--only ptx` measures the kernels that an engine embeds, launched with the arguments TensorRT would pass.
+
+`--tune FILE` times the cost model's best plans instead, sizes that FILE lacks first, and puts the fastest of each into
+that table, which overrules the model, as soon as it is known; rows of other GPUs and sizes stay.
 
 On a CPU the same command interprets the kernels at small sizes, which proves numbers and says nothing about a GPU's
 speed, and measures the forms of the operator that a CPU runs: time and peak memory at 10,000 tokens and 300 targets.
 
-The JSON goes to stdout (and `--out`), progress to stderr.
+The JSON goes to stdout and, after each row, to `--out`; progress to stderr.
 """
 
 from __future__ import annotations
@@ -34,20 +38,22 @@ def main() -> None:
         attention_cpu.child(args.child)
         return
     command = "python benchmarks/attention.py " + " ".join(sys.argv[1:])
+    head: dict[str, Any] = {"command": command.strip(), "device": args.device, "torch": torch.__version__}
     if args.device == "cuda":
         import attention_cuda
 
-        body = attention_cuda.run(args, SIZES)
+        bodies = attention_cuda.run(args, SIZES)
     else:
         import attention_cpu
 
-        body = attention_cpu.run(args)
-    result: dict[str, Any] = {"command": command.strip(), "device": args.device, "torch": torch.__version__, **body}
-    text = json.dumps(result, indent=1)
-    if args.out:
-        Path(args.out).write_text(text + "\n", encoding="utf-8")
+        bodies = attention_cpu.run(args)
+    text, passed = "", True
+    for body in bodies:  # each has all that the one before had
+        text, passed = json.dumps({**head, **body}, indent=1), body.get("parity", {}).get("passed", True)
+        if args.out:
+            Path(args.out).write_text(text + "\n", encoding="utf-8")
     print(text)
-    if not body.get("parity", {}).get("passed", True):
+    if not passed:
         sys.exit(1)
 
 
@@ -58,13 +64,17 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="also write the JSON here")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=("parity", "speed", "ptx"), help="measure one thing; ptx needs a GPU")
     parser.add_argument("--history", type=numbers, default=[512, 2048, 10_000, 65_536], help="tokens, e.g. 512,10000")
     parser.add_argument("--targets", type=numbers, default=[1, 8, 32, 128, 300, 1024], help="targets, e.g. 8,300")
     parser.add_argument("--limit-seconds", type=float, default=540.0, help="stop measuring after this and say so")
-    parser.add_argument("--tune", metavar="FILE", help="time the cost model's best plans; write the fastest here")
+    parser.add_argument("--tune", type=Path, metavar="FILE", help="only put the fastest measured plans into this table")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.device == "cpu" and (args.tune or args.only == "ptx"):
+        parser.error("--tune and --only ptx need a CUDA GPU that torch can use")
+    return args
 
 
 if __name__ == "__main__":

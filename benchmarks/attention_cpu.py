@@ -12,7 +12,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,20 @@ HISTORY, TARGETS, ROUNDS = 10_000, 300, 15
 CASES = (("projected", 256, 8), ("absorbed", 256, 8), ("projected", 1024, 16))
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything measured, as one JSON-able dictionary."""
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What has been measured so far, as one JSON-able dictionary, again after each case."""
     end = time.monotonic() + args.limit_seconds
     rows: list[dict[str, Any]] = []
+    body: dict[str, Any] = {
+        "machine": machine(args.threads),
+        "note": "ran on a CPU: kernels interpreted for their numbers alone; no figure here is a GPU's",
+        "gpu_goals": "not measured",
+    }
+    if args.only in (None, "parity"):
+        yield (body := {**body, "parity": _parity()})
+    if args.only == "parity":
+        return
+    body |= {"history": HISTORY, "targets": TARGETS, "dtype": "float32", "rows": rows}
     for form, width, heads in CASES:
         case = {"form": form, "width": width, "heads": heads}
         if time.monotonic() > end:
@@ -44,16 +54,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             continue
         rows += [{**case, **measured} for measured in _take_turns(form, width, heads, args.threads)]
         print(json.dumps(rows[-len(FORMS) :], indent=1), file=sys.stderr, flush=True)
-    return {
-        "machine": machine(args.threads),
-        "note": "ran on a CPU: kernels interpreted for their numbers alone; no figure here is a GPU's",
-        "gpu_goals": "not measured",
-        "parity": _parity(),
-        "history": HISTORY,
-        "targets": TARGETS,
-        "dtype": "float32",
-        "rows": rows,
-    }
+        yield body
+    yield body
 
 
 def _take_turns(form: str, width: int, heads: int, threads: int) -> list[dict[str, Any]]:

@@ -349,10 +349,11 @@ def measured_plans(path: Path) -> dict[tuple[int, Shape, Sizes], Plan]:
 
     A JSON list of objects with `sm`, `shape`, `sizes`, `tile` (the fields of those classes), `splits` and `seconds`.
     """
-    return _read_plans(path)
+    return read_plans(path)
 
 
-def _read_plans(path: Path) -> dict[tuple[int, Shape, Sizes], Plan]:
+def read_plans(path: Path) -> dict[tuple[int, Shape, Sizes], Plan]:
+    """The table at `path` as it is now; empty where there is none."""
     if not path.exists():
         return {}
     rows: list[dict[str, Any]] = json.loads(path.read_text())
@@ -374,7 +375,7 @@ def record(path: Path, sm: int, shape: Shape, sizes: Sizes, plan: Plan) -> None:
         sizes: of the launch; rounded here.
         plan: with the seconds it took.
     """
-    plans = {**_read_plans(path), (sm, shape, rounded(sizes)): plan}
+    plans = {**read_plans(path), (sm, shape, rounded(sizes)): plan}
     rows: list[dict[str, Any]] = []
     for (of_sm, of_shape, of_sizes), of in plans.items():
         key = {"sm": of_sm, "shape": asdict(of_shape), "sizes": asdict(of_sizes)}

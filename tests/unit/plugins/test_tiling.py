@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stca.plugins import aot, tiling
 from stca.plugins.devices import ARTIFACT_SMS, device_for
-from stca.plugins.tiling import PORTABLE_SHARED_LIMIT, Shape, Sizes
+from stca.plugins.tiling import PORTABLE_SHARED_LIMIT, Plan, Shape, Sizes, Tile
 
 PROJECTED = Shape(16, 16, 64, 64, "bfloat16")
 ABSORBED = Shape(8, 1, 256, 256, "bfloat16", tied=True)
@@ -98,6 +98,20 @@ def test_a_measured_plan_overrules_the_model(tmp_path: Path, monkeypatch: pytest
         tiling._choose.cache_clear()
 
 
+def test_a_recorded_plan_joins_the_table_and_replaces_only_its_own_row(tmp_path: Path) -> None:
+    table, sizes = tmp_path / "tiles.json", Sizes(300, 10_000, 1)
+    first, second = (Plan(Tile(64, 64, 64, 64, 4, stages), 5, 1e-5) for stages in (2, 3))
+    tiling.record(table, 90, PROJECTED, sizes, first)
+    tiling.record(table, 80, PROJECTED, sizes, first)
+    tiling.record(table, 90, ABSORBED, Sizes(8, 10_000, 1), first)
+    before = tiling.read_plans(table)
+    tiling.record(table, 90, PROJECTED, sizes, second)
+    after = tiling.read_plans(table)
+    key = (90, PROJECTED, tiling.rounded(sizes))
+    assert after == {**before, key: dataclasses.replace(second, measured=True)} != before
+    assert list(tmp_path.iterdir()) == [table]
+
+
 @pytest.mark.parametrize(("shape", "sm"), [(PROJECTED, 80), (PROJECTED, 90), (ABSORBED, 90)], ids=str)
 def test_the_chosen_tile_compiles_within_the_shared_memory_the_model_counted(shape: Shape, sm: int) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -116,6 +130,7 @@ def test_the_chosen_tile_compiles_within_the_shared_memory_the_model_counted(sha
         ((8, 8, 64, 1024, "float16"), r"D_v = 1024 is not supported; .* to 1024 with one key head"),
         ((8, 1, 2048, 64, "float16"), "D = 2048 is not supported"),
         ((8, 2, 64, 64, "float16"), "2 key heads for 8 heads; use 1 or 8"),
+        ((4097, 1, 64, 64, "float16"), "4097 heads are not supported; use 1 to 4096"),
         ((8, 1, 64, 32, "float16", True), "tied key and value differ in head size: 64, 32"),
     ],
 )
