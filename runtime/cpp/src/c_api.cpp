@@ -33,7 +33,7 @@ namespace {
 
 thread_local std::string last_error;
 
-int32_t failed(stca_code code, const char* message) {
+int32_t failed(int32_t code, const char* message) {
   try {
     last_error = message;
   } catch (const std::bad_alloc&) {
@@ -70,9 +70,11 @@ Inputs inputs_of(const stca_tensor* data, std::size_t count, const char* what) {
   return {data, count};
 }
 
-/// A callback returned `code`; it left its message through stca_fail, or there is none.
-[[noreturn]] void callback_failed(int32_t code, const std::string& otherwise) {
-  throw Error(static_cast<stca_code>(code), last_error.empty() ? otherwise : last_error);
+/// A callback returned `code`; it left its message through stca_fail, or there is none. A number that is no code of
+/// ours counts as `kind`.
+[[noreturn]] void callback_failed(int32_t code, stca_code kind, const std::string& otherwise) {
+  const bool known = std::strcmp(stca_code_name(code), "unknown") != 0;
+  throw Error(known ? static_cast<stca_code>(code) : kind, last_error.empty() ? otherwise : last_error);
 }
 
 /// A caller's engine behind the library's own interface.
@@ -106,7 +108,7 @@ class CallerEngine final : public Engine {
     last_error.clear();
     const int32_t code = engine_.run(engine_.self, tensors.data(), tensors.size(), &outputs);
     if (outputs.code != STCA_OK) throw Error(outputs.code, outputs.message);
-    if (code != STCA_OK) callback_failed(code, name_ + " failed without a message");
+    if (code != STCA_OK) callback_failed(code, STCA_ENGINE_ERROR, name_ + " failed without a message");
     for (std::size_t i = 0; i < count; ++i) {
       if (!outputs.allocated[i]) fail(STCA_ENGINE_ERROR, name_, " did not give the output ", graph_.outputs[i].name);
     }
@@ -154,7 +156,7 @@ Options options_of(const stca_options* given_options) {
     stca_engine engine{};
     last_error.clear();
     const int32_t code = make(context, handle.get(), graph.c_str(), &engine);
-    if (code != STCA_OK) callback_failed(code, graph + ": the caller's engine could not be made");
+    if (code != STCA_OK) callback_failed(code, STCA_BUILD_ERROR, graph + ": the caller's engine could not be made");
     if (engine.run == nullptr) fail(STCA_USAGE_ERROR, graph, ": the caller's engine has no run function");
     return std::make_unique<CallerEngine>(std::move(handle), graph, engine);
   };
@@ -258,6 +260,7 @@ void* stca_outputs_allocate(stca_outputs* outputs, size_t index, int32_t rank, c
     Shape wanted;
     bool fits = rank == static_cast<int32_t>(spec.shape.size());
     for (std::size_t i = 0; fits && i < spec.shape.size(); ++i) {
+      given(shape, "shape");
       fits = shape[i] >= 0 && (spec.shape[i].size < 0 || spec.shape[i].size == shape[i]);
       wanted[wanted.rank++] = shape[i];
     }
@@ -273,9 +276,7 @@ void* stca_outputs_allocate(stca_outputs* outputs, size_t index, int32_t rank, c
   return nullptr;
 }
 
-int32_t stca_fail(int32_t code, const char* message) {
-  return failed(static_cast<stca_code>(code), message == nullptr ? "" : message);
-}
+int32_t stca_fail(int32_t code, const char* message) { return failed(code, message == nullptr ? "" : message); }
 
 void stca_options_init_sized(stca_options* options, size_t size) {
   const stca_options defaults{

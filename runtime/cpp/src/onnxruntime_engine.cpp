@@ -83,9 +83,10 @@ class OnnxRuntimeEngine final : public Engine {
       raw_inputs.push_back(values.back().get());
     }
     std::vector<OrtValue*> raw_outputs(output_names_.size());
+    std::vector<Value> outputs;
+    outputs.reserve(raw_outputs.size());  // so that whatever comes has an owner at once
     OrtStatus* status = runtime_.api->Run(session_, nullptr, input_names_.data(), raw_inputs.data(), raw_inputs.size(),
                                           output_names_.data(), output_names_.size(), raw_outputs.data());
-    std::vector<Value> outputs;
     for (OrtValue* value : raw_outputs) outputs.emplace_back(value, runtime_.api->ReleaseValue);
     runtime_.check(status, STCA_ENGINE_ERROR, "ONNX Runtime failed on " + graph_.file);
     std::vector<Array> arrays;

@@ -275,6 +275,44 @@ TEST(session_options_may_grow) {
   CHECK_EQUAL(options.cuda_graphs, 16);
 }
 
+TEST(session_takes_any_code_from_a_callback) {
+  stca_options options;
+  stca_options_init_sized(&options, sizeof options);
+  const auto load = [&](auto run, auto make, stca_session** session) {
+    options.make_engine = make;
+    options.make_engine_context = reinterpret_cast<void*>(+run);
+    return stca_session_load(golden("log").c_str(), &options, session);
+  };
+  using Run = std::int32_t (*)(void*, const stca_tensor*, std::size_t, stca_outputs*);
+  const auto made = [](void* context, const stca_bundle*, const char*, stca_engine* engine) -> std::int32_t {
+    engine->run = reinterpret_cast<Run>(context);
+    return STCA_OK;
+  };
+  const auto fails = [](void*, const stca_tensor*, std::size_t, stca_outputs*) -> std::int32_t { return -7; };
+  const auto none = [](void*, const stca_bundle*, const char*, stca_engine*) -> std::int32_t { return 1000; };
+  const auto no_shape = [](void*, const stca_tensor*, std::size_t, stca_outputs* outputs) -> std::int32_t {
+    CHECK(stca_outputs_allocate(outputs, 0, 2, nullptr) == nullptr);
+    return STCA_OK;
+  };
+  stca_session* session = nullptr;
+  CHECK_EQUAL(load(fails, none, &session), STCA_BUILD_ERROR);
+  CHECK_EQUAL(std::string(stca_last_error()), "user_encoder: the caller's engine could not be made");
+  const auto score = [&] {
+    const Log log;
+    const std::vector<stca::Tensor> inputs = log.all();
+    const stca_request request{inputs.data(), inputs.size(), nullptr, nullptr};
+    stca_scores* scores = nullptr;
+    const std::int32_t code = stca_session_score(session, &request, 1, &scores);
+    stca_session_release(session);
+    return code;
+  };
+  CHECK_EQUAL(load(fails, made, &session), STCA_OK);
+  CHECK_EQUAL(score(), STCA_ENGINE_ERROR);
+  CHECK_EQUAL(load(no_shape, made, &session), STCA_OK);
+  CHECK_EQUAL(score(), STCA_USAGE_ERROR);
+  CHECK(check::contains(stca_last_error(), "shape is a null pointer"));
+}
+
 TEST(session_says_why_in_any_length) {
   stca_options options;
   stca_options_init_sized(&options, sizeof options);
