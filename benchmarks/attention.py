@@ -67,6 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=("parity", "speed", "ptx"), help="measure one thing; ptx needs a GPU")
     parser.add_argument("--history", type=numbers, default=[512, 2048, 10_000, 65_536], help="tokens, e.g. 512,10000")
     parser.add_argument("--targets", type=numbers, default=[1, 8, 32, 128, 300, 1024], help="targets, e.g. 8,300")
+    parser.add_argument("--skip", type=int, default=0, help="with --only: leave out as many, done by an earlier run")
     parser.add_argument("--limit-seconds", type=float, default=540.0, help="stop measuring after this and say so")
     parser.add_argument("--tune", type=Path, metavar="FILE", help="only put the fastest measured plans into this table")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -74,6 +75,8 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.device == "cpu" and (args.tune or args.only == "ptx"):
         parser.error("--tune and --only ptx need a CUDA GPU that torch can use")
+    if args.skip and not args.only:
+        parser.error("--skip goes with --only: say of what")
     return args
 
 

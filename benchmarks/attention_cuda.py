@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, model_sizes: tuple[tuple[int, int], ...]) -> I
         yield from _tune(args.tune, cases, body, clock)
         return
     if args.only in (None, "parity"):
-        for result in parity(model_sizes, "cuda", clock.spent):
+        for result in parity(model_sizes, "cuda", clock.spent, args.skip):
             body["parity"] = result
             yield body
     if args.only == "parity":
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, model_sizes: tuple[tuple[int, int], ...]) -> I
         "rows": [],
         "skipped_for_time": 0,
     }
-    for form, (width, heads), history, targets in cases:
+    for form, (width, heads), history, targets in cases[args.skip :]:
         if clock.spent():
             body["skipped_for_time"] += 1
             continue

@@ -26,7 +26,9 @@ LAYOUTS = {
 _MORE = 3
 
 
-def parity(model_sizes: Sequence[tuple[int, int]], device: str, spent: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+def parity(
+    model_sizes: Sequence[tuple[int, int]], device: str, spent: Callable[[], bool], skip: int = 0
+) -> Iterator[dict[str, Any]]:
     """Every layout, dtype, form and size: the largest error, and twice PyTorch's own in that dtype plus its rounding.
 
     Yields the same dictionary, one more check in it each time; `passed` covers the checks done.
@@ -35,9 +37,11 @@ def parity(model_sizes: Sequence[tuple[int, int]], device: str, spent: Callable[
         model_sizes: width and heads of each model.
         device: "cuda" or "cpu".
         spent: whether the time is up; checks beyond it are counted as skipped.
+        skip: how many checks to leave out at the start.
     """
     result: dict[str, Any] = {"passed": False, "skipped_for_time": 0, "checks": []}
-    for (name, layout), dtype, form, (width, heads) in itertools.product(LAYOUTS.items(), DTYPES, FORMS, model_sizes):
+    cases = itertools.product(LAYOUTS.items(), DTYPES, FORMS, model_sizes)
+    for (name, layout), dtype, form, (width, heads) in itertools.islice(cases, skip, None):
         if spent():
             result["skipped_for_time"] += 1
             continue
