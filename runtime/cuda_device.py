@@ -154,30 +154,17 @@ class DeviceArray:
 
     Attributes:
         address: of the first element.
-        shape, dtype: as numpy's; bfloat16 is uint16.
+        shape, dtype, itemsize, nbytes: as numpy's; bfloat16 is uint16.
     """
 
     def __init__(
         self, device: Device, address: int, shape: tuple[int, ...], dtype: np.dtype[Any], whole: DeviceArray | None
     ) -> None:
         self._device, self.address, self.shape, self.dtype, self._whole = device, address, shape, dtype, whole
+        self.itemsize = dtype.itemsize
+        self.nbytes = math.prod(shape) * dtype.itemsize
         if whole is None:
             weakref.finalize(self, device._garbage.append, address).atexit = False  # the pool ends with the process
-
-    @property
-    def ndim(self) -> int:
-        """How many axes."""
-        return len(self.shape)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return self.dtype.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all elements."""
-        return math.prod(self.shape) * self.itemsize
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -110,17 +110,18 @@ def sizes_of(entry: Entry, inputs: Mapping[str, AnyArray]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     alone = " and serves one request per run" if entry["requests"] == 1 else ""
     for spec in entry["inputs"]:
-        name, shape = spec["name"], spec["shape"]
+        name, wanted = spec["name"], spec["shape"]
         if name not in inputs:
             raise RequestError(f"{name}: is missing; the engine needs it")
         x = inputs[name]
         if x.itemsize != ITEM_BYTES[spec["dtype"]]:
             raise RequestError(f"{name}: has dtype {x.dtype}, the engine takes {spec['dtype']}")
-        if x.ndim != len(shape):
-            raise RequestError(f"{name}: has shape {list(x.shape)}, the engine takes {list(shape)}{alone}")
-        for n, size in zip(x.shape, shape, strict=True):
-            if n != (sizes.setdefault(size, n) if isinstance(size, str) else size):
-                raise RequestError(f"{name}: has shape {list(x.shape)}, the engine takes {list(shape)}{alone}")
+        matches = len(x.shape) == len(wanted)
+        for n, size in zip(x.shape, wanted, strict=False):
+            if n != size and (not isinstance(size, str) or n != sizes.setdefault(size, n)):
+                matches = False
+        if not matches:
+            raise RequestError(f"{name}: has shape {list(x.shape)}, the engine takes {list(wanted)}{alone}")
     return sizes
 
 
@@ -136,13 +137,28 @@ class _Buffer:
 
     spec: Mapping[str, Any]
     host: NDArray[np.uint8]
+    host_address: int
     address: int
+    fixed_bytes: int
+    symbols: tuple[str, ...]
+
+    @classmethod
+    def make(cls, spec: Mapping[str, Any], largest: Mapping[str, int], device: Device, owned: Owned) -> _Buffer:
+        """Memory for an input or output as large as it gets."""
+        symbols = tuple(n for n in spec["shape"] if isinstance(n, str))
+        fixed = math.prod(n for n in spec["shape"] if not isinstance(n, str)) * ITEM_BYTES[spec["dtype"]]
+        size = fixed * math.prod(largest[n] for n in symbols)
+        host = device.pinned(owned, size)
+        return cls(spec, host, host.ctypes.data, device.memory(owned, size), fixed, symbols)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         return _shape(self.spec, sizes)
 
     def bytes(self, sizes: Mapping[str, int]) -> int:
-        return _bytes(self.spec, sizes)
+        size = self.fixed_bytes
+        for symbol in self.symbols:
+            size *= sizes[symbol]
+        return size
 
     def values(self, sizes: Mapping[str, int]) -> Array:
         """The host side as an array."""
@@ -207,9 +223,7 @@ class TensorRTEngine:
         largest = {d: max(p[d][2] for p in entry["profiles"] if d in p) for p in entry["profiles"] for d in p}
         self._buffers: dict[str, _Buffer] = {}
         for spec in (*entry["inputs"], *entry["outputs"]):
-            size = _bytes(spec, largest)
-            host, address = device.pinned(self._owned, size), device.memory(self._owned, size)
-            self._buffers[spec["name"]] = _Buffer(spec, host, address)
+            self._buffers[spec["name"]] = _Buffer.make(spec, largest, device, self._owned)
         device.reserve(int(engine.device_memory_size_v2))
         self._scratch = device.scratch
         self._context, self._profile = self._new_context(native=flavour.graphs == "native" and graphs > 0), 0
@@ -274,14 +288,16 @@ class TensorRTEngine:
         for spec in self._entry["inputs"]:
             name, buffer = spec["name"], self._buffers[spec["name"]]
             x, size = inputs[name], buffer.bytes(sizes)
+            given = x.nbytes
             if isinstance(x, DeviceArray):
-                if x.nbytes:
-                    device.copy(buffer.address, x.address, x.nbytes)
-                if rest := size - x.nbytes:
-                    device.call("cudaMemsetAsync", buffer.address + x.nbytes, 0, rest, device.stream)
+                if given:
+                    device.copy(buffer.address, x.address, given)
+                if given < size:
+                    device.call("cudaMemsetAsync", buffer.address + given, 0, size - given, device.stream)
             else:
-                buffer.host[x.nbytes : size] = 0
-                buffer.host[: x.nbytes] = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+                buffer.host[:given] = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+                if given < size:
+                    buffer.host[given:size] = 0
                 staged.append(name)
         return tuple(staged)
 
@@ -332,13 +348,13 @@ class TensorRTEngine:
         device, kind = self._device, self._device.cuda.cudaMemcpyKind
         for name in staged:
             b = self._buffers[name]
-            to_device = (b.address, b.host.ctypes.data, b.bytes(sizes), kind.cudaMemcpyHostToDevice, device.stream)
+            to_device = (b.address, b.host_address, b.bytes(sizes), kind.cudaMemcpyHostToDevice, device.stream)
             device.call("cudaMemcpyAsync", *to_device)
         if not context.execute_async_v3(device.stream):
             raise EngineError(f"{self.name} failed: {' '.join(self._said[-1:])[:300] or 'no reason given'}")
         for name in self._fetched:
             b = self._buffers[name]
-            to_host = (b.host.ctypes.data, b.address, b.bytes(sizes), kind.cudaMemcpyDeviceToHost, device.stream)
+            to_host = (b.host_address, b.address, b.bytes(sizes), kind.cudaMemcpyDeviceToHost, device.stream)
             device.call("cudaMemcpyAsync", *to_host)
 
     def _capture(self, key: _Key, profile: int, sizes: Mapping[str, int], staged: Sequence[str]) -> None:
@@ -379,10 +395,6 @@ def _rows(spec: Mapping[str, Any], sizes: Mapping[str, int]) -> int | None:
 
 def _shape(spec: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(sizes[n] if isinstance(n, str) else n for n in spec["shape"])
-
-
-def _bytes(spec: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
-    return math.prod(_shape(spec, sizes)) * ITEM_BYTES[spec["dtype"]]
 
 
 def _logger(trt: Any, said: list[str]) -> Any:
