@@ -82,7 +82,9 @@ Engines make_tensorrt_engines(const std::shared_ptr<const Bundle>& bundle, const
   const auto create = [](nvinfer1::ILogger& log) {
     return static_cast<nvinfer1::IRuntime*>(TensorRt::get().create_runtime(&log, NV_TENSORRT_VERSION));
   };
-  return make_tensorrt_pair<Nvidia>(bundle, choice, cuda(), create, {cuda_graphs, Replays{}.most_copied});
+  Replays replays;
+  replays.graphs = cuda_graphs;
+  return make_tensorrt_pair<Nvidia>(bundle, choice, cuda(), create, replays);
 }
 
 }  // namespace stca::core

@@ -16,6 +16,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <list>
 #include <mutex>
@@ -33,6 +34,9 @@ namespace stca::core {
 struct Replays {
   int graphs = 16;                     ///< most to keep; none from 0 down
   std::size_t most_copied = 64 << 20;  ///< most bytes of a run's states that are worth copying for a replay
+  /// A recording takes many times a run. So one takes another's place only when that was not used in so many runs, or
+  /// traffic of a few more shapes than graphs would record all the time.
+  std::uint64_t patience = 1000;
 };
 
 /// See tensorrt_interface.hpp for `Trt`.
@@ -47,7 +51,7 @@ class TensorRtEngine final : public Engine {
         entry_(entry),
         device_(std::move(device)),
         graphs_(static_cast<std::size_t>(std::max(replays.graphs, 0))),
-        most_copied_(replays.most_copied) {
+        limits_(replays) {
     check_sizes(entry_);
     const std::string plan = read_plan(*bundle_, entry_);
     const GpuScope scope = device_->use();
@@ -137,6 +141,7 @@ class TensorRtEngine final : public Engine {
   /// A CUDA graph and the context it was recorded from. The graph goes first.
   struct Replay {
     Key key;
+    std::uint64_t used;  // in which run, last
     std::unique_ptr<Context> context;
     Device::Recording graph;
   };
@@ -145,6 +150,7 @@ class TensorRtEngine final : public Engine {
     Key key{profile};
     for (const auto& [symbol, size] : sizes) key.push_back(size);
     use_scratch();
+    ++runs_;
     std::vector<Array> outputs;
     for (std::size_t i = 0; i < entry_.spec.outputs.size(); ++i) {
       Memory& memory = output(i).state ? *device_ : Memory::host();
@@ -167,7 +173,9 @@ class TensorRtEngine final : public Engine {
     for (std::size_t i = 0; i < outputs.size(); ++i) {
       if (!output(i).state) std::memcpy(written(outputs[i]), output(i).host.memory.get(), outputs[i].bytes());
     }
-    if (replay == nullptr && worth_copying(sizes) && came_before(key)) record(std::move(key), inputs, sizes, profile);
+    if (replay == nullptr && room() && worth_copying(sizes) && came_before(key)) {
+      record(std::move(key), inputs, sizes, profile);
+    }
     return outputs;
   }
 
@@ -214,7 +222,7 @@ class TensorRtEngine final : public Engine {
       enqueue(*context, sizes, stream);  // what a context does on its first run only must not be recorded
       device_->synchronize(stream);
       Device::Recording graph = device_->record([&] { enqueue(*context, sizes, stream); });
-      replays_.push_front({std::move(key), std::move(context), std::move(graph)});
+      replays_.push_front({std::move(key), runs_, std::move(context), std::move(graph)});
     } catch (const std::exception&) {
       settle(device_->recording_stream());
       graphs_ = 0;
@@ -265,12 +273,17 @@ class TensorRtEngine final : public Engine {
     const auto found = std::find_if(replays_.begin(), replays_.end(), [&](const Replay& r) { return r.key == key; });
     if (found == replays_.end()) return nullptr;
     replays_.splice(replays_.begin(), replays_, found);
+    replays_.front().used = runs_;
     return &replays_.front();
+  }
+
+  /// Whether a graph may be recorded, in place of the one that was not used for longest if need be.
+  bool room() const {
+    return replays_.size() < graphs_ || (graphs_ > 0 && runs_ - replays_.back().used > limits_.patience);
   }
 
   /// Whether a shape was met lately; it is remembered, and told once. Shapes that come once push out no graph.
   bool came_before(const Key& key) {
-    if (graphs_ == 0) return false;
     const auto found = std::find(seen_.begin(), seen_.end(), key);
     if (found != seen_.end()) {
       seen_.erase(found);
@@ -284,7 +297,7 @@ class TensorRtEngine final : public Engine {
   bool worth_copying(const Sizes& sizes) const {
     std::size_t bytes = 0;
     for (const Buffer& buffer : buffers_) bytes += buffer.state ? bytes_of(*buffer.spec, sizes) : 0;
-    return bytes <= most_copied_;
+    return bytes <= limits_.most_copied;
   }
 
   /// Graphs hold the address of the scratch memory: they go with it, should another engine make it grow.
@@ -398,7 +411,8 @@ class TensorRtEngine final : public Engine {
   void* scratch_ = nullptr;
   int profile_ = -1;
   std::size_t graphs_;
-  const std::size_t most_copied_;
+  const Replays limits_;
+  std::uint64_t runs_ = 0;
   std::list<Replay> replays_;  // the most recently used first
   std::list<Key> seen_;        // shapes that came once, the latest first
 };
