@@ -10,13 +10,10 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stca.bundle import GraphSpec, Manifest, TensorSpec
+from stca.bundle import OFFSETS, TARGETS, TOKENS, USERS, GraphSpec, Manifest, TensorSpec
 from stca.errors import BundleError, RequestError
 
 Array = NDArray[Any]
-
-# Rows of these symbolic sizes can be joined with other requests' rows in a ragged batch.
-TOKENS, TARGETS, USERS, OFFSETS = "N_h", "N_t", "B", "B_plus_1"
 
 
 @dataclass(frozen=True)

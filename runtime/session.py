@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+import sys
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stca.bundle import Bundle, Manifest, StateSpec
+from stca.bundle import TOKENS, USERS, Bundle, Manifest, StateSpec
 from stca.errors import RequestError
 from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, best_engine, open_engines, own_graphs
-from stca.runtime.request import TOKENS, Door, Request, RequestBatch, check_swap
+from stca.runtime.request import Door, Request, RequestBatch, check_swap
 from stca.runtime.state import CacheStats, StateCache, StateKey, UserState
 
 Array = NDArray[Any]
+
+
+# Most history tokens of several users encoded in one run. It is the short histories that gain: a long one keeps every
+# core busy on its own, and several long ones no longer fit the caches. `benchmarks/misses.py` measures it.
+_TOKENS_TOGETHER: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -55,42 +61,77 @@ class _Model:
     def key(self, user: Hashable, version: Hashable) -> StateKey:
         return StateKey(user, version, self.manifest.weights, self.format)
 
-    def encode(self, arrays: Mapping[str, Array]) -> UserState:
-        """Run the user encoder on one user's admitted inputs."""
-        wanted = [s.name for s in self.manifest.graphs["user_encoder"].inputs]
-        out = self.encoder.run({name: arrays[name] for name in wanted})
-        rows = [len(arrays[n]) for n in self.door.names("user") if self.door.inputs[n].shape[:1] == (TOKENS,)]
-        return UserState(out, rows[0] if rows else 0)
+    def encode(self, users: Sequence[Mapping[str, Array]]) -> list[UserState]:
+        """Run the user encoder on users' admitted inputs, on those with short histories together."""
+        per_token = [n for n in self.door.names("user") if self.door.inputs[n].shape[:1] == (TOKENS,)]
+        tokens = [len(arrays[per_token[0]]) if per_token else 0 for arrays in users]
+        parted = all(self._is_offsets(s) or s.shape[:1] in ((TOKENS,), (USERS,)) for s in self.manifest.state)
+        most = self._most_requests("user_encoder") if parted else 1
+        states: list[UserState] = []
+        for run in _runs(tokens, most, _TOKENS_TOGETHER):
+            states += self._encode(users[run], tokens[run])
+        return states
+
+    def _encode(self, users: Sequence[Mapping[str, Array]], tokens: Sequence[int]) -> list[UserState]:
+        feeds = self._pack(users)
+        out = self.encoder.run({s.name: feeds[s.name] for s in self.manifest.graphs["user_encoder"].inputs})
+        if len(users) == 1:
+            return [UserState(out, tokens[0])]
+        ends = np.cumsum(tokens)
+        return [
+            UserState({s.name: self._part(s, out[s.name], i, end - n, end) for s in self.manifest.state}, n)
+            for i, (n, end) in enumerate(zip(tokens, ends.tolist(), strict=True))
+        ]
+
+    def _part(self, spec: StateSpec, rows: Array, user: int, begin: int, end: int) -> Array:
+        """One user's rows of a state tensor of several, copied: a view would keep all of them alive, uncounted."""
+        if self._is_offsets(spec):
+            return np.array([0, end - begin], spec.dtype)
+        return rows[begin:end].copy() if spec.shape[:1] == (TOKENS,) else rows[user : user + 1].copy()
 
     def score(self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]]) -> list[Array]:
-        """Run the target scorer once for several users; `rows` are their request and target inputs."""
-        if len(states) > 1 and self.choice.entries.get("target_scorer", {}).get("requests") == 1:
-            return [self.score([state], [row])[0] for state, row in zip(states, rows, strict=True)]
+        """Run the target scorer for several users, all at once where it can; `rows` are their request and target
+        inputs.
+        """
+        scores: list[Array] = []
+        for run in _runs([0] * len(states), self._most_requests("target_scorer"), 0):
+            scores += self._score(states[run], rows[run])
+        return scores
+
+    def _score(self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]]) -> list[Array]:
+        feeds = self._pack(rows)
         if len(states) == 1:
-            feeds = {**rows[0], **states[0].tensors}
+            feeds |= states[0].tensors
         else:
             tokens = np.cumsum([0, *(s.tokens for s in states)])
-            feeds = {
-                spec.name: self._join(spec, [s.tensors[spec.name] for s in states], tokens)
-                for spec in self.manifest.state
-            }
-            for name in rows[0]:
-                if name in self.door.offsets:
-                    feeds[name] = np.cumsum([0, *(r[name][-1] for r in rows)]).astype(rows[0][name].dtype)
-                else:
-                    feeds[name] = np.concatenate([r[name] for r in rows])
-        wanted = [s.name for s in self.manifest.graphs["target_scorer"].inputs]
-        outputs = self.scorer.run({name: feeds[name] for name in wanted})
+            for spec in self.manifest.state:
+                joined = [s.tensors[spec.name] for s in states]
+                feeds[spec.name] = tokens.astype(spec.dtype) if self._is_offsets(spec) else np.concatenate(joined)
+        outputs = self.scorer.run({s.name: feeds[s.name] for s in self.manifest.graphs["target_scorer"].inputs})
         scores = scores_of([outputs[s.name] for s in self.manifest.graphs["target_scorer"].outputs])
         if len(states) == 1:
             return [scores]
         targets = next(n for n, s in self.door.offsets.items() if s.scope == "target")
         return np.split(scores, np.cumsum([r[targets][-1] for r in rows])[:-1])
 
-    def _join(self, spec: StateSpec, parts: Sequence[Array], tokens: Array) -> Array:
-        if spec.input in self.door.offsets:
-            return tokens.astype(spec.dtype)
-        return np.concatenate(parts)
+    def _most_requests(self, half: str) -> int:
+        """Most requests of one run of a half's engine."""
+        return self.choice.entries.get(half, {}).get("requests") or sys.maxsize
+
+    def _pack(self, rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+        """Admitted inputs of several requests as one ragged batch."""
+        if len(rows) == 1:
+            return dict(rows[0])
+        return {
+            name: np.cumsum([0, *(r[name][-1] for r in rows)]).astype(first.dtype)
+            if name in self.door.offsets
+            else np.concatenate([r[name] for r in rows])
+            for name, first in rows[0].items()
+        }
+
+    def _is_offsets(self, spec: StateSpec) -> bool:
+        """Whether a state tensor says where each user's tokens begin: then it is made anew, not cut or joined."""
+        return spec.input in self.door.offsets
 
     def extend(self, old: UserState, new: UserState) -> UserState:
         """The state of both histories one after the other, its oldest tokens dropped beyond the window."""
@@ -98,7 +139,7 @@ class _Model:
         kept = min(total, self.manifest.max_history or total)
         tensors = dict(old.tensors)
         for spec in self.manifest.state:
-            if spec.input in self.door.offsets:
+            if self._is_offsets(spec):
                 tensors[spec.name] = np.array([0, kept], dtype=spec.dtype)
             elif spec.shape[:1] == (TOKENS,):
                 joined = [old.tensors[spec.name], new.tensors[spec.name]]
@@ -107,6 +148,10 @@ class _Model:
                 joined = [joined[0][dropped:], joined[1][max(0, dropped - old.tokens) :]]
                 tensors[spec.name] = np.concatenate(joined)
         return UserState(tensors, kept)
+
+
+# Of a request: its key, its kept state, and its admitted user inputs where there is none.
+_Found: TypeAlias = tuple[StateKey | None, UserState | None, Mapping[str, Array] | None]
 
 
 class Session:
@@ -160,8 +205,7 @@ class Session:
         requests = model.door.unpack(request) if isinstance(request, RequestBatch) else [request]
         rows = [model.door.admit(_without(r.inputs, model.door.names("user")), "request", "target") for r in requests]
         looked_up = [self._look_up(model, r) for r in requests]
-        fresh: dict[StateKey, UserState] = {}  # a user with several requests in the batch is encoded once
-        states = [held or self._encode(model, key, arrays, fresh) for key, held, arrays in looked_up]
+        states = self._states(model, looked_up)
         if not requests:
             specs = model.manifest.graphs["request"].outputs
             return scores_of([np.zeros((0, *(n for n in s.shape if isinstance(n, int))), s.dtype) for s in specs])
@@ -203,7 +247,7 @@ class Session:
             return True  # the same call again, after a timeout perhaps: its events are in
         if after is not None and held[0].version != after:
             return False
-        state = model.extend(held[1], model.encode(arrays))
+        state = model.extend(held[1], model.encode([arrays])[0])
         return model is self._model and self._cache.put(model.key(user, version), state, instead_of=held[1])
 
     def forget(self, user: Hashable) -> bool:
@@ -245,9 +289,7 @@ class Session:
         """What the state cache holds and did."""
         return self._cache.stats()
 
-    def _look_up(
-        self, model: _Model, request: Request
-    ) -> tuple[StateKey | None, UserState | None, Mapping[str, Array] | None]:
+    def _look_up(self, model: _Model, request: Request) -> _Found:
         """Key, kept state, and admitted user inputs where there is no such state."""
         user_names = model.door.names("user")
         sent = {n: x for n, x in request.inputs.items() if n in user_names}
@@ -266,22 +308,31 @@ class Session:
         key = model.key(request.user, model.door.digest(arrays))
         return key, self._cache.get(key), arrays
 
-    def _encode(
-        self,
-        model: _Model,
-        key: StateKey | None,
-        arrays: Mapping[str, Array] | None,
-        fresh: dict[StateKey, UserState],
-    ) -> UserState:
-        if key in fresh:
-            return fresh[key]
-        assert arrays is not None
-        state = model.encode(arrays)
-        if key is not None:
-            fresh[key] = state
-            if model is self._model:  # after a swap, the state of an old model would only be in the way
-                self._cache.put(key, state)
-        return state
+    def _states(self, model: _Model, found: Sequence[_Found]) -> list[UserState]:
+        """Of each request, the kept state or a new one; a user with several requests in the batch is encoded once."""
+        missing: dict[StateKey | int, Mapping[str, Array]] = {}
+        for place, (key, held, arrays) in enumerate(found):
+            if held is None:
+                assert arrays is not None
+                missing.setdefault(place if key is None else key, arrays)
+        fresh = dict(zip(missing, model.encode(list(missing.values())), strict=True))
+        if model is self._model:  # after a swap, the state of an old model would only be in the way
+            for name, state in fresh.items():
+                if isinstance(name, StateKey):
+                    self._cache.put(name, state)
+        return [held or fresh[place if key is None else key] for place, (key, held, _) in enumerate(found)]
+
+
+def _runs(tokens: Sequence[int], most: int, most_tokens: int) -> Iterator[slice]:
+    """Neighbours that go through an engine together: at most so many, with so many tokens in all or alone."""
+    begin = total = 0
+    for i, n in enumerate(tokens):
+        if i > begin and (i - begin >= most or total + n > most_tokens):
+            yield slice(begin, i)
+            begin, total = i, 0
+        total += n
+    if begin < len(tokens):
+        yield slice(begin, len(tokens))
 
 
 def _key(user: Hashable, version: Hashable) -> tuple[Hashable, Hashable]:

@@ -1,6 +1,7 @@
 #include "session.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <optional>
 #include <utility>
@@ -9,6 +10,9 @@
 
 namespace stca::core {
 namespace {
+
+/// Most history tokens of several users encoded in one run; session.py says why.
+constexpr std::int64_t tokens_together = 1024;
 
 /// States of one text, and of equal weights, can take each other's place: the same tensors, computed by the same graph
 /// in the same kind of engine, for the same window.
@@ -92,6 +96,12 @@ Model::Model(std::shared_ptr<const Bundle> bundle, const Options& options)
     fail(STCA_BUILD_ERROR, engines_.encoder->name(), " and ", engines_.scorer->name(),
          " keep states in different memories; run both halves on one engine");
   }
+  const auto most = [](const Engine& engine) {
+    const std::int64_t limit = engine.max_requests();
+    return limit > 0 ? static_cast<std::size_t>(limit) : std::numeric_limits<std::size_t>::max();
+  };
+  encoded_together_ = most(*engines_.encoder);
+  scored_together_ = most(*engines_.scorer);
   state_kind_ =
       std::make_shared<StateKind>(StateKind{manifest().weights, layout(state_, manifest(), *engines_.encoder)});
 }
@@ -133,22 +143,56 @@ void Model::check_output(const Engine& engine, std::size_t index, const Array& o
   }
 }
 
-StateCache::State Model::encode(const Row& row) const {
+std::vector<StateCache::State> Model::encode(const std::vector<Row>& rows) const {
+  std::vector<StateCache::State> states;
+  std::vector<Row> run;
+  std::int64_t tokens = 0;
+  for (const Row& row : rows) {
+    if (!run.empty() && (run.size() == encoded_together_ || tokens + row.tokens > tokens_together)) {
+      encode_together(run, states);
+      run.clear();
+      tokens = 0;
+    }
+    run.push_back(row);
+    tokens += std::max<std::int64_t>(row.tokens, 0);
+  }
+  if (!run.empty()) encode_together(run, states);
+  return states;
+}
+
+void Model::encode_together(const std::vector<Row>& rows, std::vector<StateCache::State>& states) const {
+  Row counts;
+  for (const Row& row : rows) {
+    if (row.tokens >= 0) counts.tokens = std::max<std::int64_t>(counts.tokens, 0) + row.tokens;
+  }
   std::vector<Array> feeds;
   feeds.reserve(encoder_inputs_.size());
-  for (const Source& source : encoder_inputs_) {
-    const bool offsets = door_.is_offsets(static_cast<int>(source.index));
-    const std::int64_t tokens = std::max<std::int64_t>(row.tokens, 0);
-    feeds.push_back(offsets ? offsets_array(door_.inputs()[source.index].dtype, {tokens}) : row.arrays[source.index]);
-  }
+  for (const Source& source : encoder_inputs_) feeds.push_back(door_.pack(rows, static_cast<int>(source.index)));
   const std::vector<Array> outputs = engines_.encoder->run(feeds);
-  auto state = std::make_shared<UserState>();
-  state->tokens = std::max<std::int64_t>(row.tokens, 0);
+  const auto users = static_cast<std::int64_t>(rows.size());
   for (std::size_t i : state_outputs_) {
-    check_output(*engines_.encoder, i, outputs[i], row, door_.ragged() ? 1 : -1);
-    state->tensors.push_back(outputs[i]);
+    check_output(*engines_.encoder, i, outputs[i], counts, door_.ragged() ? users : -1);
   }
-  return state;
+  std::int64_t begin = 0;
+  for (std::int64_t user = 0; user < users; ++user) {
+    auto state = std::make_shared<UserState>();
+    state->tokens = std::max<std::int64_t>(rows[static_cast<std::size_t>(user)].tokens, 0);
+    const std::int64_t end = begin + state->tokens;
+    for (std::size_t i = 0; i < state_.size(); ++i) {
+      const Array& all = outputs[state_outputs_[i]];
+      if (users == 1) {
+        state->tensors.push_back(all);
+      } else if (is_offsets(i)) {
+        state->tensors.push_back(offsets_array(state_[i].dtype, {state->tokens}));
+      } else {  // copied: a view would keep all of them alive, uncounted
+        const bool per_token = state_[i].rows_are(tokens_symbol);
+        const Array part = core::rows(all, per_token ? begin : user, per_token ? end : user + 1);
+        state->tensors.push_back(concatenate(engines_.encoder->memory(), state_[i].name, {&part}));
+      }
+    }
+    begin = end;
+    states.push_back(std::move(state));
+  }
 }
 
 Array Model::join(std::size_t index, const std::vector<StateCache::State>& states) const {
@@ -164,8 +208,8 @@ Array Model::join(std::size_t index, const std::vector<StateCache::State>& state
 }
 
 Array Model::score(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const {
-  const auto limit = static_cast<std::size_t>(engines_.scorer->max_requests());
-  if (limit == 0 || rows.size() <= limit) return score_together(states, rows);
+  const std::size_t limit = scored_together_;
+  if (rows.size() <= limit) return score_together(states, rows);
   std::vector<Array> scores;
   for (std::size_t i = 0; i < rows.size(); i += limit) {
     const auto part = [&](const auto& all) {
@@ -280,15 +324,23 @@ Array Session::score(const Model& model, const std::vector<RequestView>& request
       states[i] = cache_.get(*keys[i]);
     }
   }
-  std::map<std::pair<std::string, std::string>, StateCache::State> fresh;  // a user of several requests is encoded once
+  std::map<std::pair<std::string, std::string>, std::size_t> first;  // a user of several requests is encoded once
+  std::vector<std::size_t> missing, place(requests.size());
+  std::vector<Row> users;
   for (std::size_t i = 0; i < requests.size(); ++i) {
     if (states[i] != nullptr) continue;
-    StateCache::State none, &known = keys[i] ? fresh[{keys[i]->user, keys[i]->version}] : none;
-    if (known == nullptr) {
-      known = model.encode(rows[i]);
-      if (keys[i]) keep(model, std::move(*keys[i]), known);
-    }
-    states[i] = known;
+    place[i] = missing.size();
+    if (keys[i]) place[i] = first.emplace(std::pair{keys[i]->user, keys[i]->version}, missing.size()).first->second;
+    if (place[i] < missing.size()) continue;
+    missing.push_back(i);
+    users.push_back(rows[i]);
+  }
+  const std::vector<StateCache::State> fresh = model.encode(users);
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    if (states[i] == nullptr) states[i] = fresh[place[i]];
+  }
+  for (std::size_t i : missing) {
+    if (keys[i]) keep(model, std::move(*keys[i]), states[i]);
   }
   return model.score(states, rows);
 }

@@ -30,7 +30,9 @@ class Model {
   }
 
   /// Runs the user encoder on one user's admitted inputs.
-  StateCache::State encode(const Row& row) const;
+  StateCache::State encode(const Row& row) const { return encode(std::vector<Row>{row})[0]; }
+  /// The same for several users, those with short histories together.
+  std::vector<StateCache::State> encode(const std::vector<Row>& rows) const;
   /// Runs the target scorer for several users, all at once where it can; `rows` hold their request and target inputs.
   Array score(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const;
   /// Scores of no target.
@@ -47,6 +49,7 @@ class Model {
     std::size_t index;
   };
   bool is_offsets(std::size_t state) const;
+  void encode_together(const std::vector<Row>& rows, std::vector<StateCache::State>& states) const;
   Array score_together(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const;
   Array join(std::size_t index, const std::vector<StateCache::State>& states) const;
   void check_output(const Engine& engine, std::size_t index, const Array& output, const Row& counts,
@@ -59,6 +62,7 @@ class Model {
   std::vector<Source> encoder_inputs_, scorer_inputs_;
   std::vector<std::size_t> state_outputs_;  // of each state tensor, which output of the user encoder it is
   std::vector<TensorSpec> state_;           // in the encoder's own types
+  std::size_t encoded_together_, scored_together_;  // most requests of one run of each half
 };
 
 /// Scores targets for users. One session serves many threads.

@@ -15,12 +15,12 @@ from support import tiny
 from support.errors import one_line
 
 from stca import probe
-from stca.bundle import WEIGHTS, Bundle, seal, sha256_of
+from stca.bundle import HALVES, WEIGHTS, Bundle, seal, sha256_of
 from stca.errors import BuildError, BundleError, RequestError
 from stca.export.model import request_inputs
 from stca.export.pipeline import export_module
 from stca.export.to_onnx import RequestModel
-from stca.runtime import Request, RequestBatch, Session
+from stca.runtime import OnnxRuntimeEngine, Request, RequestBatch, Session
 from stca.runtime.session import _Model
 
 FORMS = (("log", "absorbed"), ("log", "projected"), ("delta", "projected"))
@@ -173,8 +173,8 @@ def test_users_of_a_batch_hit_and_miss_side_by_side(session):
     session.score(Request(requests[3], user=3))
     mixed = session.score(RequestBatch(batch, users=[0, 1, None, 3, 4]))
     assert counts(session) == (2, 4)
-    assert np.array_equal(mixed, expected), "where a state comes from changes nothing"
-    assert np.array_equal(session.score(RequestBatch(batch, users=[0, 1, None, 3, 4])), expected)
+    np.testing.assert_allclose(mixed, expected, **ROUNDING)
+    np.testing.assert_allclose(session.score(RequestBatch(batch, users=[0, 1, None, 3, 4])), expected, **ROUNDING)
     assert counts(session) == (6, 4)
 
 
@@ -184,8 +184,63 @@ def test_one_user_twice_in_a_batch(session):
     for requests in ([a, a], [a, b], [b, a]):
         expected = session.score(RequestBatch(packed(session, requests)))
         got = session.score(RequestBatch(packed(session, requests), users=["u", "u"]))
-        assert np.array_equal(got, expected)
+        np.testing.assert_allclose(got, expected, **ROUNDING)
     assert session.stats().users == 1
+
+
+@pytest.fixture
+def encoded(session, monkeypatch):
+    """The history tokens of each user in each run of the user encoder."""
+    encoder, run, runs = session._model.encoder, OnnxRuntimeEngine.run, []
+
+    def watched(self, inputs):
+        if self is encoder:
+            runs.append(np.diff(inputs["history_offsets"]).tolist())
+        return run(self, inputs)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", watched)
+    return runs
+
+
+def test_misses_of_a_batch_are_encoded_together(session, encoded):
+    requests = [ask(session, n, m, i) for i, (n, m) in enumerate(SIZES)]
+    requests += requests[:1]
+    users = [0, 1, None, 3, 4, 0]
+    session.score(Request(requests[3], user=3))
+    scores = session.score(RequestBatch(packed(session, requests), users=users))
+    assert encoded == [[tiny.MAX_HISTORY], [9, 0, 5, 1]], "a hit is not encoded, a user with two requests once"
+    assert counts(session) == (1, 5)
+    for user in (0, 1, 4):  # what is kept is a state of this user alone, as if encoded alone
+        session.score(Request(requests[user], user="alone"))
+        mine, alone = kept(session, user), kept(session, "alone")
+        assert mine.keys() == alone.keys()
+        for name, x in alone.items():
+            assert (mine[name].shape, mine[name].dtype) == (x.shape, x.dtype)
+            np.testing.assert_allclose(mine[name], x, rtol=0, atol=4e-6)
+            assert not isinstance(mine[name].base, np.ndarray), "a view would keep the batch's tensors alive"
+    again = session.score(RequestBatch(packed(session, requests), users=users))
+    np.testing.assert_allclose(again, scores, **ROUNDING)
+    assert session.append(4, events(requests[0], slice(0, 2)), version="longer")
+
+
+def test_long_histories_are_encoded_alone(session, encoded, monkeypatch):
+    monkeypatch.setattr("stca.runtime.session._TOKENS_TOGETHER", 14)
+    sizes = (9, 5, 1, 15, 0, 14, 2, 12)
+    requests = [ask(session, n, 2, i) for i, n in enumerate(sizes)]
+    got = session.score(RequestBatch(packed(session, requests)))
+    assert encoded == [[9, 5], [1], [15], [0, 14], [2, 12]]
+    np.testing.assert_allclose(got, np.concatenate([session.score(Request(r)) for r in requests]), **ROUNDING)
+
+
+@pytest.mark.parametrize(("most", "runs"), [(1, [[9], [5], [1], [0]]), (3, [[9, 5, 1], [0]]), (None, [[9, 5, 1, 0]])])
+def test_an_engine_gets_no_more_requests_than_it_serves(session, encoded, most, runs):
+    model = session._model
+    choice = dataclasses.replace(model.choice, entries={half: {"requests": most} for half in HALVES})
+    session._model = dataclasses.replace(model, choice=choice)
+    requests = [ask(session, n, 2, i) for i, n in enumerate((9, 5, 1, 0))]
+    got = session.score(RequestBatch(packed(session, requests)))
+    assert encoded == runs
+    np.testing.assert_allclose(got, np.concatenate([session.score(Request(r)) for r in requests]), **ROUNDING)
 
 
 def test_a_batch_of_none(session):

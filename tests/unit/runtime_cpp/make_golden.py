@@ -478,9 +478,26 @@ def good_cases() -> list[Any]:
             stats(hits=2, misses=2, users=2, bytes=a.state_bytes() + b.state_bytes()),
         ),
         case(
+            "users encoded together are kept apart",
+            batch(
+                packed([a, empty, b, longer]),
+                [*a.scores(), *empty.scores(), *b.scores(), *longer.scores()],
+                ["ann", "eve", "bob", "cat"],
+                ["v1"] * 4,
+            ),
+            stats(hits=0, misses=4, users=4, bytes=sum(x.state_bytes() for x in (a, empty, b, longer))),
+            *(score(x.rest(), x.scores(), u, "v1") for x, u in ((b, "bob"), (empty, "eve"), (longer, "cat"))),
+            append("ann", events([40, 50], [2, 2]), "v2", True),
+            score(a.rest(), longer.scores(), "ann", "v2"),
+            append("eve", events([], []), "v2", True),
+            score(empty.rest(), empty.scores(), "eve", "v2"),
+        ),
+        case(
             "a user with two requests in a batch",
             batch(packed([a, b, a]), [*a.scores(), *b.scores(), *a.scores()], ["ann", "bob", "ann"], ["v1"] * 3),
             stats(hits=0, misses=3, users=2),
+            score(a.rest(), a.scores(), "ann", "v1"),
+            score(b.rest(), b.scores(), "bob", "v1"),
         ),
         case(
             "a model without offsets and with two outputs",

@@ -97,9 +97,30 @@ TEST(session_scores_several_requests_at_once) {
   CHECK_EQUAL(scores(3, 0), ann.first_score());
   CHECK_EQUAL(scores(5, 0), ann.first_score());
   CHECK_EQUAL(counters.scored, 1);
-  CHECK_EQUAL(counters.encoded, 3);  // ann once, though she has two requests
+  CHECK_EQUAL(counters.encoded, 1);  // together
+  CHECK_EQUAL(counters.users, 3);    // ann once, though she has two requests
   CHECK_EQUAL(session.stats().users, 2u);
   CHECK_EQUAL(session.score(std::vector<stca::Request>{}).targets(), 0u);
+}
+
+TEST(session_encodes_many_users_in_few_runs) {
+  toy::Counters counters;
+  stca::Session session(golden("log"), with(toy::maker(&counters)));
+  std::vector<Log> logs(400);
+  std::vector<stca::Request> requests;
+  for (std::size_t i = 0; i < logs.size(); ++i) {
+    logs[i].items = {static_cast<std::int64_t>(i), 1, 1, 1, 1, 1}, logs[i].actions = {0, 0, 0, 0, 0, 0};
+    requests.push_back({logs[i].all(), std::to_string(i), "v1"});
+  }
+  const stca::Scores scores = session.score(requests);
+  CHECK_EQUAL(counters.encoded, 3);  // of 170 users at most: no more than 1024 tokens
+  CHECK_EQUAL(counters.users, 400);
+  const std::size_t targets = scores.targets() / logs.size();
+  for (std::size_t i = 1; i < logs.size(); ++i) {
+    CHECK_EQUAL(scores(i * targets, 0), scores(0, 0) + static_cast<float>(i));
+    CHECK_EQUAL(session.score(stca::Request{logs[i].rest(), std::to_string(i), "v1"})(0, 0), scores(i * targets, 0));
+  }
+  CHECK_EQUAL(counters.users, 400);
 }
 
 TEST(session_tells_what_the_bundle_takes) {

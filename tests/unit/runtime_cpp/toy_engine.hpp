@@ -33,9 +33,9 @@ class Feeds {
   const stca_tensor *begin_, *end_;
 };
 
-/// Counts what engines ran, for tests that look.
+/// Counts what engines ran, and of how many users, for tests that look.
 struct Counters {
-  int encoded = 0, scored = 0, alive = 0;
+  int encoded = 0, users = 0, scored = 0, alive = 0;
 };
 
 class ToyEngine : public stca::Engine {
@@ -58,6 +58,7 @@ class ToyEngine : public stca::Engine {
     const Feeds feeds(inputs, count);
     const bool encoder = graph_ == "user_encoder";
     if (counters_ != nullptr) ++(encoder ? counters_->encoded : counters_->scored);
+    if (counters_ != nullptr && encoder && ragged_) counters_->users += static_cast<int>(feeds.rows("user_segment"));
     if (ragged_) {
       encoder ? encode(feeds, outputs) : score(feeds, outputs);
     } else {

@@ -1,0 +1,133 @@
+"""What it gains to encode the misses of a batch together, and from which history length on it gains nothing.
+
+    python benchmarks/misses.py --out benchmarks/results/NAME.json
+
+A model of the given size with random weights is exported, and batches of users without a kept state are scored by a
+`Session` on ONNX Runtime, which keeps their states: each user encoded on its own, and together up to several limits on
+the tokens of one run. The ways take turns, so that the machine's drift meets all of them. `together` is the limit that
+`Session` has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import stca.runtime.session
+from stca import probe
+from stca.bench import machine, measure
+from stca.bundle import Bundle
+from stca.export.checkpoint import Checkpoint
+from stca.export.config import Field, StcaConfig
+from stca.export.model import Stca
+from stca.export.pipeline import export_checkpoint
+from stca.runtime import RequestBatch, Session
+from stca.verify import prove
+
+
+def main() -> None:
+    args = _arguments()
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = _export(args, Path(folder))
+        session = Session.load(bundle.path, threads=args.threads, cache_bytes=1 << 40)
+        split = bundle.manifest.split
+        result = {
+            "command": "python benchmarks/" + " ".join([Path(__file__).name, *sys.argv[1:]]),
+            "machine": machine(args.threads),
+            "engines": dict(session.engines),
+            "config": bundle.manifest.model["config"],
+            "mflop_per_token": (split["user_work"] - split["recomputed_work"]) / split["workload"]["N_h"] / 1e6,
+            "state_bytes_per_token": split["bytes_per_token"],
+            "together": stca.runtime.session._TOKENS_TOGETHER,
+            "rows": [_row(session, users, tokens, args) for users, tokens in args.batches],
+        }
+    text = json.dumps(result, indent=1)
+    if args.out:
+        Path(args.out).write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def _arguments() -> argparse.Namespace:
+    def batches(text: str) -> list[tuple[int, int]]:
+        return [(int(users), int(tokens)) for users, _, tokens in (pair.partition("x") for pair in text.split(","))]
+
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--width", type=int, default=256)
+    p.add_argument("--heads", type=int, default=8)
+    p.add_argument("--layers", type=int, default=4)
+    p.add_argument("--ffn-expansion", type=int, default=4)
+    p.add_argument("--form", choices=("projected", "absorbed"), default="projected")
+    p.add_argument("--batches", type=batches, default=batches("32x10,32x50,32x200,16x500,8x1000,4x2000,4x10000"))
+    p.add_argument("--limits", type=lambda s: [int(n) for n in s.split(",")], default=[1024, 2048, 4096, 1 << 30])
+    p.add_argument("--targets", type=int, default=1, help="of each user; one, so that encoding is what is measured")
+    p.add_argument("--rounds", type=int, default=15)
+    p.add_argument("--threads", type=int)
+    p.add_argument("--out")
+    return p.parse_args()
+
+
+def _export(args: argparse.Namespace, folder: Path) -> Bundle:
+    torch.manual_seed(0)
+    category = Field("category", 100)
+    config = StcaConfig(
+        items=10_000,
+        tasks=("finish", "like"),
+        history_fields=(Field("action", 4), category),
+        user_fields=(Field("segment", 8),),
+        target_fields=(category,),
+        width=args.width,
+        heads=args.heads,
+        layers=args.layers,
+        ffn_expansion=args.ffn_expansion,
+        max_history=max(tokens for _, tokens in args.batches),
+    )
+    checkpoint = Checkpoint(config, Stca(config).state_dict())
+    return export_checkpoint(checkpoint, folder / "bundle", form=args.form, prove=prove)
+
+
+def _row(session: Session, users: int, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Best time of each way, and how many times as fast it is as one user at a time.
+
+    The best of many rounds, because what else runs on the machine only ever adds time.
+    """
+    specs, rng = session.manifest.graphs["request"].inputs, np.random.default_rng(0)
+    inputs = probe.pack(specs, [probe.single(specs, tokens, args.targets, rng) for _ in range(users)])
+    batch = RequestBatch(inputs, users=range(users), versions=[0] * users)
+
+    def score(limit: int) -> None:
+        stca.runtime.session._TOKENS_TOGETHER = limit  # type: ignore[misc]
+        for user in batch.users:
+            session.forget(user)
+        session.score(batch)
+
+    own = stca.runtime.session._TOKENS_TOGETHER
+    limits = {0: "one at a time", **{n: f"up to {n} tokens" for n in args.limits}}
+    times: dict[int, list[float]] = {limit: [] for limit in limits}
+    for _ in range(args.rounds):
+        for limit, ts in times.items():
+            ts.extend(measure(lambda limit=limit: score(limit), 0.0, least=1))  # type: ignore[misc]
+    stca.runtime.session._TOKENS_TOGETHER = own  # type: ignore[misc]
+    best = {name: min(times[limit]) * 1e3 for limit, name in limits.items()}
+    median = {name: float(np.median(times[limit])) * 1e3 for limit, name in limits.items()}
+    alone = best["one at a time"]
+    print(f"{users} x {tokens}: {', '.join(f'{n} {alone / t:.2f}' for n, t in best.items())}", file=sys.stderr)
+    return {
+        "users": users,
+        "tokens": tokens,
+        "rounds": args.rounds,
+        "best_ms": best,
+        "p50_ms": median,
+        "times_as_fast": {name: alone / t for name, t in best.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()
