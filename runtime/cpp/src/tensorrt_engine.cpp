@@ -79,8 +79,11 @@ Machine tensorrt_machine() {
 }
 
 Engines make_tensorrt_engines(const std::shared_ptr<const Bundle>& bundle, const Choice& choice, int cuda_graphs) {
-  const auto create = [](nvinfer1::ILogger& log) {
-    return static_cast<nvinfer1::IRuntime*>(TensorRt::get().create_runtime(&log, NV_TENSORRT_VERSION));
+  const auto create = [](nvinfer1::ILogger& log) -> nvinfer1::IRuntime* {
+    void* runtime = TensorRt::get().create_runtime(&log, NV_TENSORRT_VERSION);
+    // Where CUDA cannot be started, 11.4 gives 0x228 and not null.
+    if (reinterpret_cast<std::uintptr_t>(runtime) < 4096) return nullptr;
+    return static_cast<nvinfer1::IRuntime*>(runtime);
   };
   Replays replays;
   replays.graphs = cuda_graphs;

@@ -56,7 +56,7 @@ class TensorRtEngine final : public Engine {
     const std::string plan = read_plan(*bundle_, entry_);
     const GpuScope scope = device_->use();
     runtime_.reset(create(log_));
-    if (runtime_ == nullptr) refuse();
+    if (runtime_ == nullptr) fail(STCA_BUILD_ERROR, "TensorRT cannot start: ", log_.take());
     engine_.reset(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
     if (engine_ == nullptr) refuse();
     if (const std::string why = difference<Trt>(*engine_, entry_); !why.empty()) {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
+import importlib.util
 import json
 import os
 import random
@@ -44,8 +46,9 @@ def command(*arguments: str | Path, **options: Any) -> str:
     done = subprocess.run(
         list(map(str, arguments)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280, **options
     )
-    assert done.returncode == 0, f"{' '.join(map(str, arguments))}\n{done.stdout[-5000:]}"
-    return done.stdout
+    output: str = done.stdout
+    assert done.returncode == 0, f"{' '.join(map(str, arguments))}\n{output[-5000:]}"
+    return output
 
 
 def configure(source: Path, build: Path, *settings: str) -> None:
@@ -315,6 +318,29 @@ def test_serves_on_onnxruntime_where_no_plan_runs(build: Path, onnxruntime_libra
     output = command(build / "tests" / "stca_tests", "choice_falls_back", env=environment)
     print(output)
     assert "(CPU), passed over: tensorrt bf16 for SM 1: t" in output  # there is no GPU, or this GPU is another
+
+
+def test_plans_go_to_the_real_library(build: Path, tmp_path: Path) -> None:
+    """NVIDIA's lean runtime; without a GPU it says that it cannot start, and what it says is in the error."""
+    if not os.environ.get("TENSORRT_INCLUDE_DIR"):
+        pytest.skip("needs TENSORRT_INCLUDE_DIR, the folder of NvInferRuntime.h, which no wheel carries")
+    lean = importlib.util.find_spec("tensorrt_lean_libs")
+    found = (
+        sorted(Path(p) for folder in lean.submodule_search_locations or () for p in Path(folder).glob("*lean.so.*"))
+        if lean
+        else []
+    )
+    if not found:
+        pytest.skip("needs TensorRT's lean runtime: pip install tensorrt-lean-cu13-libs")
+    cudart = tmp_path / "libcudart.so"
+    command("cc", "-std=c99", "-Wall", "-Wextra", "-shared", "-fPIC", "-o", cudart, HERE / "stand_in_cudart.c")
+    environment = {**os.environ, "STCA_TENSORRT_LIBRARY": str(found[0]), "STCA_CUDART_LIBRARY": str(cudart)}
+    output = command(build / "tests" / "stca_tests", "choice_hands_plans", env=environment)
+    print(output)
+    assert f"SM 90, TensorRT {importlib.metadata.version('tensorrt-lean-cu13-libs')}\n" in output
+    assert re.search(
+        "^(TensorRT cannot start|user_encoder.fp32.plan cannot be loaded): .*Error Code", output, re.MULTILINE
+    )
 
 
 def test_golden_requests_on_onnxruntime(build: Path, onnxruntime_library: Path) -> None:

@@ -8,6 +8,7 @@
 #include "engine.hpp"
 #include "error.hpp"
 #include "json.hpp"
+#include "sha256.hpp"
 
 using namespace stca::core;
 
@@ -120,6 +121,35 @@ TEST(choice_falls_back_to_onnxruntime) {
     std::cout << engines.scorer->name() << ", passed over: " << engines.passed_over << "\n";
   } catch (const Error& e) {  // no ONNX Runtime either
     CHECK(check::contains(e.what(), "; passed over were " + pair));
+  }
+}
+#endif
+
+#ifdef STCA_WITH_TENSORRT
+TEST(choice_hands_plans_to_the_real_library) {
+  if (std::getenv("STCA_TENSORRT_LIBRARY") == nullptr || std::getenv("STCA_CUDART_LIBRARY") == nullptr) return;
+  const Machine machine = tensorrt_machine();
+  std::cout << "SM " << machine.sm << ", TensorRT " << machine.tensorrt << machine.no_tensorrt << "\n";
+  const check::TemporaryFolder folder;
+  auto bundle = std::make_shared<Bundle>(*Bundle::load(STCA_GOLDEN "/log"));
+  bundle->path = folder.path();
+  for (const char* half : {"user_encoder", "target_scorer"}) {
+    EngineEntry entry = plan(half, "fp32", machine.sm);
+    entry.version = machine.tensorrt, entry.spec = bundle->manifest.graph(half);
+    entry.profiles = {{{"N_h", {1, 6}}, {"N_t", {1, 8}}, {"B", {1, 3}}, {"B_plus_1", {2, 4}}}};
+    const std::string bytes = "no plan at all";
+    std::ofstream(folder.path() / entry.file) << bytes;
+    Sha256 digest;
+    digest.update(bytes);
+    bundle->manifest.files[entry.file] = {static_cast<std::int64_t>(bytes.size()), digest.hex()};
+    bundle->manifest.engines.push_back(entry);
+  }
+  try {
+    make_engines(bundle, {});
+    CHECK(!"loaded what is no plan");
+  } catch (const Error& e) {
+    CHECK_EQUAL(e.code, STCA_BUILD_ERROR);
+    std::cout << e.what() << "\n";
   }
 }
 #endif
