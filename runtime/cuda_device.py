@@ -202,3 +202,24 @@ def join_on_device(parts: Sequence[DeviceArray]) -> DeviceArray:
                 device.copy(at, part.address, part.nbytes)
             at += part.nbytes
     return joined
+
+
+_shared: weakref.ref[Device] | None = None
+_making = threading.Lock()
+
+
+def shared_device() -> Device:
+    """The device of all sessions of this process, for as long as an engine or a state is on it.
+
+    A swap would otherwise need scratch memory for two bundles, and states that outlive one would keep both.
+
+    Raises:
+        BuildError: as `Device`.
+    """
+    global _shared
+    with _making:
+        device = _shared() if _shared is not None else None
+        if device is None:
+            device = Device()
+            _shared = weakref.ref(device)
+        return device

@@ -22,8 +22,12 @@ class Engine(Protocol):
     name: str
     outputs: tuple[str, ...]
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name; `inputs` has exactly the graph's inputs, as contiguous arrays of their dtypes."""
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs by name; `inputs` has exactly the graph's inputs, as contiguous arrays of their dtypes.
+
+        All are numpy's, but for a state's tensors: those may be of a kind that the two halves' engines share, see
+        `stca.runtime.state.StateArray`.
+        """
         ...
 
 

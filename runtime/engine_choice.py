@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from stca.bundle import Bundle, Manifest
+from stca.bundle import TOKENS, Bundle, Manifest
 from stca.errors import BuildError
 from stca.runtime.engine import Engine, OnnxRuntimeEngine
 from stca.tensorrt_flavours import FLAVOURS, installed_version
@@ -147,11 +147,13 @@ def open_engines(bundle: Bundle, choice: Choice, *, threads: int | None = None) 
                 bundle.path / entry["file"], threads=threads, providers=(entry["provider"],)
             )
         else:
-            from stca.runtime.cuda_device import Device
+            from stca.runtime.cuda_device import shared_device
             from stca.runtime.tensorrt_engine import TensorRTEngine
 
-            device = device or Device()
-            engines[half] = TensorRTEngine(bundle.path / entry["file"], entry, device)
+            device = device or shared_device()
+            tokens = [s.name for s in bundle.manifest.state if s.shape[:1] == (TOKENS,)]
+            keep = tokens if half == "user_encoder" else ()
+            engines[half] = TensorRTEngine(bundle.path / entry["file"], entry, device, keep=keep)
     return engines
 
 

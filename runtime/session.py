@@ -11,12 +11,12 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stca.bundle import TOKENS, USERS, Bundle, Manifest, StateSpec
+from stca.bundle import TARGETS, TOKENS, USERS, Bundle, Manifest, StateSpec
 from stca.errors import RequestError
 from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, best_engine, open_engines, own_graphs
 from stca.runtime.request import Door, Request, RequestBatch, check_swap
-from stca.runtime.state import CacheStats, StateCache, StateKey, UserState
+from stca.runtime.state import CacheStats, StateArray, StateCache, StateKey, UserState, join
 
 Array = NDArray[Any]
 
@@ -65,10 +65,12 @@ class _Model:
         """Run the user encoder on users' admitted inputs, on those with short histories together."""
         per_token = [n for n in self.door.names("user") if self.door.inputs[n].shape[:1] == (TOKENS,)]
         tokens = [len(arrays[per_token[0]]) if per_token else 0 for arrays in users]
-        parted = all(self._is_offsets(s) or s.shape[:1] in ((TOKENS,), (USERS,)) for s in self.manifest.state)
-        most = self._most_requests("user_encoder") if parted else 1
+        limits = self._limits("user_encoder")
+        limits[TOKENS] = min(limits[TOKENS], _TOKENS_TOGETHER)
+        if not all(self._is_offsets(s) or s.shape[:1] in ((TOKENS,), (USERS,)) for s in self.manifest.state):
+            limits[USERS] = 1  # what is neither per token nor per user cannot be parted
         states: list[UserState] = []
-        for run in _runs(tokens, most, _TOKENS_TOGETHER):
+        for run in _runs([{USERS: 1, TOKENS: n} for n in tokens], limits):
             states += self._encode(users[run], tokens[run])
         return states
 
@@ -83,7 +85,7 @@ class _Model:
             for i, (n, end) in enumerate(zip(tokens, ends.tolist(), strict=True))
         ]
 
-    def _part(self, spec: StateSpec, rows: Array, user: int, begin: int, end: int) -> Array:
+    def _part(self, spec: StateSpec, rows: StateArray, user: int, begin: int, end: int) -> StateArray:
         """One user's rows of a state tensor of several, copied: a view would keep all of them alive, uncounted."""
         if self._is_offsets(spec):
             return np.array([0, end - begin], spec.dtype)
@@ -93,20 +95,27 @@ class _Model:
         """Run the target scorer for several users, all at once where it can; `rows` are their request and target
         inputs.
         """
+        if len(states) == 1:
+            return self._score(states, rows)
+        targets = next((n for n, s in self.door.offsets.items() if s.scope == "target"), None)
+        sizes = [
+            {USERS: 1, TOKENS: s.tokens, TARGETS: int(r[targets][-1]) if targets else 0}
+            for s, r in zip(states, rows, strict=True)
+        ]
         scores: list[Array] = []
-        for run in _runs([0] * len(states), self._most_requests("target_scorer"), 0):
+        for run in _runs(sizes, self._limits("target_scorer")):
             scores += self._score(states[run], rows[run])
         return scores
 
     def _score(self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]]) -> list[Array]:
-        feeds = self._pack(rows)
+        feeds: dict[str, StateArray] = {**self._pack(rows)}
         if len(states) == 1:
             feeds |= states[0].tensors
         else:
             tokens = np.cumsum([0, *(s.tokens for s in states)])
             for spec in self.manifest.state:
-                joined = [s.tensors[spec.name] for s in states]
-                feeds[spec.name] = tokens.astype(spec.dtype) if self._is_offsets(spec) else np.concatenate(joined)
+                parts = [s.tensors[spec.name] for s in states]
+                feeds[spec.name] = tokens.astype(spec.dtype) if self._is_offsets(spec) else join(parts)
         outputs = self.scorer.run({s.name: feeds[s.name] for s in self.manifest.graphs["target_scorer"].inputs})
         scores = scores_of([outputs[s.name] for s in self.manifest.graphs["target_scorer"].outputs])
         if len(states) == 1:
@@ -114,9 +123,13 @@ class _Model:
         targets = next(n for n, s in self.door.offsets.items() if s.scope == "target")
         return np.split(scores, np.cumsum([r[targets][-1] for r in rows])[:-1])
 
-    def _most_requests(self, half: str) -> int:
-        """Most requests of one run of a half's engine."""
-        return self.choice.entries.get(half, {}).get("requests") or sys.maxsize
+    def _limits(self, half: str) -> dict[str, int]:
+        """How much one run of a half's engine takes: requests, history tokens, targets."""
+        entry = self.choice.entries.get(half, {})
+        limits = {USERS: entry.get("requests") or sys.maxsize}
+        for dim in (TOKENS, TARGETS):
+            limits[dim] = max((p[dim][2] for p in entry.get("profiles", ()) if dim in p), default=sys.maxsize)
+        return limits
 
     def _pack(self, rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
         """Admitted inputs of several requests as one ragged batch."""
@@ -142,11 +155,10 @@ class _Model:
             if self._is_offsets(spec):
                 tensors[spec.name] = np.array([0, kept], dtype=spec.dtype)
             elif spec.shape[:1] == (TOKENS,):
-                joined = [old.tensors[spec.name], new.tensors[spec.name]]
                 # Slice before joining, so that only what is kept is copied, once.
                 dropped = total - kept
-                joined = [joined[0][dropped:], joined[1][max(0, dropped - old.tokens) :]]
-                tensors[spec.name] = np.concatenate(joined)
+                later = new.tensors[spec.name][max(0, dropped - old.tokens) :]
+                tensors[spec.name] = join([old.tensors[spec.name][dropped:], later])
         return UserState(tensors, kept)
 
 
@@ -323,16 +335,17 @@ class Session:
         return [held or fresh[place if key is None else key] for place, (key, held, _) in enumerate(found)]
 
 
-def _runs(tokens: Sequence[int], most: int, most_tokens: int) -> Iterator[slice]:
-    """Neighbours that go through an engine together: at most so many, with so many tokens in all or alone."""
-    begin = total = 0
-    for i, n in enumerate(tokens):
-        if i > begin and (i - begin >= most or total + n > most_tokens):
+def _runs(sizes: Sequence[Mapping[str, int]], limits: Mapping[str, int]) -> Iterator[slice]:
+    """Neighbours that go through an engine together: as many as the limits let, and at least one."""
+    begin, total = 0, dict.fromkeys(limits, 0)
+    for i, size in enumerate(sizes):
+        if i > begin and any(total[dim] + n > limits[dim] for dim, n in size.items()):
             yield slice(begin, i)
-            begin, total = i, 0
-        total += n
-    if begin < len(tokens):
-        yield slice(begin, len(tokens))
+            begin, total = i, dict.fromkeys(limits, 0)
+        for dim, n in size.items():
+            total[dim] += n
+    if begin < len(sizes):
+        yield slice(begin, len(sizes))
 
 
 def _key(user: Hashable, version: Hashable) -> tuple[Hashable, Hashable]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
+
+from stca.runtime.cuda_device import DeviceArray, join_on_device
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,21 @@ class StateKey:
     format: str
 
 
+# A state's tensors may stay where the encoder's engine computes; those are cut, joined and counted like numpy's.
+StateArray = NDArray[Any] | DeviceArray
+
+
+def join(parts: Sequence[StateArray]) -> StateArray:
+    """Rows of all parts, one part after the other, where they are."""
+    on_host = [x for x in parts if isinstance(x, np.ndarray)]
+    return np.concatenate(on_host) if on_host else join_on_device([x for x in parts if isinstance(x, DeviceArray)])
+
+
 @dataclass(frozen=True)
 class UserState:
     """What the user encoder made of one user: tensors by name, and the number of history tokens in them."""
 
-    tensors: Mapping[str, NDArray[Any]]
+    tensors: Mapping[str, StateArray]
     tokens: int
 
     @property
