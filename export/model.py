@@ -56,15 +56,35 @@ def request_inputs(config: StcaConfig) -> tuple[TensorSpec, ...]:
 def count_reached(values: Tensor, thresholds: Tensor) -> Tensor:
     """How many of `thresholds [K]` each of `values [N]` has reached, int64 `[N]`.
 
-    Buckets and segments are found with integer comparisons alone: a logarithm or a division in floating point rounds
+    Buckets are found with integer comparisons alone: a logarithm or a division in floating point rounds
     differently in each precision, and one token in the wrong bucket is no rounding error.
     """
     return (values.unsqueeze(1) >= thresholds).to(torch.int64).sum(dim=1)
 
 
 def segment_of(rows: int, offsets: Tensor) -> Tensor:
-    """Which request each of `rows` packed rows belongs to, int64 `[rows]`, from offsets `[B + 1]`."""
-    return count_reached(torch.arange(rows, device=offsets.device), offsets[1:].to(torch.int64))
+    """Which request each of `rows` packed rows belongs to, int64 `[rows]`, from offsets `[B + 1]`, in O(rows + B).
+
+    Each request that has rows puts a mark on its first one. The marks up to a row number the request among those that
+    have rows, and a table has its place among all. Requests without rows write behind the rest, each to a place of its
+    own: engines differ on writes to one place, and TensorRT has no scatter that adds them up. Rows that the offsets
+    leave out belong to the last request before them, or to the first.
+
+    B is counted and not asked of a shape: the exporter would ask any input that has it, a target's perhaps, and then
+    the history would depend on the targets.
+    """
+    begins, ends = offsets[:-1].to(torch.int64), offsets[1:].to(torch.int64)
+    row = torch.arange(rows, device=offsets.device)
+    none = ends - ends
+    counted = (none + 1).cumsum(0)
+    requests, request = (none + 1).sum(), counted - 1
+    some = ends > begins
+    number = torch.where(some, some.to(torch.int64).cumsum(0), requests + counted)
+    table = torch.cat([(requests - requests)[None], none, none]).scatter(0, number, request)
+    first = torch.where(some, begins, rows + request)
+    marks = torch.cat([row - row, none]).scatter(0, first, none + 1)
+    # Picked and not cut off: of a cut, the exporter does not see that it has as many rows as there are.
+    return table.index_select(0, marks.cumsum(0).index_select(0, row))
 
 
 class Projection(nn.Module):

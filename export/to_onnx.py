@@ -165,7 +165,8 @@ def _name_sizes(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:
     for info in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dim in info.type.tensor_type.shape.dim:
             if pattern and dim.HasField("dim_param"):
-                dim.dim_param = pattern.sub(lambda m: names[m[1]], dim.dim_param).replace("B_plus_1 - 1", "B")
+                named = pattern.sub(lambda m: names[m[1]], dim.dim_param)
+                dim.dim_param = re.sub(r"(?<!\*)(?<!\* )\bB_plus_1 - 1\b", "B", named)
 
 
 def _name_attention(model: onnx.ModelProto) -> None:

@@ -7,14 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
 from support import tiny
 
 from stca import probe
+from stca.bundle import TensorSpec
 from stca.export.config import StcaConfig
-from stca.export.model import Stca, request_inputs
+from stca.export.cost import Sizes
+from stca.export.model import Stca, request_inputs, segment_of
+from stca.export.to_onnx import RequestModel, to_request_graph
 
 Array = NDArray[Any]
 TIMES, FORMS = ("log", "delta"), ("projected", "absorbed")
@@ -32,6 +40,61 @@ def run(model: Stca, feeds: Mapping[str, Array], call: str = "logits") -> Array:
     with torch.no_grad():
         out: Array = getattr(model, call)({n: torch.from_numpy(x) for n, x in feeds.items()}).numpy()
     return out
+
+
+# --- segments ---------------------------------------------------------------------------------------------------------
+
+LENGTHS = ([3, 4], [5], [0], [0, 0], [], [0, 0, 4, 0, 5, 0, 0], [1] * 9, [0, 7], [7, 0], [2, 0, 0, 0, 3, 1])
+
+
+@given(st.lists(st.integers(0, 4), max_size=12))
+def test_the_request_of_each_row(lengths):
+    offsets = torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+    found = segment_of(int(offsets[-1]), offsets)
+    assert found.dtype == torch.int64
+    assert found.tolist() == np.repeat(np.arange(len(lengths)), lengths).tolist()
+
+
+class OwnRequest(torch.nn.Module):
+    def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        own = segment_of(inputs["item"].shape[0], inputs["offsets"])
+        return inputs["value"].index_select(0, own) + inputs["item"] * 0
+
+
+@pytest.fixture(scope="module")
+def own_request() -> onnx.ModelProto:
+    return to_request_graph(
+        RequestModel(
+            OwnRequest(),
+            (
+                TensorSpec("item", "int64", ("N_h",), "user"),
+                TensorSpec("offsets", "int32", ("B_plus_1",), "user"),
+                TensorSpec("value", "int64", ("B",), "request"),
+            ),
+        )
+    )
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_the_request_of_each_row_in_onnx(own_request, lengths):
+    """In the reference implementation and in ONNX Runtime, no row and no request included."""
+    feeds = {
+        "item": np.zeros(sum(lengths), np.int64),
+        "offsets": np.cumsum([0, *lengths]).astype(np.int32),
+        "value": np.arange(len(lengths)) + 100,
+    }
+    expected = np.repeat(feeds["value"], lengths)
+    session = onnxruntime.InferenceSession(own_request.SerializeToString(), providers=["CPUExecutionProvider"])
+    for run in (session.run, ReferenceEvaluator(own_request).run):
+        assert np.array_equal(run(None, feeds)[0], expected)
+
+
+def test_segments_cost_as_many_operations_as_there_are_rows(own_request):
+    """Not rows times requests: no value of the graph has more elements than rows and requests together, twice."""
+    sizes = Sizes(own_request, {"N_h": 1000, "B": 200, "B_plus_1": 201})
+    assert max(sizes.elements(name) for node in own_request.graph.node for name in node.output) <= 2 * 1200
+    adding = [a for node in own_request.graph.node for a in node.attribute if a.name == "reduction" and a.s != b"none"]
+    assert not adding, "TensorRT has no scatter that adds up"
 
 
 # --- the formulas of arXiv 2511.06077 and 2507.15551, in numpy and integer arithmetic ---------------------------------
