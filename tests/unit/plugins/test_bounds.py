@@ -183,13 +183,25 @@ def test_the_kernel_touches_only_the_tensors(wrong: str, splits: int, interprete
     assert stays_inside(attend(rows(), int32(*structure), splits, interpreter))
 
 
-def test_the_kernel_reads_no_offsets_where_there_is_no_request(interpreter: Interpreter) -> None:
-    tensors, empty = rows(), int32([0], [0], [])
-    step = launch.launches(*tensors, *int32([0, 5], [0, 40], [40]), 0.25, PLAN, torch.empty_like(tensors[0]))[0]
+NO_REQUEST = "    if n_requests == 0:  # then there are no offsets to read\n        return\n"
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_the_kernel_reads_no_offsets_where_there_is_no_request(
+    looks: bool, interpreter: Interpreter, tmp_path: Path
+) -> None:
+    """Where its offsets end lie some that would do, and a kernel that does not look first finds work there."""
+    assert KERNELS.read_text().count(NO_REQUEST) == 1
+    source = tmp_path / "kernels.py"
+    source.write_text(KERNELS.read_text().replace(NO_REQUEST, NO_REQUEST if looks else ""))
+    targets = 40  # more than a tile of rows, or the grid alone says that there is nothing to do
+    tensors = rows(targets)
+    right = int32([0, targets], [0, TOKENS], [TOKENS])
+    step = launch.launches(*tensors, *right, 0.25, PLAN, torch.empty_like(tensors[0]), upcast=True)[0]
     out = guarded(torch.zeros_like(tensors[0]), 7.0)
-    arguments = [*tensors, *(guarded(x, 3) for x in empty), TARGETS, TOKENS, 0, out, None]
-    interpreter.launch("attend_kernel", (4, 2, 1), arguments[:-1], {**step.constants, "UPCAST": True})
-    assert (out == 0).all()
+    arguments = [*tensors, *right, targets, TOKENS, 0, out]
+    interpreter.launch("attend_kernel", step.grid, arguments, step.constants, source)
+    assert bool((out == 0).all()) == looks
 
 
 @pytest.mark.parametrize(
