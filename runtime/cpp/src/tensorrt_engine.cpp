@@ -85,9 +85,9 @@ Engines make_tensorrt_engines(const std::shared_ptr<const Bundle>& bundle, const
     if (reinterpret_cast<std::uintptr_t>(runtime) < 4096) return nullptr;
     return static_cast<nvinfer1::IRuntime*>(runtime);
   };
-  Replays replays;
-  replays.graphs = cuda_graphs;
-  return make_tensorrt_pair<Nvidia>(bundle, choice, cuda(), create, replays);
+  ReplayLimits limits;
+  limits.graphs = cuda_graphs;
+  return make_tensorrt_pair<Nvidia>(bundle, choice, cuda(), create, limits);
 }
 
 }  // namespace stca::core

@@ -10,15 +10,13 @@
 // the exact shape: where no two histories are of one length, little is replayed but appends, full windows and users
 // that come again. States lie wherever the user's memory is and a graph reads and writes one place, so they are copied,
 // within the GPU, before and after it. Read and written at 3 TB/s, 10 000 tokens x d 256 x bf16 are 5 MB and 3.4 us a
-// layer; beyond `most_copied`, 64 MiB and 45 us, a run is not recorded.
+// layer; beyond `most_copied`, 64 MiB and 45 us, a run is not recorded. replays.hpp says which shapes are kept.
 //
 // Tested with stand-ins for TensorRT and CUDA; it has not run on a GPU yet, and the figures above are counted.
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
-#include <list>
 #include <mutex>
 #include <utility>
 
@@ -26,18 +24,10 @@
 #include "error.hpp"
 #include "gpu_device.hpp"
 #include "plan.hpp"
+#include "replays.hpp"
 #include "tensorrt_interface.hpp"
 
 namespace stca::core {
-
-/// How much is recorded of what comes again.
-struct Replays {
-  int graphs = 16;                     ///< most to keep; none from 0 down
-  std::size_t most_copied = 64 << 20;  ///< most bytes of a run's states that are worth copying for a replay
-  /// A recording takes many times a run. So one takes another's place only when that was not used in so many runs, or
-  /// traffic of a few more shapes than graphs would record all the time.
-  std::uint64_t patience = 1000;
-};
 
 /// See tensorrt_interface.hpp for `Trt`.
 template <class Trt>
@@ -46,12 +36,12 @@ class TensorRtEngine final : public Engine {
   using CreateRuntime = std::function<typename Trt::IRuntime*(typename Trt::ILogger&)>;
 
   TensorRtEngine(std::shared_ptr<const Bundle> bundle, const EngineEntry& entry, const CreateRuntime& create,
-                 std::shared_ptr<Device> device, Replays replays = {})
+                 std::shared_ptr<Device> device, const ReplayLimits& limits = {})
       : bundle_(std::move(bundle)),
         entry_(entry),
         device_(std::move(device)),
-        graphs_(static_cast<std::size_t>(std::max(replays.graphs, 0))),
-        limits_(replays) {
+        most_copied_(limits.most_copied),
+        replays_(limits) {
     check_sizes(entry_);
     const std::string plan = read_plan(*bundle_, entry_);
     const GpuScope scope = device_->use();
@@ -123,6 +113,7 @@ class TensorRtEngine final : public Engine {
  private:
   using Context = typename Trt::IExecutionContext;
   using Stream = Device::Stream;
+  using Key = typename Replays<Context>::Key;
 
   /// Memory that grows when more is asked for.
   struct Block {
@@ -136,21 +127,10 @@ class TensorRtEngine final : public Engine {
     bool state;
     Block host, gpu;
   };
-  /// The profile, then the size of every symbol.
-  using Key = std::vector<std::int64_t>;
-  /// A CUDA graph and the context it was recorded from. The graph goes first.
-  struct Replay {
-    Key key;
-    std::uint64_t used;  // in which run, last
-    std::unique_ptr<Context> context;
-    Device::Recording graph;
-  };
-
   std::vector<Array> execute(const std::vector<Array>& inputs, const Sizes& sizes, int profile) {
     Key key{profile};
     for (const auto& [symbol, size] : sizes) key.push_back(size);
     use_scratch();
-    ++runs_;
     std::vector<Array> outputs;
     for (std::size_t i = 0; i < entry_.spec.outputs.size(); ++i) {
       Memory& memory = output(i).state ? *device_ : Memory::host();
@@ -159,7 +139,7 @@ class TensorRtEngine final : public Engine {
     for (std::size_t i = 0; i < inputs.size(); ++i) {
       if (!buffers_[i].state) stage(buffers_[i], inputs[i], bytes_of(*buffers_[i].spec, sizes));
     }
-    const Replay* replay = find(key);
+    const auto* replay = replays_.find(key);
     if (replay != nullptr) {
       copy_states_in(inputs, sizes, device_->stream());
       device_->launch(replay->graph, device_->stream());
@@ -173,9 +153,7 @@ class TensorRtEngine final : public Engine {
     for (std::size_t i = 0; i < outputs.size(); ++i) {
       if (!output(i).state) std::memcpy(written(outputs[i]), output(i).host.memory.get(), outputs[i].bytes());
     }
-    if (replay == nullptr && room() && worth_copying(sizes) && came_before(key)) {
-      record(std::move(key), inputs, sizes, profile);
-    }
+    if (replay == nullptr && worth_copying(sizes) && replays_.wants(key)) record(key, inputs, sizes, profile);
     return outputs;
   }
 
@@ -202,9 +180,9 @@ class TensorRtEngine final : public Engine {
 
   /// Keeps the run just done as a graph. Where that fails, for whatever reason, nothing is recorded ever again: the
   /// request has its outputs, and those to come can do without.
-  void record(Key key, const std::vector<Array>& inputs, const Sizes& sizes, int profile) {
+  void record(const Key& key, const std::vector<Array>& inputs, const Sizes& sizes, int profile) {
     try {
-      if (replays_.size() >= graphs_) replays_.pop_back();
+      replays_.make_room();
       const Stream stream = device_->recording_stream();
       std::vector<const void*> places;
       for (Buffer& buffer : buffers_) {
@@ -222,12 +200,10 @@ class TensorRtEngine final : public Engine {
       enqueue(*context, sizes, stream);  // what a context does on its first run only must not be recorded
       device_->synchronize(stream);
       Device::Recording graph = device_->record([&] { enqueue(*context, sizes, stream); });
-      replays_.push_front({std::move(key), runs_, std::move(context), std::move(graph)});
+      replays_.keep(key, std::move(context), std::move(graph));
     } catch (const std::exception&) {
       settle(device_->recording_stream());
-      graphs_ = 0;
-      replays_.clear();
-      seen_.clear();
+      replays_.stop();
       log_.take();
     }
   }
@@ -268,36 +244,10 @@ class TensorRtEngine final : public Engine {
 
   // ---- replays --------------------------------------------------------------------------------------------------
 
-  // Both lists are searched from one end to the other, which is nothing to a run while there are some dozens.
-  Replay* find(const Key& key) {
-    const auto found = std::find_if(replays_.begin(), replays_.end(), [&](const Replay& r) { return r.key == key; });
-    if (found == replays_.end()) return nullptr;
-    replays_.splice(replays_.begin(), replays_, found);
-    replays_.front().used = runs_;
-    return &replays_.front();
-  }
-
-  /// Whether a graph may be recorded, in place of the one that was not used for longest if need be.
-  bool room() const {
-    return replays_.size() < graphs_ || (graphs_ > 0 && runs_ - replays_.back().used > limits_.patience);
-  }
-
-  /// Whether a shape was met lately; it is remembered, and told once. Shapes that come once push out no graph.
-  bool came_before(const Key& key) {
-    const auto found = std::find(seen_.begin(), seen_.end(), key);
-    if (found != seen_.end()) {
-      seen_.erase(found);
-      return true;
-    }
-    seen_.push_front(key);
-    if (seen_.size() > 4 * graphs_) seen_.pop_back();
-    return false;
-  }
-
   bool worth_copying(const Sizes& sizes) const {
     std::size_t bytes = 0;
     for (const Buffer& buffer : buffers_) bytes += buffer.state ? bytes_of(*buffer.spec, sizes) : 0;
-    return bytes <= limits_.most_copied;
+    return bytes <= most_copied_;
   }
 
   /// Graphs hold the address of the scratch memory: they go with it, should another engine make it grow.
@@ -410,21 +360,18 @@ class TensorRtEngine final : public Engine {
   std::vector<Buffer> buffers_;  // of the inputs, then of the outputs
   void* scratch_ = nullptr;
   int profile_ = -1;
-  std::size_t graphs_;
-  const Replays limits_;
-  std::uint64_t runs_ = 0;
-  std::list<Replay> replays_;  // the most recently used first
-  std::list<Key> seen_;        // shapes that came once, the latest first
+  const std::size_t most_copied_;
+  Replays<Context> replays_;
 };
 
 /// Both halves in TensorRT, on one device.
 template <class Trt>
 Engines make_tensorrt_pair(const std::shared_ptr<const Bundle>& bundle, const Choice& choice, const CudaFunctions& cuda,
-                           const typename TensorRtEngine<Trt>::CreateRuntime& create, Replays replays = {}) {
+                           const typename TensorRtEngine<Trt>::CreateRuntime& create, const ReplayLimits& limits = {}) {
   try {
     const auto device = std::make_shared<Device>(cuda);
     const auto half = [&](const EngineEntry* entry) {
-      return std::make_unique<TensorRtEngine<Trt>>(bundle, *entry, create, device, replays);
+      return std::make_unique<TensorRtEngine<Trt>>(bundle, *entry, create, device, limits);
     };
     return {half(choice.encoder), half(choice.scorer), "", ""};
   } catch (const GpuError& e) {
