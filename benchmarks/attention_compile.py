@@ -4,7 +4,8 @@
 
 For each GPU and shape, 1, 8, 32 and 300 targets over 10,000 tokens, with the GPU's own shared memory and within 48 KiB,
 the model's pick is compiled and assembled, each distinct kernel once. Prints the two tables of docs/attention.md; the
-JSON has every kernel. It takes about 20 minutes on one core.
+JSON has every kernel. It takes about 20 minutes on one core. `--shipped DIR` compiles nothing and prints the table of
+docs/tensorrt_plugin.md from what `python -m stca.plugins.aot --out DIR` wrote.
 """
 
 from __future__ import annotations
@@ -56,7 +57,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the JSON here, after each kernel")
     parser.add_argument("--sm", action="append", type=int, choices=ARTIFACT_SMS, help="default: all of them")
+    parser.add_argument("--shipped", type=Path, metavar="DIR", help="only sum up the artifacts in this folder")
     args = parser.parse_args()
+    if args.shipped:
+        print(shipped(json.loads((args.shipped / "artifacts.json").read_text())["kernels"]))
+        return
     kernels: dict[tuple[int, Shape, tiling.Tile, bool], dict[str, Any]] = {}
     for sm, shape, targets, portable, plan in picks(args.sm or ARTIFACT_SMS):
         key = (sm, shape, plan.tile, plan.splits > 1)
@@ -120,6 +125,28 @@ def by_sm(kernels: list[dict[str, Any]]) -> str:
         spilling = f"{len(spilled)}: {', '.join(spilled)}" if spilled else "none"
         most = (max(k["registers"] for k in of), f"{round(max(k['shared'] for k in of) / 1024)} KiB")
         lines.append(f"| {sm} | {len(of)} | {most[0]} | {most[1]} | {spilling} |")
+    return "\n".join(lines)
+
+
+def shipped(kernels: list[dict[str, Any]]) -> str:
+    """The most that any artifact of a model and form needs on each SM; `combine_kernel` by head size."""
+    sms = sorted({k["sm"] for k in kernels})
+    rows: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for k in kernels:
+        name = f"combine, D_v = {k['value_depth']}"
+        if k["kernel"] == "attend_kernel":
+            form = "projected" if k["key_heads"] > 1 else "absorbed" + ", tied" * k["tied"]
+            name = f"({k['depth'] * k['key_heads']}, {k['heads']}) {form}"
+        rows.setdefault(name, {}).setdefault(k["sm"], []).append(k)
+    lines = [f"| kernels | {' | '.join(f'SM {sm}' for sm in sms)} |", f"|{' --- |' * (len(sms) + 1)}"]
+    for name, of_sm in rows.items():
+        cells = []
+        for of in (of_sm.get(sm, []) for sm in sms):
+            most = [max((k[what] for k in of), default=0) for what in ("registers", "shared", "static_shared")]
+            spilled = max((k["spill_stores"] for k in of), default=0)
+            cell = f"{most[0]} · {(most[1] + most[2]) / 1024:.1f}"
+            cells.append(cell + (f" · {spilled} B spilled" if spilled else ""))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
