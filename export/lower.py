@@ -178,21 +178,58 @@ def _take_the_only_row(model: onnx.ModelProto) -> None:
     """Let every Gather from a value of one row take row 0, whatever its index says, in place.
 
     Tokens find their request by their place among the offsets. The one that stands for an empty history is beyond them.
+    Where the index has a row for each row of an input, only their number is asked of that input, and what computed the
+    index, a dozen small kernels, is no longer needed.
     """
     sizes = Sizes(model, any_sizes(model.graph))
+    rows_like = {}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
         if node.op_type == "Gather" and not node.domain and axis == 0 and (sizes.dims(node.input[0]) or (0,))[0] == 1:
             index, first = node.input[1], f"{node.output[0]}_first"
-            dtype = helper.tensor_dtype_to_np_dtype(sizes.element_type(index))
-            zero = numpy_helper.from_array(np.zeros((), dtype))
-            nodes.append(helper.make_node("Constant", [], [f"{first}_zero"], value=zero))
-            nodes.append(helper.make_node("Mul", [index, f"{first}_zero"], [first]))
+            zero = np.zeros(1, helper.tensor_dtype_to_np_dtype(sizes.element_type(index)))
+            if index not in rows_like:
+                rows_like[index] = _as_many_rows(model, index)
+            if (source := rows_like[index]) is not None:
+                nodes.append(helper.make_node("Shape", [source], [f"{first}_rows"], start=0, end=1))
+                value = numpy_helper.from_array(zero)
+                nodes.append(helper.make_node("ConstantOfShape", [f"{first}_rows"], [first], value=value))
+            else:
+                value = numpy_helper.from_array(zero.reshape(()))
+                nodes.append(helper.make_node("Constant", [], [f"{first}_zero"], value=value))
+                nodes.append(helper.make_node("Mul", [index, f"{first}_zero"], [first]))
             node.input[1] = first
         nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+
+
+def _as_many_rows(model: onnx.ModelProto, index: str) -> str | None:
+    """An input with as many rows as `index`, shown by computing it for two numbers of rows; None when there is none."""
+    nodes, leaves = Dataflow(model.graph).needed([index])
+    inputs = [v for v in model.graph.input if v.name in leaves]
+    constants = [t for t in model.graph.initializer if t.name in leaves and t.data_type in _INTEGERS]
+    if len(inputs) + len(constants) < len(leaves) or any(v.type.tensor_type.elem_type not in _INTEGERS for v in inputs):
+        return None
+    symbols = {d.dim_param for v in inputs for d in v.type.tensor_type.shape.dim if not d.HasField("dim_value")}
+    long: list[str] = [v.name for v in inputs if {d.dim_param for d in v.type.tensor_type.shape.dim[:1]} == symbols]
+    if len(symbols) != 1 or not long:
+        return None
+    asked = helper.make_graph(
+        [model.graph.node[i] for i in sorted(nodes)], "index", inputs, [onnx.ValueInfoProto(name=index)], constants
+    )
+    evaluator = ReferenceEvaluator(helper.make_model(asked, opset_imports=model.opset_import))
+    for rows in (1, 5):
+        feeds = {}
+        for v in inputs:
+            kind = v.type.tensor_type
+            shape = [d.dim_value if d.HasField("dim_value") else rows for d in kind.shape.dim]
+            feeds[v.name] = np.zeros(shape, helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        computed: Any = evaluator.run(None, feeds)
+        if computed[0].shape != (rows,):
+            return None
+    return long[0]
 
 
 def fold_integers(model: onnx.ModelProto) -> None:

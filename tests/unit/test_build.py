@@ -82,7 +82,8 @@ def test_both_halves_are_built_and_written_into_the_bundle(built, bundle_dir):
     assert scorer["profiles"] == [{"N_h": [1, 32, 32], "N_t": [1, 64, 64]}]
     shapes = {i["name"]: (i["dtype"], i["shape"]) for i in scorer["inputs"]}
     assert shapes["attention_0_history"] == ("bfloat16", ["N_h", 1, 24])
-    assert shapes["target_offsets"] == ("int32", [2])
+    assert shapes["state_history_offsets"] == ("int32", [2])
+    assert "target_offsets" not in shapes  # one request: all targets are its own
     assert (encoder["padded"], scorer["padded"]) == (["N_h"], ["N_t"])  # one attention looks at all tokens it is given
     assert scorer["outputs"] == [{"name": "scores", "dtype": "float32", "shape": ["N_t", 2]}]
 

@@ -56,7 +56,9 @@ def test_one_request_is_fixed_and_nothing_idle_is_left(bundle_dir, form):
     model = for_one_request(onnx.load(Bundle.load(bundle_dir).file("target_scorer")), form)
     sizes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
     assert sizes["request_device"] == [1]
-    assert sizes["target_offsets"] == [2]
+    assert sizes["state_history_offsets"] == [2]
+    assert "target_offsets" not in sizes  # whose targets they are needs no looking up
+    assert not {"CumSum", "ScatterElements"} & {node.op_type for node in model.graph.node}
     assert sizes["target_item"] == ["N_t"]
     used = {name for node in model.graph.node for name in node.input}
     assert {i.name for i in model.graph.input} | {t.name for t in model.graph.initializer} <= used
@@ -115,6 +117,42 @@ def test_whole_segments_are_shown_not_believed(lengths, whole):
     model = attention_model(lengths)
     operator = next(n for n in model.graph.node if lower.is_operator(n))
     assert lower.uses_all_tokens(model, operator) is whole
+
+
+@pytest.mark.parametrize(
+    ("index", "source"),
+    [
+        ("Range (zero, count, one)", "t"),  # a row for each target
+        ("Range (one, count, one)", None),  # one row less
+        ("Identity (ids)", "ids"),
+        ("Concat <axis: int = 0> (ids, ids)", None),
+    ],
+)
+def test_the_only_row_is_taken_for_each_row_of_an_input(index, source, rng):
+    """Where the index has as many rows as an input, what computed it is gone. Its values never count."""
+    model = parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 18]>
+        g (float[B, 3] x, int64[N_t] t, int64[n] ids) => (float[rows, 3] y, int64[N_t] also, int64[n] other)
+        {
+            also = Identity (t)
+            other = Identity (ids)
+            zero = Constant <value: tensor = int64 {0}> ()
+            one = Constant <value: tensor = int64 {1}> ()
+            shape = Shape (t)
+            count = Squeeze (shape)
+            index = INDEX
+            y = Gather (x, index)
+        }""".replace("INDEX", index)
+    )
+    lowered = for_one_request(model, "decomposed")
+    kinds = {node.op_type for node in lowered.graph.node}
+    assert ("Mul" in kinds) == (source is None)
+    assert ("ConstantOfShape" in kinds) == (source is not None)
+    x = rng.standard_normal((1, 3)).astype(np.float32)
+    for n in (1, 4):
+        feeds = {"x": x, "t": np.zeros(n, np.int64), "ids": np.full(n + 2, 7)}
+        rows = {"t": n, "ids": n + 2}.get(source, n - 1 if "Range" in index else 2 * n + 4)
+        assert np.array_equal(run(lowered, feeds)["y"], np.repeat(x, rows, axis=0))
 
 
 def test_an_operator_inside_a_body_is_refused():
