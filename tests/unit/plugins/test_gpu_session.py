@@ -26,7 +26,7 @@ def session(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import gpu_session
 
-    monkeypatch.setattr(gpu_session, "SECONDS", dict.fromkeys(STEPS, 2))
+    monkeypatch.setattr(gpu_session, "SECONDS", {**dict.fromkeys(STEPS, 60), "tune": 2})
     monkeypatch.setattr(gpu_session, "LEAST_SECONDS", 0.5)
     monkeypatch.setattr(gpu_session, "GPU", True)
     monkeypatch.setattr(gpu_session.torch.cuda, "get_device_name", lambda: "a GPU")
