@@ -21,7 +21,7 @@ from onnx import TensorProto, external_data_helper
 from stca.bundle import WEIGHTS
 from stca.errors import BuildError
 from stca.export.cost import Sizes
-from stca.export.lower import drop_unused, fold_integers, for_one_request, is_operator
+from stca.export.lower import drop_unused, fix_to_one_request, fold_integers, for_one_request, is_operator
 from stca.export.precision import Precision, cast_weight, to_precision
 from stca.export.scope import reads
 from stca.plugins import tensorrt_graph, tiling
@@ -85,6 +85,7 @@ def engine_graph(
     state: Collection[str],
     precision: Precision = "fp32",
     attention: Attention = "function",
+    one_request: bool = False,
     sizes: Mapping[str, int] | None = None,
     sm: int | None = None,
 ) -> EngineGraph:
@@ -95,6 +96,7 @@ def engine_graph(
         state: names of the state tensors.
         precision: of the weights and activations; see `stca.export.precision`.
         attention: how the operator is written; see `stca.export.lower` for `fused` and `decomposed`.
+        one_request: leave out what tells requests apart; `fused` and `decomposed` serve one request in any case.
         sizes, sm: of `plugin` alone: nominal sizes by dimension and the GPU, which decide into how many parts a history
             is cut.
 
@@ -107,7 +109,9 @@ def engine_graph(
     model = to_precision(model, precision, state)
     if attention in ("fused", "decomposed"):
         model = for_one_request(model, attention)
-    elif attention == "plugin":
+    elif one_request:
+        fix_to_one_request(model)
+    if attention == "plugin":
         model = _for_plugin(model, sizes or {}, sm)
     used = {t.name for t in model.graph.initializer}
     return EngineGraph(model, {n: w for n, w in weights.items() if n in used}, operators)

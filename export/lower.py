@@ -137,15 +137,21 @@ def for_one_request(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
     del copy.functions[:]
     copy.functions.append(parser.parse_function(_body(form, all_tokens, _opset(copy))))
     copy = inliner.inline_local_functions(copy)
-    for value in (*copy.graph.input, *copy.graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param in _SINGLE:
-                dim.dim_value = _SINGLE[dim.dim_param]
-    del copy.graph.value_info[:]
-    _take_the_only_row(copy)
+    fix_to_one_request(copy)
     fold_integers(copy)
     drop_unused(copy.graph)
     return copy
+
+
+def fix_to_one_request(model: onnx.ModelProto) -> None:
+    """Give `B` and `B_plus_1` their sizes for one request, in place, and drop what then need not be computed."""
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in _SINGLE:
+                dim.dim_value = _SINGLE[dim.dim_param]
+    del model.graph.value_info[:]
+    _take_the_only_row(model)
+    drop_unused(model.graph)
 
 
 def uses_all_tokens(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:

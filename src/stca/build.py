@@ -157,7 +157,8 @@ def build(
             from stca.engine_checks import check_graphs
 
             progress("checking the engines' graphs on ONNX Runtime")
-            padded = check_graphs(loaded, plans[0].parts["attention"], Path(folder))
+            one = (workload or Workload()).requests_max == 1
+            padded = check_graphs(loaded, plans[0].parts["attention"], Path(folder), one_request=one)
         for plan in misses:
             progress(f"{plan.graph}: building for {engine} in {precision}")
             entry, file = _build_one(loaded, plan, padded.get(plan.graph, []), Path(folder), cache, progress)
@@ -223,7 +224,7 @@ def _wanted(
     for half in HALVES:
         spec = manifest.graphs[half]
         dims = {n: None for t in spec.inputs for n in t.shape if isinstance(n, str)}
-        if common["attention"] in ("fused", "decomposed"):
+        if workload.requests_max == 1:
             dims = {d: None for d in dims if d not in ("B", "B_plus_1")}
         profiles = [] if engine == "onnxruntime" else workload.profiles(list(dims), manifest.max_history)
         parts = {
@@ -282,12 +283,11 @@ def _build_one(
     timing = cache.timing(parts["flavour"], parts["version"], parts["sm"]) if cache else None
     job = job_of(bundle, parts, plan=str(file), timing_cache=str(timing) if timing else None)
     built = build_plan(job, progress)
-    lowered = parts["attention"] in ("fused", "decomposed")
     entry |= {
         "attention": parts["attention"] if built.attention_nodes else None,
         "version": built.version,
         "sm": built.sm,
-        "requests": 1 if lowered else max((p["B"][2] for p in parts["profiles"] if "B" in p), default=1),
+        "requests": max((p["B"][2] for p in parts["profiles"] if "B" in p), default=1),
         "padded": list(padded),
         "refit": parts["refit"],
         "inputs": [{"name": n, "dtype": d, "shape": s} for n, d, s in built.inputs],

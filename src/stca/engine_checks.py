@@ -35,17 +35,18 @@ _TORCH: Final = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def check_graphs(
-    bundle: Bundle, attention: Literal["plugin", "fused", "decomposed"], folder: Path
+    bundle: Bundle, attention: Literal["plugin", "fused", "decomposed"], folder: Path, *, one_request: bool = True
 ) -> dict[str, list[str]]:
     """Run the graphs that engines are made from on ONNX Runtime, and find out which rows may be added to an input.
 
-    Lowered graphs are held against the bundle's own in float32, request by request. The histories have 0, 1 and 9
-    tokens; an empty one is given as one token of zeros, as the runtime gives it. A plugin computes what the function
-    body does, so for it the bundle's own graphs stand.
+    They are held against the bundle's own in float32, request by request. The histories have 0, 1 and 9 tokens; an
+    empty one is given as one token of zeros, as the runtime gives it. In a plugin's place stands the function body,
+    which computes the same.
 
     Args:
         attention: how the operator gets into the engine.
-        folder: for the lowered graphs and their weights.
+        folder: for the graphs and their weights.
+        one_request: whether an engine with plugins serves one request per run.
 
     Returns:
         For each half those of the dimensions `N_h` and `N_t` in which rows beyond the last offset change no other row.
@@ -54,12 +55,11 @@ def check_graphs(
         BuildError: when a score differs by more than float32 can explain.
     """
     own = {half: OnnxRuntimeEngine(bundle.file(half), threads=1, literal=True) for half in HALVES}
-    if attention == "plugin":
-        return {half: _paddable(bundle, own, half) for half in HALVES}
+    state = [s.name for s in bundle.manifest.state]
+    form: Literal["function", "fused", "decomposed"] = "function" if attention == "plugin" else attention
     lowered = {}
     for half in HALVES:
-        state = [s.name for s in bundle.manifest.state]
-        graph = engine_graph(bundle.file(half), state=state, attention=attention)
+        graph = engine_graph(bundle.file(half), state=state, attention=form, one_request=one_request)
         lowered[half] = OnnxRuntimeEngine(graph.save(folder / f"{half}.check.onnx"), threads=1, literal=True)
     _check_lowering(bundle, own, lowered)
     return {half: _paddable(bundle, lowered, half) for half in HALVES}
@@ -224,7 +224,10 @@ def _blame(bundle: Bundle, choice: Choice, progress: Progress) -> str:
             state = [s.name for s in bundle.manifest.state]
             # A plugin cannot be run here; the function body computes the same.
             attention = cast(Any, {"plugin": "function"}.get(kind := entry["key"]["attention"], kind))
-            suspect = engine_graph(bundle.file(half), state=state, precision=precision, attention=attention)
+            one = choice.entries[half].get("requests") == 1
+            suspect = engine_graph(
+                bundle.file(half), state=state, precision=precision, attention=attention, one_request=one
+            )
         if divergence := bisect(bundle, half, suspect, precision=precision):
             return str(divergence)
     return "the graphs they were made from are right, so it is the engines or a plugin in them: build them again"

@@ -101,6 +101,7 @@ def _graph(job: Job, sm: int) -> EngineGraph:
         state=job.state,
         precision=cast(Any, job.precision),
         attention=cast(Any, job.attention),
+        one_request="B" not in job.profiles[-1],
         sizes={dim: sizes[1] for dim, sizes in job.profiles[-1].items()},
         sm=sm,
     )
