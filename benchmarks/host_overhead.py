@@ -2,10 +2,10 @@
 
     python benchmarks/host_overhead.py [--history 10000] [--targets 300] [--out FILE]
 
-The shipped checkpoint's session with its two halves as `TensorRTEngine`s over stand-ins: a library whose engines compute
-nothing, and CUDA calls that return at once. What is timed is our own share of a request: validation, the look-up of the
-state, staging, the replay of a CUDA graph, and the scores' way back; a real driver adds its own share to each call,
-whose number is printed. One thread, pinned to one core, processor time. Prints one JSON object.
+The shipped checkpoint's session with its two halves as `TensorRTEngine`s over stand-ins: a library whose engines
+compute nothing, and CUDA calls that return at once. What is timed is our own share of a request: validation, the
+look-up of the state, staging, the replay of a CUDA graph, and the scores' way back. A real driver adds its own share to
+each call, whose number is printed. One thread, pinned to one core, processor time. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -146,7 +146,6 @@ def _engines(bundle: Bundle, cuda: Cuda, history: int, targets: int) -> dict[str
             "sm": device.sm,
             "precision": "fp32",
             "requests": 1,
-            "padded": ["N_h", "N_t"],
             "profiles": [{d: [1, n, n] for d, n in largest.items() if any(d in t.shape for t in graph.inputs)}],
             "inputs": [dataclasses.asdict(t) for t in graph.inputs],
             "outputs": [dataclasses.asdict(t) for t in graph.outputs],
