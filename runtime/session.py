@@ -63,6 +63,8 @@ class _Model:
 
     def encode(self, users: Sequence[Mapping[str, Array]]) -> list[UserState]:
         """Run the user encoder on users' admitted inputs, on those with short histories together."""
+        if not users:
+            return []
         per_token = [n for n in self.door.names("user") if self.door.inputs[n].shape[:1] == (TOKENS,)]
         tokens = [len(arrays[per_token[0]]) if per_token else 0 for arrays in users]
         limits = self._limits("user_encoder")
