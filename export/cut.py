@@ -19,7 +19,7 @@ bytes. Constants are free on both sides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
@@ -66,10 +66,14 @@ class RequestDependency:
 
 
 class Cut:
-    """The decision: which user-scope nodes the scorer recomputes, and what it follows from. Nodes go by number."""
+    """The decision: which user-scope nodes the scorer recomputes, and what it follows from. Nodes go by number.
+
+    `never` are values that may not be in the state; inputs are not among them.
+    """
 
     def __init__(self, model: onnx.ModelProto, scopes: Mapping[str, Scope], sizes: Sizes) -> None:
         self.model, self.scopes, self.sizes = model, scopes, sizes
+        self.never: Collection[str] = ()
         self.flow = Dataflow(model.graph)
         self.nodes = model.graph.node
         self.inputs = [value.name for value in model.graph.input]
@@ -127,7 +131,7 @@ class Cut:
         graph = networkx.DiGraph()
 
         def add_value(name: str, source: object) -> None:
-            size = self.sizes.bytes(name)
+            size = None if name in self.never else self.sizes.bytes(name)
             bound = {} if size is None else {"capacity": size * bytes_unit}  # no capacity: must not be cut
             graph.add_edge(source, ("value", name), **bound)
             for reader in self.readers(name):

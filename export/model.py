@@ -82,7 +82,7 @@ def segment_of(rows: int, offsets: Tensor) -> Tensor:
     number = torch.where(some, some.to(torch.int64).cumsum(0), requests + counted)
     table = torch.cat([(requests - requests)[None], none, none]).scatter(0, number, request)
     first = torch.where(some, begins, rows + request)
-    marks = torch.cat([row - row, none]).scatter(0, first, none + 1)
+    marks = torch.cat([torch.zeros(rows, dtype=torch.int64, device=offsets.device), none]).scatter(0, first, none + 1)
     # Picked and not cut off: of a cut, the exporter does not see that it has as many rows as there are.
     return table.index_select(0, marks.cumsum(0).index_select(0, row))
 

@@ -16,7 +16,6 @@ import onnx
 from torch import nn
 
 import stca
-from stca import probe
 from stca.bundle import WEIGHTS, Bundle, GraphSpec, Manifest, Scope, StateSpec, TensorSpec, seal, sha256_of, writing
 from stca.errors import ExportError, SplitError
 from stca.export.checkpoint import Checkpoint
@@ -25,7 +24,8 @@ from stca.export.cost import DEFAULT_WORKLOAD, without_weights
 from stca.export.cut import DEFAULT_FLOPS_PER_BYTE
 from stca.export.model import AttentionForm, request_inputs
 from stca.export.scope import label, walk
-from stca.export.split import Split, run_reference, split
+from stca.export.split import split
+from stca.export.state import not_one_users, why_not_appendable
 from stca.export.to_onnx import RequestModel, to_request_graph
 from stca.export.weights import externalize
 from stca.plugins import onnx_function
@@ -35,9 +35,6 @@ from stca.plugins.spec import DOMAIN, OP_NAME
 # returns the parity report to record, raises when it fails.
 Prover = Callable[[Bundle, nn.Module | None], Mapping[str, Any]]
 Progress = Callable[[str], None]
-
-# Events on which a state is shown to be its parts joined.
-_APPEND_TOKENS = 480
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,8 +244,17 @@ def _write(
             )
     progress("splitting by dataflow")
     scopes = {s.name: s.scope for s in specs if s.scope is not None}
-    halves = split(graph, scopes, workload=cut.workload, flops_per_byte=cut.flops_per_byte)
-    appendable = _appendable(halves, specs)
+    halves = split(
+        graph,
+        scopes,
+        workload=cut.workload,
+        flops_per_byte=cut.flops_per_byte,
+        never=lambda model, of: not_one_users(model, of, specs),
+    )
+    obstacle = why_not_appendable(halves, specs)
+    report = halves.report.as_dict()
+    if obstacle is not None:
+        report["notes"] = (*report["notes"], f"new events cannot be appended to a state: {obstacle}")
     with writing(out) as (work, commit):
         progress("writing the bundle")
         models = {"request": graph, "user_encoder": halves.user_encoder, "target_scorer": halves.target_scorer}
@@ -271,55 +277,15 @@ def _write(
                 StateSpec(t.name, t.dtype, t.shape, t.bytes_per_token, t.value if t.verbatim else None)
                 for t in halves.state
             ),
-            appendable=appendable,
+            appendable=obstacle is None,
             max_history=max_history,
-            split=halves.report.as_dict(),
+            split=report,
             parity={},
             producer={"stca": stca.__version__, "onnx": onnx.__version__},
         )
         manifest = dataclasses.replace(manifest, weights=sha256_of(work / WEIGHTS))
         parity = prove(seal(work, manifest))
         return commit(dataclasses.replace(manifest, parity=parity))
-
-
-def _appendable(halves: Split, specs: tuple[TensorSpec, ...]) -> bool:
-    """Whether the state of a history is the state of its parts joined: shown on random events, cut at several places.
-
-    Shown, not derived: a token that looks further back than `_APPEND_TOKENS` events would go unnoticed.
-    """
-    user = tuple(s for s in specs if s.scope == "user")
-    per_token = [t for t in halves.state if t.shape[:1] == ("N_h",)]
-    if not per_token or not any(s.shape == ("B_plus_1",) for s in user):
-        return False
-    whole = probe.single(user, _APPEND_TOKENS, 0, np.random.default_rng(0))
-    tokens = {s.name for s in user if s.shape[:1] == ("N_h",)}
-    once = {s.name: np.full_like(whole[s.name], (s.limit or 2) - 1) for s in user if s.name in whole.keys() - tokens}
-    whole |= once
-
-    def part(rows: slice) -> dict[str, Any]:
-        return {n: x[rows] if n in tokens else x for n, x in whole.items()}
-
-    def state(request: dict[str, Any]) -> dict[str, Any]:
-        feeds = probe.pack(user, [request])
-        wanted = {i.name: feeds[i.name] for i in halves.user_encoder.graph.input}
-        return dict(zip((t.name for t in halves.state), run_reference(halves.user_encoder, wanted), strict=True))
-
-    full = state(whole)
-    for cut in (1, _APPEND_TOKENS * 2 // 3):
-        first = state(part(slice(0, cut)))
-        # Appending encodes new events without the user's other inputs: no token may depend on them.
-        second = state(part(slice(cut, None)) | {n: np.zeros_like(x) for n, x in once.items()})
-        for tensor in halves.state:
-            a = full[tensor.name]
-            if tensor in per_token:
-                b = np.concatenate([first[tensor.name], second[tensor.name]])
-                scale = float(np.abs(a).max(initial=0.0))
-                # A matrix product of fewer rows may sum in another order: roundings, nothing more.
-                if not np.allclose(a, b, rtol=0, atol=64 * np.finfo(np.float32).eps * scale):
-                    return False
-            elif tensor.value not in {s.name for s in user} and not np.array_equal(a, first[tensor.name]):
-                return False
-    return True
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -17,6 +17,7 @@ import onnx
 import onnx.inliner
 from numpy.typing import NDArray
 
+from stca.bundle import TOKENS
 from stca.errors import SplitError
 from stca.export.cost import DEFAULT_WORKLOAD, Sizes, without_weights
 from stca.export.cut import DEFAULT_FLOPS_PER_BYTE, Cut, RequestDependency
@@ -97,7 +98,8 @@ def split(
     *,
     workload: Mapping[str, int] = DEFAULT_WORKLOAD,
     flops_per_byte: float = DEFAULT_FLOPS_PER_BYTE,
-    history_dim: str = "N_h",
+    history_dim: str = TOKENS,
+    never: Callable[[onnx.ModelProto, Mapping[str, Scope]], Collection[str]] = lambda *_: (),
 ) -> Split:
     """Cut `model` into its two halves and prove the cut's postconditions.
 
@@ -111,6 +113,7 @@ def split(
         workload: nominal size of each symbolic dimension of the inputs, at least 1.
         flops_per_byte: work worth recomputing per request to save one byte of state; raise it for a smaller state.
         history_dim: the symbolic dimension that counts history tokens.
+        never: asked, of the model and of the scope of every value, which values may not be in the state.
 
     Raises:
         SplitError: when the model is invalid, a scope or size is missing, nothing can be cached, no output depends on
@@ -124,8 +127,10 @@ def split(
     _check("the model", model, weights=True)
     model = _inline(model)
     marked = input_scopes(model.graph, scopes)
-    cut = Cut(model, infer_scopes(model, scopes), Sizes(model, workload))
+    inferred = infer_scopes(model, scopes)
+    cut = Cut(model, inferred, Sizes(model, workload))
     cut.refuse_hopeless()
+    cut.never = never(model, inferred)
     recomputed = cut.recomputed(Fraction(flops_per_byte))
     crossing = cut.crossing(recomputed)
     state = tuple(_state_tensor(name, cut, history_dim) for name in crossing)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stca.bundle import OFFSETS, TARGETS, TOKENS, USERS, GraphSpec, Manifest, TensorSpec
+from stca.bundle import OFFSETS, TARGETS, TOKENS, USERS, GraphSpec, Manifest, TensorSpec, packable
 from stca.errors import BundleError, RequestError
 
 Array = NDArray[Any]
@@ -59,9 +59,7 @@ class Door:
     def __init__(self, manifest: Manifest, *, truncate: bool = False) -> None:
         self.inputs = {s.name: s for s in manifest.graphs["request"].inputs}
         self.offsets = {s.name: s for s in self.inputs.values() if s.shape == (OFFSETS,)}
-        counted = {TOKENS if s.scope == "user" else TARGETS for s in self.offsets.values()}
-        packable = {*counted, USERS, OFFSETS}
-        self.ragged = bool(self.offsets) and all(s.shape[:1] and s.shape[0] in packable for s in self.inputs.values())
+        self.ragged = packable(manifest.graphs["request"].inputs)
         self._max_history = manifest.max_history
         self._truncate = truncate
 

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -68,6 +68,12 @@ class TensorSpec:
     shape: tuple[int | str, ...]
     scope: Scope | None = None
     limit: int | None = None
+
+
+def packable(inputs: Sequence[TensorSpec]) -> bool:
+    """Whether several requests with these inputs can be joined into one ragged batch: every row says whose it is."""
+    counted = {TOKENS if s.scope == "user" else TARGETS for s in inputs if s.shape == (OFFSETS,)}
+    return bool(counted) and all(s.shape[:1] and s.shape[0] in {*counted, USERS, OFFSETS} for s in inputs)
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 Progress = Callable[[str], None]
 
-# Requests every stage is asked: (history tokens, targets); the last list is one ragged batch.
+# Requests every stage is asked: (history tokens, targets); a list of several is one ragged batch.
 PROBES: tuple[tuple[tuple[int, int], ...], ...] = (
     ((0, 16),),
     ((1, 16),),
     ((64, 1),),
     ((1000, 300),),
     ((5, 3), (0, 2), (40, 4)),
+    ((300, 3), (700, 3)),
 )
 TOP_K = 10
 
@@ -135,6 +136,8 @@ def verify(
     longest = max(n for batch in asked for n, _ in batch) if manifest.max_history is None else manifest.max_history
     batches = [[probe.single(specs, min(n, longest), m, rng) for n, m in batch] for batch in asked]
     feeds = [probe.pack(specs, batch) for batch in batches]
+    alone = [[probe.pack(specs, [request]) for request in batch] if len(batch) > 1 else [] for batch in batches]
+    everything = [*feeds, *(f for fs in alone for f in fs)]
     sizes = [[m for _, m in batch] for batch in asked]
 
     outcomes: list[tuple[str, list[Array]]] = []
@@ -142,12 +145,14 @@ def verify(
         module = rebuild(bundle)
     if module is not None:
         progress("float64 reference (torch)")
-        reference_name, reference = "float64 torch", run_torch(in_form(module, "projected"), feeds, "float64")
+        reference_name, reference = "float64 torch", run_torch(in_form(module, "projected"), everything, "float64")
         progress("torch")
         outcomes.append(("torch", run_torch(in_form(module, manifest.attention), feeds)))
     else:
         progress("float64 reference (onnx.reference)")
-        reference_name, reference = "float64 onnx.reference", run_double(bundle, feeds)
+        reference_name, reference = "float64 onnx.reference", run_double(bundle, everything)
+    _require_apart(reference[: len(feeds)], reference[len(feeds) :], alone)
+    reference = reference[: len(feeds)]
     progress("request graph")
     engines = {name: OnnxRuntimeEngine(bundle.file(name)) for name in manifest.graphs}
     outcomes.append(("request_graph", [_run(engines["request"], bundle, "request", f) for f in feeds]))
@@ -175,6 +180,22 @@ def verify(
     return ParityReport(
         all(s.passed for s in results), manifest.weights, manifest.precision, reference_name, tuple(results)
     )
+
+
+def _require_apart(together: Sequence[Array], apart: Sequence[Array], alone: Sequence[Sequence[object]]) -> None:
+    """Raise ParityError where the requests of a batch have other scores than each alone, beyond float64's rounding."""
+    singles = iter(apart)
+    for scores, requests in zip(together, alone, strict=True):
+        parts = [next(singles) for _ in requests]
+        if not parts or not scores.ndim:
+            continue
+        joined = np.concatenate(parts)
+        scale = float(np.abs(joined[np.isfinite(joined)]).max(initial=0.0))
+        if joined.shape != scores.shape or not np.allclose(joined, scores, rtol=0, atol=1e-6 * scale, equal_nan=True):
+            raise ParityError(
+                "a request's scores depend on the others in its batch, in the model itself, in float64 too; let every "
+                "row see rows of its own request alone, which the offsets tell apart, and export it again"
+            )
 
 
 def prove(bundle: Bundle, module: nn.Module | None = None, *, progress: Progress = lambda _: None) -> dict[str, Any]:

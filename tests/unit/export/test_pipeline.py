@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -23,9 +24,12 @@ from stca.bundle import MANIFEST, WEIGHTS, Bundle, TensorSpec, sha256_of
 from stca.errors import ExportError, ParityError, SplitError
 from stca.export.checkpoint import load_checkpoint
 from stca.export.model import segment_of
-from stca.export.pipeline import choose_form, export_module, split_onnx
+from stca.export.pipeline import CutOptions, choose_form, export_checkpoint, export_module, split_onnx
+from stca.export.scope import Scope, infer_scopes
+from stca.export.state import not_one_users
 from stca.export.to_onnx import RequestModel
 from stca.runtime import Request, Session
+from stca.verify import prove
 
 SCOPES = {
     **{f"history_{n}": "user" for n in ("item", "action", "category", "time", "gap", "offsets")},
@@ -273,6 +277,7 @@ class Attends(nn.Module):
         self.items = nn.Parameter(torch.randn(50, WIDTH, generator=generator))
         self.segments = nn.Parameter(torch.randn(5, WIDTH, generator=generator))
         self.w = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5)
+        self.taps = nn.Parameter(torch.randn(WIDTH, 1, 2, generator=generator))
 
     def forward(self, inputs):
         history, targets = inputs["history_offsets"], inputs["target_offsets"]
@@ -283,6 +288,11 @@ class Attends(nn.Module):
         elif self.mode == "position":
             place = torch.arange(x.shape[0]) - history[:-1].to(torch.int64).index_select(0, own)
             x = x + place.unsqueeze(1) * 0.1
+        elif self.mode == "far":  # a causal convolution: each token and the one 500 before it
+            padded = nn.functional.pad(x.T.unsqueeze(0), (500, 0))
+            x = nn.functional.conv1d(padded, self.taps, dilation=500, groups=WIDTH).squeeze(0).T
+        elif self.mode == "mixed":
+            x = x + x.sum(0) / (x.shape[0] + 1)
         x = (torch.relu(x @ self.w) @ self.w).unsqueeze(1)
         q = self.items[inputs["target_item"]]
         o = torch.ops.stca.target_history_attention(
@@ -318,6 +328,76 @@ def test_tokens_of_their_own_events_are_appendable(of_module):
 
 def test_tokens_that_know_their_position_are_not_appendable(of_module):
     assert not of_module("position").manifest.appendable
+
+
+def test_tokens_that_look_further_back_than_any_check_are_not_appendable(of_module):
+    """A convolution that reaches 500 tokens back does nothing to the shorter histories of the checks."""
+    manifest = of_module("far").manifest
+    assert not manifest.appendable
+    (note,) = (n for n in manifest.split["notes"] if "appended" in n)
+    assert "which is not known to keep tokens apart" in note
+
+
+def test_a_model_that_mixes_the_requests_of_a_batch_is_refused(tmp_path):
+    model = RequestModel(Attends("mixed"), USERS_ITEMS)
+    with one_line(ParityError, "the others in its batch"):
+        export_module(model, tmp_path / "B", prove=prove, source={"kind": "callable"})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("price", [0.01, 1.0])
+def test_no_place_in_the_batch_is_kept_at_any_price(tmp_path, checkpoint_file, price):
+    """The number of a token's request, say: cheap to keep where work is dear, and wrong in the next batch."""
+    checkpoint, cut = load_checkpoint(checkpoint_file("delta")), CutOptions(flops_per_byte=price)
+    bundle = export_checkpoint(checkpoint, tmp_path / "B", prove=prove, form="projected", cut=cut)
+    state = {s.name: s for s in bundle.manifest.state}
+    assert any(s.input is None for s in state.values())
+    assert {s.shape[0] for s in state.values()} == {"N_h", "B", "B_plus_1"}
+    assert [s.input for s in state.values() if s.shape[0] == "B_plus_1"] == ["history_offsets"]
+
+
+def test_what_is_not_one_users_own():
+    """By computing several users together and apart; what follows from offsets alone is made again."""
+    model = parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 18]> g (int64[N_h] ids, int32[B_plus_1] offsets, float[B, 2] u,
+            float[N_t, 2] t, int32[B_plus_1] t_offsets) => (float[N_t, 2] y)
+        {
+            own = Relu (u)
+            token = Add (ids, ids)
+            count = Shape (ids)
+            zero = Constant <value: tensor = int64 {0}> ()
+            one = Constant <value: tensor = int64 {1}> ()
+            last = Squeeze (count)
+            place = Range (zero, last, one)
+            running = CumSum (ids, zero)
+            first_axis = Constant <value: tensor = int64[1] {0}> ()
+            mean = ReduceMean (u, first_axis)
+            from1 = Constant <value: tensor = int64[1] {1}> ()
+            to_last = Constant <value: tensor = int64[1] {-1}> ()
+            to_end = Constant <value: tensor = int64[1] {99}> ()
+            begins = Slice (offsets, first_axis, to_last)
+            ends = Slice (offsets, from1, to_end)
+            lengths = Sub (ends, begins)
+            all = Sum (u, mean)
+            sizes = Cast <to: int = 1> (lengths)
+            column = Unsqueeze (sizes, from1)
+            by_size = Mul (u, column)
+            y = Identity (t)
+        }"""
+    )
+    inputs = (
+        TensorSpec("ids", "int64", ("N_h",), "user", 50),
+        TensorSpec("offsets", "int32", ("B_plus_1",), "user"),
+        TensorSpec("u", "float32", ("B", 2), "user"),
+        TensorSpec("t", "float32", ("N_t", 2), "target"),
+        TensorSpec("t_offsets", "int32", ("B_plus_1",), "target"),
+    )
+    scopes = infer_scopes(model, {s.name: s.scope for s in inputs})
+    user = {n for node in model.graph.node for n in node.output if scopes[n] == Scope.USER}
+    assert user - not_one_users(model, scopes, inputs) == {"own", "token", "by_size"}
+    assert not_one_users(model, scopes, inputs) >= {"count", "place", "running", "mean", "lengths", "column", "all"}
+    alone = [dataclasses.replace(s, shape=tuple({"B_plus_1": 2}.get(n, n) for n in s.shape)) for s in inputs]
+    assert not_one_users(model, scopes, alone) == frozenset(), "without batches there is none to be wrong in"
 
 
 def test_tokens_that_depend_on_the_user_are_not_appendable(of_module):
