@@ -18,7 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from stca import probe
 from stca.bundle import OFFSETS, TOKENS, TensorSpec, packable
 from stca.export.scope import Dataflow, Scope
-from stca.export.split import Split, run_reference
+from stca.export.split import Split
 from stca.export.tokenwise import Tokenwise
 
 Feeds = dict[str, NDArray[Any]]
@@ -46,10 +46,16 @@ def not_one_users(model: onnx.ModelProto, scopes: Mapping[str, Scope], inputs: S
     values = [n for node in model.graph.node for n in node.output if scopes.get(n) == Scope.USER]
     rng = np.random.default_rng(0)
     users = [probe.single(inputs, tokens, 1, rng) for tokens in _TOGETHER]
-    together, *apart = (
-        _compute(model, flow, values, probe.pack(inputs, batch)) for batch in (users, *([u] for u in users))
-    )
-    offsets = {s.name for s in inputs if s.shape == (OFFSETS,)}
+    user_side = _part(model, flow, values)
+    evaluator: Any = ReferenceEvaluator(user_side)
+    wanted = [i.name for i in user_side.graph.input]
+
+    def compute(batch: list[Feeds]) -> dict[str, Any]:
+        feeds = probe.pack(inputs, batch)
+        return dict(zip(values, evaluator.run(None, {n: feeds[n] for n in wanted}), strict=True))
+
+    together, apart = compute(users), [compute([user]) for user in users]
+    offsets = _offsets(inputs)
     from_offsets: set[str] = set()
     for node, names in zip(model.graph.node, flow.reads, strict=True):
         sources = {n for n in names if scopes[n] != Scope.CONSTANT}
@@ -62,7 +68,8 @@ def _offsets(inputs: Sequence[TensorSpec]) -> set[str]:
     return {s.name for s in inputs if s.shape == (OFFSETS,)}
 
 
-def _compute(model: onnx.ModelProto, flow: Dataflow, values: Sequence[str], feeds: Feeds) -> dict[str, Any]:
+def _part(model: onnx.ModelProto, flow: Dataflow, values: Sequence[str]) -> onnx.ModelProto:
+    """What of a model computes `values`, its only outputs."""
     nodes, leaves = flow.needed(values)
     graph = model.graph
     part = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
@@ -72,8 +79,7 @@ def _compute(model: onnx.ModelProto, flow: Dataflow, values: Sequence[str], feed
     part.graph.initializer.extend(t for t in graph.initializer if t.name in leaves)
     part.graph.sparse_initializer.extend(t for t in graph.sparse_initializer if t.values.name in leaves)
     part.graph.output.extend(onnx.ValueInfoProto(name=n) for n in values)
-    outputs = ReferenceEvaluator(part).run(None, {i.name: feeds[i.name] for i in part.graph.input})
-    return dict(zip(values, outputs, strict=True))
+    return part
 
 
 def _joins(whole: Any, parts: Sequence[Any]) -> bool:
@@ -119,6 +125,7 @@ def _why_parts_differ(halves: Split, user: Sequence[TensorSpec], tokens: set[str
     whole = probe.single(user, _EVENTS, 0, np.random.default_rng(0))
     once = {s.name: np.full_like(whole[s.name], (s.limit or 2) - 1) for s in user if s.name in whole.keys() - tokens}
     whole |= once
+    evaluator: Any = ReferenceEvaluator(halves.user_encoder)
 
     def part(rows: slice) -> Feeds:
         return {n: x[rows] if n in tokens else x for n, x in whole.items()}
@@ -126,7 +133,7 @@ def _why_parts_differ(halves: Split, user: Sequence[TensorSpec], tokens: set[str
     def state(request: Feeds) -> Feeds:
         feeds = probe.pack(user, [request])
         wanted = {i.name: feeds[i.name] for i in halves.user_encoder.graph.input}
-        return dict(zip((t.name for t in halves.state), run_reference(halves.user_encoder, wanted), strict=True))
+        return dict(zip((t.name for t in halves.state), evaluator.run(None, wanted), strict=True))
 
     full = state(whole)
     for cut in (1, _EVENTS * 2 // 3):
