@@ -89,6 +89,8 @@ def best_engine(
     Raises:
         BuildError: when a flavour is asked for and it has no such engines that run here.
     """
+    if only is not None and only not in (known := list(dict.fromkeys(flavour for flavour, _, _ in _ORDER))):
+        raise BuildError(f"there is no engine {only!r}; choose {', '.join(known)}")
     machine = machine or Machine.here()
     passed_over: list[str] = []
     for flavour, provider, precisions in _ORDER:
@@ -116,7 +118,7 @@ def best_engine(
         command = f"stca build --engine {only}" + (f" --precision {precision}" if precision else "")
         reasons = "; ".join(passed_over) or f"the bundle has none; run `{command}`"
         raise BuildError(f"no {asked} engines that run here: {reasons}")
-    why = "ONNX Runtime on the CPU runs the bundle's own graphs; it has no engine that runs here"
+    why = "ONNX Runtime on the CPU runs the bundle's own graphs; it has no faster engine that runs here"
     return own_graphs(why, tuple(passed_over))
 
 

@@ -61,11 +61,15 @@ class Workload:
         history = self.history_max or max_history or 10_240
         largest = {"N_h": history, "N_t": self.targets_max, **self.sizes}
         largest |= {"B": self.requests_max, "B_plus_1": self.requests_max + 1}
+        if "N_h" in dims and max_history and self.requests_max == 1 and history > max_history:
+            raise BuildError(f"the bundle serves histories of at most {max_history} tokens; --history-max is {history}")
+        if late := [e for e in self.history_buckets if "N_h" in dims and e >= history]:
+            raise BuildError(f"history bucket {late[0]} is not below the largest history, {history}; leave it out")
         if missing := [d for d in dims if d not in largest]:
             raise BuildError(f"dimension {missing[0]!r} has no size; say how large it gets with --size {missing[0]}=N")
         if bad := [d for d in dims if largest[d] < 1]:
             raise BuildError(f"dimension {bad[0]!r} is to be at most {largest[bad[0]]}; it must be at least 1")
-        edges = sorted({*(e for e in self.history_buckets if 0 < e < history), history}) if "N_h" in dims else [history]
+        edges = sorted({*(self.history_buckets if "N_h" in dims else ()), history})
         profiles: list[Profile] = []
         for low, high in zip([0, *edges], edges, strict=False):
             fixed = {"N_h": (low + 1, high, high), "B_plus_1": (2, largest["B_plus_1"], largest["B_plus_1"])}
@@ -188,12 +192,16 @@ def _wanted(
 
         from stca.runtime.engine import require_provider
 
+        if sm is not None or refit is not None or workload != Workload():
+            raise BuildError("onnxruntime engines are for any GPU, any size and no refit: leave such options out")
         require_provider(provider)
         if attention not in (None, "function"):
             raise BuildError(f"onnxruntime runs the operator's function body; it has no attention {attention!r}")
         common |= {"version": onnxruntime.__version__, "sm": None, "attention": "function", "provider": provider}
     else:
         flavour = FLAVOURS[engine]
+        if provider != "CPUExecutionProvider":
+            raise BuildError(f"provider {provider}: is ONNX Runtime's; {engine} has none")
         if sm is None and flavour.ahead_of_time:
             raise BuildError(
                 f"SM not given: {engine} builds for a GPU that need not be here; say which with --sm, 89 for 8.9"
@@ -202,7 +210,11 @@ def _wanted(
         if chosen not in flavour.attentions:
             raise BuildError(f"{engine} has no attention {chosen!r}; it has {', '.join(flavour.attentions)}")
         if workload.requests_max > 1 and chosen != "plugin":
-            raise BuildError(f"a {chosen} attention serves one request per run; requests_max must be 1")
+            ways = "; take the plugin" if "plugin" in flavour.attentions else ""
+            raise BuildError(
+                f"{engine} serves one request per run with {chosen} attention, not {workload.requests_max}: leave "
+                f"--requests-max at 1{ways}"
+            )
         common |= {
             "version": installed_version(flavour),
             "sm": sm,
@@ -210,13 +222,13 @@ def _wanted(
             "refit": refit or flavour.refit,
         }
         if sm is None and not flavour.ahead_of_time:
-            from stca.plugins.ptx_launch import device_sm
-
-            common["sm"] = device_sm()
+            common["sm"] = _sm_here(engine)
         if chosen == "plugin":
             common["plugin"] = _digest_of(Path(__file__).parent / "plugins")
     common["builder"] = _digest_of(*(Path(__file__).parent / name for name in _BUILDER))
     common["onnx"] = importlib.metadata.version("onnx")
+    if given := [d for d in workload.sizes if d in _OPTIONS]:
+        raise BuildError(f"the size of {given[0]} has an option of its own: {_OPTIONS[given[0]]}")
     known = {n for half in HALVES for t in manifest.graphs[half].inputs for n in t.shape if isinstance(n, str)}
     if unknown := [d for d in workload.sizes if d not in known]:
         raise BuildError(f"no dimension {unknown[0]!r} to give a size to; there are {', '.join(sorted(known))}")
@@ -235,6 +247,18 @@ def _wanted(
         }
         plans.append(_Plan(half, _file_name(half, spec.file, parts), parts))
     return plans
+
+
+_OPTIONS: Final = dict.fromkeys(("B", "B_plus_1"), "--requests-max") | {"N_h": "--history-max", "N_t": "--targets-max"}
+
+
+def _sm_here(engine: str) -> int:
+    from stca.plugins.ptx_launch import device_sm
+
+    try:
+        return device_sm()
+    except BuildError as e:
+        raise BuildError(f"{engine} builds on the GPU that is to run it: {e}; --sm NN --dry-run forecasts") from e
 
 
 # Sources that decide what an engine computes besides what it is built from, the operator's function body among them.
@@ -298,9 +322,17 @@ def _build_one(
         "seconds": round(built.seconds, 3),
         "bytes": file.stat().st_size,
     }
-    if cache:
-        cache.put(plan.key, entry, file)
+    keep(cache, plan.key, entry, file, progress)
     return entry, file
+
+
+def keep(cache: EngineCache | None, key: str, entry: Mapping[str, Any], file: Path, progress: Progress) -> None:
+    """Put an engine into the cache; one that cannot be written to loses nobody a finished engine."""
+    if cache:
+        try:
+            cache.put(key, entry, file)
+        except OSError as e:
+            progress(f"{entry['file']} is not kept in {cache.root} ({e.strerror}); --no-cache does without")
 
 
 def job_of(bundle: Bundle, parts: Mapping[str, Any], **more: Any) -> Job:
@@ -321,18 +353,23 @@ def _build_onnxruntime(
     from stca.runtime import OnnxRuntimeEngine
 
     began = time.monotonic()
-    file = bundle.file(plan.graph)
-    if plan.parts["precision"] != "fp32":
-        state = [s.name for s in bundle.manifest.state]
-        graph = engine_graph(file, state=state, precision=plan.parts["precision"])
+    file, precision, provider = bundle.file(plan.graph), plan.parts["precision"], plan.parts["provider"]
+    graph = engine_graph(file, state=[s.name for s in bundle.manifest.state], precision=precision)
+    if precision != "fp32":
         file = graph.save(folder / plan.file)
-    engine = OnnxRuntimeEngine(file, threads=1, providers=(plan.parts["provider"],))
+    try:
+        engine = OnnxRuntimeEngine(file, threads=1, providers=(provider,))
+    except BuildError as e:
+        if "NOT_IMPLEMENTED" not in str(e):
+            raise
+        raise BuildError(f"ONNX Runtime's {provider} has no {precision} kernels for {plan.graph}; take fp32") from e
     entry |= {
+        "attention": "function" if graph.attention_nodes else None,
         "requests": None,
         "refit": "none",
         "inputs": [],
         "outputs": list(engine.outputs),
-        "provider": plan.parts["provider"],
+        "provider": provider,
         "seconds": round(time.monotonic() - began, 3),
         "bytes": sum(p.stat().st_size for p in with_weights(file)),
     }
@@ -345,9 +382,9 @@ def _write(bundle: Bundle, engines: Sequence[tuple[Mapping[str, Any], Path | Non
     kept = [e for e in bundle.manifest.engines if _place(e) not in added]
     entries = [{n: x for n, x in entry.items() if n not in ("cache", "why")} for entry, _ in engines]
     with writing(bundle.path) as (work, commit):
-        for _, file in engines:
-            for part in with_weights(file) if file else ():
-                shutil.copyfile(part, work / part.name)
+        for entry, file in engines:
+            for part in with_weights(file) if file else ():  # a plan from the cache has another name there
+                shutil.copyfile(part, (work / entry["file"]).with_suffix(part.suffix))
         gone = {e["file"] for e in bundle.manifest.engines} - {e["file"] for e in (*kept, *entries)}
         gone = {part for name in gone for part in (name, str(Path(name).with_suffix(".weights")))}
         for name in bundle.manifest.files.keys() - gone:
@@ -417,6 +454,8 @@ def _forecast(root: Path, manifest: Manifest, plan: _Plan, found: Mapping[str, A
     largest = {d: max(p[d][2] for p in plan.parts["profiles"]) for p in plan.parts["profiles"] for d in p}
     dims = {d.dim_param for v in graph.model.graph.input for d in v.type.tensor_type.shape.dim if d.dim_param}
     memory = estimate_memory(graph, {d: largest.get(d, 1) for d in dims})
+    if not plan.parts["profiles"]:  # any size will do
+        memory = {"weights": memory["weights"]}
     shown = {name: plan.parts[name] for name in ("flavour", "version", "sm", "precision", "attention", "profiles")}
     shown["attention"] = shown["attention"] if graph.attention_nodes else None
     entry = {**shown, "graph": plan.graph, "memory": memory, "cache": found["cache"], "why": found["why"]}

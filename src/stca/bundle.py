@@ -6,7 +6,6 @@ missing, changed, extra, linked or outside the directory is refused before any e
 
 from __future__ import annotations
 
-import collections.abc
 import contextlib
 import ctypes
 import dataclasses
@@ -17,13 +16,12 @@ import os
 import re
 import shutil
 import tempfile
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from stca import typed_json
 from stca.errors import BundleError
 
 FORMAT = "stca-bundle"
@@ -155,7 +153,7 @@ class Manifest:
             BundleError: when it is not ours, newer than this library, or lacks a field or has one of the wrong kind.
         """
         try:
-            raw = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
+            raw = typed_json.parse(text)
         except (ValueError, RecursionError) as e:  # a number of 5,000 digits is a plain ValueError
             raise BundleError(f"{MANIFEST} is not JSON ({e}); export the bundle again") from e
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
@@ -168,63 +166,13 @@ class Manifest:
                 f"bundle has manifest version {version}, this stca reads up to {FORMAT_VERSION}; upgrade stca"
             )
         try:
-            manifest: Manifest = _as(
+            manifest: Manifest = typed_json.as_type(
                 cls, {k: v for k, v in raw.items() if k not in ("format", "version", "digest")}, MANIFEST
             )
             _check_names(manifest)
         except (TypeError, ValueError, KeyError) as e:
             raise BundleError(f"{MANIFEST} is malformed ({e}); export the bundle again") from e
         return manifest
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names are all different: which of two counts is each reader's own choice."""
-    if len(made := dict(pairs)) != len(pairs):
-        raise ValueError(f"a name occurs twice among {', '.join(k for k, _ in pairs)[:80]}")
-    return made
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _as(kind: Any, raw: Any, where: str) -> Any:
-    """`raw`, as JSON gave it, as the type a field is declared with; unknown and missing fields are errors.
-
-    Raises:
-        TypeError, ValueError: naming the place in the manifest and what was expected there.
-    """
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return raw
-    if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
-        values, hints = _as(Mapping[str, Any], raw, where), typing.get_type_hints(kind)
-        for field_ in hints:
-            if (
-                field_ not in values and getattr(kind, field_, ...) is not None
-            ):  # None is a default that may be left out
-                raise ValueError(f"{where} misses {field_!r}")
-        if unknown := sorted(values.keys() - hints.keys()):
-            raise ValueError(f"{where} has an unknown field {unknown[0]!r}")
-        return kind(**{n: _as(hints[n], v, f"{where}: {n}") for n, v in values.items()})
-    if origin in (types.UnionType, typing.Union):
-        for choice in inner:
-            with contextlib.suppress(TypeError, ValueError):
-                return _as(choice, raw, where)
-    elif origin is Literal:
-        if raw in inner:
-            return raw
-    elif origin is tuple and isinstance(raw, list):
-        return tuple(_as(inner[0], x, f"{where}[{i}]") for i, x in enumerate(raw))
-    elif origin is collections.abc.Mapping and isinstance(raw, dict):
-        return {k: _as(inner[1], v, f"{where}[{k!r:.40}]") for k, v in raw.items()}
-    elif kind is int and isinstance(raw, int) and not isinstance(raw, bool):
-        if raw < 0:
-            raise ValueError(f"{where} is {raw}; it cannot be negative")
-        return raw
-    elif kind in (str, bool, types.NoneType) and isinstance(raw, kind):
-        return raw
-    raise TypeError(f"{where} is {raw!r:.60}, expected {getattr(kind, '__name__', kind)}")
 
 
 def _check_names(manifest: Manifest) -> None:
@@ -356,14 +304,13 @@ def writing(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Callable[[Mani
     Raises:
         BundleError: when `path` exists and is not a bundle, or its parent cannot be written to.
     """
-    target = Path(os.path.realpath(path))  # of a link (`current`), what it points to is replaced
-    if target.exists() and not _may_replace(target):
-        raise BundleError(f"{target}: exists and is not a bundle, or not only that; choose another --out or remove it")
+    target = place_for(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        work, lock = _workplace(target)
     except OSError as e:
         raise BundleError(f"{target}: cannot be written ({e.strerror}); choose another --out") from e
+    _remove_stale(target)
 
     def commit(manifest: Manifest) -> Bundle:
         done = seal(work, manifest).manifest
@@ -385,6 +332,57 @@ def writing(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Callable[[Mani
         raise BundleError(f"{target}: cannot be written ({e.strerror}); free space or choose another --out") from e
     finally:
         shutil.rmtree(work, ignore_errors=True)  # after a swap this is the old bundle
+        os.close(lock)
+
+
+def place_for(path: str | os.PathLike[str]) -> Path:
+    """Where a bundle for `path` would be written: of a link (`current`), what it points to is replaced.
+
+    Raises:
+        BundleError: when something is there that is not a bundle. Ask before long work, not only after it.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not _may_replace(target):
+        raise BundleError(f"{target}: exists and is not a bundle, or not only that; choose another --out or remove it")
+    return target
+
+
+def _workplace(target: Path) -> tuple[Path, int]:
+    """A fresh directory beside `target`, and the lock on it that says that someone is writing there."""
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        lock = os.open(work, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # where directories cannot be locked, nobody takes them for left behind
+            _lock(lock)
+        if work.exists():  # and nobody took it for left behind before it was locked
+            return work, lock
+        os.close(lock)
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove the work directories beside `target` whose writers were killed: those whose lock can be had."""
+    ours = re.compile(re.escape(f".{target.name}.") + r"[a-z0-9_]{8}\.tmp")
+    for left in [p for p in target.parent.iterdir() if ours.fullmatch(p.name)]:
+        with contextlib.suppress(OSError):
+            lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                _lock(lock)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _lock(directory: int) -> None:
+    """Lock an open directory for as long as it is open; the system lets go when the process ends, however it ends.
+
+    Raises:
+        OSError: when another process has the lock, or there are no such locks here.
+    """
+    try:
+        import fcntl
+    except ImportError as e:
+        raise OSError("no locks") from e
+    fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _may_replace(target: Path) -> bool:

@@ -7,9 +7,11 @@ usage or input. An error is one line; `--debug` shows the traceback.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,11 +41,15 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     args = _parser().parse_args(argv)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that half-written bundles go
     try:
         return int(args.run(args))
     except StcaError as e:
         if args.debug:
             raise
+        if args.json:
+            print(json.dumps({"error": str(e)}), flush=True)
         return _fail(str(e), e.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -282,24 +288,27 @@ def _split(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from stca.export.pipeline import resolve
-    from stca.verify import verify
-
     if args.precision and not args.engine:
         raise StcaError("--precision: is of built engines; say which with --engine")
-    module = resolve(args.model).module if args.model else None
     bundle = Bundle.load(args.bundle)
+    choice = None
     if args.engine:
-        from stca.engine_checks import verify_engine
         from stca.runtime.engine_choice import best_engine
 
         choice = best_engine(bundle.manifest, only=args.engine, precision=args.precision)
+
+    from stca.engine_checks import verify_engine
+    from stca.export.pipeline import resolve
+    from stca.verify import verify
+
+    module = resolve(args.model).module if args.model else None
+    if choice:
         report = verify_engine(bundle, choice, module=module, progress=_progress())
     else:
         report = verify(bundle, module=module, progress=_progress())
-    lines = [f"{'stage':<14} {'max abs':>9} {'limit':>9} {'max rel':>9} {'cosine':>11} {'top-k':>6}"]
+    lines = [f"{'stage':<16} {'max abs':>9} {'limit':>9} {'max rel':>9} {'cosine':>11} {'top-k':>6}"]
     lines += [
-        f"{s.name:<14} {s.max_abs:9.2e} {s.limit or float('nan'):9.2e} {s.max_rel:9.2e} {s.cosine:11.9f} "
+        f"{s.name:<16} {s.max_abs:9.2e} {f'{s.limit:.2e}' if s.limit else '-':>9} {s.max_rel:9.2e} {s.cosine:11.9f} "
         f"{s.topk_overlap:6.3f}{'' if s.passed else '  FAILED'}"
         for s in report.stages
     ]
@@ -355,8 +364,7 @@ def _build(args: argparse.Namespace) -> int:
         progress=_progress(),
     )
     lines = [
-        f"{e['graph']}: {e['path']}, {e['cache']} ({e['why']})"
-        + (f"; {_memory(e['memory'])}" if e.get("memory") else "")
+        f"{e['graph']}: {e['path']}, {e['cache']}" + (f"; {_memory(e['memory'])}" if e.get("memory") else "")
         for e in engines
     ]
     _emit(args, {"engines": engines}, "\n".join(lines))
@@ -369,7 +377,8 @@ def _refit(args: argparse.Namespace) -> int:
 
     result = refit(args.bundle, args.checkpoint, out=args.out, cache=EngineCache.default(), progress=_progress())
     lines = [f"{result['bundle']}: verified, weights {result['weights'][:12]}"]
-    lines += [f"engine {e['file']} was left out: {e['why']}" for e in result["engines"] if not e["kept"]]
+    for e in result["engines"]:
+        lines.append(f"engine {e['file']} " + ("is there too" if e["kept"] else f"was left out: {e['why']}"))
     _emit(args, result, "\n".join(lines))
     return 0
 
@@ -400,7 +409,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _engine_lines(entry: Mapping[str, Any]) -> list[str]:
     """What is known of an engine: how it was made, its layers, and what memory it takes."""
-    lines = ["engine " + ", ".join(f"{name} {entry[name]}" for name in _ENGINE_FACTS if name in entry)]
+    lines = ["engine " + ", ".join(f"{name} {entry[name]}" for name in _ENGINE_FACTS if entry.get(name) is not None)]
+    for profile in entry.get("profiles", ()):
+        lines.append("  sizes: " + ", ".join(f"{dim} {low} to {high}" for dim, (low, _, high) in profile.items()))
     if layers := entry.get("layers"):
         counts = ", ".join(f"{kind} {n}" for kind, n in sorted(layers.items(), key=lambda x: -x[1]))
         lines.append(f"  layers before fusion: {counts}")

@@ -46,6 +46,8 @@ def why_missed(parts: Parts, known: Iterable[Parts]) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, str) and len(value) == 64:
         return f"{value[:12]}…"
+    if isinstance(value, list):  # of profiles
+        return " and ".join(", ".join(f"{d} {low}–{high}" for d, (low, _, high) in p.items()) for p in value) or "none"
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from stca.build import job_of, share, with_weights
+from stca.build import job_of, keep, share, with_weights
 from stca.bundle import WEIGHTS, Bundle, Manifest, seal, sha256_of, writing
 from stca.engine_cache import EngineCache, key_of
 from stca.engine_checks import verify_engine
@@ -150,6 +150,13 @@ def _pairs(engines: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]
     return list(pairs.values())
 
 
+def _command(entry: Mapping[str, Any]) -> str:
+    """How such an engine is built."""
+    told = {"engine": "flavour", "sm": "sm", "precision": "precision", "provider": "provider"}
+    options = [f"--{option} {entry[name]}" for option, name in told.items() if entry.get(name)]
+    return " ".join(["stca build BUNDLE", *options])
+
+
 def _renew(
     old: Bundle,
     fresh: Bundle,
@@ -173,11 +180,11 @@ def _renew(
     if all(e["file"] in own for e in pair):
         return renewed  # ONNX Runtime on the bundle's own graphs
     if any(e["flavour"] not in FLAVOURS or e["refit"] == "none" for e in pair):
-        raise BuildError("it has the old weights and was not built to be refitted; run `stca build` again")
+        raise BuildError(f"it has the old weights and was not built to be refitted; run `{_command(pair[0])}`")
     if any(e["refit"] == "identical" for e in pair):
         raise BuildError(
             "it was built to be refitted with identical weights alone, and TensorRT promises nothing for others; run "
-            "`stca build` again, with --refit weights if it is to be refitted later"
+            f"`{_command(pair[0])}`, with --refit weights if it is to be refitted later"
         )
     for i, entry in enumerate(renewed):
         progress(f"refitting {entry['file']}")
@@ -189,6 +196,5 @@ def _renew(
     choice = Choice(flavour, precision, {e["graph"]: e for e in renewed}, "it was refitted")
     verify_engine(fresh, choice, module=module, progress=progress)
     for entry in renewed:
-        if cache:
-            cache.put(key_of(entry["key"]), entry, fresh.path / entry["file"])
+        keep(cache, key_of(entry["key"]), entry, fresh.path / entry["file"], progress)
     return renewed

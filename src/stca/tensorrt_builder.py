@@ -263,6 +263,8 @@ def _explain(job: Job, errors: Sequence[str]) -> str:
             f"{name}: {job.flavour} has no fused attention for this head size in {job.precision}; take another "
             "precision, export with another --form, or ask for an unfused one with --attention decomposed"
         )
+    if "Cannot compile for target" in said or "Cannot compile operation" in said:
+        return f"{name}: {job.flavour} has no {job.precision} kernels for SM {job.sm}; build for a newer GPU"
     if job.refit != "none" and "CUDA_SUCCESS" in said:
         return f"{name}: {job.flavour} builds engines that can be refitted only where there is a GPU; use --refit none"
     return f"{name}: {job.flavour} cannot build it: {said[:400]}"
@@ -310,10 +312,13 @@ def _monitor(trt: Any) -> Any:
 
 
 def _save(file: Path, data: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    part.write_bytes(data)
-    part.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}")
+        part.write_bytes(data)
+        part.replace(file)
+    except OSError as e:
+        _say(f"warning: {file} is not written ({e.strerror}); the next build measures kernels again")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,32 @@ def test_a_fresh_export_of_the_same_weights_is_served_from_the_cache(built, bund
     monkeypatch.setattr(stca.build, "build_plan", lambda *_: pytest.fail("was built again"))
     results = build(bundle, engine=RTX, sm=89, precision="bf16", workload=WORKLOAD, cache=cache)
     assert [r["cache"] for r in results] == ["hit", "hit"]
-    assert Bundle.load(bundle).manifest.engines == Bundle.load(root).manifest.engines
+    assert tiny.contents(bundle) == tiny.contents(root)
+    again = build(bundle, engine=RTX, sm=89, precision="bf16", workload=WORKLOAD, cache=cache)
+    assert [r["why"] for r in again] == ["it is in the bundle"] * 2
+
+
+@needs_rtx
+def test_an_engine_from_the_cache_takes_the_place_of_another(built, tmp_path):
+    """Other sizes under the same name, then the first ones again: the plan must be that of its entry."""
+    root, _, cache = built
+    bundle = shutil.copytree(root, tmp_path / "B")
+    asked = {"engine": RTX, "sm": 89, "precision": "bf16", "cache": cache}
+    build(bundle, **asked, workload=Workload(targets_max=8))
+    assert tiny.contents(bundle) != tiny.contents(root)
+    assert [r["cache"] for r in build(bundle, **asked, workload=WORKLOAD)] == ["hit", "hit"]
+    plans, before = ({n: x for n, x in tiny.contents(b).items() if n.endswith(".plan")} for b in (bundle, root))
+    assert plans == before
+
+
+@needs_rtx
+def test_a_cache_that_cannot_be_written_to_loses_no_engine(bundle, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    told = []
+    cache = EngineCache(tmp_path / "file")
+    results = build(bundle, engine=RTX, sm=89, precision="bf16", workload=WORKLOAD, cache=cache, progress=told.append)
+    assert all(Path(r["path"]).exists() for r in results)
+    assert any("is not kept" in line and "--no-cache" in line for line in told)
 
 
 def manifest_of(root):
@@ -298,17 +323,28 @@ def test_not_installed(bundle, monkeypatch):
     [
         ({"engine": "tensorflow"}, ("'tensorflow'", "onnxruntime")),
         ({"engine": "onnxruntime", "attention": "fused"}, ("onnxruntime", "'fused'")),
-        ({"engine": "onnxruntime", "precision": "bf16"}, ("bf16", "MatMul")),
+        ({"engine": "onnxruntime", "precision": "bf16"}, ("no bf16 kernels", "fp32")),
         ({"engine": "onnxruntime", "provider": "CUDAExecutionProvider"}, ("CUDAExecutionProvider", "CPU")),
         ({"engine": "onnxruntime", "provider": "../x", "dry_run": True}, ("../x", "CPUExecutionProvider")),
         ({"engine": RTX, "sm": 89, "attention": "plugin"}, (RTX, "'plugin'", "fused")),
-        ({"engine": RTX, "sm": 89, "workload": Workload(requests_max=2)}, ("one request", "requests_max")),
+        ({"engine": RTX, "sm": 89, "workload": Workload(requests_max=2)}, ("one request", "--requests-max")),
+        ({"engine": RTX, "sm": 89, "provider": "CUDAExecutionProvider"}, ("CUDAExecutionProvider", RTX)),
+        ({"engine": "onnxruntime", "sm": 89}, ("onnxruntime", "any GPU")),
+        ({"engine": "onnxruntime", "workload": WORKLOAD}, ("onnxruntime", "any size")),
         pytest.param({"engine": RTX, "sm": 89, "workload": Workload(targets_max=0)}, ("N_t", "0"), marks=needs_rtx),
         pytest.param(
             {"engine": RTX, "sm": 89, "workload": Workload(sizes={"N_x": 3})},
             ("'N_x'", "B_plus_1, N_h, N_t"),
             marks=needs_rtx,
         ),
+        pytest.param(
+            {"engine": RTX, "sm": 89, "workload": Workload(sizes={"N_h": 3})}, ("N_h", "--history-max"), marks=needs_rtx
+        ),
+        pytest.param({"engine": RTX, "sm": 89, "workload": Workload(99)}, ("32 tokens", "99"), marks=needs_rtx),
+        pytest.param(
+            {"engine": RTX, "sm": 89, "workload": Workload(history_buckets=(40,))}, ("bucket 40", "32"), marks=needs_rtx
+        ),
+        pytest.param({"engine": RTX, "sm": 75}, ("user_encoder.onnx", "SM 75", "newer GPU"), marks=needs_rtx),
         pytest.param({"engine": RTX, "sm": 999, "dry_run": True}, ("no SM 999", "89", "120"), marks=needs_rtx),
     ],
 )
@@ -397,7 +433,7 @@ def test_killed_midway_the_bundle_is_as_it_was(bundle, tmp_path):
 
 def test_profiles():
     dims = ("N_h", "N_t", "B", "B_plus_1", "pages")
-    workload = Workload(1000, 300, 4, (100, 5000), {"pages": 7})
+    workload = Workload(1000, 300, 4, (100,), {"pages": 7})
     first, second = workload.profiles(dims, 10_240)
     assert first == {
         "N_h": (1, 100, 100),
