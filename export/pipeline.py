@@ -16,7 +16,19 @@ import onnx
 from torch import nn
 
 import stca
-from stca.bundle import WEIGHTS, Bundle, GraphSpec, Manifest, Scope, StateSpec, TensorSpec, seal, sha256_of, writing
+from stca.bundle import (
+    WEIGHTS,
+    Bundle,
+    GraphSpec,
+    Manifest,
+    Scope,
+    StateSpec,
+    TensorSpec,
+    place_for,
+    seal,
+    sha256_of,
+    writing,
+)
 from stca.errors import ExportError, SplitError
 from stca.export.checkpoint import Checkpoint
 from stca.export.config import StcaConfig
@@ -135,6 +147,7 @@ def export_module(
         attention: recorded as the manifest's `attention`.
         max_history: longest history to serve, in tokens; None for no limit.
     """
+    place_for(out)
     progress("tracing the request graph")
     graph = to_request_graph(model)
     proof = lambda bundle: prove(bundle, model.module)  # noqa: E731
@@ -161,6 +174,7 @@ def split_onnx(
     Raises:
         SplitError: when the file is no valid ONNX model, an input has no scope, or nothing can be cached.
     """
+    place_for(out)
     progress("reading the model")
     graph = load_onnx(file)
     unknown = [name for name in scopes if name not in {i.name for i in graph.graph.input}]

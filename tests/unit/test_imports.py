@@ -15,9 +15,10 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "stca"
 ROOMS = ("plugins", "export", "calibration", "runtime", "examples")
 
-# root ← plugins ← export ← calibration; root, plugins ← runtime. The root's leaves (errors, the artifact, the table of
-# TensorRT's flavours) see only each other; its other modules are the checks and the command line, which see everything.
-LEAVES = frozenset({"errors", "bundle", "probe", "tensorrt_flavours", "__init__"})
+# root ← plugins ← export ← calibration; root, plugins ← runtime. The root's leaves (errors, types, the artifact, the
+# table of TensorRT's flavours) see only each other; its other modules are the checks and the command line, which see
+# everything.
+LEAVES = frozenset({"errors", "types", "typed_json", "bundle", "probe", "tensorrt_flavours", "__init__"})
 MAY_IMPORT = {
     "plugins": {"leaves", "plugins"},
     "export": {"leaves", "plugins", "export"},

@@ -1,0 +1,71 @@
+"""JSON into dataclasses, by the types that their fields are declared with: what does not fit is named, not guessed."""
+
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+def parse(text: str) -> Any:
+    """JSON as Python values.
+
+    Raises:
+        ValueError, RecursionError: when it is not JSON, an object has one name twice, or a number is NaN or infinite.
+    """
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different: which of two counts is each reader's own choice."""
+    if len(made := dict(pairs)) != len(pairs):
+        raise ValueError(f"a name occurs twice among {', '.join(k for k, _ in pairs)[:80]}")
+    return made
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def as_type(kind: Any, raw: Any, where: str) -> Any:
+    """`raw`, as JSON gave it, as the type a field is declared with; unknown and missing fields are errors.
+
+    Raises:
+        TypeError, ValueError: naming the place, which begins with `where`, and what was expected there.
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return raw
+    if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
+        values, hints = as_type(Mapping[str, Any], raw, where), typing.get_type_hints(kind)
+        for field_ in hints:
+            if (
+                field_ not in values and getattr(kind, field_, ...) is not None
+            ):  # None is a default that may be left out
+                raise ValueError(f"{where} misses {field_!r}")
+        if unknown := sorted(values.keys() - hints.keys()):
+            raise ValueError(f"{where} has an unknown field {unknown[0]!r}")
+        return kind(**{n: as_type(hints[n], v, f"{where}: {n}") for n, v in values.items()})
+    if origin in (types.UnionType, typing.Union):
+        for choice in inner:
+            with contextlib.suppress(TypeError, ValueError):
+                return as_type(choice, raw, where)
+    elif origin is Literal:
+        if raw in inner:
+            return raw
+    elif origin is tuple and isinstance(raw, list):
+        return tuple(as_type(inner[0], x, f"{where}[{i}]") for i, x in enumerate(raw))
+    elif origin is collections.abc.Mapping and isinstance(raw, dict):
+        return {k: as_type(inner[1], v, f"{where}[{k!r:.40}]") for k, v in raw.items()}
+    elif kind is int and isinstance(raw, int) and not isinstance(raw, bool):
+        if raw < 0:
+            raise ValueError(f"{where} is {raw}; it cannot be negative")
+        return raw
+    elif kind in (str, bool, types.NoneType) and isinstance(raw, kind):
+        return raw
+    raise TypeError(f"{where} is {raw!r:.60}, expected {getattr(kind, '__name__', kind)}")
