@@ -18,6 +18,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 from stca import probe
 from stca.bundle import Bundle
@@ -113,6 +114,37 @@ def bisect(
     return found
 
 
+class LayerNormalization(OpRun):
+    """With its float32 stash, which `onnx.reference` leaves out: in float16 alone a variance is worth little."""
+
+    def _run(  # type: ignore[no-untyped-def]
+        self, x, scale, bias=None, axis=-1, epsilon=1e-5, stash_type=1
+    ) -> tuple[Array, Array, Array]:
+        axes = tuple(range(axis % x.ndim, x.ndim))
+        wide = x.astype(_wide(x))
+        mean = wide.mean(axes, keepdims=True)
+        inverse = 1 / np.sqrt(np.square(wide - mean).mean(axes, keepdims=True) + epsilon)
+        normal = ((wide - mean) * inverse).astype(x.dtype) * scale
+        return (normal if bias is None else normal + bias).astype(x.dtype), mean, inverse
+
+
+class Sigmoid(OpRun):
+    """In float32, as kernels compute it: an exponential in float16 overflows at 11."""
+
+    def _run(self, x):  # type: ignore[no-untyped-def]
+        with np.errstate(over="ignore"):
+            return ((1 / (1 + np.exp(-x.astype(_wide(x))))).astype(x.dtype),)
+
+
+def _wide(x: Array) -> type[np.floating[Any]]:
+    return np.float64 if x.dtype == np.float64 else np.float32
+
+
+def evaluator(model: onnx.ModelProto) -> Any:
+    """`onnx.reference` on a typed model, with the float32 inside that kernels have and it has not."""
+    return ReferenceEvaluator(model, new_ops=[LayerNormalization, Sigmoid])
+
+
 def _feeds(bundle: Bundle, graph: str, tokens: int, targets: int, seed: int) -> dict[str, Array]:
     """Inputs of one request, and the user state in float64 where the graph takes one."""
     specs = bundle.manifest.graphs["request"].inputs
@@ -139,10 +171,10 @@ def _runner(model: onnx.ModelProto, names: Sequence[str], *, exact: bool) -> Run
         return {name: feeds[name].astype(dtype) for name, dtype in types.items()}
 
     if exact:
-        evaluator = ReferenceEvaluator(marked)
+        runner = evaluator(marked)
 
         def evaluate(feeds: Mapping[str, Array]) -> dict[str, Array]:
-            values: Any = evaluator.run(None, cast(feeds))
+            values: Any = runner.run(None, cast(feeds))
             return dict(zip(names, map(np.asarray, values), strict=True))
 
         return evaluate

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stca import probe, verify
-from stca.bisect import bisect
+from stca.bisect import bisect, evaluator
 from stca.build import HALVES
 from stca.bundle import Bundle, GraphSpec, TensorSpec
 from stca.errors import BuildError, EngineError, ParityError
@@ -187,7 +187,8 @@ def verify_engine(
     else:
         against, reference = "float64 onnx.reference", verify.run_double(bundle, feeds)
         near = _run_typed(bundle, feeds, precision)
-    yardstick = verify.compare(f"torch {precision}", against, near, reference, sizes, _EPS[precision], None)
+    near_name = f"{'onnx' if module is None else 'torch'} {precision}"
+    yardstick = verify.compare(near_name, against, near, reference, sizes, _EPS[precision], None)
     # In a low precision PyTorch's own scores need not rank as the reference does; they are what they are.
     yardstick = dataclasses.replace(yardstick, passed=bool(np.isfinite(yardstick.max_abs)), limit=None)
     tolerance = verify.Tolerance.of(yardstick.max_abs, reference, _EPS[precision])
@@ -242,8 +243,6 @@ def _run_pair(bundle: Bundle, engines: Mapping[str, Engine], feeds: Mapping[str,
 
 
 def _run_typed(bundle: Bundle, feeds: Sequence[Mapping[str, Array]], precision: str) -> list[Array]:
-    from onnx.reference import ReferenceEvaluator
-
     graph = engine_graph(bundle.file("request"), state=(), precision=cast(Any, precision))
-    evaluator: Any = ReferenceEvaluator(graph.complete())
-    return [np.asarray(evaluator.run(None, dict(f))[0]) for f in feeds]
+    runner = evaluator(graph.complete())
+    return [scores_of([np.asarray(x) for x in runner.run(None, dict(f))]) for f in feeds]

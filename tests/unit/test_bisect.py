@@ -167,3 +167,24 @@ def test_a_wrong_weight_in_a_built_engine_is_found_and_its_node_named(bundle_dir
     (node,) = readers(model, "layers.0.out.weight")
     with one_line(ParityError, "onnxruntime fp16", "target_scorer", repr(node)):
         verify_engine(Bundle.load(root), asked)
+
+
+def test_without_a_torch_module_the_yardstick_is_as_strict(bundle_dir, tmp_path):
+    """The same weights as if split from an ONNX file: the limit is of the same size, and a wrong weight is found."""
+    root = shutil.copytree(bundle_dir, tmp_path / "B")
+    build(root, engine="onnxruntime", precision="fp16")
+    bundle = Bundle.load(root)
+    asked = Choice("onnxruntime", "fp16", {e["graph"]: e for e in bundle.manifest.engines}, "asked for")
+    strict = verify_engine(bundle, asked).stages[1].limit
+    foreign = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, model={"kind": "onnx"}))
+    report = verify_engine(foreign, asked)
+    assert report.stages[0].name == "onnx fp16"
+    assert report.passed
+    assert report.stages[1].limit < 3 * strict
+    file = root / asked.entries["target_scorer"]["file"]
+    model = perturbed(onnx.load(file), "layers.0.out.weight", by=2.0)
+    file.with_suffix(".weights").unlink()
+    onnx.save(model, file, save_as_external_data=True, location=file.with_suffix(".weights").name)
+    (node,) = readers(model, "layers.0.out.weight")
+    with one_line(ParityError, "onnxruntime fp16", "target_scorer", repr(node)):
+        verify_engine(foreign, asked)
