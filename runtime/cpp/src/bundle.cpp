@@ -1,5 +1,6 @@
 #include "bundle.hpp"
 
+#include <algorithm>
 #include <fstream>
 #include <set>
 #include <sstream>
@@ -34,6 +35,7 @@ class Fields {
     if (found == nullptr) bundle_error(manifest_name, " misses '", at(name), "'; export the bundle again");
     return *found;
   }
+  bool has(const char* name) const { return json_.find(name) != nullptr; }
   Fields sub(const char* name) const { return {get(name), at(name)}; }
 
   const std::string& string(const char* name) const { return *checked(get(name).string(), name, "a string"); }
@@ -108,6 +110,19 @@ void read_tensor(const Fields& fields, TensorSpec& spec) {
   if (spec.shape.size() > STCA_MAX_RANK) fields.wrong("shape", "of at most " + std::to_string(STCA_MAX_RANK) + " axes");
 }
 
+/// Whether every profile has limits for a symbol, and it counts nothing but rows.
+bool counts_rows(const EngineEntry& entry, const std::string& symbol) {
+  for (const auto* specs : {&entry.spec.inputs, &entry.spec.outputs}) {
+    for (const TensorSpec& spec : *specs) {
+      for (std::size_t axis = 1; axis < spec.shape.size(); ++axis) {
+        if (spec.shape[axis].symbol == symbol) return false;
+      }
+    }
+  }
+  return std::all_of(entry.profiles.begin(), entry.profiles.end(),
+                     [&](const Profile& profile) { return profile.count(symbol) != 0; });
+}
+
 EngineEntry read_engine(const Fields& fields) {
   EngineEntry entry;
   entry.graph = fields.optional_string("graph").value_or("");
@@ -136,6 +151,15 @@ EngineEntry read_engine(const Fields& fields) {
       profile[symbol] = {*(*three)[0].integer(), *(*three)[2].integer()};
     });
   });
+  if (fields.has("padded")) {
+    fields.each("padded", [&](const Json& item, const std::string&) {
+      const std::string* symbol = item.string();
+      if (symbol == nullptr || !counts_rows(entry, *symbol)) {
+        fields.wrong("padded", "a list of dimensions that every profile has, and that count rows");
+      }
+      entry.padded.push_back(*symbol);
+    });
+  }
   return entry;
 }
 

@@ -65,6 +65,7 @@ struct EngineEntry {
   std::int64_t requests = 0;  ///< most requests of one run; 0 for no limit
   GraphSpec spec;             ///< inputs and outputs in the engine's own types, which may be narrower than the graph's
   std::vector<Profile> profiles;
+  std::vector<std::string> padded;  ///< symbols that count rows: such as the offsets leave out change no other row
 };
 
 struct Manifest {

@@ -280,7 +280,7 @@ int32_t stca_fail(int32_t code, const char* message) { return failed(code, messa
 
 void stca_options_init_sized(stca_options* options, size_t size) {
   const stca_options defaults{
-      std::min(size, sizeof(stca_options)), std::uint64_t{1} << 30, 0, 0, nullptr, nullptr, nullptr, 16};
+      std::min(size, sizeof(stca_options)), std::uint64_t{1} << 30, 0, 0, nullptr, nullptr, nullptr, 64};
   std::memcpy(options, &defaults, defaults.size);
 }
 #undef stca_options_init

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -12,6 +13,13 @@
 
 namespace stca::core {
 
+inline constexpr std::int64_t no_limit = std::numeric_limits<std::int64_t>::max();
+
+/// How much goes through an engine in one run: requests, history tokens, targets.
+struct RunSize {
+  std::int64_t requests = 0, tokens = 0, targets = 0;
+};
+
 /// Executes one graph. Safe to call from several threads at once.
 class Engine {
  public:
@@ -20,8 +28,8 @@ class Engine {
   virtual std::string name() const = 0;
   /// What goes in and out, in the order of `run`.
   virtual const GraphSpec& spec() const = 0;
-  /// Most requests of one run; 0 for no limit.
-  virtual std::int64_t max_requests() const { return 0; }
+  /// The most that one run takes. What alone is more than that is given to `run` all the same, which says so.
+  virtual RunSize largest_run() const { return {no_limit, no_limit, no_limit}; }
   /// Where the user encoder leaves its outputs and the target scorer finds them.
   virtual Memory& memory() { return Memory::host(); }
   /// Outputs for inputs. States lie in `memory()`, everything else in the host's; small ones, such as offsets that were
@@ -34,7 +42,7 @@ struct Options {
   bool truncate = false;
   int threads = 0;       ///< 0 leaves it to the engine
   std::string engine;    ///< "tensorrt", "onnxruntime" or "graphs"; empty for the best one that runs here
-  int cuda_graphs = 16;  ///< most CUDA graphs that a TensorRT engine keeps; none from 0 down
+  int cuda_graphs = 64;  ///< most CUDA graphs that a TensorRT engine keeps; none from 0 down
   /// The caller's own engine for a graph, instead of the built-in ones.
   std::function<std::unique_ptr<Engine>(const std::shared_ptr<const Bundle>&, const std::string& graph)> make;
 };

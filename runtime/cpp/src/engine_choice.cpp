@@ -105,7 +105,8 @@ Choice best_engine(const Manifest& manifest, const Machine& machine, const std::
     fail(STCA_BUILD_ERROR, "no ", only, " engines that run here: ",
          passed_over.empty() ? "the bundle has none; run `stca build --engine " + only + "`" : joined(passed_over));
   }
-  Choice choice = own_graphs("ONNX Runtime on the CPU runs the bundle's own graphs; it has no engine that runs here");
+  Choice choice =
+      own_graphs("ONNX Runtime on the CPU runs the bundle's own graphs; it has no faster engine that runs here");
   choice.passed_over = std::move(passed_over);
   return choice;
 }

@@ -34,6 +34,7 @@ CudaFunctions CudaFunctions::load(int major) {
   get(all.host_alloc, "cudaHostAlloc");
   get(all.free_host, "cudaFreeHost");
   get(all.memcpy_async, "cudaMemcpyAsync");
+  get(all.memset_async, "cudaMemsetAsync");
   return all;
 }
 
@@ -102,6 +103,10 @@ void* Device::scratch(std::size_t bytes) {
 
 void Device::copy_async(void* to, const void* from, std::size_t bytes, int kind, Stream stream) {
   if (bytes > 0) check(cuda_.memcpy_async(to, from, bytes, kind, stream), "cudaMemcpyAsync");
+}
+
+void Device::zero_async(void* memory, std::size_t bytes, Stream stream) {
+  if (bytes > 0) check(cuda_.memset_async(memory, 0, bytes, stream), "cudaMemsetAsync");
 }
 
 void Device::synchronize(Stream stream) const { check(cuda_.stream_synchronize(stream), "cudaStreamSynchronize"); }

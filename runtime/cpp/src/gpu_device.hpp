@@ -48,6 +48,7 @@ struct CudaFunctions {
   Error (*host_alloc)(void** memory, std::size_t bytes, unsigned flags);
   Error (*free_host)(void* memory);
   Error (*memcpy_async)(void* to, const void* from, std::size_t bytes, int kind, Stream stream);
+  Error (*memset_async)(void* memory, int value, std::size_t bytes, Stream stream);
 
   // CUDA's numbers, held against its headers where tensorrt_engine.cpp is compiled.
   static constexpr Error success = 0, error_memory_allocation = 2, error_insufficient_driver = 35,
@@ -113,6 +114,8 @@ class Device : public Memory, public std::enable_shared_from_this<Device> {
   void* scratch(std::size_t bytes);
   /// Copies between host and GPU, in the stream's order.
   void copy_async(void* to, const void* from, std::size_t bytes, int kind, Stream stream);
+  /// Zeros on the GPU, in the stream's order.
+  void zero_async(void* memory, std::size_t bytes, Stream stream);
   void synchronize(Stream stream) const;
   /// Keeps this the calling thread's GPU for as long as the result lives.
   [[nodiscard]] GpuScope use() const { return {cuda_, index_}; }

@@ -117,6 +117,22 @@ int choose_profile(const EngineEntry& entry, const Sizes& sizes) {
   request_error("no profile of ", entry.file, " admits this request's sizes; build with a profile for them");
 }
 
+std::int64_t bucket(std::int64_t rows) {
+  std::int64_t step = 16;
+  while (8 * step < rows) step *= 2;
+  return (rows + step - 1) / step * step;
+}
+
+Sizes filled_up(const EngineEntry& entry, Sizes sizes, int profile) {
+  const Profile& limits = entry.profiles[static_cast<std::size_t>(profile)];
+  for (const std::string& symbol : entry.padded) {
+    if (const auto size = sizes.find(symbol); size != sizes.end()) {
+      size->second = std::min(bucket(size->second), limits.at(symbol).second);
+    }
+  }
+  return sizes;
+}
+
 std::string read_plan(const Bundle& bundle, const EngineEntry& entry) {
   const auto file = bundle.manifest.files.find(entry.file);
   if (file == bundle.manifest.files.end()) {

@@ -32,6 +32,11 @@ Sizes sizes_of(const EngineEntry& entry, const std::vector<Array>& inputs);
 /// The tightest profile that admits these sizes. Throws RequestError naming the size and the limit.
 int choose_profile(const EngineEntry& entry, const Sizes& sizes);
 
+/// The size that `rows` is filled up to: a multiple of 16 and, from 64 on, one of four per power of two.
+std::int64_t bucket(std::int64_t rows);
+/// The sizes of a run with rows added in the plan's `padded` dimensions, as far as the profile goes.
+Sizes filled_up(const EngineEntry& entry, Sizes sizes, int profile);
+
 /// The plan's bytes. A plan is code to TensorRT: as they are when they are handed over, they must be those of the
 /// manifest. Throws BundleError.
 std::string read_plan(const Bundle& bundle, const EngineEntry& entry);

@@ -14,7 +14,7 @@ namespace stca::core {
 
 /// How much is recorded of what comes again.
 struct ReplayLimits {
-  int graphs = 16;                     ///< most to keep; none from 0 down
+  int graphs = 64;                     ///< most to keep; none from 0 down
   std::size_t most_copied = 64 << 20;  ///< most bytes of a run's states that are worth copying for a replay
   /// A recording takes many times a run. So one takes another's place only when that was not used in so many runs, or
   /// traffic of a few more shapes than graphs would record all the time.
@@ -26,7 +26,7 @@ struct ReplayLimits {
 template <class Context>
 class Replays {
  public:
-  /// The profile, then the size of every symbol.
+  /// The profile, then the size of every symbol, filled up.
   using Key = std::vector<std::int64_t>;
   /// A CUDA graph and the context it was recorded from. The graph goes first.
   struct Replay {

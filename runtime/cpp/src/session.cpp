@@ -1,7 +1,6 @@
 #include "session.hpp"
 
 #include <algorithm>
-#include <limits>
 #include <map>
 #include <optional>
 #include <utility>
@@ -42,6 +41,25 @@ Array scores_of(const std::vector<Array>& outputs) {
     }
   }
   return scores;
+}
+
+/// Where the runs end in which neighbours go through an engine together: as many as it takes, and at least one.
+std::vector<std::size_t> run_ends(const std::vector<RunSize>& sizes, const RunSize& most) {
+  std::vector<std::size_t> ends;
+  RunSize sum;
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    const RunSize more{sum.requests + sizes[i].requests, sum.tokens + sizes[i].tokens, sum.targets + sizes[i].targets};
+    const bool fits = more.requests <= most.requests && more.tokens <= most.tokens && more.targets <= most.targets;
+    if (!fits && i > 0) ends.push_back(i);
+    sum = fits ? more : sizes[i];
+  }
+  if (!sizes.empty()) ends.push_back(sizes.size());
+  return ends;
+}
+
+template <class T>
+std::vector<T> part(const std::vector<T>& all, std::size_t begin, std::size_t end) {
+  return {all.begin() + static_cast<std::ptrdiff_t>(begin), all.begin() + static_cast<std::ptrdiff_t>(end)};
 }
 
 template <class Specs>
@@ -96,12 +114,9 @@ Model::Model(std::shared_ptr<const Bundle> bundle, const Options& options)
     fail(STCA_BUILD_ERROR, engines_.encoder->name(), " and ", engines_.scorer->name(),
          " keep states in different memories; run both halves on one engine");
   }
-  const auto most = [](const Engine& engine) {
-    const std::int64_t limit = engine.max_requests();
-    return limit > 0 ? static_cast<std::size_t>(limit) : std::numeric_limits<std::size_t>::max();
-  };
-  encoded_together_ = most(*engines_.encoder);
-  scored_together_ = most(*engines_.scorer);
+  encoded_together_ = engines_.encoder->largest_run();
+  encoded_together_.tokens = std::min(encoded_together_.tokens, tokens_together);
+  scored_together_ = engines_.scorer->largest_run();
   state_kind_ =
       std::make_shared<StateKind>(StateKind{manifest().weights, layout(state_, manifest(), *engines_.encoder)});
 }
@@ -144,19 +159,14 @@ void Model::check_output(const Engine& engine, std::size_t index, const Array& o
 }
 
 std::vector<StateCache::State> Model::encode(const std::vector<Row>& rows) const {
+  std::vector<RunSize> sizes;
+  for (const Row& row : rows) sizes.push_back({1, std::max<std::int64_t>(row.tokens, 0), 0});
   std::vector<StateCache::State> states;
-  std::vector<Row> run;
-  std::int64_t tokens = 0;
-  for (const Row& row : rows) {
-    if (!run.empty() && (run.size() == encoded_together_ || tokens + row.tokens > tokens_together)) {
-      encode_together(run, states);
-      run.clear();
-      tokens = 0;
-    }
-    run.push_back(row);
-    tokens += std::max<std::int64_t>(row.tokens, 0);
+  std::size_t begin = 0;
+  for (std::size_t end : run_ends(sizes, encoded_together_)) {
+    encode_together(part(rows, begin, end), states);
+    begin = end;
   }
-  if (!run.empty()) encode_together(run, states);
   return states;
 }
 
@@ -208,15 +218,18 @@ Array Model::join(std::size_t index, const std::vector<StateCache::State>& state
 }
 
 Array Model::score(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const {
-  const std::size_t limit = scored_together_;
-  if (rows.size() <= limit) return score_together(states, rows);
+  if (rows.size() == 1) return score_together(states, rows);
+  std::vector<RunSize> sizes;
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    sizes.push_back({1, states[i]->tokens, std::max<std::int64_t>(rows[i].targets, 0)});
+  }
+  const std::vector<std::size_t> ends = run_ends(sizes, scored_together_);
+  if (ends.size() == 1) return score_together(states, rows);
   std::vector<Array> scores;
-  for (std::size_t i = 0; i < rows.size(); i += limit) {
-    const auto part = [&](const auto& all) {
-      const auto begin = all.begin() + static_cast<std::ptrdiff_t>(i);
-      return std::decay_t<decltype(all)>(begin, begin + static_cast<std::ptrdiff_t>(std::min(limit, all.size() - i)));
-    };
-    scores.push_back(score_together(part(states), part(rows)));
+  std::size_t begin = 0;
+  for (std::size_t end : ends) {
+    scores.push_back(score_together(part(states, begin, end), part(rows, begin, end)));
+    begin = end;
   }
   std::vector<const Array*> parts;
   for (const Array& array : scores) parts.push_back(&array);

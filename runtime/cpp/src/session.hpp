@@ -62,7 +62,8 @@ class Model {
   std::vector<Source> encoder_inputs_, scorer_inputs_;
   std::vector<std::size_t> state_outputs_;  // of each state tensor, which output of the user encoder it is
   std::vector<TensorSpec> state_;           // in the encoder's own types
-  std::size_t encoded_together_, scored_together_;  // most requests of one run of each half
+  /// The most of one run of each half.
+  RunSize encoded_together_, scored_together_;
 };
 
 /// Scores targets for users. One session serves many threads.

@@ -2,7 +2,8 @@
 //
 // "GPU" memory is host memory that is kept count of, so the sanitizers see every byte that is read or written out of
 // place. What is enqueued on a recording stream is kept and run when its graph is launched, with the addresses it had.
-// The stand-in of the library computes what the golden `log` bundle computes.
+// The stand-in of the library computes what the golden `log` bundle computes. Rows that the offsets leave out must be
+// zeros, and it answers them with `left_out`.
 #pragma once
 
 #include <cstdlib>
@@ -39,7 +40,7 @@ using namespace stca::core;
 struct Gpu {
   std::map<void*, std::size_t> memory, pinned;
   int streams = 0, contexts = 0, graphs = 0, executables = 0;  // alive
-  int launches = 0, wrong = 0;                                 // graphs replayed; things that must not happen
+  int runs = 0, launches = 0, wrong = 0;  // of engines; graphs replayed; things that must not happen
   int major = 9, driver = CudaFunctions::success;
   int thread = 0;  // the thread's current GPU
   int fail_next_allocations = 0;
@@ -137,6 +138,9 @@ inline CudaFunctions cuda() {
       return true;
     });
   };
+  f.memset_async = [](void* p, int value, std::size_t bytes, F::Stream stream) {
+    return enqueue(stream, [=] { return gpu.holds(p, bytes) && std::memset(p, value, bytes) == p; });
+  };
   return f;
 }
 
@@ -157,6 +161,8 @@ struct Trt {
     virtual ~ILogger() = default;
     virtual void log(Severity severity, const char* message) noexcept = 0;
   };
+
+  static constexpr float left_out = -1e30f;
 
   /// What a context is set to. A graph that was recorded from it keeps a copy, and knows when it was set again.
   struct Setting {
@@ -188,17 +194,17 @@ struct Trt {
           if (!gpu.holds(addresses.at(spec.name), bytes_of(spec, all))) return false;
         }
       }
+      ++gpu.runs;
       entry->graph == "user_encoder" ? encode() : score();
       return true;
     }
     void encode() const {
       const std::int32_t last = data<std::int32_t>("history_offsets")[rows("user_segment")];
-      for (std::int64_t i = last; i < rows("history_item"); ++i) {  // rows that the offsets leave out
-        if (data<std::int64_t>("history_item")[i] != 0) ++gpu.wrong;
-      }
+      const auto *item = data<std::int64_t>("history_item"), *action = data<std::int64_t>("history_action");
       for (std::int64_t i = 0; i < rows("history_item"); ++i) {
-        data<float>("token")[2 * i] = static_cast<float>(data<std::int64_t>("history_item")[i]);
-        data<float>("token")[2 * i + 1] = static_cast<float>(data<std::int64_t>("history_action")[i]);
+        gpu.wrong += i >= last && (item[i] != 0 || action[i] != 0) ? 1 : 0;
+        data<float>("token")[2 * i] = i < last ? static_cast<float>(item[i]) : left_out;
+        data<float>("token")[2 * i + 1] = i < last ? static_cast<float>(action[i]) : left_out;
       }
       const std::int64_t users = rows("user_segment");
       std::memcpy(data<void>("state_history_offsets"), data<void>("history_offsets"),
@@ -220,6 +226,13 @@ struct Trt {
           data<float>("scores")[2 * t + 1] =
               right + data<float>("target_price")[2 * t] + data<float>("state_user_profile")[2 * r];
         }
+      }
+      const std::int64_t users = rows("state_user_segment");
+      for (std::int64_t i = 2 * history[users]; i < 2 * rows("token"); ++i) gpu.wrong += data<float>("token")[i] != 0;
+      for (std::int64_t t = bounds[users]; t < rows("target_item"); ++t) {
+        const auto* price = data<float>("target_price") + 2 * t;
+        gpu.wrong += data<std::int64_t>("target_item")[t] != 0 || price[0] != 0 || price[1] != 0;
+        data<float>("scores")[2 * t] = data<float>("scores")[2 * t + 1] = left_out;
       }
     }
   };
@@ -345,6 +358,20 @@ struct Plans {
     }
   }
   EngineEntry& encoder() const { return bundle->manifest.engines[0]; }
+  EngineEntry& scorer() const { return bundle->manifest.engines[1]; }
+
+  /// Histories of up to 40 and 100 tokens and 48 targets, to which rows may be added.
+  void pad() const {
+    bundle->manifest.max_history = 100;
+    for (EngineEntry& entry : bundle->manifest.engines) {
+      entry.padded =
+          entry.graph == "user_encoder" ? std::vector<std::string>{"N_h"} : std::vector<std::string>{"N_h", "N_t"};
+      for (std::size_t p : {0u, 1u}) {
+        entry.profiles[p]["N_h"].second = p == 0 ? 100 : 40;
+        entry.profiles[p]["N_t"].second = 48;
+      }
+    }
+  }
 
   auto create() const {
     return [b = bundle](Trt::ILogger& log) { return new Trt::IRuntime{log, b}; };

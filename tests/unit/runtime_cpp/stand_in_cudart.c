@@ -33,3 +33,6 @@ error cudaFreeHost(void* memory) { return free(memory), 0; }
 error cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, handle stream) {
   return (void)kind, (void)stream, memcpy(to, from, bytes), 0;
 }
+error cudaMemsetAsync(void* memory, int value, size_t bytes, handle stream) {
+  return (void)stream, memset(memory, value, bytes), 0;
+}

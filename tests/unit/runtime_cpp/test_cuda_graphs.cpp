@@ -60,6 +60,77 @@ TEST(tensorrt_replays_a_shape_that_comes_again) {
   CHECK(gpu.empty());
 }
 
+TEST(tensorrt_fills_rows_up_to_a_few_sizes) {
+  for (auto [rows, size] :
+       {std::pair{1, 16}, {16, 16}, {17, 32}, {64, 64}, {65, 80}, {128, 128}, {129, 160}, {10000, 10240}})
+    CHECK_EQUAL(bucket(rows), size);
+  std::int64_t sizes = 0;
+  for (std::int64_t rows = 1; rows <= 10240; rows = bucket(rows) + 1) ++sizes;
+  CHECK_EQUAL(sizes, 33);
+  const Plans plans;
+  plans.pad();
+  CHECK_EQUAL(filled_up(plans.scorer(), {{"N_h", 17}, {"N_t", 3}, {"B", 2}}, 1).at("N_h"), 32);
+  CHECK_EQUAL(filled_up(plans.scorer(), {{"N_h", 33}, {"N_t", 3}, {"B", 2}}, 1).at("N_h"), 40);  // the profile's end
+  CHECK_EQUAL(filled_up(plans.scorer(), {{"N_h", 33}, {"N_t", 3}, {"B", 2}}, 0).at("N_h"), 48);
+  CHECK_EQUAL(filled_up(plans.scorer(), {{"N_h", 33}, {"N_t", 3}, {"B", 2}}, 0).at("N_t"), 16);
+  CHECK_EQUAL(filled_up(plans.scorer(), {{"N_h", 33}, {"N_t", 3}, {"B", 2}}, 0).at("B"), 2);
+}
+
+TEST(tensorrt_replays_histories_of_about_a_length) {
+  const Plans plans;
+  plans.pad();
+  const Model model = plans.model();
+  gpu.launches = 0;
+  for (std::int64_t tokens : {31, 17, 30, 18, 32, 20}) {  // long ones leave rows behind that short ones must not see
+    const User user(model, tokens, tokens);
+    CHECK_EQUAL(user.state->tensors[0].shape[0], tokens);
+    CHECK_EQUAL(user.state->bytes(), static_cast<std::size_t>(tokens) * 8 + 8 + 8 + 8);
+    CHECK(user.right(model));
+  }
+  CHECK_EQUAL(gpu.launches, 2 * 4);
+  CHECK_EQUAL(gpu.executables, 2);
+  const User none(model, 0, 1), four(model, 4, 1), again(model, 0, 1);
+  CHECK_EQUAL(gpu.executables, 3);  // of up to 16 tokens
+  CHECK_EQUAL(again.state->tensors[0].shape.text(), "[0, 2]");
+  for (int i = 0; i < 3; ++i) CHECK(none.right(model) && four.right(model) && again.right(model));
+  CHECK_EQUAL(gpu.executables, 4);
+  CHECK_EQUAL(gpu.wrong, 0);
+}
+
+TEST(tensorrt_replays_give_the_scores_of_direct_runs) {
+  const Plans plans;
+  plans.pad();
+  {
+    const Model direct = plans.model({0, 0, 0}), replayed = plans.model({6, 1 << 20, 5});
+    std::mt19937 random(11);
+    const auto below = [&](std::size_t n) { return static_cast<std::size_t>(random() % n); };
+    gpu.launches = 0;
+    for (int round = 0; round < 400; ++round) {
+      std::vector<Log> logs;
+      std::vector<Row> rows;
+      std::size_t tokens = 0, targets = 0;
+      for (std::size_t users = 1 + below(3); users > 0; --users) {
+        Log& log = logs.emplace_back(static_cast<std::int64_t>(below(50)));
+        for (std::int64_t& item : log.items) item = static_cast<std::int64_t>(1 + below(999));
+        log.targets.assign(below(24), 0);
+        for (std::int64_t& target : log.targets) target = static_cast<std::int64_t>(1 + below(999));
+        log.prices.assign(2 * log.targets.size(), 0.25f);
+        tokens += log.items.size(), targets += log.targets.size();
+      }
+      const auto odd = [](const Log& log) { return log.items.size() == 5 || log.targets.size() == 5; };
+      if (std::any_of(logs.begin(), logs.end(), odd) || tokens == 5 || targets == 5) continue;  // refused, by any run
+      for (const Log& log : logs) rows.push_back(log.row(direct.door()));
+      const Array expected = direct.score(direct.encode(rows), rows), got = replayed.score(replayed.encode(rows), rows);
+      CHECK_EQUAL(got.shape.text(), expected.shape.text());
+      CHECK_EQUAL(got.shape[0], static_cast<std::int64_t>(targets));
+      CHECK(got.bytes() == 0 || std::memcmp(got.data, expected.data, got.bytes()) == 0);
+    }
+    CHECK(gpu.launches > 100);
+    CHECK_EQUAL(gpu.wrong, 0);
+  }
+  CHECK(gpu.empty());
+}
+
 TEST(tensorrt_replays_an_empty_history) {
   const Plans plans;
   const Model model = plans.model();
@@ -175,7 +246,7 @@ TEST(tensorrt_records_nothing_of_other_threads) {
 TEST(tensorrt_records_anew_when_memory_moves) {
   const Plans plans;
   const auto device = std::make_shared<Device>(cuda());
-  const EngineEntry& entry = plans.bundle->manifest.engines[1];
+  const EngineEntry& entry = plans.scorer();
   TensorRtEngine<Trt> scorer(plans.bundle, entry, plans.create(), device);
   TensorRtEngine<Trt> encoder(plans.bundle, plans.encoder(), plans.create(), device);
   const Door door(plans.bundle->manifest, false);

@@ -36,7 +36,8 @@ std::string reason(const Machine& machine) {
   const Choice choice = best_engine(m, machine, "");
   if (choice.passed_over.empty()) return "";
   CHECK(choice.encoder == nullptr && choice.scorer == nullptr);
-  CHECK_EQUAL(choice.why, "ONNX Runtime on the CPU runs the bundle's own graphs; it has no engine that runs here");
+  CHECK_EQUAL(choice.why,
+              "ONNX Runtime on the CPU runs the bundle's own graphs; it has no faster engine that runs here");
   CHECK_EQUAL(choice.passed_over.size(), 1u);
   CHECK_THROWS(best_engine(m, machine, "tensorrt"), Error,
                "no tensorrt engines that run here: " + choice.passed_over[0]);
@@ -46,6 +47,29 @@ std::string reason(const Machine& machine) {
 }
 
 }  // namespace
+
+TEST(choice_reads_which_rows_may_be_added) {
+  std::ostringstream text;
+  text << std::ifstream(STCA_GOLDEN "/log/manifest.json").rdbuf();
+  const auto padded = [&](const std::string& json) {
+    std::string with = text.str();
+    const std::string none = "\"engines\": []";
+    CHECK(check::contains(with, none));
+    with.replace(with.find(none), none.size(),
+                 R"("engines": [{"flavour": "tensorrt", "version": "11.4.0.106", "sm": 90,
+      "precision": "bf16", "requests": 1, "inputs": [{"name": "x", "dtype": "int64", "shape": ["N_h", "N_t"]}],
+      "outputs": [], "profiles": [{"N_h": [1, 2, 3], "N_t": [1, 2, 3]}, {"N_h": [1, 2, 3], "N_t": [1, 2, 3], "B": [1, 1, 1]}])" +
+                     json + "}]");
+    return Manifest::parse(with).engines[0].padded;
+  };
+  CHECK(padded("").empty());
+  CHECK(padded(R"(, "padded": [])").empty());
+  CHECK(padded(R"(, "padded": ["N_h"])") == std::vector<std::string>{"N_h"});
+  // No dimension, one that a profile does not have, one that counts columns, and what is no list of names.
+  for (const char* wrong : {R"(["N_x"])", R"(["N_h", "B"])", R"(["N_t"])", "[1]", "\"N_h\"", "null"}) {
+    CHECK_THROWS(padded(std::string(R"(, "padded": )") + wrong), Error, "engines[0].padded must be a list");
+  }
+}
 
 TEST(choice_says_what_is_in_the_way) {
   CHECK_EQUAL(reason(h100), "");
@@ -94,7 +118,8 @@ TEST(choice_runs_no_engine_but_tensorrts) {
   add("onnxruntime", "fp16", "CUDAExecutionProvider", ".fp16.onnx");
   add("onnxruntime", "fp16", "CPUExecutionProvider", ".fp16.onnx");
   Choice choice = best_engine(m, h100, "");
-  CHECK_EQUAL(choice.why, "ONNX Runtime on the CPU runs the bundle's own graphs; it has no engine that runs here");
+  CHECK_EQUAL(choice.why,
+              "ONNX Runtime on the CPU runs the bundle's own graphs; it has no faster engine that runs here");
   CHECK_EQUAL(joined(choice.passed_over),
               "tensorrt-rtx bf16 for SM 89: the C++ runtime has no engine for it; serve it from Python; "
               "onnxruntime fp16: ONNX Runtime has no CUDAExecutionProvider here; "
@@ -116,7 +141,8 @@ TEST(choice_falls_back_to_onnxruntime) {
   const std::string pair = "tensorrt bf16 for SM 1: ";
   try {
     const Engines engines = make_engines(bundle, {});
-    CHECK_EQUAL(engines.why, "ONNX Runtime on the CPU runs the bundle's own graphs; it has no engine that runs here");
+    CHECK_EQUAL(engines.why,
+                "ONNX Runtime on the CPU runs the bundle's own graphs; it has no faster engine that runs here");
     CHECK(engines.passed_over.rfind(pair, 0) == 0);
     std::cout << engines.scorer->name() << ", passed over: " << engines.passed_over << "\n";
   } catch (const Error& e) {  // no ONNX Runtime either

@@ -293,7 +293,7 @@ TEST(session_options_may_grow) {
   CHECK(check::contains(stca_last_error(), "no engine 'abacus'"));
   stca_options_init_sized(&options, sizeof options + 8);  // a program that knows a longer one
   CHECK_EQUAL(options.size, sizeof options);
-  CHECK_EQUAL(options.cuda_graphs, 16);
+  CHECK_EQUAL(options.cuda_graphs, 64);
 }
 
 TEST(session_takes_any_code_from_a_callback) {

@@ -41,6 +41,44 @@ TEST(tensorrt_joins_states_up_to_the_engines_requests) {
   for (std::size_t i = 0; i < 5; ++i) CHECK_EQUAL(at(scores, 4 * i), logs[i].first());
 }
 
+TEST(tensorrt_parts_batches_into_runs_that_it_takes) {
+  const Plans plans;  // 3 requests, 6 tokens, 8 targets
+  const Model model = plans.model({0, 0, 0});
+  using Sizes = std::vector<std::pair<std::int64_t, std::size_t>>;
+  const auto runs = [&](const Sizes& sizes) {
+    std::vector<Log> logs;
+    std::vector<Row> rows;
+    for (auto [tokens, targets] : sizes) {
+      Log& log = logs.emplace_back(tokens);
+      log.targets.assign(targets, 7), log.prices.assign(2 * targets, 0);
+    }
+    for (const Log& log : logs) rows.push_back(log.row(model.door()));
+    gpu.runs = 0;
+    const std::vector<StateCache::State> states = model.encode(rows);
+    const int encoded = gpu.runs;
+    const Array scores = model.score(states, rows);
+    std::size_t target = 0;
+    for (const Log& log : logs) {
+      for (std::size_t i = 0; i < log.targets.size(); ++i) CHECK_EQUAL(at(scores, 2 * target++), log.first());
+    }
+    CHECK_EQUAL(scores.shape[0], static_cast<std::int64_t>(target));
+    return std::pair{encoded, gpu.runs - encoded};
+  };
+  CHECK(runs({{2, 1}, {2, 1}, {2, 1}}) == std::pair(1, 1));
+  CHECK(runs({{1, 1}, {1, 1}, {0, 1}, {1, 1}}) == std::pair(2, 2));          // requests
+  CHECK(runs({{4, 2}, {3, 1}, {3, 1}, {6, 1}, {0, 1}}) == std::pair(3, 3));  // tokens
+  CHECK(runs({{1, 4}, {1, 4}, {1, 1}}) == std::pair(1, 2));                  // targets
+  CHECK(runs({{0, 0}, {0, 8}, {0, 1}, {6, 8}, {1, 0}}) == std::pair(3, 3));  // all; no target, no run
+  CHECK_THROWS(runs({{1, 1}, {1, 9}}), Error, "N_t is 9, target_scorer.plan was built for at most 8");
+  plans.bundle->manifest.max_history = 7;
+  const Model wider = plans.model();
+  const Log one(1), seven(7);
+  CHECK_THROWS(wider.encode({one.row(wider.door()), seven.row(wider.door())}), Error,
+               "N_h is 7, user_encoder.plan was built for at most 6");
+  plans.scorer().requests = 0;
+  CHECK_EQUAL(plans.model().engine(false).largest_run().requests, no_limit);
+}
+
 TEST(tensorrt_appends_on_the_gpu) {
   const Plans plans;
   const Model model = plans.model();

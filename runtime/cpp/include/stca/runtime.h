@@ -175,7 +175,7 @@ typedef struct stca_cache_stats {
   uint64_t users, bytes, budget;
 } stca_cache_stats;
 
-/* Defaults: 1 GiB of states, 16 CUDA graphs, everything else off. `size` is the caller's sizeof(stca_options): a
+/* Defaults: 1 GiB of states, 64 CUDA graphs, everything else off. `size` is the caller's sizeof(stca_options): a
  * library that knows more fields leaves alone what lies behind the caller's. stca_options_init passes it along; the
  * function of that name is for programs that were compiled before the struct grew. */
 STCA_API void stca_options_init_sized(stca_options* options, size_t size);

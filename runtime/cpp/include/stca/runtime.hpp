@@ -255,7 +255,7 @@ struct Options {
   int threads = 0;         ///< of one request; 0 leaves it to the engine
   std::string engine;      ///< "tensorrt", "onnxruntime" or "graphs"; empty for the fastest that runs here
   MakeEngine make_engine;  ///< engines of one's own instead
-  int cuda_graphs = 16;    ///< most that each TensorRT engine keeps, one for each shape; 0 keeps none
+  int cuda_graphs = 64;    ///< most that each TensorRT engine keeps, one for each shape; 0 keeps none
 };
 
 using CacheStats = stca_cache_stats;
