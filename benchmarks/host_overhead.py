@@ -44,6 +44,7 @@ class Cuda:
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaMemPoolAttr = SimpleNamespace(cudaMemPoolAttrReleaseThreshold=4)
+    cudaStreamNonBlocking = 1
 
     def __init__(self) -> None:
         self.calls = 0

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stca.errors import BuildError
+from stca.errors import BuildError, EngineError
 
 
 class Owned:
@@ -81,7 +81,9 @@ class Device:
         )
         self.sm = 10 * int(major) + int(minor)
         if stream is None:
-            stream = int(self._owned.add("cudaStreamDestroy", self.call("cudaStreamCreate")))
+            # One that ignores the legacy stream: others' work there would fail while a graph is captured here.
+            made = self.call("cudaStreamCreateWithFlags", cuda.cudaStreamNonBlocking)
+            stream = int(self._owned.add("cudaStreamDestroy", made))
         self.stream, self.scratch, self.scratch_bytes = stream, 0, 0
         # Unless told otherwise, the pool gives free memory back to the driver whenever a run is waited for.
         pool = self.call("cudaDeviceGetDefaultMemPool", 0)
@@ -120,10 +122,10 @@ class Device:
         with self.lock:
             if size <= self.scratch_bytes and self.scratch:
                 return
+            larger = self.memory(self._owned, size)  # first, so that without room for it all stays as it was
             if self.scratch:
                 self._owned.drop("cudaFree", self.scratch)
-                self.scratch, self.scratch_bytes = 0, 0
-            self.scratch, self.scratch_bytes = self.memory(self._owned, size), size
+            self.scratch, self.scratch_bytes = larger, size
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
         """An array that is not written yet, from CUDA's pool: its memory follows the stream's order."""
@@ -177,7 +179,7 @@ class DeviceArray:
         return DeviceArray(self._device, address, shape, self.dtype, self._whole or self)
 
     def copy(self) -> DeviceArray:
-        """The same values in memory of their own."""
+        """The same values in memory of their own; see `join_on_device`."""
         return join_on_device([self])
 
     def to_host(self) -> NDArray[Any]:
@@ -191,16 +193,23 @@ class DeviceArray:
 
 
 def join_on_device(parts: Sequence[DeviceArray]) -> DeviceArray:
-    """Rows of all parts, one part after the other."""
+    """Rows of all parts, one part after the other.
+
+    Raises:
+        EngineError: when there is no room for them.
+    """
     device = parts[0]._device
-    with device.lock:
-        device.collect()
-        joined = device.array((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
-        at = joined.address
-        for part in parts:
-            if part.nbytes:
-                device.copy(at, part.address, part.nbytes)
-            at += part.nbytes
+    try:
+        with device.lock:
+            device.collect()
+            joined = device.array((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+            at = joined.address
+            for part in parts:
+                if part.nbytes:
+                    device.copy(at, part.address, part.nbytes)
+                at += part.nbytes
+    except BuildError as e:  # CUDA failed, and not while an engine was made
+        raise EngineError(f"states cannot be joined: {e}") from e
     return joined
 
 

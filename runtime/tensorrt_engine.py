@@ -24,7 +24,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from stca.bundle import ITEM_BYTES
+from stca.bundle import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, USERS
 from stca.errors import BuildError, EngineError, RequestError
 from stca.runtime.cuda_device import Device, DeviceArray, Owned
 from stca.tensorrt_flavours import FLAVOURS, load
@@ -34,17 +34,16 @@ AnyArray = NDArray[Any] | DeviceArray
 Entry = Mapping[str, Any]
 _Key = tuple[int | str, ...]  # what a CUDA graph holds for: profile, sizes, inputs that cross the bus
 
-TOKENS, TARGETS = "N_h", "N_t"
 # What a library says when it refuses a plan, and what that means; the first that fits.
 _REFUSALS: Final = (
     (("plugin", "getcreator"), "needs a plugin that is not registered; load its library before the engine"),
     (("out of memory", "outofmemory", "memory allocation"), "does not fit the GPU's memory; build for smaller sizes"),
-    (("version", "incompatible"), "was built by another version of the library; run `stca build` again"),
     (
-        ("compute capability", "different device", "platform"),
+        ("compute capability", "different device", "incompatible device", "platform"),
         "was built for another GPU; run `stca build` with its --sm",
     ),
-    (("magic", "truncated", "corrupt", "malformed", "deserializ"), "is damaged; copy the bundle again"),
+    (("version", "incompatible"), "was built by another version of the library; run `stca build` again"),
+    (("magic", "truncated", "corrupt", "malformed"), "is damaged; copy the bundle again"),
 )
 
 
@@ -220,7 +219,9 @@ class TensorRTEngine:
             raise BuildError(explain_refusal(entry, said))
         self._said, self._engine = said, engine
         self._owned = Owned(self, device.cuda)
-        largest = {d: max(p[d][2] for p in entry["profiles"] if d in p) for p in entry["profiles"] for d in p}
+        largest = _with_batch(
+            {d: max(p[d][2] for p in entry["profiles"] if d in p) for p in entry["profiles"] for d in p}
+        )
         self._buffers: dict[str, _Buffer] = {}
         for spec in (*entry["inputs"], *entry["outputs"]):
             self._buffers[spec["name"]] = _Buffer.make(spec, largest, device, self._owned)
@@ -243,7 +244,7 @@ class TensorRTEngine:
             RequestError: when a size is beyond the engine's profiles.
             EngineError: when the run fails.
         """
-        sizes = self._sizes(inputs)
+        sizes = _with_batch(self._sizes(inputs))
         if sizes.get(TARGETS) == 0:
             dtypes = {o["name"]: numpy_dtype(o["dtype"]) for o in self._entry["outputs"]}
             return {o["name"]: np.zeros(_shape(o, sizes), dtypes[o["name"]]) for o in self._entry["outputs"]}
@@ -340,7 +341,7 @@ class TensorRTEngine:
             device.call("cudaStreamSynchronize", device.stream)
             return
         if profile != self._profile:
-            self._context.set_optimization_profile_async(profile, device.stream)
+            self._use_profile(self._context, profile)
             self._profile = profile
         self._set_shapes(self._context, sizes)
         self._enqueue(self._context, sizes, staged)
@@ -354,6 +355,10 @@ class TensorRTEngine:
             self._seen[key] = None
             if len(self._seen) > 4 * self._graphs:
                 self._seen.popitem(last=False)
+
+    def _use_profile(self, context: Any, profile: int) -> None:
+        if not context.set_optimization_profile_async(profile, self._device.stream):
+            raise EngineError(f"{self.name} does not take profile {profile}: {' '.join(self._said[-1:])[:300]}")
 
     def _set_shapes(self, context: Any, sizes: Mapping[str, int]) -> None:
         for spec in self._entry["inputs"]:
@@ -381,7 +386,7 @@ class TensorRTEngine:
         try:
             context = self._new_context()
             if profile:
-                context.set_optimization_profile_async(profile, device.stream)
+                self._use_profile(context, profile)
             self._set_shapes(context, sizes)
             self._enqueue(context, sizes, staged)  # what a context does on its first run only must not be captured
             device.call("cudaStreamSynchronize", device.stream)
@@ -394,10 +399,18 @@ class TensorRTEngine:
                 graph = device.call("cudaGraphInstantiate", captured, 0)
             finally:
                 device.call("cudaGraphDestroy", captured)
-        except (BuildError, EngineError, RequestError):
+        except (BuildError, EngineError, RequestError) as e:
             self._captures = False
+            self.name += f", without CUDA graphs ({e})"
             return
         self._replays[key] = _Replay(context, self._owned.add("cudaGraphExecDestroy", graph))
+
+
+def _with_batch(sizes: dict[str, int]) -> dict[str, int]:
+    """With the number of requests, which an output may have though only offsets tell it."""
+    if OFFSETS in sizes:
+        sizes.setdefault(USERS, sizes[OFFSETS] - 1)
+    return sizes
 
 
 def _key(profile: int, sizes: Mapping[str, int], staged: Sequence[str]) -> _Key:

@@ -12,10 +12,11 @@ class FakeCuda:
     cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=0, cudaDevAttrComputeCapabilityMinor=1)
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaStreamNonBlocking = 1
     cudaMemPoolAttr = SimpleNamespace(cudaMemPoolAttrReleaseThreshold=4)
 
     def __init__(self, sm=89, fail=None):
-        self.sm, self.fail, self.log = sm, fail or {}, []
+        self.sm, self.fail, self.log, self.largest = sm, fail or {}, [], 1 << 40
         self.memory, self.pinned, self.graphs, self.streams = {}, {}, [], 0
         self.queue, self.captured = [], None
 
@@ -27,6 +28,8 @@ class FakeCuda:
             self.log.append(name)
             if name in self.fail:
                 return (Failure(self.fail[name]),)
+            if "alloc" in name.lower() and args[0] > self.largest:
+                return (Failure("cudaErrorMemoryAllocation"),)
             value = object.__getattribute__(self, "_" + name)(*args)
             return (0,) if value is None else (0, value)
 
@@ -48,7 +51,8 @@ class FakeCuda:
     def _cudaDeviceGetAttribute(self, attribute, device):
         return divmod(self.sm, 10)[attribute]
 
-    def _cudaStreamCreate(self):
+    def _cudaStreamCreateWithFlags(self, flags):
+        assert flags == self.cudaStreamNonBlocking
         self.streams += 1
         return 77
 

@@ -355,6 +355,29 @@ def test_two_engines_share_scratch_memory(tmp_path):
     assert len(device.cuda.memory) == 3 * 5 + 1
 
 
+def test_an_engine_there_is_no_room_for_leaves_the_others_as_they_were(tmp_path):
+    device = Device(cuda=FakeCuda())
+    engine = make(tmp_path, device=device)
+    for seed in range(3):
+        same(engine.run(inputs := request(8, 4, seed)), inputs)
+    held, large = device.cuda.held, 1 << 20
+    device.cuda.largest = large - 1
+    with one_line(BuildError, "out of memory"):
+        make(tmp_path, device=device, scratch=large)
+    gc.collect()
+    assert device.cuda.held == held
+    same(engine.run(inputs := request(8, 4, 5)), inputs)
+    assert device.cuda.log[-2] == "cudaGraphLaunch"
+
+
+def test_states_there_is_no_room_to_join(tmp_path):
+    device = Device(cuda=FakeCuda())
+    state = make(tmp_path, device=device, keep=("echo",)).run(request(9, 3))["echo"]
+    device.cuda.largest = 40
+    with one_line(EngineError, "joined", "out of memory"):
+        join_on_device([state, state])
+
+
 def test_threads_take_turns(tmp_path):
     engine, wrong = make(tmp_path), []
 
@@ -375,7 +398,7 @@ def test_threads_take_turns(tmp_path):
 def test_the_callers_stream_is_used():
     cuda = FakeCuda()
     assert Device(5, cuda=cuda).stream == 5
-    assert "cudaStreamCreate" not in cuda.log
+    assert "cudaStreamCreateWithFlags" not in cuda.log
 
 
 def test_a_shape_that_cannot_be_captured_runs_without(tmp_path):
@@ -445,14 +468,14 @@ def test_the_wrong_machine():
         ),
         (
             "The engine plan file is generated on an incompatible device, expecting compute capability 8.9",
-            ("stca build",),
+            ("another GPU", "stca build"),
         ),
         (
             "Error Code 1: Serialization (assertion header.magicTag == kMAGIC failed. Magic tag mismatch)",
             ("damaged",),
         ),
         ("Requested amount of GPU memory (34359738368 bytes) could not be allocated. OutOfMemory", ("memory",)),
-        ("something\nelse", ("cannot be loaded", "something else")),
+        ("IRuntime::deserializeCudaEngine: something\nelse", ("cannot be loaded", "something else")),
         ("", ("no reason",)),
     ],
 )
