@@ -7,6 +7,8 @@ import importlib
 import json
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +37,7 @@ from stca.export.config import StcaConfig
 from stca.export.cost import DEFAULT_WORKLOAD, without_weights
 from stca.export.cut import DEFAULT_FLOPS_PER_BYTE
 from stca.export.model import AttentionForm, request_inputs
+from stca.export.precision import any_sizes
 from stca.export.scope import label, walk
 from stca.export.split import split
 from stca.export.state import not_one_users, why_not_appendable
@@ -79,12 +82,34 @@ def resolve(name: str) -> RequestModel:
     if here not in sys.path:
         sys.path.insert(0, here)  # as `python -m` does: the user's module is usually right here
     try:
-        made = getattr(importlib.import_module(module), attribute)()
-    except Exception as e:  # the user's own code: whatever it raises, the name and the cause are what helps
-        raise ExportError(f"--model {name}: {type(e).__name__}: {e}; expected PACKAGE.MODULE:CALLABLE") from e
+        call = getattr(importlib.import_module(module), attribute)
+    except Exception as e:  # no such module, no such name, or what the module itself raises
+        if place := _place_in_their_code(e):
+            raise ExportError(f"--model {name}: your module raised {_said(e)}{place}; mend it there") from e
+        raise ExportError(f"--model {name}: {_said(e)}; expected PACKAGE.MODULE:CALLABLE") from e
+    try:
+        made = call()
+    except Exception as e:
+        raise ExportError(
+            f"--model {name}: your function raised {_said(e)}{_place_in_their_code(e)}; mend it there, or call it in "
+            "Python for the traceback"
+        ) from e
     if not isinstance(made, RequestModel):
         raise ExportError(f"--model {name}: returned {type(made).__name__}, expected stca.export.RequestModel")
     return made
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _place_in_their_code(error: BaseException) -> str:
+    """` at file:line` of the innermost call that is neither ours, the standard library's nor an installed package's."""
+    paths = sysconfig.get_paths()
+    others = (str(Path(stca.__file__).parent), "<", *(paths[k] for k in ("stdlib", "platstdlib", "purelib", "platlib")))
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith(others)]
+    return f" at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""
 
 
 def export_checkpoint(
@@ -247,6 +272,10 @@ def _write(
                 f"node {label(node)!r} is {node.op_type!r} of domain {node.domain!r}, which no check here can run; "
                 "give the model a function body for it, or express it in standard operators"
             )
+    # As `Sizes` counts them: one without a name goes by its input and axis.
+    dims = any_sizes(graph.graph)
+    if unknown := [n for n in cut.workload if n not in dims and n not in DEFAULT_WORKLOAD]:
+        raise SplitError(f"no input has a dimension {unknown[0]!r} to give a size to; there are {', '.join(dims)}")
     rows = {tuple(s.shape[:1]): s.name for s in map(_spec, graph.graph.output)}
     if len(rows) > 1:
         names = " and ".join(rows.values())

@@ -37,6 +37,7 @@ _NO_DIGEST = "0" * 64
 _SUFFIXES = (".json", ".onnx", ".safetensors", ".plan", ".weights")
 HALVES = ("user_encoder", "target_scorer")
 GRAPHS = ("request", *HALVES)
+_ASIDE = ".old"
 
 # Symbolic sizes with a fixed meaning: packed history tokens, packed targets, requests, and offsets. Rows that these
 # count can be joined with other requests' rows in a ragged batch.
@@ -363,6 +364,8 @@ def _remove_stale(target: Path) -> None:
     """Remove the work directories beside `target` whose writers were killed: those whose lock can be had."""
     ours = re.compile(re.escape(f".{target.name}.") + r"[a-z0-9_]{8}\.tmp")
     for left in [p for p in target.parent.iterdir() if ours.fullmatch(p.name)]:
+        if left.with_name(left.name + _ASIDE).exists():
+            continue  # killed between two renames: nothing has the bundle's name, and both are there to choose from
         with contextlib.suppress(OSError):
             lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -407,7 +410,7 @@ def _put(work: Path, target: Path) -> None:
         os.rename(work, target)
     elif not _exchange(work, target):
         # A file system that cannot exchange two names: for a moment no bundle has the name, but both are whole.
-        aside = work.with_name(work.name + ".old")
+        aside = work.with_name(work.name + _ASIDE)
         os.rename(target, aside)
         os.rename(work, target)
         os.rename(aside, work)

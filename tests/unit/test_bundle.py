@@ -495,11 +495,68 @@ def test_killed(tmp_path, root, moment, there):
     if there is None:  # only where a file system cannot exchange two names: both are whole, beside the place
         kinds = {Bundle.load(p).file("request").read_bytes() for p in aside}
         assert kinds == {b"whole", b"new"}
+        write(root)
+        assert set(aside) <= set(tmp_path.iterdir()), "whoever cleans up by hand has the choice"
         return
     assert Bundle.load(root).file("request").read_bytes() == (b"whole" if there == "old" else b"new")
     assert [p.name.startswith(".B.") for p in aside] == [True]
     write(root, {**FILES, "request.onnx": b"third"})
     assert Bundle.load(root).file("request").read_bytes() == b"third"
+    assert os.listdir(tmp_path) == ["B"], "what the killed process left is gone"
+
+
+WRITES_AND_WAITS = """
+import sys
+import stca.bundle as b
+old = b.Bundle.load(sys.argv[1]).manifest
+with b.writing(sys.argv[1]) as (work, commit):
+    for name in old.files:
+        (work / name).write_bytes(b"slow")
+    print(work, flush=True)
+    sys.stdin.readline()
+    commit(b.dataclasses.replace(old, weights=b.sha256_of(work / b.WEIGHTS)))
+"""
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path, root):
+    command = [sys.executable, "-c", WRITES_AND_WAITS, str(root)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            work = Path(other.stdout.readline().strip())
+            with writing(root) as (mine, _):  # here, too, someone is writing while others come and go
+                write(root, {**FILES, "request.onnx": b"quick"})
+                assert mine.is_dir()
+            assert {p.name for p in work.iterdir()} == set(FILES)
+            other.communicate("go on\n", timeout=30)
+            assert other.returncode == 0
+        finally:
+            other.kill()
+    assert Bundle.load(root).file("request").read_bytes() == b"slow"
+    assert os.listdir(tmp_path) == ["B"]
+
+
+def test_only_work_directories_of_this_bundle_are_taken_for_left_behind(tmp_path, root):
+    kept = [".C.abcdefgh.tmp", ".B.thesis.tmp", ".B.abcdefgh.tmp.old", "B.abcdefgh.tmp", ".B.ABCDEFGH.tmp"]
+    gone = [".B.abcd_f00.tmp", ".B.12345678.tmp"]
+    for name in (*kept, *gone):
+        (tmp_path / name / "below").mkdir(parents=True)
+        (tmp_path / name / "below" / "file").write_text("text")
+    (tmp_path / ".B.aaaaaaaa.tmp").write_text("a file")
+    (tmp_path / ".B.bbbbbbbb.tmp").symlink_to(tmp_path / kept[0])
+    write(root)
+    assert {p.name for p in tmp_path.iterdir()} == {"B", *kept, ".B.aaaaaaaa.tmp", ".B.bbbbbbbb.tmp"}
+    assert (tmp_path / kept[0] / "below" / "file").read_text() == "text"
+
+
+def test_without_locks_nothing_is_taken_for_left_behind(tmp_path, root, monkeypatch):
+    def no_locks(directory):
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(bundle_module, "_lock", no_locks)
+    (tmp_path / ".B.abcdefgh.tmp").mkdir()
+    write(root, {**FILES, "request.onnx": b"new"})
+    assert Bundle.load(root).file("request").read_bytes() == b"new"
+    assert sorted(os.listdir(tmp_path)) == [".B.abcdefgh.tmp", "B"]
 
 
 def test_a_manifest_is_immutable(root):

@@ -21,10 +21,11 @@ from torch import nn
 
 from stca import probe
 from stca.bundle import MANIFEST, WEIGHTS, Bundle, TensorSpec, sha256_of
-from stca.errors import ExportError, ParityError, SplitError
+from stca.errors import BundleError, ExportError, ParityError, SplitError
 from stca.export.checkpoint import load_checkpoint
+from stca.export.cost import DEFAULT_WORKLOAD
 from stca.export.model import segment_of
-from stca.export.pipeline import CutOptions, choose_form, export_checkpoint, export_module, split_onnx
+from stca.export.pipeline import CutOptions, choose_form, export_checkpoint, export_module, resolve, split_onnx
 from stca.export.scope import Scope, infer_scopes
 from stca.export.state import not_one_users
 from stca.export.to_onnx import RequestModel
@@ -173,6 +174,81 @@ def test_a_failed_first_export_leaves_nothing(tmp_path, bundle_dir):
     with one_line(ParityError):
         split_onnx(bundle_dir / "request.onnx", SCOPES, tmp_path / "B", prove=fail)
     assert not list(tmp_path.iterdir())
+
+
+class Untraceable(nn.Module):
+    def forward(self, inputs):
+        raise AssertionError("was traced")
+
+
+def test_a_place_that_is_no_bundle_is_refused_before_any_work(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("precious")
+    with one_line(BundleError, "thesis", "not a bundle"):
+        export_module(RequestModel(Untraceable(), USERS_ITEMS), tmp_path / "thesis", prove=fail, source={})
+    with one_line(BundleError, "thesis", "not a bundle"):
+        split_onnx(tmp_path / "none.onnx", SCOPES, tmp_path / "thesis", prove=fail)
+    assert os.listdir(tmp_path / "thesis") == ["chapter.tex"]
+
+
+THEIRS = """
+import json
+
+class Odd:
+    def __str__(self):
+        return "two\\nlines"
+
+def helper():
+    raise ValueError(Odd())
+
+def direct():
+    helper()
+
+def through_a_library():
+    return json.loads("{")
+
+def needs_one(argument):
+    pass
+
+value = 5
+"""
+
+
+def test_what_their_own_function_raises_is_said_to_be_theirs(tmp_path, monkeypatch):
+    (tmp_path / "their_module.py").write_text(THEIRS)
+    (tmp_path / "their_broken.py").write_text("x = 1\ny = x['a']\n")
+    (tmp_path / "their_syntax.py").write_text("def f(:\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    file = str(tmp_path / "their_module.py")
+    for name, words in {
+        "their_module:direct": ("your function raised ValueError: two lines", f"at {file}:9;"),
+        "their_module:through_a_library": ("your function raised JSONDecodeError", f"at {file}:15;"),
+        "their_module:needs_one": ("your function raised TypeError", "'argument'"),
+        "their_module:value": ("your function raised TypeError", "not callable"),
+        "their_module:nothing": ("AttributeError", "'nothing'", "PACKAGE.MODULE:CALLABLE"),
+        "their_broken:f": ("your module raised TypeError", f"at {tmp_path / 'their_broken.py'}:2;"),
+        "their_syntax:f": ("SyntaxError", "their_syntax.py, line 1"),
+        "no.such:thing": ("ModuleNotFoundError", "PACKAGE.MODULE:CALLABLE"),
+        "their_module:Odd": ("returned Odd", "RequestModel"),
+    }.items():
+        with one_line(ExportError, f"--model {name}", *words):
+            resolve(name)
+
+
+def test_a_misspelt_size_is_refused(tmp_path, bundle_dir):
+    cut = CutOptions(workload={**DEFAULT_WORKLOAD, "N_H": 5})
+    with one_line(SplitError, "'N_H'", "there are N_h, B_plus_1, B, N_t"):
+        split_onnx(bundle_dir / "request.onnx", SCOPES, tmp_path / "B", prove=fail, cut=cut)
+    with one_line(SplitError, "'tokens'", "there are N_h, B_plus_1, B, N_t"):
+        export_module(
+            RequestModel(Attends("event"), USERS_ITEMS),
+            tmp_path / "B",
+            prove=fail,
+            source={},
+            cut=CutOptions(workload={"tokens": 5}),
+        )
+    assert not (tmp_path / "B").exists()
 
 
 # --- ONNX files of others ---------------------------------------------------------------------------------------------
