@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from stca.bundle import OFFSETS, TARGETS, TOKENS, USERS, GraphSpec, Manifest, TensorSpec, packable
 from stca.errors import BundleError, RequestError
-
-Array = NDArray[Any]
+from stca.types import Array
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,14 @@ class Door:
         self.ragged = packable(manifest.graphs["request"].inputs)
         self._max_history = manifest.max_history
         self._truncate = truncate
+        self._names: dict[tuple[str, ...], tuple[str, ...]] = {}  # asked for several times per request
 
     def names(self, *scopes: str) -> tuple[str, ...]:
         """Inputs of these scopes, offsets aside."""
-        return tuple(s.name for s in self.inputs.values() if s.scope in scopes and s.name not in self.offsets)
+        if scopes not in self._names:
+            found = (s.name for s in self.inputs.values() if s.scope in scopes and s.name not in self.offsets)
+            self._names[scopes] = tuple(found)
+        return self._names[scopes]
 
     def admit(self, inputs: Mapping[str, ArrayLike], *scopes: str) -> dict[str, Array]:
         """Check one request's inputs of `scopes` and return them as contiguous arrays, offsets included.

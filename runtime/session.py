@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from stca.bundle import TARGETS, TOKENS, USERS, Bundle, Manifest, StateSpec
+from stca.bundle import HALVES, TARGETS, TOKENS, USERS, Bundle, Manifest, StateSpec
 from stca.errors import RequestError
 from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, best_engine, open_engines, own_graphs
 from stca.runtime.request import Door, Request, RequestBatch, check_swap
 from stca.runtime.state import CacheStats, StateArray, StateCache, StateKey, UserState, join
-
-Array = NDArray[Any]
-
+from stca.types import Array
 
 # Most history tokens of several users encoded in one run. It is the short histories that gain: a long one keeps every
 # core busy on its own, and several long ones no longer fit the caches. `benchmarks/misses.py` measures it.
@@ -37,7 +36,10 @@ class _Options:
 
 @dataclass(frozen=True)
 class _Model:
-    """One loaded bundle; immutable, so that a swap is one assignment and running requests finish on what they began."""
+    """One loaded bundle; immutable, so that a swap is one assignment and running requests finish on what they began.
+
+    `window` is the longest history that the bundle and its engines serve.
+    """
 
     manifest: Manifest
     door: Door
@@ -45,6 +47,7 @@ class _Model:
     scorer: Engine
     format: str
     choice: Choice
+    window: int | None
 
     @classmethod
     def load(cls, bundle: Bundle, options: _Options) -> _Model:
@@ -54,9 +57,11 @@ class _Model:
         layout = ";".join(f"{s.name}:{s.dtype}:{','.join(map(str, s.shape))}" for s in manifest.state)
         # Equal weights do not make equal states: what the encoder computes, for which window, and in what, counts too.
         encoder = manifest.files[manifest.graphs["user_encoder"].file]["sha256"]
-        layout += f";{encoder};window:{manifest.max_history};{choice.flavour} {choice.precision}"
-        door = Door(manifest, truncate=options.truncate)
-        return cls(manifest, door, engines["user_encoder"], engines["target_scorer"], layout, choice)
+        longest = [_limits(choice, half)[TOKENS] for half in HALVES] + [manifest.max_history or sys.maxsize]
+        window = None if min(longest) == sys.maxsize else min(longest)
+        layout += f";{encoder};window:{window};{choice.flavour} {choice.precision}"
+        door = Door(dataclasses.replace(manifest, max_history=window), truncate=options.truncate)
+        return cls(manifest, door, engines["user_encoder"], engines["target_scorer"], layout, choice, window)
 
     def key(self, user: Hashable, version: Hashable) -> StateKey:
         return StateKey(user, version, self.manifest.weights, self.format)
@@ -67,7 +72,7 @@ class _Model:
             return []
         per_token = [n for n in self.door.names("user") if self.door.inputs[n].shape[:1] == (TOKENS,)]
         tokens = [len(arrays[per_token[0]]) if per_token else 0 for arrays in users]
-        limits = self._limits("user_encoder")
+        limits = _limits(self.choice, "user_encoder")
         limits[TOKENS] = min(limits[TOKENS], _TOKENS_TOGETHER)
         if not all(self._is_offsets(s) or s.shape[:1] in ((TOKENS,), (USERS,)) for s in self.manifest.state):
             limits[USERS] = 1  # what is neither per token nor per user cannot be parted
@@ -105,7 +110,7 @@ class _Model:
             for s, r in zip(states, rows, strict=True)
         ]
         scores: list[Array] = []
-        for run in _runs(sizes, self._limits("target_scorer")):
+        for run in _runs(sizes, _limits(self.choice, "target_scorer")):
             scores += self._score(states[run], rows[run])
         return scores
 
@@ -125,14 +130,6 @@ class _Model:
         targets = next(n for n, s in self.door.offsets.items() if s.scope == "target")
         return np.split(scores, np.cumsum([r[targets][-1] for r in rows])[:-1])
 
-    def _limits(self, half: str) -> dict[str, int]:
-        """How much one run of a half's engine takes: requests, history tokens, targets."""
-        entry = self.choice.entries.get(half, {})
-        limits = {USERS: entry.get("requests") or sys.maxsize}
-        for dim in (TOKENS, TARGETS):
-            limits[dim] = max((p[dim][2] for p in entry.get("profiles", ()) if dim in p), default=sys.maxsize)
-        return limits
-
     def _pack(self, rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
         """Admitted inputs of several requests as one ragged batch."""
         if len(rows) == 1:
@@ -151,7 +148,7 @@ class _Model:
     def extend(self, old: UserState, new: UserState) -> UserState:
         """The state of both histories one after the other, its oldest tokens dropped beyond the window."""
         total = old.tokens + new.tokens
-        kept = min(total, self.manifest.max_history or total)
+        kept = min(total, self.window or total)
         tensors = dict(old.tensors)
         for spec in self.manifest.state:
             if self._is_offsets(spec):
@@ -335,6 +332,15 @@ class Session:
                 if isinstance(name, StateKey):
                     self._cache.put(name, state)
         return [held or fresh[place if key is None else key] for place, (key, held, _) in enumerate(found)]
+
+
+def _limits(choice: Choice, half: str) -> dict[str, int]:
+    """How much one run of a half's engine takes: requests, history tokens, targets."""
+    entry = choice.entries.get(half, {})
+    limits = {USERS: entry.get("requests") or sys.maxsize}
+    for dim in (TOKENS, TARGETS):
+        limits[dim] = max((p[dim][2] for p in entry.get("profiles", ()) if dim in p), default=sys.maxsize)
+    return limits
 
 
 def _runs(sizes: Sequence[Mapping[str, int]], limits: Mapping[str, int]) -> Iterator[slice]:
