@@ -15,11 +15,12 @@ from typing import Any, Final
 import numpy as np
 import onnx
 
+from stca.bundle import OFFSETS, TARGETS, TOKENS, USERS
 from stca.errors import SplitError
 from stca.export.scope import reads, subgraphs, walk
 from stca.plugins.spec import DOMAIN, OP_NAME
 
-DEFAULT_WORKLOAD: Final[Mapping[str, int]] = {"N_h": 10_000, "N_t": 300, "B": 1, "B_plus_1": 2}
+DEFAULT_WORKLOAD: Final[Mapping[str, int]] = {TOKENS: 10_000, TARGETS: 300, USERS: 1, OFFSETS: 2}
 
 # Floating-point operations per element. Pure views cost 1 for the whole node, so that a shorter graph wins a tie;
 # everything not listed costs 1 per output element, which is also the price of moving it (Cast, Transpose, Gather…).

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import stca.plugins.torch_op  # noqa: F401  registers torch.ops.stca.target_history_attention
-from stca.bundle import Scope, TensorSpec
+from stca.bundle import OFFSETS, TARGETS, TOKENS, USERS, Scope, TensorSpec
 from stca.errors import CheckpointError
 from stca.export.config import StcaConfig
 
@@ -36,19 +36,19 @@ def request_inputs(config: StcaConfig) -> tuple[TensorSpec, ...]:
         return TensorSpec(name=name, dtype="int64", shape=(rows,), scope=scope, limit=limit)
 
     def offsets(name: str, scope: Scope) -> TensorSpec:
-        return TensorSpec(name=name, dtype="int32", shape=("B_plus_1",), scope=scope)
+        return TensorSpec(name=name, dtype="int32", shape=(OFFSETS,), scope=scope)
 
     return (
-        ids("history_item", "N_h", "user", config.items),
-        *(ids(f"history_{f.name}", "N_h", "user", f.size) for f in config.history_fields),
-        ids("history_time", "N_h", "user", None),
-        ids("history_gap", "N_h", "user", None),
+        ids("history_item", TOKENS, "user", config.items),
+        *(ids(f"history_{f.name}", TOKENS, "user", f.size) for f in config.history_fields),
+        ids("history_time", TOKENS, "user", None),
+        ids("history_gap", TOKENS, "user", None),
         offsets("history_offsets", "user"),
-        *(ids(f"user_{f.name}", "B", "user", f.size) for f in config.user_fields),
-        *(ids(f"request_{f.name}", "B", "request", f.size) for f in config.request_fields),
-        *([ids("request_time", "B", "request", None)] if config.time == "delta" else []),
-        ids("target_item", "N_t", "target", config.items),
-        *(ids(f"target_{f.name}", "N_t", "target", f.size) for f in config.target_fields),
+        *(ids(f"user_{f.name}", USERS, "user", f.size) for f in config.user_fields),
+        *(ids(f"request_{f.name}", USERS, "request", f.size) for f in config.request_fields),
+        *([ids("request_time", USERS, "request", None)] if config.time == "delta" else []),
+        ids("target_item", TARGETS, "target", config.items),
+        *(ids(f"target_{f.name}", TARGETS, "target", f.size) for f in config.target_fields),
         offsets("target_offsets", "target"),
     )
 

@@ -19,6 +19,7 @@ from torch import nn
 
 import stca
 from stca.bundle import (
+    TARGETS,
     WEIGHTS,
     Bundle,
     GraphSpec,
@@ -45,11 +46,11 @@ from stca.export.to_onnx import RequestModel, to_request_graph
 from stca.export.weights import externalize
 from stca.plugins import onnx_function
 from stca.plugins.spec import DOMAIN, OP_NAME
+from stca.types import Progress
 
 # What proves a finished bundle before it gets its name, against the module it was made from (None for an ONNX file):
 # returns the parity report to record, raises when it fails.
 Prover = Callable[[Bundle, nn.Module | None], Mapping[str, Any]]
-Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,7 @@ def export_checkpoint(
     """
     config = checkpoint.config
     cut = cut or CutOptions()
-    chosen = choose_form(config, cut.workload.get("N_t", 1)) if form == "auto" else form
+    chosen = choose_form(config, cut.workload.get(TARGETS, 1)) if form == "auto" else form
     progress(f"checkpoint: {sum(t.numel() for t in checkpoint.tensors.values()):,} parameters, {chosen} attention")
     model = RequestModel(checkpoint.build(chosen), request_inputs(config))
     return export_module(

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.inliner
-from numpy.typing import NDArray
 
 from stca.bundle import TOKENS
 from stca.errors import SplitError
@@ -23,8 +22,9 @@ from stca.export.cost import DEFAULT_WORKLOAD, Sizes, without_weights
 from stca.export.cut import DEFAULT_FLOPS_PER_BYTE, Cut, RequestDependency
 from stca.export.scope import Dataflow, Scope, infer_scopes, input_scopes, label, walk
 from stca.plugins.spec import DOMAIN
+from stca.types import Array
 
-Runner = Callable[[onnx.ModelProto, Mapping[str, NDArray[Any]]], Sequence[NDArray[Any]]]
+Runner = Callable[[onnx.ModelProto, Mapping[str, Array]], Sequence[Array]]
 
 
 @dataclass(frozen=True)
@@ -329,17 +329,17 @@ def check_postconditions(model: onnx.ModelProto, scopes: Mapping[str, Scope], re
         _check(what, half)
 
 
-def run_reference(model: onnx.ModelProto, feeds: Mapping[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
+def run_reference(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> Sequence[Array]:
     """Outputs of `model` in ONNX's reference implementation: slow, and the same operations in the same order."""
     from onnx.reference import ReferenceEvaluator
 
     return list(ReferenceEvaluator(model).run(None, dict(feeds)))
 
 
-def run_joined(result: Split, feeds: Mapping[str, NDArray[Any]], run: Runner = run_reference) -> Sequence[NDArray[Any]]:
+def run_joined(result: Split, feeds: Mapping[str, Array], run: Runner = run_reference) -> Sequence[Array]:
     """Outputs of the scorer fed with the encoder's state; `feeds` are those of the whole graph."""
 
-    def inputs(half: onnx.ModelProto, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def inputs(half: onnx.ModelProto, values: Mapping[str, Array]) -> dict[str, Array]:
         return {value.name: values[value.name] for value in half.graph.input}
 
     state = run(result.user_encoder, inputs(result.user_encoder, feeds))
@@ -350,7 +350,7 @@ def run_joined(result: Split, feeds: Mapping[str, NDArray[Any]], run: Runner = r
 def joined_equals_whole(
     model: onnx.ModelProto,
     result: Split,
-    feeds: Mapping[str, NDArray[Any]],
+    feeds: Mapping[str, Array],
     run: Runner = run_reference,
     rtol: float = 0.0,
     atol: float = 0.0,

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from stca import probe
@@ -20,8 +19,9 @@ from stca.bundle import OFFSETS, TOKENS, TensorSpec, packable
 from stca.export.scope import Dataflow, Scope
 from stca.export.split import Split
 from stca.export.tokenwise import Tokenwise
+from stca.types import Array
 
-Feeds = dict[str, NDArray[Any]]
+Feeds = dict[str, Array]
 
 # Histories of the users whose values are computed together and apart, and events on which appending is tried.
 _TOGETHER = (3, 1, 5)
@@ -91,7 +91,7 @@ def _joins(whole: Any, parts: Sequence[Any]) -> bool:
     return len(whole) == sum(map(len, parts)) and _equal(whole, np.concatenate(parts))
 
 
-def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
+def _equal(a: Array, b: Array) -> bool:
     """But for roundings: a matrix product of fewer rows may sum in another order."""
     if a.dtype.kind not in "fV":
         return np.array_equal(a, b)

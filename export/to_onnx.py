@@ -22,7 +22,7 @@ from onnx_ir.passes import Sequential
 from onnxscript import values
 from torch import Tensor, nn
 
-from stca.bundle import SCOPES, TensorSpec
+from stca.bundle import OFFSETS, SCOPES, TARGETS, TOKENS, USERS, TensorSpec
 from stca.errors import ExportError
 from stca.plugins import onnx_function
 from stca.plugins.spec import DOMAIN, OP_NAME, OP_VERSION
@@ -108,13 +108,13 @@ def _quietly(module: nn.Module) -> Iterator[None]:
 
 def example_inputs(inputs: Sequence[TensorSpec]) -> dict[str, Tensor]:
     """Small valid inputs for tracing: 2 requests, distinct sizes above 1 so that none is taken for a constant."""
-    sizes = {"B": 2, "B_plus_1": 3, "N_h": 7, "N_t": 5}
+    sizes = {USERS: 2, OFFSETS: 3, TOKENS: 7, TARGETS: 5}
     made: dict[str, Tensor] = {}
     for spec in inputs:
         shape = [n if isinstance(n, int) else sizes.setdefault(n, 6 + 2 * len(sizes)) for n in spec.shape]
         dtype = getattr(torch, spec.dtype)
-        if spec.shape == ("B_plus_1",):
-            rows = sizes["N_h" if spec.scope == "user" else "N_t"]
+        if spec.shape == (OFFSETS,):
+            rows = sizes[TOKENS if spec.scope == "user" else TARGETS]
             made[spec.name] = torch.tensor([0, rows // 2, rows], dtype=dtype)
         elif dtype.is_floating_point:
             made[spec.name] = torch.linspace(-1, 1, max(1, _product(shape))).reshape(shape).to(dtype)

@@ -6,12 +6,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stca.runtime.cuda_device import DeviceArray, join_on_device
+from stca.types import Array
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class StateKey:
 
 
 # A state's tensors may stay where the encoder's engine computes; those are cut, joined and counted like numpy's.
-StateArray = NDArray[Any] | DeviceArray
+StateArray = Array | DeviceArray
 
 
 def join(parts: Sequence[StateArray]) -> StateArray:

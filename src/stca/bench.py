@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 
 from stca import probe
-from stca.bundle import Bundle, TensorSpec
+from stca.bundle import OFFSETS, Bundle, TensorSpec
 from stca.errors import RequestError
 from stca.runtime import OnnxRuntimeEngine, Request, Session
-
-Progress = Callable[[str], None]
+from stca.types import Array, Progress
 
 # Targets of which the pointwise baseline is measured; its cost is proportional to them, and shown scaled to all.
 POINTWISE_TARGETS = 2
@@ -128,7 +127,7 @@ def bench(
     return LatencyReport(tuple(rows), tuple(ratios), machine(threads), names, bundle.manifest.precision, state_bytes)
 
 
-def measure(run: Callable[[], object], seconds: float, *, least: int = 5, most: int = 200) -> np.ndarray[Any, Any]:
+def measure(run: Callable[[], object], seconds: float, *, least: int = 5, most: int = 200) -> Array:
     """Seconds of each call of `run`, warmed up once: at least `least` calls, more until `seconds` have passed."""
     run()
     times: list[float] = []
@@ -179,11 +178,11 @@ def _pointwise(engine: OnnxRuntimeEngine, bundle: Bundle, inputs: dict[str, Any]
     sizes = probe.row_sizes(specs, 1, 2)
     axis = {s.name: [sizes.get(str(n)) for n in s.shape].index(2) for s in specs if _has_targets(s, sizes)}
     singles = [{n: x.take([i], axis[n]) if n in axis else x for n, x in inputs.items()} for i in range(targets)]
-    if any(s.shape == ("B_plus_1",) for s in specs):
+    if any(s.shape == (OFFSETS,) for s in specs):
         batch = probe.pack(specs, singles)
         return lambda: engine.run(batch)
     return lambda: [engine.run(single) for single in singles]
 
 
 def _has_targets(spec: TensorSpec, sizes: Mapping[str, int]) -> bool:
-    return spec.scope == "target" and any(sizes.get(str(n)) == 2 and n != "B_plus_1" for n in spec.shape)
+    return spec.scope == "target" and any(sizes.get(str(n)) == 2 and n != OFFSETS for n in spec.shape)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from stca.bundle import TensorSpec
+from stca.bundle import OFFSETS, TARGETS, TOKENS, USERS, TensorSpec
+from stca.types import Array
 
 # What an integer without an id limit may be: seconds, counts. Up to 97 days covers every duration bucket.
 _UNBOUNDED = 1 << 23
@@ -16,7 +15,7 @@ _UNBOUNDED = 1 << 23
 
 def single(
     inputs: Sequence[TensorSpec], tokens: int, targets: int, rng: np.random.Generator, **sizes: int
-) -> dict[str, NDArray[Any]]:
+) -> dict[str, Array]:
     """Inputs of one request, offsets left out as `Request` wants them.
 
     Targets differ from one another where the id limit allows it: equal targets tie, and ties have no top k.
@@ -28,9 +27,9 @@ def single(
         sizes: of other symbolic dimensions; 1 where not given.
     """
     known = {**row_sizes(inputs, tokens, targets), **sizes}
-    made: dict[str, NDArray[Any]] = {}
+    made: dict[str, Array] = {}
     for spec in inputs:
-        if spec.shape == ("B_plus_1",):
+        if spec.shape == (OFFSETS,):
             continue
         shape = tuple(n if isinstance(n, int) else known.get(n, 1) for n in spec.shape)
         if spec.dtype.startswith("float"):
@@ -56,18 +55,18 @@ def row_sizes(inputs: Sequence[TensorSpec], tokens: int, targets: int) -> dict[s
         names = [n for n in spec.shape if isinstance(n, str)]
         for n in names:
             scopes.setdefault(n, set()).add(spec.scope)
-        last.update([n for n in names if n in ("N_h", "N_t")] or names[-1:])
+        last.update([n for n in names if n in (TOKENS, TARGETS)] or names[-1:])
     rows: dict[str | None, int] = {"user": tokens, "target": targets}
     sizes = {n: rows.get(next(iter(s)), 1) if len(s) == 1 and n in last else 1 for n, s in scopes.items()}
-    return sizes | {"B": 1, "B_plus_1": 2}
+    return sizes | {USERS: 1, OFFSETS: 2}
 
 
-def pack(inputs: Sequence[TensorSpec], requests: Sequence[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+def pack(inputs: Sequence[TensorSpec], requests: Sequence[dict[str, Array]]) -> dict[str, Array]:
     """Feeds of the request graph for several requests of `single`, joined with offsets where the model has them."""
-    feeds: dict[str, NDArray[Any]] = {}
+    feeds: dict[str, Array] = {}
     for spec in inputs:
-        if spec.shape == ("B_plus_1",):
-            rows = next(s.name for s in inputs if s.scope == spec.scope and s.shape[:1] != ("B_plus_1",) and _ragged(s))
+        if spec.shape == (OFFSETS,):
+            rows = next(s.name for s in inputs if s.scope == spec.scope and s.shape[:1] != (OFFSETS,) and _ragged(s))
             feeds[spec.name] = np.cumsum([0, *(len(r[rows]) for r in requests)]).astype(spec.dtype)
         elif len(requests) == 1:
             feeds[spec.name] = requests[0][spec.name]
@@ -77,4 +76,4 @@ def pack(inputs: Sequence[TensorSpec], requests: Sequence[dict[str, NDArray[Any]
 
 
 def _ragged(spec: TensorSpec) -> bool:
-    return spec.shape[:1] in (("N_h",), ("N_t",))
+    return spec.shape[:1] in ((TOKENS,), (TARGETS,))

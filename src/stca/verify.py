@@ -9,12 +9,11 @@ reference.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stca import probe
 from stca.bundle import WEIGHTS, Bundle
@@ -22,12 +21,10 @@ from stca.errors import BundleError, ParityError
 from stca.runtime import OnnxRuntimeEngine, Request, RequestBatch, Session
 from stca.runtime.engine import scores_of
 from stca.runtime.request import Door
+from stca.types import Array, Progress
 
 if TYPE_CHECKING:
     from torch import nn
-
-Array = NDArray[Any]
-Progress = Callable[[str], None]
 
 # Requests every stage is asked: (history tokens, targets); a list of several is one ragged batch.
 PROBES: tuple[tuple[tuple[int, int], ...], ...] = (
