@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from stca.bundle import TOKENS, Bundle, Manifest
+from stca.bundle import HALVES, TOKENS, Bundle, Manifest
 from stca.errors import BuildError
 from stca.runtime.engine import Engine, OnnxRuntimeEngine
 from stca.tensorrt_flavours import FLAVOURS, installed_version
 
-HALVES: Final = ("user_encoder", "target_scorer")
 # Fastest first. On a CPU float16 is computed in float32 with casts around every operator.
 _ORDER: Final = (
     ("tensorrt", "", ("bf16", "fp16", "fp32")),

@@ -32,8 +32,8 @@ Array = NDArray[Any]
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 # Roundings of a value's largest magnitude that say nothing: sums are taken in another order.
-_FLOOR: Final = 16
-_EPS: Final[Mapping[str, float]] = {"fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
+_FLOOR: Final = 4
+EPS: Final[Mapping[str, float]] = {"fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
 # Requests to look at, as (history tokens, targets).
 PROBES: Final = ((7, 5), (40, 16))
 
@@ -105,7 +105,7 @@ def bisect(
         true, near, got = (run(feeds) for run in (reference, yardstick, judged))
         for name in names[: names.index(found.value) if found else len(names)]:
             largest = float(np.abs(true[name].astype(np.float64)).max(initial=0.0))
-            floor = _FLOOR * _EPS[precision] * largest if true[name].dtype.kind == "f" else 0.0
+            floor = _FLOOR * EPS[precision] * largest if true[name].dtype.kind == "f" else 0.0
             limit = 2 * _error(near[name], true[name]) + floor
             if not (error := _error(got[name], true[name])) <= limit:
                 node = next(n for n in model.graph.node if name in n.output)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from stca.bundle import MANIFEST, WEIGHTS, Bundle, Manifest, sha256_of, writing
+from stca.bundle import HALVES, MANIFEST, WEIGHTS, Bundle, Manifest, sha256_of, writing
 from stca.engine_cache import EngineCache, key_of, why_missed
 from stca.errors import BuildError
 from stca.tensorrt_flavours import FLAVOURS, Job, Profile, RefitMode, build_plan, installed_version
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from stca.export.engine_graph import Attention
     from stca.export.precision import Precision
 
-HALVES: Final = ("user_encoder", "target_scorer")
 ENGINES: Final = ("onnxruntime", *FLAVOURS)
 Progress = Callable[[str], None]
 
@@ -133,7 +132,6 @@ def build(
     if attention is None and plans[0].parts["attention"] == "decomposed":
         progress(f"{engine} has no fused attention in {precision}: it is built of MatMul, Softmax and MatMul")
     held = {json.dumps(e.get("key"), sort_keys=True): e for e in manifest.engines}
-    known = [*(e["key"] for e in manifest.engines if "key" in e), *(cache.known() if cache else ())]
     results: dict[str, dict[str, Any]] = {}
     fresh: dict[str, Path | None] = {}
     misses: list[_Plan] = []
@@ -145,7 +143,7 @@ def build(
             results[plan.graph] = {**found[0], "file": plan.file, "cache": "hit", "why": f"it is in {cache.root}"}
             fresh[plan.graph] = found[1]
         else:
-            results[plan.graph] = {"cache": "miss", "why": why_missed(plan.parts, known)}
+            results[plan.graph] = {"cache": "miss", "why": why_missed(plan.parts, _known(manifest, cache))}
             misses.append(plan)
         progress(f"{plan.graph}: {results[plan.graph]['cache']}, {results[plan.graph]['why']}")
     if dry_run:
@@ -161,8 +159,8 @@ def build(
             from stca.engine_checks import check_graphs
 
             progress("checking the engines' graphs on ONNX Runtime")
-            one = (workload or Workload()).requests_max == 1
-            padded = check_graphs(loaded, plans[0].parts["attention"], Path(folder), one_request=one)
+            one = misses[0].parts["requests"] == 1
+            padded = check_graphs(loaded, misses[0].parts["attention"], Path(folder), one_request=one)
         for plan in misses:
             progress(f"{plan.graph}: building for {engine} in {precision}")
             entry, file = _build_one(loaded, plan, padded.get(plan.graph, []), Path(folder), cache, progress)
@@ -171,6 +169,12 @@ def build(
         progress("writing the bundle")
         _write(loaded, [(results[g], file) for g, file in fresh.items()])
     return [_result(root, plan, results[plan.graph]) for plan in plans]
+
+
+def _known(manifest: Manifest, cache: EngineCache | None) -> Iterator[Mapping[str, Any]]:
+    """What went into engines that were built before."""
+    yield from (e["key"] for e in manifest.engines if "key" in e)
+    yield from cache.known() if cache else ()
 
 
 def _wanted(
@@ -220,11 +224,13 @@ def _wanted(
             "sm": sm,
             "attention": chosen,
             "refit": refit or flavour.refit,
+            "requests": workload.requests_max,
         }
         if sm is None and not flavour.ahead_of_time:
             common["sm"] = _sm_here(engine)
         if chosen == "plugin":
             common["plugin"] = _digest_of(Path(__file__).parent / "plugins")
+            common["triton"] = importlib.metadata.version("triton")  # compiles the kernels
     common["builder"] = _digest_of(*(Path(__file__).parent / name for name in _BUILDER))
     common["onnx"] = importlib.metadata.version("onnx")
     if given := [d for d in workload.sizes if d in _OPTIONS]:
@@ -311,7 +317,7 @@ def _build_one(
         "attention": parts["attention"] if built.attention_nodes else None,
         "version": built.version,
         "sm": built.sm,
-        "requests": max((p["B"][2] for p in parts["profiles"] if "B" in p), default=1),
+        "requests": parts["requests"],
         "padded": list(padded),
         "refit": parts["refit"],
         "inputs": [{"name": n, "dtype": d, "shape": s} for n, d, s in built.inputs],
@@ -340,7 +346,7 @@ def job_of(bundle: Bundle, parts: Mapping[str, Any], **more: Any) -> Job:
     return Job(
         graph=str(bundle.file(parts["name"]).absolute()),
         state=[s.name for s in bundle.manifest.state],
-        **{name: parts[name] for name in ("flavour", "precision", "attention", "profiles", "sm", "refit")},
+        **{name: parts[name] for name in ("flavour", "precision", "attention", "profiles", "sm", "refit", "requests")},
         **more,
     )
 

@@ -79,7 +79,8 @@ class EngineCache:
                 return None
         except (OSError, ValueError, KeyError):
             return None
-        os.utime(plan)
+        with contextlib.suppress(OSError):  # somebody else's build may have taken it out meanwhile
+            os.utime(plan)
         entry: dict[str, Any] = stored["entry"]
         return entry, plan
 
@@ -115,9 +116,12 @@ class EngineCache:
         return self.root / "engines" / f"{key}.json", self.root / "engines" / f"{key}.plan"
 
     def _prune(self, keep: str) -> None:
-        plans = sorted(self.root.glob("engines/*.plan"), key=lambda p: p.stat().st_mtime, reverse=True)
+        found = []
+        for plan in self.root.glob("engines/*.plan"):
+            with contextlib.suppress(OSError):  # as above
+                found.append((plan.stat().st_mtime, plan.stat().st_size, plan))
         total = 0
-        for plan in plans:
-            total += plan.stat().st_size
+        for _, size, plan in sorted(found, reverse=True):
+            total += size
             if total > self.limit_bytes and plan.stem != keep:
                 plan.unlink(missing_ok=True)

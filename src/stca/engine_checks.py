@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stca import probe, verify
-from stca.bisect import bisect, evaluator
-from stca.build import HALVES
-from stca.bundle import Bundle, GraphSpec, TensorSpec
+from stca.bisect import EPS, bisect, evaluator
+from stca.bundle import HALVES, OFFSETS, TARGETS, TOKENS, Bundle, GraphSpec, TensorSpec
 from stca.errors import BuildError, EngineError, ParityError
 from stca.export.engine_graph import engine_graph
 from stca.runtime import OnnxRuntimeEngine
@@ -25,12 +25,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 Array = NDArray[Any]
-TOKENS, TARGETS = "N_h", "N_t"
 Progress = Callable[[str], None]
 
 # Requests every engine is asked, one at a time, as (history tokens, targets).
 PROBES: Final = ((0, 16), (1, 16), (64, 1), (300, 64))
-_EPS: Final = {"fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
 _TORCH: Final = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -96,7 +94,7 @@ def _paddable(bundle: Bundle, engines: Mapping[str, OnnxRuntimeEngine], half: st
         tensors = (*graph.inputs, *graph.outputs)
         if not any(dim in t.shape for t in tensors) or any(dim in t.shape[1:] for t in tensors):
             continue
-        offsets = [s for s in specs if s.shape == ("B_plus_1",) and s.scope == scope]
+        offsets = [s for s in specs if s.shape == (OFFSETS,) and s.scope == scope]
         if all(_ignores_more(bundle, engines[half], graph, values, dim, offsets, used) for used in counts):
             found.append(dim)
     return found
@@ -140,7 +138,7 @@ def _of(engine: OnnxRuntimeEngine, values: Mapping[str, Array]) -> dict[str, Arr
 def _same(a: Array, b: Array) -> bool:
     """Equal as far as float32 goes; `a` has the scale."""
     wide = a.astype(np.float64)
-    return np.allclose(wide, b, rtol=0, atol=64 * _EPS["fp32"] * float(np.abs(wide).max(initial=0.0)))
+    return np.allclose(wide, b, rtol=0, atol=64 * EPS["fp32"] * float(np.abs(wide).max(initial=0.0)))
 
 
 def verify_engine(
@@ -188,15 +186,21 @@ def verify_engine(
         against, reference = "float64 onnx.reference", verify.run_double(bundle, feeds)
         near = _run_typed(bundle, feeds, precision)
     near_name = f"{'onnx' if module is None else 'torch'} {precision}"
-    yardstick = verify.compare(near_name, against, near, reference, sizes, _EPS[precision], None)
+    yardstick = verify.compare(near_name, against, near, reference, sizes, EPS[precision], None)
+    largest = max(float(np.abs(x).max(initial=0.0)) for x in reference)
+    if not yardstick.max_abs <= math.sqrt(EPS[precision]) * largest:
+        raise ParityError(
+            f"{near_name} is itself off by {yardstick.max_abs:.3g}, more than half of {precision}'s digits, so it "
+            "cannot tell how far off engines may be; build them in another precision"
+        )
     # In a low precision PyTorch's own scores need not rank as the reference does; they are what they are.
-    yardstick = dataclasses.replace(yardstick, passed=bool(np.isfinite(yardstick.max_abs)), limit=None)
-    tolerance = verify.Tolerance.of(yardstick.max_abs, reference, _EPS[precision])
+    yardstick = dataclasses.replace(yardstick, passed=True, limit=None)
+    tolerance = verify.Tolerance.of(yardstick.max_abs, reference, EPS[precision])
     progress(f"engines: {choice.flavour} {precision}")
     engines = engines or open_engines(bundle, choice, threads=1)
     values = [_run_pair(bundle, engines, f) for f in feeds]
     name = f"{choice.flavour} {precision}"
-    found = verify.compare(name, against, values, reference, sizes, _EPS[precision], tolerance)
+    found = verify.compare(name, against, values, reference, sizes, EPS[precision], tolerance)
     if not found.passed:
         raise ParityError(
             f"{name} differs from {against} by {found.max_abs:.3g} (limit {tolerance.limit:.3g}); "
@@ -231,7 +235,7 @@ def _blame(bundle: Bundle, choice: Choice, progress: Progress) -> str:
             )
         if divergence := bisect(bundle, half, suspect, precision=precision):
             return str(divergence)
-    return "the graphs they were made from are right, so it is the engines or a plugin in them: build them again"
+    return "no node of the graphs they were made from does, so it is the engines or a plugin in them: build them again"
 
 
 def _run_pair(bundle: Bundle, engines: Mapping[str, Engine], feeds: Mapping[str, Array]) -> Array:

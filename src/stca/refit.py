@@ -24,7 +24,7 @@ from stca.build import job_of, keep, share, with_weights
 from stca.bundle import WEIGHTS, Bundle, Manifest, seal, sha256_of, writing
 from stca.engine_cache import EngineCache, key_of
 from stca.engine_checks import verify_engine
-from stca.errors import BuildError, BundleError, CheckpointError, ParityError
+from stca.errors import BuildError, BundleError, CheckpointError, StcaError
 from stca.export.checkpoint import load_checkpoint, read_tensors
 from stca.export.config import StcaConfig
 from stca.export.weights import offsets
@@ -97,8 +97,11 @@ def refit(
             said: dict[str, Any] = {"kept": True}
             try:
                 engines += _renew(old, fresh, pair, module, cache, progress)
-            except (BuildError, ParityError) as e:
+            except StcaError as e:
                 said = {"kept": False, "why": str(e)}
+                for entry in pair:  # a plan that was made and is not right must not be in the bundle
+                    if entry["file"] not in {g.file for g in old.manifest.graphs.values()}:
+                        (work / entry["file"]).unlink(missing_ok=True)
                 progress(f"{', '.join(e['file'] for e in pair)} left out: {said['why']}")
             told += [{"file": entry["file"], **said} for entry in pair]
         done = commit(dataclasses.replace(manifest, parity=parity, engines=tuple(engines)))
@@ -170,6 +173,7 @@ def _renew(
     Raises:
         BuildError: why it cannot have them.
         ParityError: when it has them and scores differently.
+        EngineError: when it has them and does not run.
     """
     renewed: list[Mapping[str, Any]] = [{**e, "key": {**e["key"], "weights": fresh.manifest.weights}} for e in pair]
     own = {g.file for g in old.manifest.graphs.values()}

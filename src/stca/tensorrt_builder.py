@@ -74,8 +74,8 @@ def _build(job: Job) -> Built:
     if told is not None and job.attention == "plugin":
         _require_plugins(told["layers"], graph.attention_nodes)
     Path(str(job.plan)).write_bytes(memoryview(plan))
-    if flavour.timing_cache and job.timing_cache:
-        _save(Path(job.timing_cache), memoryview(config.get_timing_cache().serialize()))
+    if flavour.timing_cache and job.timing_cache and (timings := config.get_timing_cache()) is not None:
+        _save(Path(job.timing_cache), memoryview(timings.serialize()))
 
     return Built(
         version=trt.__version__,
@@ -101,7 +101,7 @@ def _graph(job: Job, sm: int) -> EngineGraph:
         state=job.state,
         precision=cast(Any, job.precision),
         attention=cast(Any, job.attention),
-        one_request="B" not in job.profiles[-1],
+        one_request=job.requests == 1,
         sizes={dim: sizes[1] for dim, sizes in job.profiles[-1].items()},
         sm=sm,
     )
@@ -146,7 +146,10 @@ def _refit(job: Job) -> Built:
     if not refitter.refit_cuda_engine():
         raise BuildError(f"{job.flavour} cannot refit the engine: {' '.join(log.errors[:1])[:300]}; build it anew")
     del keep_alive
-    Path(str(job.plan)).write_bytes(memoryview(engine.serialize()))
+    config = engine.create_serialization_config()
+    config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
+    config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)  # or this was the last time
+    Path(str(job.plan)).write_bytes(memoryview(engine.serialize_with_config(config)))
     return Built(trt.__version__, sm, time.monotonic() - began)
 
 
@@ -168,8 +171,10 @@ def _parse(parser: Any, graph: EngineGraph, name: str) -> list[Any]:
     """Parse the graph; returns what must outlive the build."""
     arrays = _give(parser, graph, name)
     if not parser.parse_model_proto():
-        error = parser.get_error(0)
-        at = f"node {error.node_name()!r} ({error.node_operator()})"
+        at = "it"
+        if parser.num_errors:
+            error = parser.get_error(0)
+            at = f"node {error.node_name()!r} ({error.node_operator()})"
         raise BuildError(f"{name}: the parser refuses {at}: {_first_error(parser)}")
     return arrays
 
@@ -223,7 +228,9 @@ def _config(trt: Any, builder: Any, graph: EngineGraph, job: Job, flavour: Flavo
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
     if flavour.timing_cache and job.timing_cache:
         file = Path(job.timing_cache)
-        config.set_timing_cache(config.create_timing_cache(file.read_bytes() if file.exists() else b""), False)
+        kept = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
+        if not config.set_timing_cache(kept, False):  # of another GPU with this SM
+            config.set_timing_cache(config.create_timing_cache(b""), False)
     config.progress_monitor = _monitor(trt)
     for sizes in job.profiles:
         profile = builder.create_optimization_profile()

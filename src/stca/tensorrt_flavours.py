@@ -99,6 +99,7 @@ class Job:
     profiles: Sequence[Profile]
     sm: int | None
     refit: str
+    requests: int
     plan: str | None
     timing_cache: str | None = None
     refit_from: str | None = None
@@ -169,7 +170,8 @@ def build_plan(job: Job, progress: Progress) -> Built:
     with tempfile.TemporaryDirectory(prefix="stca-build-") as folder:
         request, reply = Path(folder, "job.json"), Path(folder, "reply.json")
         request.write_text(json.dumps(dataclasses.asdict(job)))
-        command = [sys.executable, "-m", "stca.tensorrt_builder", str(request), str(reply)]
+        # -P: `-m` alone would import from the working directory first, which may be a bundle's.
+        command = [sys.executable, "-P", "-m", "stca.tensorrt_builder", str(request), str(reply)]
         tail: collections.deque[str] = collections.deque(maxlen=20)
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"

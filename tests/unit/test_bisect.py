@@ -188,3 +188,20 @@ def test_without_a_torch_module_the_yardstick_is_as_strict(bundle_dir, tmp_path)
     (node,) = readers(model, "layers.0.out.weight")
     with one_line(ParityError, "onnxruntime fp16", "target_scorer", repr(node)):
         verify_engine(foreign, asked)
+
+
+def test_a_precision_that_loses_half_its_digits_is_no_yardstick(bundle_dir, monkeypatch):
+    """Else engines might be off by twice as much, or by anything where it is not finite."""
+    import stca.engine_checks
+
+    bundle = Bundle.load(bundle_dir)
+    engines = {half: ReferenceEngine(graph_of(bundle, half, "fp32", "decomposed")) for half in HALVES}
+    real = stca.engine_checks.verify.run_torch
+    for wrong in (np.float32(0.1), np.float32("nan")):
+
+        def off(module, feeds, dtype, wrong=wrong):
+            return [x + (wrong if dtype == "bfloat16" else 0) for x in real(module, feeds, dtype)]
+
+        monkeypatch.setattr(stca.engine_checks.verify, "run_torch", off)
+        with one_line(ParityError, "torch bf16 is itself off", "another precision"):
+            verify_engine(bundle, choice(bundle, "tensorrt-rtx", "bf16"), engines=engines)

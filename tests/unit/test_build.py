@@ -187,6 +187,17 @@ def test_a_damaged_engine_is_built_again(built, tmp_path):
 
 
 @needs_rtx
+def test_nothing_in_the_working_directory_is_imported(bundle, tmp_path, monkeypatch):
+    """Which may be a bundle's, and nothing in a bundle is executed."""
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("onnx", "numpy", "tensorrt_rtx_bindings"):
+        (here / f"{name}.py").write_text("raise SystemExit('was imported')")
+    monkeypatch.chdir(here)
+    assert len(build(bundle, engine=RTX, sm=89, precision="bf16", workload=WORKLOAD)) == 2
+
+
+@needs_rtx
 def test_a_dry_run_foretells_memory(bundle):
     few, many = (dry(bundle, None, workload=Workload(targets_max=n))[1]["memory"] for n in (16, 64))
     assert few["weights"] == many["weights"] > 0

@@ -25,7 +25,7 @@ from stca import probe
 from stca.build import Workload, build
 from stca.bundle import WEIGHTS, Bundle, seal
 from stca.engine_cache import EngineCache
-from stca.errors import CheckpointError, ParityError
+from stca.errors import CheckpointError, EngineError, ParityError
 from stca.export.checkpoint import load_checkpoint, save_checkpoint
 from stca.export.pipeline import export_checkpoint
 from stca.refit import refit
@@ -230,7 +230,7 @@ def test_the_same_weights_keep_every_engine(bundle, bundle_dir, tmp_path):
 def pair(mode):
     """Manifest entries of TensorRT plans for a GPU that is not here."""
     common = {"flavour": "tensorrt", "sm": 90, "precision": "fp32", "refit": mode, "profiles": [{"N_h": [1, 9, 9]}]}
-    more = {"attention": "plugin", "weights": "old"}
+    more = {"attention": "plugin", "weights": "old", "requests": 1}
     return [
         {**common, "graph": half, "file": f"{half}.tensorrt.sm90.fp32.plan", "key": {**common, **more, "name": half}}
         for half in ("user_encoder", "target_scorer")
@@ -265,7 +265,7 @@ def test_engines_not_built_for_new_weights_are_not_given_any(bundle, planned, ne
     assert not list(bundle.glob("*.plan"))
 
 
-@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("right", [True, False, "fails"])
 def test_engines_built_for_new_weights_get_them_and_are_checked(
     bundle, planned, new_checkpoint, monkeypatch, tmp_path, right
 ):
@@ -282,6 +282,8 @@ def test_engines_built_for_new_weights_get_them_and_are_checked(
 
     def opened(fresh, choice, *, threads):
         assert {e["file"] for e in choice.entries.values()} == {e["file"] for e in pair("weights")}
+        if right == "fails":
+            raise EngineError("out of memory")
         root = fresh.path if right else stale
         return {half: OnnxRuntimeEngine(root / f"{half}.onnx", threads=threads) for half in choice.entries}
 
@@ -294,13 +296,14 @@ def test_engines_built_for_new_weights_get_them_and_are_checked(
         ("tensorrt", "fp32", "weights", 90, "plugin")
     }
     assert all(job.profiles == [{"N_h": [1, 9, 9]}] for job in jobs)
-    assert [e["kept"] for e in result["engines"]] == [right, right]
+    assert [e["kept"] for e in result["engines"]] == [right is True] * 2
     entries = Bundle.load(bundle).manifest.engines
-    if right:
+    if right is True:
         assert [(bundle / e["file"]).read_bytes() for e in entries] == [b"refitted"] * 2
         assert {e["key"]["weights"] for e in entries} == {result["weights"]}
         assert sorted(e["name"] for e in cache.known()) == ["target_scorer", "user_encoder"]
     else:
-        assert "differs" in result["engines"][0]["why"]
+        assert ("out of memory" if right else "differs") in result["engines"][0]["why"]
         assert not entries
+        assert not list(bundle.glob("*.plan"))
         assert not cache.known()

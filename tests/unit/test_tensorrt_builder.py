@@ -35,6 +35,7 @@ def job(bundle_dir, tmp_path):
         profiles=[{"N_h": [1, 32, 32], "N_t": [1, 8, 8], "B": [1, 2, 2], "B_plus_1": [2, 3, 3]}],
         sm=90,
         refit="weights",
+        requests=2,
         plan=str(tmp_path / "plan"),
         refit_from=str(tmp_path / "old"),
     )
@@ -128,6 +129,8 @@ class FakeRefitter:
 
     __version__ = "11.4.0.106"
 
+    SerializationFlag = SimpleNamespace(INCLUDE_REFIT="INCLUDE_REFIT", EXCLUDE_WEIGHTS="EXCLUDE_WEIGHTS")
+
     class ILogger:
         INTERNAL_ERROR, ERROR, WARNING = range(3)
 
@@ -137,7 +140,16 @@ class FakeRefitter:
     def Runtime(self, log):
         def deserialize(plan):
             self.order.append("deserialize")
-            return SimpleNamespace(serialize=lambda: b"refitted") if self.loads else None
+            flags = {"EXCLUDE_WEIGHTS"}
+            config = SimpleNamespace(set_flag=flags.add, clear_flag=flags.discard)
+
+            def serialize(given):
+                assert given is config
+                assert flags == {"INCLUDE_REFIT"}  # or the next refit is refused
+                return b"refitted"
+
+            made = SimpleNamespace(create_serialization_config=lambda: config, serialize_with_config=serialize)
+            return made if self.loads else None
 
         log.log(self.ILogger.ERROR, "driver is too old")
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
@@ -200,7 +212,7 @@ def test_plugins_are_registered_before_a_plan_that_needs_them_is_loaded(job, mon
         return SimpleNamespace(settings=SimpleNamespace())
 
     monkeypatch.setattr(tensorrt_builder.importlib, "import_module", register)
-    trt, _ = refitted(encoder, monkeypatch, "plugin")
+    trt, _ = refitted(dataclasses.replace(encoder, requests=1), monkeypatch, "plugin")
     assert order + trt.order == ["stca.plugins.tensorrt_plugin", "deserialize"]
 
 
