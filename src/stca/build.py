@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from stca.bundle import HALVES, MANIFEST, WEIGHTS, Bundle, Manifest, sha256_of, writing
+from stca.bundle import HALVES, MANIFEST, WEIGHTS, Bundle, BundleChangedError, Manifest, sha256_of, writing
 from stca.engine_cache import EngineCache, key_of, why_missed
 from stca.errors import BuildError
 from stca.tensorrt_flavours import FLAVOURS, Job, Profile, RefitMode, build_plan, installed_version
@@ -383,11 +383,28 @@ def _build_onnxruntime(
 
 
 def _write(bundle: Bundle, engines: Sequence[tuple[Mapping[str, Any], Path | None]]) -> None:
-    """The bundle with these engines added, each in place of the one that served the same; put there in one step."""
+    """The bundle with these engines added, and with those that other builds have added meanwhile."""
+    while True:
+        try:
+            return _add(bundle, engines)
+        except BundleChangedError:
+            now = Bundle.load(bundle.path)
+            if _model_of(now.manifest) != _model_of(bundle.manifest):
+                raise
+            bundle = now
+
+
+def _model_of(manifest: Manifest) -> tuple[Any, ...]:
+    """What engines are made from."""
+    return manifest.weights, {g.file: manifest.files[g.file] for g in manifest.graphs.values()}
+
+
+def _add(bundle: Bundle, engines: Sequence[tuple[Mapping[str, Any], Path | None]]) -> None:
+    """Put each engine in the place of the one that served the same, in one step for all."""
     added = [_place(entry) for entry, _ in engines]
     kept = [e for e in bundle.manifest.engines if _place(e) not in added]
     entries = [{n: x for n, x in entry.items() if n not in ("cache", "why")} for entry, _ in engines]
-    with writing(bundle.path) as (work, commit):
+    with writing(bundle.path, replaces=bundle.manifest) as (work, commit):
         for entry, file in engines:
             for part in with_weights(file) if file else ():  # a plan from the cache has another name there
                 shutil.copyfile(part, (work / entry["file"]).with_suffix(part.suffix))

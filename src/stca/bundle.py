@@ -229,7 +229,10 @@ class Bundle:
             raise BundleError(f"{root}: has no {MANIFEST}; this is not a bundle, or its export did not finish") from e
         except (OSError, UnicodeDecodeError) as e:
             raise BundleError(f"{root / MANIFEST}: cannot be read ({e})") from e
-        manifest = Manifest.from_json(text)
+        try:
+            manifest = Manifest.from_json(text)
+        except BundleError as e:
+            raise BundleError(f"{root}: {e}") from e
         _check_files(root, manifest)
         _check_digest(root, text)
         return cls(root, manifest)
@@ -241,10 +244,17 @@ def _check_files(root: Path, manifest: Manifest) -> None:
     if missing := sorted(named - present):
         raise BundleError(f"{root}: {missing[0]!r} is missing; copy the bundle again or export it anew")
     if extra := sorted(present - named):
-        raise BundleError(f"{root}: {extra[0]!r} is not in the manifest; remove it, or export the bundle anew")
+        raise BundleError(
+            f"{root}: {extra[0]!r} is not in the manifest; remove it, or copy the bundle again if that is another one's"
+        )
     for graph in manifest.graphs.values():
         if graph.file not in manifest.files:
             raise BundleError(f"{root}: graph file {graph.file!r} is not among the manifest's files; export it anew")
+    for engine in manifest.engines:
+        if engine.get("file") not in manifest.files:
+            raise BundleError(
+                f"{root}: engine file {engine.get('file')!r} is not among the manifest's files; build the engine again"
+            )
     for name, entry in manifest.files.items():
         file = root / name
         if file.parent != root or not _is_plain(file):
@@ -294,9 +304,19 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+class BundleChangedError(BundleError):
+    """The bundle that was to be replaced is not what it was when it was read."""
+
+
 @contextlib.contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Callable[[Manifest], Bundle]]]:
+def writing(
+    path: str | os.PathLike[str], *, replaces: Manifest | None = None
+) -> Iterator[tuple[Path, Callable[[Manifest], Bundle]]]:
     """Write a bundle beside its place, then put it there in one step; on any failure what was there stays untouched.
+
+    Args:
+        path: its place.
+        replaces: what must be there when it is put there, so that nothing another process put there is lost.
 
     Yields:
         A fresh directory to write files into, and `commit(manifest)`, which records the files, writes the manifest
@@ -304,6 +324,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Callable[[Mani
 
     Raises:
         BundleError: when `path` exists and is not a bundle, or its parent cannot be written to.
+        BundleChangedError: when another bundle is there than `replaces`.
     """
     target = place_for(path)
     try:
@@ -321,7 +342,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Callable[[Mani
             _sync(p)
         os.chmod(work, 0o777 & ~mask)
         _sync(work)
-        _put(work, target)
+        with _still(target, replaces):
+            _put(work, target)
         _sync(target.parent)
         return Bundle(target, done)
 
@@ -343,6 +365,8 @@ def place_for(path: str | os.PathLike[str]) -> Path:
         BundleError: when something is there that is not a bundle. Ask before long work, not only after it.
     """
     target = Path(os.path.realpath(path))
+    if _is_ours(target.parent):
+        raise BundleError(f"{target}: lies inside the bundle {target.parent}; choose an --out outside of it")
     if target.exists() and not _may_replace(target):
         raise BundleError(f"{target}: exists and is not a bundle, or not only that; choose another --out or remove it")
     return target
@@ -375,7 +399,7 @@ def _remove_stale(target: Path) -> None:
                 os.close(lock)
 
 
-def _lock(directory: int) -> None:
+def _lock(directory: int, *, wait: bool = False) -> None:
     """Lock an open directory for as long as it is open; the system lets go when the process ends, however it ends.
 
     Raises:
@@ -385,16 +409,45 @@ def _lock(directory: int) -> None:
         import fcntl
     except ImportError as e:
         raise OSError("no locks") from e
-    fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(directory, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def _still(target: Path, expected: Manifest | None) -> Iterator[None]:
+    """Keep others who write with an expectation from replacing `target` meanwhile; where locks are to be had, that is.
+
+    Raises:
+        BundleChangedError: when the bundle there is not the expected one.
+    """
+    if expected is None:
+        yield
+        return
+    changed = BundleChangedError(f"{target}: was changed by another process meanwhile; run the command again")
+    try:
+        directory = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as e:
+        raise changed from e
+    try:
+        with contextlib.suppress(OSError):
+            _lock(directory, wait=True)
+        same = os.path.samestat(os.fstat(directory), os.stat(target))
+        if not same or Manifest.from_json((target / MANIFEST).read_text(encoding="utf-8")) != expected:
+            raise changed
+        yield
+    finally:
+        os.close(directory)
+
+
+def _is_ours(directory: Path) -> bool:
+    try:
+        return f'"format": "{FORMAT}"' in (directory / MANIFEST).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 def _may_replace(target: Path) -> bool:
     """Whether a directory is a bundle, damaged perhaps, and holds nothing that could be anything else."""
-    try:
-        ours = f'"format": "{FORMAT}"' in (target / MANIFEST).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return ours and all(p.suffix in _SUFFIXES and not p.is_dir() for p in target.iterdir())
+    return _is_ours(target) and all(p.suffix in _SUFFIXES and not p.is_dir() for p in target.iterdir())
 
 
 def _sync(path: Path) -> None:

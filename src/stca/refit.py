@@ -74,7 +74,7 @@ def refit(
     target = Path(out) if out is not None else old.path
     progress("reading the checkpoint")
     tensors, module = _read(old, Path(checkpoint))
-    with writing(target) as (work, commit):
+    with writing(target, replaces=None if out is not None else old.manifest) as (work, commit):
         progress("writing the weights")
         safetensors.torch.save_file(tensors, work / WEIGHTS)
         del tensors

@@ -23,7 +23,7 @@ from support.errors import one_line
 import stca.build
 from stca import probe
 from stca.build import HALVES, Workload, build
-from stca.bundle import WEIGHTS, Bundle, Manifest, seal, sha256_of
+from stca.bundle import WEIGHTS, Bundle, BundleChangedError, Manifest, seal, sha256_of
 from stca.engine_cache import EngineCache
 from stca.errors import BuildError, BundleError
 from stca.runtime import OnnxRuntimeEngine
@@ -418,6 +418,34 @@ def test_an_engine_takes_the_place_of_one_that_served_the_same(bundle, monkeypat
     results = build(bundle, engine="onnxruntime", precision="fp16")
     assert all(r["cache"] == "miss" and r["why"].startswith("version changed") for r in results)
     assert [e["version"] for e in Bundle.load(bundle).manifest.engines] == ["99", "99"]
+
+
+def test_two_builds_at_once_lose_nothing(bundle, monkeypatch):
+    """Engines of one that ends while the other writes stay. To weights that came meanwhile, none are added."""
+    real = stca.build.share
+
+    def meanwhile(work):
+        monkeypatch.setattr(stca.build, "share", real)
+        work()
+
+    def shared(work):
+        monkeypatch.setattr(stca.build, "share", lambda *names: (meanwhile(work), real(*names)))
+
+    shared(lambda: build(bundle, engine="onnxruntime", precision="fp16"))
+    build(bundle, engine="onnxruntime")
+    assert [e["precision"] for e in Bundle.load(bundle).manifest.engines] == ["fp16", "fp16", "fp32", "fp32"]
+
+    def other_weights():
+        loaded = Bundle.load(bundle)
+        weights = bytearray((bundle / WEIGHTS).read_bytes())
+        weights[-1] ^= 1
+        (bundle / WEIGHTS).write_bytes(weights)
+        seal(bundle, dataclasses.replace(loaded.manifest, weights=sha256_of(bundle / WEIGHTS), engines=()))
+
+    seal(bundle, dataclasses.replace(Bundle.load(bundle).manifest, engines=()))
+    shared(other_weights)
+    with one_line(BundleChangedError, "another process"):
+        build(bundle, engine="onnxruntime")
 
 
 def test_weights_never_have_two_names(bundle):

@@ -29,6 +29,7 @@ from stca.bundle import (
     Manifest,
     StateSpec,
     TensorSpec,
+    seal,
     sha256_of,
     writing,
 )
@@ -562,3 +563,16 @@ def test_without_locks_nothing_is_taken_for_left_behind(tmp_path, root, monkeypa
 def test_a_manifest_is_immutable(root):
     with pytest.raises(dataclasses.FrozenInstanceError):
         Bundle.load(root).manifest.weights = "x"
+
+
+def test_a_place_inside_a_bundle_is_none(bundle_dir: Path) -> None:
+    """A bundle there would be a file that the outer one does not know."""
+    with one_line(BundleError, "lies inside the bundle", "--out"), writing(bundle_dir / "sub"):
+        pytest.fail("was let in")
+
+
+def test_an_engine_whose_file_is_not_there(bundle_dir: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(bundle_dir, tmp_path / "B")
+    seal(root, dataclasses.replace(Bundle.load(root).manifest, engines=({"file": "gone.plan"},)))
+    with one_line(BundleError, "'gone.plan'", "build the engine again"):
+        Bundle.load(root)
