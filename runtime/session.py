@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stca.bundle import HALVES, TARGETS, TOKENS, USERS, Bundle, Manifest, StateSpec
-from stca.errors import RequestError
+from stca.errors import BuildError, RequestError
 from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, best_engine, open_engines, own_graphs
 from stca.runtime.request import Door, Request, RequestBatch, check_swap
@@ -32,6 +32,7 @@ class _Options:
     threads: int | None
     truncate: bool
     engine: str | None
+    precision: str | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,10 @@ class _Model:
     @classmethod
     def load(cls, bundle: Bundle, options: _Options) -> _Model:
         manifest = bundle.manifest
-        choice = own_graphs() if options.engine == "graphs" else best_engine(manifest, only=options.engine)
+        if options.engine == "graphs":
+            choice = own_graphs()
+        else:
+            choice = best_engine(manifest, only=options.engine, precision=options.precision)
         engines = open_engines(bundle, choice, threads=options.threads)
         layout = ";".join(f"{s.name}:{s.dtype}:{','.join(map(str, s.shape))}" for s in manifest.state)
         # Equal weights do not make equal states: what the encoder computes, for which window, and in what, counts too.
@@ -183,6 +187,7 @@ class Session:
         threads: int | None = None,
         truncate: bool = False,
         engine: str | None = None,
+        precision: str | None = None,
     ) -> Session:
         """Load a bundle, checking every file of it.
 
@@ -193,12 +198,15 @@ class Session:
             truncate: serve a history longer than the bundle's limit from its most recent part, instead of refusing it.
             engine: onnxruntime, tensorrt or tensorrt-rtx, whose built engines must run here, or graphs for the bundle's
                 own graphs on a CPU; None takes the fastest that runs, and `engines` says which and why.
+            precision: of that engine, fp32, bf16 or fp16; None takes the fastest that was built.
 
         Raises:
             BundleError: when the bundle is missing, damaged or too new.
             BuildError: when the engine cannot load a graph.
         """
-        options = _Options(threads, truncate, engine)
+        if precision is not None and engine in (None, "graphs"):
+            raise BuildError(f"precision {precision}: is of a built engine; say which with engine=")
+        options = _Options(threads, truncate, engine, precision)
         return cls(_Model.load(Bundle.load(bundle), options), StateCache(cache_bytes), options)
 
     def score(self, request: Request | RequestBatch) -> Array:
@@ -287,11 +295,12 @@ class Session:
 
     @property
     def engines(self) -> Mapping[str, str]:
-        """Which engine runs each half, `why` that one, and why not a faster one (`passed_over`)."""
+        """Which engine runs each half, in which `precision`, `why` that one, and why no other (`passed_over`)."""
         model = self._model
         return {
             "user_encoder": model.encoder.name,
             "target_scorer": model.scorer.name,
+            "precision": model.choice.precision,
             "why": model.choice.why,
             "passed_over": "; ".join(model.choice.passed_over),
         }

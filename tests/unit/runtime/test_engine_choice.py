@@ -12,6 +12,7 @@ from support.errors import one_line
 from stca.build import build
 from stca.bundle import Bundle
 from stca.errors import BuildError
+from stca.runtime import Session
 from stca.runtime.engine_choice import Choice, Machine, best_engine, open_engines
 
 CPU = Machine()
@@ -139,3 +140,18 @@ def test_one_precision_of_a_flavour(manifest):
     assert best_engine(manifest(*pairs), GPU, only="tensorrt-rtx", precision="fp16").precision == "fp16"
     with one_line(BuildError, "no tensorrt-rtx fp32", "--engine tensorrt-rtx --precision fp32"):
         best_engine(manifest(*pairs), GPU, only="tensorrt-rtx", precision="fp32")
+
+
+def test_a_session_on_an_engine_of_ones_choosing(bundle_dir, tmp_path):
+    root = shutil.copytree(bundle_dir, tmp_path / "B")
+    build(root, engine="onnxruntime", precision="fp16")
+    assert Session.load(root).engines["precision"] == "fp32"  # on a CPU the bundle's own graphs are faster
+    assert Session.load(root, engine="onnxruntime").engines["precision"] == "fp16"
+    assert Session.load(root, engine="onnxruntime", precision="fp16").engines["precision"] == "fp16"
+    for asked, words in (
+        ({"engine": "onnxruntime", "precision": "fp32"}, ("no onnxruntime fp32", "stca build")),
+        ({"engine": "bogus"}, ("'bogus'", "onnxruntime", "tensorrt-rtx")),
+        ({"precision": "fp16"}, ("fp16", "engine=")),
+    ):
+        with one_line(BuildError, *words):
+            Session.load(root, **asked)
