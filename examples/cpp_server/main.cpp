@@ -1,6 +1,6 @@
 // A scoring server that embeds stca: one line in, one line out, over TCP on the loopback address.
 //
-//   cpp_server BUNDLE [PORT] [tensorrt|onnxruntime|none]
+//   cpp_server BUNDLE [PORT] [tensorrt|onnxruntime|none]      (PORT 0, or none: a free one)
 //
 //   score USER VERSION NAME=1,2,3 …   ->  ok 0.5 0.25 …      ("-" for no user or no version)
 //   append USER VERSION NAME=1,2 …    ->  ok kept            (or: ok nothing)
@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstring>
 #include <iostream>
 #include <list>
@@ -126,6 +127,12 @@ void serve(stca::Session& session, int connection) {
 
 int main(int argc, char** argv) try {
   if (argc < 2) return std::cerr << "usage: cpp_server BUNDLE [PORT] [tensorrt|onnxruntime|none]\n", 2;
+  std::uint16_t port = 0;
+  const std::string given = argc > 2 ? argv[2] : "0";
+  const auto parsed = std::from_chars(given.data(), given.data() + given.size(), port);
+  if (parsed.ec != std::errc() || parsed.ptr != given.data() + given.size()) {
+    return std::cerr << "'" << given << "' is no port; give a number from 1 to 65535, or 0 for a free one\n", 2;
+  }
   stca::Options options;
   if (argc > 3) options.engine = argv[3];
   const auto none = [](const stca::Bundle& b, const std::string& g) { return std::make_unique<NoEngine>(b, g); };
@@ -134,7 +141,7 @@ int main(int argc, char** argv) try {
   sockaddr_in address{};
   socklen_t size = sizeof address;
   address.sin_family = AF_INET;
-  address.sin_port = htons(static_cast<std::uint16_t>(argc > 2 ? std::atoi(argv[2]) : 0));
+  address.sin_port = htons(port);
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
   const int listener = socket(AF_INET, SOCK_STREAM, 0);
   auto* raw = reinterpret_cast<sockaddr*>(&address);

@@ -33,6 +33,9 @@ Choice choose(const Manifest& manifest, const std::string& wanted) {
   if (!wanted.empty() && wanted != "tensorrt") {
     fail(STCA_BUILD_ERROR, "there is no engine '", wanted, "'; choose tensorrt, onnxruntime or graphs");
   }
+  if (!with_tensorrt && wanted == "tensorrt") {  // whatever the bundle lacks besides
+    fail(STCA_BUILD_ERROR, "this library was built without TensorRT; rebuild it with -DTENSORRT_INCLUDE_DIR=…");
+  }
   return best_engine(manifest, machine_for(manifest), wanted);
 }
 

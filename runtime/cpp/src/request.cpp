@@ -135,8 +135,8 @@ std::vector<std::int64_t> read_offsets(const stca_tensor& tensor) {
 
 }  // namespace
 
-Door::Door(const Manifest& manifest, bool truncate)
-    : inputs_(manifest.graph("request").inputs), max_history_(manifest.max_history), truncate_(truncate) {
+Door::Door(const Manifest& manifest, std::optional<std::int64_t> window, bool truncate)
+    : inputs_(manifest.graph("request").inputs), window_(window), truncate_(truncate) {
   std::unordered_map<std::string_view, int> ids;
   for (std::string_view symbol : known_symbols) ids.emplace(symbol, static_cast<int>(ids.size()));
   for (const TensorSpec& spec : inputs_) {
@@ -295,17 +295,17 @@ Array Door::array(std::size_t index, const stca_tensor& value, Sizes& sizes) con
 }
 
 void Door::limit_history(Row& row, Bound& tokens) const {
-  if (!max_history_ || tokens.size <= *max_history_) return;
+  if (!window_ || tokens.size <= *window_) return;
   if (!truncate_) {
-    request_error(tokens.because, ": has ", tokens.size, " tokens, the limit is ", *max_history_,
+    request_error(tokens.because, ": has ", tokens.size, " tokens, the limit is ", *window_,
                   "; send the most recent ones, or load the session with truncate");
   }
   for (std::size_t i = 0; i < inputs_.size(); ++i) {
     if (inputs_[i].scope == STCA_USER && inputs_[i].rows_are(tokens_symbol)) {
-      row.arrays[i] = rows(row.arrays[i], tokens.size - *max_history_, tokens.size);
+      row.arrays[i] = rows(row.arrays[i], tokens.size - *window_, tokens.size);
     }
   }
-  tokens.size = *max_history_;
+  tokens.size = *window_;
 }
 
 std::vector<CutRequest> Door::unpack(const stca_request_batch& batch) const {

@@ -1,6 +1,7 @@
 // Requests, and the one place where they are checked: whatever passes this door is right by the time it is computed.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -43,8 +44,9 @@ struct Row {
 /// Checks requests against a bundle's manifest and turns them into arrays the graphs take.
 class Door {
  public:
-  /// `truncate`: keep the most recent `max_history` tokens of a longer history instead of refusing it.
-  Door(const Manifest& manifest, bool truncate);
+  /// `window`: most tokens of a history, where there is a limit. `truncate`: keep the most recent ones of a longer
+  /// history instead of refusing it.
+  Door(const Manifest& manifest, std::optional<std::int64_t> window, bool truncate);
   Door(const Door&) = delete;
   Door& operator=(const Door&) = delete;
 
@@ -96,7 +98,7 @@ class Door {
   std::vector<bool> offsets_;
   std::vector<std::vector<int>> symbols_;  // of each input's axes: which symbol, -1 where the size is fixed
   std::size_t symbol_count_ = 0;
-  std::optional<std::int64_t> max_history_;
+  std::optional<std::int64_t> window_;
   std::string unpackable_;  // an input whose rows cannot be told apart in a batch
   bool truncate_ = false, ragged_ = false, has_user_inputs_ = false;
 };

@@ -13,12 +13,20 @@ namespace {
 /// Most history tokens of several users encoded in one run; session.py says why.
 constexpr std::int64_t tokens_together = 1024;
 
+/// The longest history that can be encoded and scored with: a longer state would only be in the way.
+std::optional<std::int64_t> window_of(const Manifest& manifest, const Engines& engines) {
+  const std::int64_t longest = std::min({manifest.max_history.value_or(no_limit), engines.encoder->largest_run().tokens,
+                                         engines.scorer->largest_run().tokens});
+  return longest == no_limit ? std::nullopt : std::optional(longest);
+}
+
 /// States of one text, and of equal weights, can take each other's place: the same tensors, computed by the same graph
 /// in the same kind of engine, for the same window.
-std::string layout(const std::vector<TensorSpec>& state, const Manifest& manifest, const Engine& encoder) {
+std::string layout(const std::vector<TensorSpec>& state, const Manifest& manifest, const Engine& encoder,
+                   std::optional<std::int64_t> window) {
   std::string text;
   for (const TensorSpec& spec : state) text += spec.name + ":" + dtype_name(spec.dtype) + ":" + spec.shape_text() + ";";
-  text += "window:" + (manifest.max_history ? std::to_string(*manifest.max_history) : "none");
+  text += "window:" + (window ? std::to_string(*window) : "none");
   return text + ";" + manifest.files.at(manifest.graph("user_encoder").file).sha256 + ";" + encoder.name();
 }
 
@@ -73,7 +81,10 @@ std::optional<std::size_t> index_of(const Specs& specs, const std::string& name)
 }  // namespace
 
 Model::Model(std::shared_ptr<const Bundle> bundle, const Options& options)
-    : bundle_(std::move(bundle)), door_(manifest(), options.truncate), engines_(make_engines(bundle_, options)) {
+    : bundle_(std::move(bundle)),
+      engines_(make_engines(bundle_, options)),
+      window_(window_of(manifest(), engines_)),
+      door_(manifest(), window_, options.truncate) {
   const auto malformed = [&](const std::string& why) {
     bundle_error(bundle_->path.string(), ": ", why, "; export the bundle again");
   };
@@ -117,8 +128,8 @@ Model::Model(std::shared_ptr<const Bundle> bundle, const Options& options)
   encoded_together_ = engines_.encoder->largest_run();
   encoded_together_.tokens = std::min(encoded_together_.tokens, tokens_together);
   scored_together_ = engines_.scorer->largest_run();
-  state_kind_ =
-      std::make_shared<StateKind>(StateKind{manifest().weights, layout(state_, manifest(), *engines_.encoder)});
+  std::string format = layout(state_, manifest(), *engines_.encoder, window_);
+  state_kind_ = std::make_shared<StateKind>(StateKind{manifest().weights, std::move(format)});
 }
 
 bool Model::is_offsets(std::size_t state) const {
@@ -271,7 +282,7 @@ Array Model::no_scores() const {
 StateCache::State Model::extend(const UserState& old, const UserState& fresh) const {
   const std::int64_t total = old.tokens + fresh.tokens;
   auto state = std::make_shared<UserState>();
-  state->tokens = std::min(total, manifest().max_history.value_or(total));
+  state->tokens = std::min(total, window_.value_or(total));
   const std::int64_t dropped = total - state->tokens;
   for (std::size_t i = 0; i < state_.size(); ++i) {
     if (is_offsets(i)) {

@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -56,8 +57,9 @@ class Model {
                     std::int64_t users) const;
 
   std::shared_ptr<const Bundle> bundle_;
-  Door door_;
   Engines engines_;
+  std::optional<std::int64_t> window_;  // the longest history that the bundle and both engines serve
+  Door door_;
   std::shared_ptr<const StateKind> state_kind_;
   std::vector<Source> encoder_inputs_, scorer_inputs_;
   std::vector<std::size_t> state_outputs_;  // of each state tensor, which output of the user encoder it is

@@ -382,9 +382,10 @@ struct Plans {
     return make_tensorrt_pair<Trt>(bundle, choice, cuda(), create(), limits);
   }
 
-  Model model(const ReplayLimits& limits = {}) const {
+  Model model(const ReplayLimits& limits = {}, bool truncate = false) const {
     auto pair = std::make_shared<Engines>(engines(limits));
     Options options;
+    options.truncate = truncate;
     options.make = [pair](const auto&, const std::string& graph) {
       return std::move(graph == "user_encoder" ? pair->encoder : pair->scorer);
     };

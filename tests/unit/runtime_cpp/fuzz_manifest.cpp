@@ -19,7 +19,7 @@
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   try {
     const auto manifest = stca::core::Manifest::parse({reinterpret_cast<const char*>(data), size});
-    const stca::core::Door door(manifest, false);
+    const stca::core::Door door(manifest, manifest.max_history, false);
     return 0;
   } catch (const stca::core::Error& e) {
     if (e.code != STCA_BUNDLE_ERROR || std::string(e.what()).empty()) std::abort();

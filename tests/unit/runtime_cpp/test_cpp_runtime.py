@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,14 @@ def test_the_guides_program_compiles(tmp_path: Path) -> None:
     command("c++", "-std=c++17", "-fsyntax-only", *warnings, "-I", include, tmp_path / "main.cpp")
 
 
+def test_the_guides_line_finds_the_wheels_library(onnxruntime_library: Path) -> None:
+    text = (REPOSITORY / "docs" / "cpp_runtime.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^export STCA_ONNXRUNTIME_LIBRARY=.*$", text, re.MULTILINE)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    found = command("sh", "-c", f'{line}; echo "$STCA_ONNXRUNTIME_LIBRARY"', env={**os.environ, "PATH": path})
+    assert found.splitlines()[-1] == str(onnxruntime_library)
+
+
 @contextlib.contextmanager
 def serving(program: Path, bundle: Path) -> Iterator[Any]:
     """The example server on a free port, as a function from a line to its answer."""
@@ -150,10 +159,15 @@ def serving(program: Path, bundle: Path) -> Iterator[Any]:
 
 def test_example_server(installed: Path, tmp_path: Path) -> None:
     source = REPOSITORY / "examples" / "cpp_server"
-    assert len((source / "main.cpp").read_text().splitlines()) < 150
+    assert len((source / "main.cpp").read_text().splitlines()) < 160
     flags = f"-DCMAKE_CXX_FLAGS={FLAGS} -fsanitize={SANITIZERS}"
     configure(source, tmp_path, f"-DCMAKE_PREFIX_PATH={installed}", flags)
     command("cmake", "--build", tmp_path)
+    for port in ("-1", "65536", "80x", " 80", "", "http"):
+        wrong = [tmp_path / "cpp_server", GOLDEN / "log", port, "none"]
+        done = subprocess.run(wrong, capture_output=True, text=True, timeout=20)
+        assert done.returncode == 2
+        assert done.stderr == f"'{port}' is no port; give a number from 1 to 65535, or 0 for a free one\n"
     history = "history_item=1,2,3 history_action=0,1,3 user_segment=2 user_profile=0.5,1"
     targets = "request_device=1 target_item=7,999 target_price=1.5,2,0.25,0"
     with serving(tmp_path / "cpp_server", GOLDEN / "log") as ask:

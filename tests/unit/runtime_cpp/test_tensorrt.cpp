@@ -70,11 +70,6 @@ TEST(tensorrt_parts_batches_into_runs_that_it_takes) {
   CHECK(runs({{1, 4}, {1, 4}, {1, 1}}) == std::pair(1, 2));                  // targets
   CHECK(runs({{0, 0}, {0, 8}, {0, 1}, {6, 8}, {1, 0}}) == std::pair(3, 3));  // all; no target, no run
   CHECK_THROWS(runs({{1, 1}, {1, 9}}), Error, "N_t is 9, target_scorer.plan was built for at most 8");
-  plans.bundle->manifest.max_history = 7;
-  const Model wider = plans.model();
-  const Log one(1), seven(7);
-  CHECK_THROWS(wider.encode({one.row(wider.door()), seven.row(wider.door())}), Error,
-               "N_h is 7, user_encoder.plan was built for at most 6");
   plans.scorer().requests = 0;
   CHECK_EQUAL(plans.model().engine(false).largest_run().requests, no_limit);
 }
@@ -91,6 +86,41 @@ TEST(tensorrt_appends_on_the_gpu) {
   CHECK_EQUAL(longer->tokens, 6);  // the bundle's window
   CHECK(longer->tensors[0].device && !longer->tensors[1].device);
   CHECK_EQUAL(at(model.score({longer}, {row}), 0), Log(6).first());
+}
+
+TEST(tensorrt_serves_histories_as_long_as_both_engines_do) {
+  const auto window_is = [](std::size_t window, auto&& change) {
+    const Plans plans;
+    change(*plans.bundle);
+    Log old(4), more(3), both(7);
+    old.items = {1, 2, 3, 4}, more.items = {10, 20, 30}, both.items = {1, 2, 3, 4, 10, 20, 30};
+    const auto latest = [&](std::size_t tokens) {  // what an exact sum over the latest alone comes to
+      float sum = 20 + 7;
+      for (std::size_t i = 7 - tokens; i < 7; ++i) sum += static_cast<float>(both.items[i]);
+      return sum;
+    };
+    const Model model = plans.model(), cutting = plans.model({}, true);
+    CHECK_THROWS(both.row(model.door()), Error,
+                 "history_item: has 7 tokens, the limit is " + std::to_string(window) + "; send the most recent ones");
+    const Row cut = both.row(cutting.door());
+    CHECK_EQUAL(at(cutting.score({cutting.encode(cut)}, {cut}), 0), latest(window));
+
+    const Row row = old.row(model.door());
+    Row added;
+    const std::vector<stca_tensor> events = more.events();
+    model.door().admit_events({events.data(), events.size()}, added);
+    const StateCache::State longer = model.extend(*model.encode(row), *model.encode(added));
+    CHECK_EQUAL(longer->tokens, static_cast<std::int64_t>(window));
+    CHECK_EQUAL(at(model.score({longer}, {row}), 0), latest(window));
+  };
+  const auto serves = [](EngineEntry& entry, std::int64_t tokens) {
+    for (Profile& profile : entry.profiles) profile["N_h"].second = tokens;
+  };
+  window_is(6, [](Bundle& b) { b.manifest.max_history = 50; });
+  window_is(6, [](Bundle& b) { b.manifest.max_history.reset(); });
+  window_is(6, [&](Bundle& b) { serves(b.manifest.engines[0], 9), serves(b.manifest.engines[1], 9); });
+  window_is(4, [&](Bundle& b) { serves(b.manifest.engines[0], 4); });
+  window_is(4, [&](Bundle& b) { serves(b.manifest.engines[1], 4); });
 }
 
 TEST(tensorrt_runs_an_empty_history_as_one_token_left_out) {
@@ -213,6 +243,10 @@ TEST(tensorrt_keeps_apart_states_of_different_engines) {
   CHECK(differs([](Bundle& b) { b.manifest.engines[0].sm = 80; }));
   CHECK(differs([](Bundle& b) { b.manifest.engines[0].version = "11.5.0.1"; }));
   CHECK(differs([](Bundle& b) { b.manifest.max_history = 5; }));
+  CHECK(!differs([](Bundle& b) { b.manifest.max_history = 50; }));  // the engines' window is the narrower one
+  CHECK(differs([](Bundle& b) {
+    for (Profile& profile : b.manifest.engines[1].profiles) profile["N_h"].second = 5;
+  }));
   CHECK(differs([](Bundle& b) { b.manifest.weights = "other"; }));
   CHECK(differs([](Bundle& b) { b.manifest.files[b.manifest.graph("user_encoder").file].sha256 = "other"; }));
   CHECK(!differs([](Bundle& b) { b.manifest.files[b.manifest.graph("target_scorer").file].sha256 = "other"; }));

@@ -160,7 +160,7 @@ typedef struct stca_scores stca_scores;
 typedef struct stca_options {
   size_t size;          /* sizeof(stca_options) where the caller was compiled; set by stca_options_init */
   uint64_t cache_bytes; /* most bytes of user states to keep between requests; 0 keeps none */
-  int32_t truncate;     /* not 0: serve a history longer than the bundle's limit from its most recent part */
+  int32_t truncate;     /* not 0: serve a history longer than the limit from its most recent part */
   int32_t threads;      /* of one request, where the engine uses CPU threads; 0 leaves it to the engine */
   const char* engine;   /* "tensorrt", "onnxruntime" or "graphs" (one and the same: the bundle's own graphs on the CPU),
                          * or NULL for the fastest that runs here; stca_session_engine_choice says which and why */
