@@ -25,10 +25,10 @@ from make_golden import Log, append, batch, events, forget, packed, score, stats
 from test_cpp_golden import error_codes, perform
 
 from stca import probe
-from stca.bundle import Bundle
+from stca.bundle import HALVES, Bundle
 from stca.errors import BuildError, StcaError
 from stca.runtime import Request, Session
-from stca.runtime.engine_choice import HALVES, Machine, best_engine
+from stca.runtime.engine_choice import Machine, best_engine
 from stca.tensorrt_flavours import FLAVOURS
 
 HERE = Path(__file__).parent
