@@ -106,7 +106,7 @@ def engine_graph(
     """
     model, weights = read_graph(file)
     operators = sum(map(is_operator, model.graph.node))
-    model = to_precision(model, precision, state)
+    model = to_precision(model, precision, state, weights)
     if attention in ("fused", "decomposed"):
         model = for_one_request(model, attention)
     elif one_request:

@@ -161,7 +161,7 @@ def uses_all_tokens(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
     """
     offsets, lengths = node.input[4], node.input[5]
     nodes, leaves = Dataflow(model.graph).needed([lengths], given=[offsets])
-    constants: dict[str, onnx.TensorProto] = {t.name: t for t in model.graph.initializer if t.data_type in _INTEGERS}
+    constants = _known_integers(model.graph)
     if not leaves <= {offsets, *constants}:
         return False
     int32 = onnx.TensorProto.INT32
@@ -215,7 +215,7 @@ def _as_many_rows(model: onnx.ModelProto, index: str) -> str | None:
     """An input with as many rows as `index`, shown by computing it for two numbers of rows; None when there is none."""
     nodes, leaves = Dataflow(model.graph).needed([index])
     inputs = [v for v in model.graph.input if v.name in leaves]
-    constants = [t for t in model.graph.initializer if t.name in leaves and t.data_type in _INTEGERS]
+    constants = [t for name, t in _known_integers(model.graph).items() if name in leaves]
     if len(inputs) + len(constants) < len(leaves) or any(v.type.tensor_type.elem_type not in _INTEGERS for v in inputs):
         return None
     symbols = {d.dim_param for v in inputs for d in v.type.tensor_type.shape.dim if not d.HasField("dim_value")}
@@ -244,7 +244,7 @@ def fold_integers(model: onnx.ModelProto) -> None:
     TensorRT's parser wants axes as constants and does not fold a Reshape of one. Weights are floats and stay.
     """
     graph = model.graph
-    known = {t.name: t for t in graph.initializer if t.data_type in _INTEGERS}
+    known = _known_integers(graph)
     folded: list[onnx.NodeProto] = []
     for node in graph.node:
         if node.domain or any(subgraphs(node)) or not all(name in known for name in node.input):
@@ -263,6 +263,17 @@ def fold_integers(model: onnx.ModelProto) -> None:
     graph.initializer.extend(known[name] for name in sorted(names & used))
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def _known_integers(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """Integer initializers by name; those whose contents are left out of the model are not known."""
+    return {
+        t.name: t
+        for t in graph.initializer
+        if t.data_type in _INTEGERS
+        and t.data_location != onnx.TensorProto.EXTERNAL
+        and (t.raw_data or t.int32_data or t.int64_data or 0 in t.dims)
+    }
 
 
 def drop_unused(graph: onnx.GraphProto) -> None:

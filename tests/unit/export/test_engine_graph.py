@@ -8,12 +8,13 @@ import shutil
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import numpy_helper, parser
 from support.errors import one_line
 
 from stca.bundle import WEIGHTS, Bundle
-from stca.errors import BuildError
+from stca.errors import BuildError, ExportError
 from stca.export.engine_graph import engine_graph, estimate_memory, read_graph
+from stca.export.weights import externalize
 
 
 @pytest.fixture
@@ -79,6 +80,30 @@ def test_a_saved_graph_is_the_graph(bundle, tmp_path, precision):
     true = {t.name: numpy_helper.to_array(t).tobytes() for t in graph.complete().graph.initializer}
     assert {t.name: numpy_helper.to_array(t).tobytes() for t in saved.graph.initializer} == true
     assert (tmp_path / "x.weights").stat().st_size > 1000
+
+
+def test_scalars_among_the_weights(tmp_path):
+    """A bundle keeps every float among its weights: scalars get the same care there as inside a graph."""
+
+    def graph(value, body="k = Neg (x) s = Add (k, c) y = Exp (s)"):
+        head = '<ir_version: 10, opset_import: ["" : 18]> g (float[n] x) => (float[n] y)'
+        model = parser.parse_model(f"{head} <float c = {{{value}}}> {{ {body} }}")
+        externalize([model], tmp_path)
+        onnx.save(model, tmp_path / "x.onnx")
+        return engine_graph(tmp_path / "x.onnx", state=(), precision="fp16")
+
+    (c,) = graph(-1e9).complete().graph.initializer
+    assert numpy_helper.to_array(c) == -65504
+    for value in (1e-8, 86400):
+        with one_line(ExportError, "'c'", "bf16"):
+            graph(value).complete()
+        (c,) = graph(value, "p = Mul (x, x) s = Add (p, c) y = Log (s)").complete().graph.initializer
+        assert numpy_helper.to_array(c) == np.float32(value)
+        with one_line(ExportError, "'c'", "bf16"):  # read in both types: the graph would cast it
+            graph(
+                value,
+                "p = Mul (x, x) s = Add (p, c) t = Log (s) k = Neg (x) d = Add (k, c) s2 = Add (t, d) y = Abs (s2)",
+            )
 
 
 def test_memory_grows_with_sizes_and_halves_with_precision(bundle):

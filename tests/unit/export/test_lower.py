@@ -188,3 +188,36 @@ def test_integers_are_folded_and_weights_are_not():
     assert constants["axes"].tolist() == [-1]
     assert constants["w"].tolist() == [1, 2, 3]
     assert run(model, {"x": np.ones((2, 3), np.float32)})["y"].tolist() == [[3, 3]]
+
+
+def test_integers_outside_the_model_are_not_known():
+    """A table of buckets among the weights: its type and size are here, its contents are not."""
+    model = parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 18]> g (int64[n] ids) => (int64[n] y, int64[1] size)
+        <int64[4] table = {1, 2, 3, 4}, int64[1] one = {1}>
+        { shifted = Add (table, one) y = Gather (shifted, ids) size = Shape (table) }"""
+    )
+    model.graph.initializer[0].ClearField("int64_data")
+    lowered = for_one_request(model, "decomposed")
+    assert [n.op_type for n in lowered.graph.node] == ["Add", "Gather", "Shape"]
+    lowered.graph.initializer[0].int64_data[:] = [1, 2, 3, 4]
+    assert run(lowered, {"ids": np.array([3, 0])})["y"].tolist() == [5, 2]
+
+
+@pytest.mark.parametrize("op", ["uses_all_tokens", "rows"])
+def test_what_depends_on_integers_outside_the_model_is_not_computed(op):
+    model = attention_model("differences")
+    large = numpy_helper.from_array(np.ones(1, np.int32), "large")
+    large.ClearField("raw_data")
+    if op == "rows":
+        model.graph.initializer.append(large)
+        model.graph.node.append(helper.make_node("Add", ["given", "large"], ["index"]))
+        assert lower._as_many_rows(model, "index") is None
+        return
+    model.graph.initializer.append(large)
+    operator = next(n for n in model.graph.node if lower.is_operator(n))
+    model.graph.node.insert(0, helper.make_node("Add", ["h", "large"], ["moved"]))
+    for node in model.graph.node[1:]:
+        if node.op_type == "Slice":
+            node.input[0] = "moved"
+    assert not lower.uses_all_tokens(model, operator)
