@@ -234,7 +234,7 @@ class _Conversion:
                 elif node.op_type in _ARITHMETIC:
                     wide.add(i)
                     narrowed.add(i)
-            if i in wide - narrowed:
+            if i in wide and i not in narrowed:
                 values.update(node.output)
         head = self._head()
         wide |= head
