@@ -61,8 +61,9 @@ class _Model:
         layout = ";".join(f"{s.name}:{s.dtype}:{','.join(map(str, s.shape))}" for s in manifest.state)
         # Equal weights do not make equal states: what the encoder computes, for which window, and in what, counts too.
         encoder = manifest.files[manifest.graphs["user_encoder"].file]["sha256"]
-        longest = [_limits(choice, half)[TOKENS] for half in HALVES] + [manifest.max_history or sys.maxsize]
-        window = None if min(longest) == sys.maxsize else min(longest)
+        limits = [_limits(choice, half)[TOKENS] for half in HALVES]
+        limits += [] if manifest.max_history is None else [manifest.max_history]
+        window = None if min(limits) == sys.maxsize else min(limits)
         layout += f";{encoder};window:{window};{choice.flavour} {choice.precision}"
         door = Door(dataclasses.replace(manifest, max_history=window), truncate=options.truncate)
         return cls(manifest, door, engines["user_encoder"], engines["target_scorer"], layout, choice, window)
@@ -152,7 +153,7 @@ class _Model:
     def extend(self, old: UserState, new: UserState) -> UserState:
         """The state of both histories one after the other, its oldest tokens dropped beyond the window."""
         total = old.tokens + new.tokens
-        kept = min(total, self.window or total)
+        kept = total if self.window is None else min(total, self.window)
         tensors = dict(old.tensors)
         for spec in self.manifest.state:
             if self._is_offsets(spec):
@@ -195,7 +196,7 @@ class Session:
             bundle: its directory.
             cache_bytes: most bytes of user states to keep between requests; 0 keeps none.
             threads: threads of one request; None takes every core.
-            truncate: serve a history longer than the bundle's limit from its most recent part, instead of refusing it.
+            truncate: serve the most recent part of a history longer than bundle and engines take, and do not refuse it.
             engine: onnxruntime, tensorrt or tensorrt-rtx, whose built engines must run here, or graphs for the bundle's
                 own graphs on a CPU; None takes the fastest that runs, and `engines` says which and why.
             precision: of that engine, fp32, bf16 or fp16; None takes the fastest that was built.

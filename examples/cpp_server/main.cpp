@@ -4,8 +4,7 @@
 //
 //   score USER VERSION NAME=1,2,3 …   ->  ok 0.5 0.25 …      ("-" for no user or no version)
 //   append USER VERSION NAME=1,2 …    ->  ok kept            (or: ok nothing)
-//   forget USER                       ->  ok kept            (or: ok nothing)
-//   swap BUNDLE, stats                ->  ok …
+//   forget USER, swap BUNDLE, stats   ->  ok …
 //   anything wrong                    ->  error 8 target_item: holds 1000 at [1]; it must be in [0, 999]
 //
 // Values are row by row. The engine `none` computes nothing and scores zero: for trying the protocol without a library.
@@ -30,11 +29,9 @@ class NoEngine : public stca::Engine {
   std::string name() const override { return "none (computes nothing, scores zero)"; }
   void run(const stca_tensor* inputs, std::size_t count, stca::Outputs& outputs) override {
     std::map<std::string, std::int64_t> sizes;
-    for (std::size_t i = 0; i < count; ++i) {
-      for (int a = 0; a < takes_[i].rank; ++a) {
+    for (std::size_t i = 0; i < count; ++i)
+      for (int a = 0; a < takes_[i].rank; ++a)
         if (takes_[i].symbol[a] != nullptr) sizes[takes_[i].symbol[a]] = inputs[i].shape[a];
-      }
-    }
     for (std::size_t i = 0; i < gives_.size(); ++i) {
       std::vector<std::int64_t> shape(gives_[i].shape, gives_[i].shape + gives_[i].rank);
       std::size_t bytes = stca_dtype_bytes(gives_[i].dtype);
@@ -70,9 +67,8 @@ class Tensors {
   static stca::RequestError refused(const std::string& why) { return {STCA_REQUEST_ERROR, why}; }
   template <class T>
   void add(const stca_tensor_spec& spec, const std::string& text, std::vector<T>& values) {
-    for (std::istringstream in(text); in.peek() != EOF;) {
+    for (std::istringstream in(text); in.peek() != EOF;)
       if (!(in >> values.emplace_back()) || (in.get() != ',' && !in.eof())) throw refused(text + ": not numbers");
-    }
     std::vector<std::int64_t> shape(spec.shape, spec.shape + spec.rank);
     std::int64_t count = static_cast<std::int64_t>(values.size()), width = 1;
     for (std::size_t a = 1; a < shape.size(); ++a) width *= std::max<std::int64_t>(shape[a], 1);
@@ -128,11 +124,9 @@ void serve(stca::Session& session, int connection) {
 int main(int argc, char** argv) try {
   if (argc < 2) return std::cerr << "usage: cpp_server BUNDLE [PORT] [tensorrt|onnxruntime|none]\n", 2;
   std::uint16_t port = 0;
-  const std::string given = argc > 2 ? argv[2] : "0";
-  const auto parsed = std::from_chars(given.data(), given.data() + given.size(), port);
-  if (parsed.ec != std::errc() || parsed.ptr != given.data() + given.size()) {
+  const char* given = argc > 2 ? argv[2] : "0";
+  if (const auto [end, error] = std::from_chars(given, given + std::strlen(given), port); error != std::errc() || *end)
     return std::cerr << "'" << given << "' is no port; give a number from 1 to 65535, or 0 for a free one\n", 2;
-  }
   stca::Options options;
   if (argc > 3) options.engine = argv[3];
   const auto none = [](const stca::Bundle& b, const std::string& g) { return std::make_unique<NoEngine>(b, g); };
@@ -148,9 +142,8 @@ int main(int argc, char** argv) try {
   if (bind(listener, raw, size) != 0 || listen(listener, 64) != 0) return std::perror("cannot listen"), 1;
   getsockname(listener, raw, &size);
   std::cout << "127.0.0.1:" << ntohs(address.sin_port) << ", engine " << session.engine("target_scorer") << std::endl;
-  for (int connection; (connection = accept(listener, nullptr, nullptr)) >= 0;) {
+  for (int connection; (connection = accept(listener, nullptr, nullptr)) >= 0;)
     std::thread(serve, std::ref(session), connection).detach();
-  }
 } catch (const stca::StcaError& e) {
   return std::cerr << e.what() << "\n", 1;
 }
