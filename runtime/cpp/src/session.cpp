@@ -11,7 +11,7 @@ namespace stca::core {
 namespace {
 
 /// Most history tokens of several users encoded in one run; session.py says why.
-constexpr std::int64_t tokens_together = 1024;
+constexpr std::int64_t tokens_together = 256;
 
 /// The longest history that can be encoded and scored with: a longer state would only be in the way.
 std::optional<std::int64_t> window_of(const Manifest& manifest, const Engines& engines) {

@@ -113,7 +113,7 @@ TEST(session_encodes_many_users_in_few_runs) {
     requests.push_back({logs[i].all(), std::to_string(i), "v1"});
   }
   const stca::Scores scores = session.score(requests);
-  CHECK_EQUAL(counters.encoded, 3);  // of 170 users at most: no more than 1024 tokens
+  CHECK_EQUAL(counters.encoded, 10);  // of 42 users at most: no more than 256 tokens
   CHECK_EQUAL(counters.users, 400);
   const std::size_t targets = scores.targets() / logs.size();
   for (std::size_t i = 1; i < logs.size(); ++i) {
