@@ -20,8 +20,8 @@ from stca.runtime.request import Door, Request, RequestBatch, check_swap
 from stca.runtime.state import CacheStats, StateArray, StateCache, StateKey, UserState, join
 from stca.types import Array
 
-# Most history tokens of several users encoded in one run. A run has a price of its own, and so have the copies that part
-# users encoded together: on a CPU they break even at a few hundred tokens. `benchmarks/misses.py` measures it.
+# Most history tokens of several users encoded in one run. A run has a price of its own, and so have the copies that
+# part users encoded together: on a CPU they break even at a few hundred tokens. `benchmarks/misses.py` measures it.
 _TOKENS_TOGETHER: Final = 256
 
 
