@@ -9,11 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from stca.errors import BuildError, EngineError
-
-Array = NDArray[Any]
+from stca.types import Array
 
 
 class Engine(Protocol):

@@ -28,8 +28,8 @@ from stca.bundle import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, USERS
 from stca.errors import BuildError, EngineError, RequestError
 from stca.runtime.cuda_device import Device, DeviceArray, Owned
 from stca.tensorrt_flavours import FLAVOURS, load
+from stca.types import Array
 
-Array = NDArray[Any]
 AnyArray = NDArray[Any] | DeviceArray
 Entry = Mapping[str, Any]
 _Key = tuple[int | str, ...]  # what a CUDA graph holds for: profile, sizes, inputs that cross the bus

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -20,8 +20,7 @@ from stca.examples.train.log import Inputs, Log
 from stca.examples.train.sampler import LengthSampler, training_batches
 from stca.export.config import Field, StcaConfig
 from stca.export.model import CrossAttention, Projection, Stca
-
-Progress = Callable[[str], None]
+from stca.types import Progress
 
 # Standard deviation the tables start with. What says which events are alike must stand out from what says what
 # happened in them, and both from the time: see `attend_to_alike`.

@@ -16,7 +16,6 @@ from typing import Any, Final
 import numpy as np
 import onnx
 import onnxruntime as ort
-from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
@@ -27,8 +26,8 @@ from stca.export.engine_graph import EngineGraph, engine_graph
 from stca.export.precision import Precision
 from stca.export.scope import label
 from stca.export.to_double import to_double
+from stca.types import Array
 
-Array = NDArray[Any]
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 # Roundings of a value's largest magnitude that say nothing: sums are taken in another order.

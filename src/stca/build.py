@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -24,13 +24,13 @@ from stca.bundle import HALVES, MANIFEST, WEIGHTS, Bundle, BundleChangedError, M
 from stca.engine_cache import EngineCache, key_of, why_missed
 from stca.errors import BuildError
 from stca.tensorrt_flavours import FLAVOURS, Job, Profile, RefitMode, build_plan, installed_version
+from stca.types import Progress
 
 if TYPE_CHECKING:
     from stca.export.engine_graph import Attention
     from stca.export.precision import Precision
 
 ENGINES: Final = ("onnxruntime", *FLAVOURS)
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

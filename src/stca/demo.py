@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ from typing import Any
 from stca.bench import LatencyReport, bench
 from stca.errors import CheckpointError
 from stca.runtime import RequestBatch, Session
-
-Progress = Callable[[str], None]
+from stca.types import Progress
 
 AUC_HISTORIES = (512, 1024, 2048, 4096, 10_000)
 # Users and targets each of the AUC: enough for a standard error of about 0.002, and half a minute on two cores.

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stca import probe, verify
 from stca.bisect import EPS, bisect, evaluator
@@ -20,12 +19,11 @@ from stca.export.engine_graph import engine_graph
 from stca.runtime import OnnxRuntimeEngine
 from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, open_engines
+from stca.types import Array, Progress
 
 if TYPE_CHECKING:
     from torch import nn
 
-Array = NDArray[Any]
-Progress = Callable[[str], None]
 
 # Requests every engine is asked, one at a time, as (history tokens, targets).
 PROBES: Final = ((0, 16), (1, 16), (64, 1), (300, 64))

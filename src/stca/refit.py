@@ -30,9 +30,9 @@ from stca.export.config import StcaConfig
 from stca.export.weights import offsets
 from stca.runtime.engine_choice import Choice
 from stca.tensorrt_flavours import FLAVOURS, build_plan
+from stca.types import Progress
 from stca.verify import verify
 
-Progress = Callable[[str], None]
 # The export proved these graphs at every size; what is new is the weights, and one wrong tensor shows in any request.
 PROBES = (((40, 16),), ((5, 3), (0, 2), (40, 4)))
 

@@ -15,17 +15,17 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from stca.errors import BuildError
+from stca.types import Progress
 
 RefitMode = Literal["none", "identical", "weights"]
 # Smallest, best and largest size of each symbolic dimension, by its name.
 Profile = Mapping[str, tuple[int, int, int]]
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

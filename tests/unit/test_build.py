@@ -217,6 +217,15 @@ def test_each_precision_builds(bundle, precision, attention):
 
 
 @needs_rtx
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_with_time_deltas_builds(exported, tmp_path, precision):
+    """Its scorer looks up each token's request time."""
+    bundle = shutil.copytree(exported("delta", "absorbed"), tmp_path / "B")
+    results = build(bundle, engine=RTX, sm=89, precision=precision, workload=WORKLOAD)
+    assert results[1]["attention"] == ("decomposed" if precision == "fp32" else "fused")
+
+
+@needs_rtx
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_quantized_graphs_build(quantized, precision):
     """Every Q/DQ pair of the graph is in the network, beside the fused attention."""
