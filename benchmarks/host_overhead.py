@@ -26,15 +26,13 @@ import numpy as np
 import stca.runtime.session
 from stca import probe
 from stca.bench import machine
-from stca.bundle import Bundle
+from stca.bundle import HALVES, Bundle
 from stca.demo import shipped_checkpoint
 from stca.export.checkpoint import load_checkpoint
 from stca.export.pipeline import export_checkpoint
 from stca.runtime import Request, Session
 from stca.runtime.cuda_device import Device
 from stca.runtime.tensorrt_engine import TensorRTEngine
-
-HALVES = ("user_encoder", "target_scorer")
 
 
 class Cuda:

@@ -18,6 +18,7 @@ from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, best_engine, open_engines, own_graphs
 from stca.runtime.request import Door, Request, RequestBatch, check_swap
 from stca.runtime.state import CacheStats, StateArray, StateCache, StateKey, UserState, join
+from stca.tensorrt_flavours import largest_sizes
 from stca.types import Array
 
 # Most history tokens of several users encoded in one run. A run has a price of its own, and so have the copies that
@@ -348,9 +349,8 @@ def _limits(choice: Choice, half: str) -> dict[str, int]:
     """How much one run of a half's engine takes: requests, history tokens, targets."""
     entry = choice.entries.get(half, {})
     limits = {USERS: entry.get("requests") or sys.maxsize}
-    for dim in (TOKENS, TARGETS):
-        limits[dim] = max((p[dim][2] for p in entry.get("profiles", ()) if dim in p), default=sys.maxsize)
-    return limits
+    largest = largest_sizes(entry.get("profiles", ()))
+    return limits | {dim: largest.get(dim, sys.maxsize) for dim in (TOKENS, TARGETS)}
 
 
 def _runs(sizes: Sequence[Mapping[str, int]], limits: Mapping[str, int]) -> Iterator[slice]:

@@ -12,7 +12,6 @@ up to the next of a few sizes (`bucket`), in the dimensions for which the build 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import OrderedDict
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from stca.bundle import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, USERS
 from stca.errors import BuildError, EngineError, RequestError
 from stca.runtime.cuda_device import Device, DeviceArray, Owned
-from stca.tensorrt_flavours import FLAVOURS, load
+from stca.tensorrt_flavours import FLAVOURS, largest_sizes, load, look_into
 from stca.types import Array
 
 AnyArray = NDArray[Any] | DeviceArray
@@ -219,9 +218,7 @@ class TensorRTEngine:
             raise BuildError(explain_refusal(entry, said))
         self._said, self._engine = said, engine
         self._owned = Owned(self, device.cuda)
-        largest = _with_batch(
-            {d: max(p[d][2] for p in entry["profiles"] if d in p) for p in entry["profiles"] for d in p}
-        )
+        largest = _with_batch(largest_sizes(entry["profiles"]))
         self._buffers: dict[str, _Buffer] = {}
         for spec in (*entry["inputs"], *entry["outputs"]):
             self._buffers[spec["name"]] = _Buffer.make(spec, largest, device, self._owned)
@@ -263,9 +260,7 @@ class TensorRTEngine:
 
     def inspect(self) -> dict[str, Any]:
         """What the library tells of the engine: `layers`, after fusion, and `device_memory` in bytes."""
-        inspector, kind = self._engine.create_engine_inspector(), self._trt.LayerInformationFormat.JSON
-        told = json.loads(inspector.get_engine_information(kind))
-        return {"layers": told["Layers"], "device_memory": int(self._engine.device_memory_size_v2)}
+        return look_into(self._trt, self._engine)
 
     def _sizes(self, inputs: Mapping[str, AnyArray]) -> dict[str, int]:
         """As `sizes_of`, which is asked where an input is not plainly right: this is a tenth of what it takes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 from stca.bundle import HALVES, MANIFEST, WEIGHTS, Bundle, BundleChangedError, Manifest, sha256_of, writing
 from stca.engine_cache import EngineCache, key_of, why_missed
 from stca.errors import BuildError
-from stca.tensorrt_flavours import FLAVOURS, Job, Profile, RefitMode, build_plan, installed_version
+from stca.tensorrt_flavours import FLAVOURS, Job, Profile, RefitMode, build_plan, installed_version, largest_sizes
 from stca.types import Progress
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def build(
     if attention is None and plans[0].parts["attention"] == "decomposed":
         progress(f"{engine} has no fused attention in {precision}: it is built of MatMul, Softmax and MatMul")
     held = {json.dumps(e.get("key"), sort_keys=True): e for e in manifest.engines}
+    known = functools.cache(lambda: list(_known(manifest, cache)))  # read where there is a miss, and once for both
     results: dict[str, dict[str, Any]] = {}
     fresh: dict[str, Path | None] = {}
     misses: list[_Plan] = []
@@ -143,7 +145,7 @@ def build(
             results[plan.graph] = {**found[0], "file": plan.file, "cache": "hit", "why": f"it is in {cache.root}"}
             fresh[plan.graph] = found[1]
         else:
-            results[plan.graph] = {"cache": "miss", "why": why_missed(plan.parts, _known(manifest, cache))}
+            results[plan.graph] = {"cache": "miss", "why": why_missed(plan.parts, known())}
             misses.append(plan)
         progress(f"{plan.graph}: {results[plan.graph]['cache']}, {results[plan.graph]['why']}")
     if dry_run:
@@ -401,8 +403,8 @@ def _model_of(manifest: Manifest) -> tuple[Any, ...]:
 
 def _add(bundle: Bundle, engines: Sequence[tuple[Mapping[str, Any], Path | None]]) -> None:
     """Put each engine in the place of the one that served the same, in one step for all."""
-    added = [_place(entry) for entry, _ in engines]
-    kept = [e for e in bundle.manifest.engines if _place(e) not in added]
+    added = [place_of(entry) for entry, _ in engines]
+    kept = [e for e in bundle.manifest.engines if place_of(e) not in added]
     entries = [{n: x for n, x in entry.items() if n not in ("cache", "why")} for entry, _ in engines]
     with writing(bundle.path, replaces=bundle.manifest) as (work, commit):
         for entry, file in engines:
@@ -416,8 +418,8 @@ def _add(bundle: Bundle, engines: Sequence[tuple[Mapping[str, Any], Path | None]
         commit(dataclasses.replace(bundle.manifest, engines=(*kept, *entries)))
 
 
-def _place(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a bundle has one engine for."""
+def place_of(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a bundle has one engine for: the graph first, then what the engines of both halves have in common."""
     return tuple(entry.get(name) for name in ("graph", "flavour", "provider", "precision", "sm"))
 
 
@@ -474,7 +476,7 @@ def _forecast(root: Path, manifest: Manifest, plan: _Plan, found: Mapping[str, A
         precision=plan.parts["precision"],
         attention=plan.parts["attention"],
     )
-    largest = {d: max(p[d][2] for p in plan.parts["profiles"]) for p in plan.parts["profiles"] for d in p}
+    largest = largest_sizes(plan.parts["profiles"])
     dims = {d.dim_param for v in graph.model.graph.input for d in v.type.tensor_type.shape.dim if d.dim_param}
     memory = estimate_memory(graph, {d: largest.get(d, 1) for d in dims})
     if not plan.parts["profiles"]:  # any size will do

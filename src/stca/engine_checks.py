@@ -19,6 +19,7 @@ from stca.export.engine_graph import engine_graph
 from stca.runtime import OnnxRuntimeEngine
 from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, open_engines
+from stca.tensorrt_flavours import largest_sizes
 from stca.types import Array, Progress
 
 if TYPE_CHECKING:
@@ -210,8 +211,7 @@ def verify_engine(
 def _most(bundle: Bundle, choice: Choice, dim: str) -> int:
     """How large the bundle and both engines let a dimension get."""
     limits = [bundle.manifest.max_history or sys.maxsize] if dim == TOKENS else [sys.maxsize]
-    for entry in choice.entries.values():
-        limits += [max(p[dim][2] for p in entry["profiles"])] if any(dim in p for p in entry["profiles"]) else []
+    limits += [largest_sizes(entry["profiles"]).get(dim, sys.maxsize) for entry in choice.entries.values()]
     return min(limits)
 
 

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from stca.build import job_of, keep, share, with_weights
+from stca.build import job_of, keep, place_of, share, with_weights
 from stca.bundle import WEIGHTS, Bundle, Manifest, seal, sha256_of, writing
 from stca.engine_cache import EngineCache, key_of
 from stca.engine_checks import verify_engine
@@ -149,7 +149,8 @@ def _pairs(engines: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]
     """Engines that serve together: one flavour, provider, precision and SM."""
     pairs: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for e in engines:
-        pairs.setdefault((e["flavour"], e.get("provider"), e["precision"], e["sm"]), []).append(e)
+        _, *shared = place_of(e)
+        pairs.setdefault(tuple(shared), []).append(e)
     return list(pairs.values())
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from stca.errors import BuildError, StcaError
 from stca.plugins.ptx_launch import device_sm
-from stca.tensorrt_flavours import FLAVOURS, PROGRESS, Built, Flavour, Job, load
+from stca.tensorrt_flavours import FLAVOURS, PROGRESS, Built, Flavour, Job, largest_sizes, load, look_into
 
 if TYPE_CHECKING:
     import onnx
@@ -193,13 +193,12 @@ def _require_attention(attention: str, nodes: int, layers: Mapping[str, int]) ->
 
 
 def _look_into(trt: Any, log: Any, plan: Any) -> dict[str, Any]:
-    """The finished engine's `layers`, after fusion, and its `device_memory`; only where it can be loaded."""
+    """As `look_into`, of the finished engine; only where it can be loaded."""
     _say("looking into the engine")
     engine = trt.Runtime(log).deserialize_cuda_engine(plan)
     if engine is None:
         raise BuildError("the engine that was just built cannot be loaded; is this the GPU it was built for?")
-    told = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
-    return {"layers": told["Layers"], "device_memory": int(engine.device_memory_size_v2)}
+    return look_into(trt, engine)
 
 
 def _require_plugins(layers: Sequence[Any], nodes: int) -> None:
@@ -213,8 +212,7 @@ def _memory(graph: EngineGraph, job: Job, told: Mapping[str, Any] | None) -> dic
     """Bytes of the engine at its largest sizes: `scratch` is the library's own figure, the others are estimates."""
     from stca.export.engine_graph import estimate_memory
 
-    largest = {d: max(p[d][2] for p in job.profiles) for p in job.profiles for d in p}
-    return estimate_memory(graph, largest) | ({"scratch": told["device_memory"]} if told else {})
+    return estimate_memory(graph, largest_sizes(job.profiles)) | ({"scratch": told["device_memory"]} if told else {})
 
 
 def _config(trt: Any, builder: Any, graph: EngineGraph, job: Job, flavour: Flavour, sm: int) -> Any:

@@ -161,6 +161,17 @@ def load(flavour: Flavour) -> Any:
         raise BuildError(f"{flavour.name} cannot be loaded ({e}): {flavour.install}") from e
 
 
+def largest_sizes(profiles: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, int]:
+    """How large each dimension gets over an engine's profiles; one that no profile has is not bounded."""
+    return {dim: max(p[dim][2] for p in profiles if dim in p) for profile in profiles for dim in profile}
+
+
+def look_into(trt: Any, engine: Any) -> dict[str, Any]:
+    """What the library tells of a loaded engine: `layers`, after fusion, and `device_memory` in bytes."""
+    told = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    return {"layers": told["Layers"], "device_memory": int(engine.device_memory_size_v2)}
+
+
 def build_plan(job: Job, progress: Progress) -> Built:
     """Build one plan in a process of its own, into `job.plan`.
 
