@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from stca.bundle import OFFSETS, TARGETS, TOKENS, USERS, TensorSpec
-from stca.types import Array
+from stca.arrays import Array
+from stca.manifest import OFFSETS, TARGETS, TOKENS, USERS, TensorSpec
 
 # What an integer without an id limit may be: seconds, counts. Up to 97 days covers every duration bucket.
-_UNBOUNDED = 1 << 23
+UNBOUNDED = 1 << 23
 
 
 def single(
@@ -25,30 +25,76 @@ def single(
         tokens, targets: rows of the symbolic sizes `N_h` and `N_t`.
         rng: source of the values.
         sizes: of other symbolic dimensions; 1 where not given.
+
+    A batch axis that users and targets share has `targets` rows, each with a copy of the one user.
     """
     known = {**row_sizes(inputs, tokens, targets), **sizes}
+    copied = shared_rows(inputs) - sizes.keys()
     made: dict[str, Array] = {}
     for spec in inputs:
         if spec.shape == (OFFSETS,):
             continue
-        shape = tuple(n if isinstance(n, int) else known.get(n, 1) for n in spec.shape)
-        if spec.dtype.startswith("float"):
-            made[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
-        elif spec.scope == "target" and spec.limit and shape == (targets,) and targets <= spec.limit:
-            made[spec.name] = rng.choice(spec.limit, targets, replace=False).astype(spec.dtype)
-        else:
-            made[spec.name] = rng.integers(0, spec.limit or (2 if spec.dtype == "bool" else _UNBOUNDED), shape).astype(
-                spec.dtype
-            )
+        copies = [axis for axis, n in enumerate(spec.shape) if n in copied and spec.scope != "target"]
+        shape = tuple(
+            1 if i in copies else n if isinstance(n, int) else known.get(n, 1) for i, n in enumerate(spec.shape)
+        )
+        made[spec.name] = _draw(spec, shape, known, rng).astype(spec.dtype)
+        for axis in copies:
+            made[spec.name] = made[spec.name].repeat(targets, axis)
     return made
+
+
+def padded(inputs: Sequence[TensorSpec], request: Mapping[str, Array], rng: np.random.Generator) -> dict[str, Array]:
+    """A request of `single` in which about half of a user's integers are the least there is: no event, no value.
+
+    Drawn from all ids, that one is met too seldom to show what a model makes of it. The first of each input stays.
+    """
+    made = dict(request)
+    for spec in inputs:
+        if spec.scope == "user" and np.dtype(spec.dtype).kind in "iu" and spec.length_of is None and spec.name in made:
+            least = rng.random(made[spec.name].shape) < 0.5
+            least.flat[:1] = False
+            made[spec.name] = np.where(least, max(spec.low or 0, 0), made[spec.name]).astype(spec.dtype)
+    return made
+
+
+def _draw(spec: TensorSpec, shape: tuple[int, ...], sizes: Mapping[str, int], rng: np.random.Generator) -> Array:
+    """Values that a model accepts for an input; ids of targets differ where there are enough of them."""
+    if spec.dtype.startswith("float") and spec.limit is None:
+        return rng.standard_normal(shape)
+    # What a model makes of ids far below zero is its guard's business: one of them is as good as another.
+    low, end = max(spec.low or 0, -1), spec.limit or (2 if spec.dtype == "bool" else UNBOUNDED)
+    if spec.length_of is not None:
+        end = min(end, sizes.get(spec.length_of, 1) + 1)
+    if spec.scope == "target" and spec.limit and len(shape) == 1 and shape[0] <= end - low:
+        return low + rng.choice(end - low, shape[0], replace=False)
+    return rng.integers(min(low, end - 1), end, shape)
+
+
+def shared_rows(inputs: Sequence[TensorSpec]) -> set[str]:
+    """The batch axis of a pointwise graph: symbolic sizes that inputs of targets and of others have.
+
+    Where every target input has a size of targets alone besides, as `cand` of `[batch, cand]`, the batch is one of
+    requests, and there is no such axis.
+    """
+    of_targets, of_others = (
+        [{n for n in s.shape if isinstance(n, str)} for s in inputs if (s.scope == "target") is of]
+        for of in (True, False)
+    )
+    others = set[str]().union(*of_others)
+    of_targets = [names for names in of_targets if names != {OFFSETS}]
+    if not of_targets or set[str].intersection(*of_targets) - others:
+        return set()
+    return set[str]().union(*of_targets) & others - {OFFSETS}
 
 
 def row_sizes(inputs: Sequence[TensorSpec], tokens: int, targets: int) -> dict[str, int]:
     """Size of each symbolic dimension for one request, whatever a model calls its dimensions.
 
-    The last symbolic dimension of a user input counts tokens, that of a target input targets, unless inputs of other
-    scopes have it too: such a one, and every other, is a batch axis and 1.
+    The last symbolic dimension of a user input counts tokens, that of a target input targets. A batch axis of users and
+    targets counts targets, each with a copy of its user (`single` makes them); every other is one of requests and 1.
     """
+    shared = shared_rows(inputs)
     scopes: dict[str, set[str | None]] = {}
     last: set[str] = set()
     for spec in inputs:
@@ -58,7 +104,15 @@ def row_sizes(inputs: Sequence[TensorSpec], tokens: int, targets: int) -> dict[s
         last.update([n for n in names if n in (TOKENS, TARGETS)] or names[-1:])
     rows: dict[str | None, int] = {"user": tokens, "target": targets}
     sizes = {n: rows.get(next(iter(s)), 1) if len(s) == 1 and n in last else 1 for n, s in scopes.items()}
-    return sizes | {USERS: 1, OFFSETS: 2}
+    return sizes | {USERS: 1, OFFSETS: 2} | dict.fromkeys(shared, targets)
+
+
+def history_of(inputs: Sequence[TensorSpec], tokens: int) -> int:
+    """How long a history `single` really makes for `tokens`: a model of a fixed length takes that one alone."""
+    user = [s for s in inputs if s.scope == "user" and s.shape != (OFFSETS,)]
+    if any(n == -1 for n in row_sizes(user, -1, 1).values()):
+        return tokens
+    return max((n for s in user for n in s.shape[1:2] if isinstance(n, int)), default=0)
 
 
 def pack(inputs: Sequence[TensorSpec], requests: Sequence[dict[str, Array]]) -> dict[str, Array]:

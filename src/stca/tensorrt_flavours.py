@@ -1,7 +1,7 @@
 """TensorRT and TensorRT-RTX: one builder, whose module is chosen at import, and one table of what differs.
 
-Building happens in a process of its own (`stca.tensorrt_builder`): a parser of NVIDIA's may abort, and that must be an
-error message to the caller and not the caller's end. Only that process loads a TensorRT.
+Building happens in a process of its own (`stca.engines.tensorrt_builder`): a parser of NVIDIA's may abort, and that
+must be an error message to the caller and not the caller's end. Only that process loads a TensorRT.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import importlib.util
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from stca.arrays import Progress
+from stca.bundle import scratch
 from stca.errors import BuildError
-from stca.types import Progress
 
 RefitMode = Literal["none", "identical", "weights"]
 # Smallest, best and largest size of each symbolic dimension, by its name.
@@ -37,7 +37,7 @@ class Flavour:
         modules: import names, the first that is there is taken.
         distributions: packages that carry the version, for a cache key without importing anything.
         install: how to get it.
-        attentions: how the operator may reach it, the preferred way first; `stca.export.engine_graph` has the words.
+        lowerings: how the operator may reach it, the preferred way first; `stca.export.engine_graph` has the words.
         ahead_of_time: builds for any SM it knows, GPU or not; the other one builds for the GPU it runs on.
         timing_cache: whether it measures kernels while it builds, and can remember.
         refit: default refit mode.
@@ -48,7 +48,7 @@ class Flavour:
     modules: tuple[str, ...]
     distributions: tuple[str, ...]
     install: str
-    attentions: tuple[str, ...]
+    lowerings: tuple[str, ...]
     ahead_of_time: bool
     timing_cache: bool
     refit: RefitMode
@@ -61,7 +61,7 @@ FLAVOURS: Final[Mapping[str, Flavour]] = {
         modules=("tensorrt",),
         distributions=("tensorrt-cu13-bindings", "tensorrt-cu12-bindings", "tensorrt"),
         install="install NVIDIA's TensorRT with its libraries (pip install tensorrt-cu13, from NVIDIA's own index)",
-        attentions=("plugin", "fused", "decomposed"),
+        lowerings=("plugin", "fused", "decomposed"),
         ahead_of_time=False,
         timing_cache=True,
         refit="identical",
@@ -72,7 +72,7 @@ FLAVOURS: Final[Mapping[str, Flavour]] = {
         modules=("tensorrt_rtx_bindings", "tensorrt_rtx"),
         distributions=("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx"),
         install="pip install 'stca[tensorrt-rtx]'",
-        attentions=("fused", "decomposed"),
+        lowerings=("fused", "decomposed"),
         ahead_of_time=True,
         timing_cache=False,
         refit="none",  # its refit modes compile for the GPU of this machine, and fail where there is none
@@ -95,7 +95,7 @@ class Job:
     graph: str
     state: Sequence[str]
     precision: str
-    attention: str
+    lowering: str
     profiles: Sequence[Profile]
     sm: int | None
     refit: str
@@ -178,11 +178,11 @@ def build_plan(job: Job, progress: Progress) -> Built:
     Raises:
         BuildError: what the library said, or how its process died.
     """
-    with tempfile.TemporaryDirectory(prefix="stca-build-") as folder:
-        request, reply = Path(folder, "job.json"), Path(folder, "reply.json")
+    with scratch("stca-build") as folder:
+        request, reply = folder / "job.json", folder / "reply.json"
         request.write_text(json.dumps(dataclasses.asdict(job)))
         # -P: `-m` alone would import from the working directory first, which may be a bundle's.
-        command = [sys.executable, "-P", "-m", "stca.tensorrt_builder", str(request), str(reply)]
+        command = [sys.executable, "-P", "-m", "stca.engines.tensorrt_builder", str(request), str(reply)]
         tail: collections.deque[str] = collections.deque(maxlen=20)
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"

@@ -5,11 +5,16 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import dataclasses
+import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
+
+# An integer that may be negative; all others are sizes and counts.
+Signed: TypeAlias = Annotated[int, "signed"]
 
 
 def parse(text: str) -> Any:
@@ -18,7 +23,7 @@ def parse(text: str) -> Any:
     Raises:
         ValueError, RecursionError: when it is not JSON, an object has one name twice, or a number is NaN or infinite.
     """
-    return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant, parse_float=_finite)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -28,8 +33,25 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text:.40} is too large for a number")
+    return number
+
+
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
+
+
+def is_required(kind: Any, field_: str) -> bool:
+    """Whether JSON must have a field of a class; None is a default that may be left out."""
+    return getattr(kind, field_, ...) is not None
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a class's fields; to evaluate them takes longer than to read a request."""
+    return typing.get_type_hints(kind, include_extras=True)
 
 
 def as_type(kind: Any, raw: Any, where: str) -> Any:
@@ -42,15 +64,15 @@ def as_type(kind: Any, raw: Any, where: str) -> Any:
     if kind is Any:
         return raw
     if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
-        values, hints = as_type(Mapping[str, Any], raw, where), typing.get_type_hints(kind)
+        values, hints = as_type(Mapping[str, Any], raw, where), _hints(kind)
         for field_ in hints:
-            if (
-                field_ not in values and getattr(kind, field_, ...) is not None
-            ):  # None is a default that may be left out
+            if field_ not in values and is_required(kind, field_):
                 raise ValueError(f"{where} misses {field_!r}")
         if unknown := sorted(values.keys() - hints.keys()):
             raise ValueError(f"{where} has an unknown field {unknown[0]!r}")
         return kind(**{n: as_type(hints[n], v, f"{where}: {n}") for n, v in values.items()})
+    if origin is Annotated and isinstance(raw, int) and not isinstance(raw, bool):
+        return raw
     if origin in (types.UnionType, typing.Union):
         for choice in inner:
             with contextlib.suppress(TypeError, ValueError):
@@ -58,7 +80,7 @@ def as_type(kind: Any, raw: Any, where: str) -> Any:
     elif origin is Literal:
         if raw in inner:
             return raw
-    elif origin is tuple and isinstance(raw, list):
+    elif origin is tuple and isinstance(raw, list | tuple):
         return tuple(as_type(inner[0], x, f"{where}[{i}]") for i, x in enumerate(raw))
     elif origin is collections.abc.Mapping and isinstance(raw, dict):
         return {k: as_type(inner[1], v, f"{where}[{k!r:.40}]") for k, v in raw.items()}
@@ -66,6 +88,8 @@ def as_type(kind: Any, raw: Any, where: str) -> Any:
         if raw < 0:
             raise ValueError(f"{where} is {raw}; it cannot be negative")
         return raw
+    elif kind is float and isinstance(raw, int | float) and not isinstance(raw, bool) and math.isfinite(raw):
+        return float(raw)
     elif kind in (str, bool, types.NoneType) and isinstance(raw, kind):
         return raw
     raise TypeError(f"{where} is {raw!r:.60}, expected {getattr(kind, '__name__', kind)}")

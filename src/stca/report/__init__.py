@@ -6,6 +6,7 @@ full precision in the `value` of a `<data>` element; what was not measured is le
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,31 +14,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+
 from stca.bundle import Bundle
 from stca.errors import StcaError
+from stca.manifest import check_account
+from stca.report import formats, page
 from stca.report.blocks import Condensed, condense
-from stca.report.markup import (
-    Markup,
-    byte_count,
-    details,
-    digits,
-    el,
-    milliseconds,
-    number,
-    prose,
-    share,
-    table,
-    times,
-    whole,
-)
-from stca.report.sections import accuracy, by_size, cut, finite, is_scaled, latency, measured, parity, size_of
-from stca.report.style import CSS
+from stca.report.markup import clean
+from stca.report.picture import block_picture
 
 WHY_ABSENT: Mapping[str, str] = {
     "parity": "No check was run for this report; `stca verify` runs them.",
     "bench": "No latency was measured for this report; `stca bench` measures it.",
     "auc": "No accuracy was measured for this report: that takes a log with outcomes, and a bundle holds none.",
 }
+_KINDS = {"stca": "reference STCA", "callable": "a module of your own", "onnx": "an ONNX model"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +40,15 @@ class ReportData:
     Attributes:
         title: the report's heading.
         bundle: the loaded bundle; its manifest and its graphs are shown.
-        parity: `stca.verify.ParityReport.as_dict()`.
-        bench: `stca.bench.LatencyReport.as_dict()`: `rows` with `history`, `targets`, `stage`, `p50_ms`, `p95_ms`,
-            `p99_ms`, `runs` and, where times were scaled up from fewer targets, `measured_targets`; `ratios` with
-            `history`, `targets` and one entry for each ratio; `machine`.
+        parity: `stca.checks.verify.ParityReport.as_dict()`.
+        bench: `stca.checks.bench.LatencyReport.as_dict()`: `rows` with `history`, `targets`, `stage`, `p50_ms`,
+            `p95_ms`, `p99_ms`, `runs` and, where times were scaled up from fewer targets, `measured_targets`; `ratios`
+            with `history`, `targets` and one entry for each ratio; `machine`; `versions`.
         auc: for each length and task `history`, `task`, `auc`; every other number is a reference's on the same pairs.
         trained_history: longest history seen in training, in events.
         machine: what the figures were measured on, besides what `bench` says of it.
         commands: what made this report, in order.
-        versions: of what took part, by name, besides what the manifest says.
+        versions: of what made the figures, by name, besides what `bench` says.
         absent: for `parity`, `bench` or `auc`: why it is not there, when the caller knows better than `WHY_ABSENT`.
     """
 
@@ -78,172 +71,101 @@ def write(path: str | os.PathLike[str], data: ReportData) -> Path:
         StcaError: when `path` cannot be written.
     """
     target = Path(path)
-    page = render(data)
+    text = render(data)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
             made = Path(work) / "page"
-            made.write_text(page, encoding="utf-8")
+            made.write_text(text, encoding="utf-8")
             os.replace(made, target)
     except OSError as e:
-        raise StcaError(f"{target}: the report cannot be written ({e.strerror}); choose another place") from e
+        raise StcaError(f"{target}: the report cannot be written ({e.strerror}); choose another --out") from e
     return target
 
 
 def render(data: ReportData) -> str:
     """The report as HTML that is well-formed XML, too."""
-    graph = condense(data.bundle)
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
-        el("title", data.title),
-        el("style", Markup(CSS)),
+    check_account(data.bundle.manifest)
+    data = dataclasses.replace(
+        data, **{f.name: _cleaned(getattr(data, f.name)) for f in dataclasses.fields(data) if f.name != "bundle"}
     )
-    body = el(
-        "main",
-        _header(data),
-        _plain_words(data, graph),
-        _section("The graph and its cut", cut(data.bundle.manifest, graph)),
-        _section(
-            "Are the numbers still the model’s numbers?",
-            parity(data.parity) if data.parity else _absent(data, "parity"),
-        ),
-        _section(
-            "How fast is it?",
-            latency(data.bench) if data.bench and data.bench.get("rows") else _absent(data, "bench"),
-        ),
-        _section(
-            "Does a longer history help?",
-            accuracy(data.auc, data.trained_history) if data.auc else _absent(data, "auc"),
-        ),
-        _section("How this was made", _making(data)),
-        el("footer", "Made by stca. This file is complete in itself: it loads nothing and runs no script."),
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("stca.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
-    return f"<!DOCTYPE html>\n{el('html', head, el('body', body), lang='en')}\n"
+    for show in (formats.share, formats.flop_count, formats.byte_count, formats.whole):
+        environment.filters[show.__name__] = show
+    css = Markup(environment.get_template("style.css").render())
+    return environment.get_template("report.html").render(css=css, **_context(data, condense(data.bundle))) + "\n"
 
 
-def _section(title: str, inside: object) -> Markup:
-    return el("section", el("h2", title), inside)
-
-
-def _absent(data: ReportData, part: str) -> Markup:
-    return el("p", prose(data.absent.get(part) or WHY_ABSENT[part]), class_="missing")
-
-
-def _header(data: ReportData) -> Markup:
-    m = data.bundle.manifest
-    kinds = {"stca": "reference STCA", "callable": "a module of your own", "onnx": "an ONNX model"}
+def _context(data: ReportData, graph: Condensed) -> dict[str, Any]:
+    """All that the template names."""
+    m, space = data.bundle.manifest, "\N{NO-BREAK SPACE}"
+    events = m.split["workload"].get("N_h")
     attention = f"{m.attention} attention" if m.attention else None
-    facts = [kinds.get(str(m.model.get("kind"))), m.precision, attention, f"weights {m.weights[:12]}"]
-    if not data.parity:
-        badge = el("span", "Not checked", class_="badge none")
-    elif data.parity["passed"]:
-        badge = el("span", "✓ Every parity check passed", class_="badge good")
-    else:
-        failed = [s["name"] for s in data.parity["stages"] if not s["passed"]]
-        badge = el("span", f"✗ Parity failed: {', '.join(failed)}", class_="badge bad")
-    tiles = [el("div", el("dt", words), el("dd", value), class_="tile") for value, words in _headline(data)[:4]]
-    return el(
-        "header",
-        el("p", " · ".join(f for f in facts if f), class_="eyebrow"),
-        el("h1", data.title),
-        badge,
-        el("dl", tiles, class_="tiles") if tiles else None,
-    )
-
-
-def _headline(data: ReportData) -> list[tuple[Markup, str]]:
-    """Measured numbers and what they are, the most telling first."""
-    found: list[tuple[Markup, str]] = []
-    bench = {"rows": (), "ratios": (), **(data.bench or {})}
-    for name, words in (
-        ("pointwise_over_miss", "as fast as scoring each candidate on its own"),
-        ("miss_over_hit", "as fast again when the user’s state was kept"),
-    ):
-        if told := [r for r in by_size(bench["ratios"]) if finite(r.get(name))]:
-            size = size_of(told[-1])
-            if name == "pointwise_over_miss" and (k := _baseline_targets(bench["rows"], told[-1])):
-                size += f"; baseline scaled from {whole(k)}"
-            found.append((number(told[-1][name], times), f"{words} ({size})"))
-    if checked := list((data.parity or {"stages": ()})["stages"])[1:]:
-        worst = max(checked, key=lambda s: (not finite(s["max_abs"]), s["max_abs"]))
-        found.append((number(worst["max_abs"], digits), "largest difference of any score from the float64 reference"))
-    if told := [r for r in data.auc if finite(r["auc"])]:
-        longest = max(told, key=lambda r: r["history"])
-        seen = f", trained on at most {whole(data.trained_history)}" if data.trained_history else ""
-        words = f"AUC of {longest['task']} at {whole(longest['history'])} events{seen}"
-        found.append((number(longest["auc"], lambda v: f"{v:.4f}"), words))
-    if hits := by_size(r for r in bench["rows"] if r["stage"] == "hit"):
-        found.append((number(hits[-1]["p50_ms"], milliseconds), f"median time of a hit ({size_of(hits[-1])})"))
-    return found
-
-
-def _baseline_targets(rows: Sequence[Mapping[str, Any]], size: Mapping[str, Any]) -> int | None:
-    """How many targets the baseline of this size was measured on, when that is not all of them."""
-    same = (r for r in rows if all(r[k] == size[k] for k in ("history", "targets")))
-    return next((measured(r) for r in same if r["stage"] == "pointwise" and is_scaled(r)), None)
-
-
-def _plain_words(data: ReportData, graph: Condensed) -> Markup:
-    part = graph.side_flops("user") / max(1, graph.flops)
-    events = data.bundle.manifest.split["workload"].get("N_h")
-    length = f"a history of {whole(events)} events" if events else "a history"
-    steps = (
-        (
-            "user",
-            "1 · Read the history once",
-            f"The user encoder turns {length} into a few tensors. That is {share(part)} of the work of a request, "
-            "counted in operations.",
-        ),
-        (
-            "state",
-            "2 · Keep what was read",
-            f"The tensors are the user state, {byte_count(sum(s.bytes for s in graph.state))} in this model. Kept in "
-            "memory, they serve the user’s next request, too.",
-        ),
-        (
-            "target",
-            "3 · Score the candidates",
-            f"The target scorer compares each candidate with the state. Its {share(1 - part)} of the work is all that "
-            "the user’s next request has to wait for.",
-        ),
-    )
-    return _section(
-        "In plain words",
-        [
-            el(
-                "p",
-                "A recommender chooses what to show next by comparing every candidate with what a person did before. ",
-                "Reading a long history is a lot of work, and it is the same work for every candidate. So the model ",
-                "is cut in two where nothing is lost: one half sees the history alone, the other half sees the ",
-                "candidates. This page shows where the cut runs, whether the scores stay the same, and what it buys.",
-            ),
-            el(
-                "div",
-                [el("div", el("h3", h), el("p", p), class_=f"step {kind}") for kind, h, p in steps],
-                class_="steps",
-            ),
+    parity, bench = data.parity, data.bench if data.bench and data.bench.get("rows") else None
+    side_by_side, bench = page.engine_tables(bench) if bench else [], page.of_first_engine(bench) if bench else None
+    accuracy = page.accuracy(data.auc, data.trained_history) if data.auc else None
+    return {
+        "title": data.title,
+        "facts": [
+            f for f in (_KINDS.get(str(m.model.get("kind"))), m.precision, attention, f"weights {m.weights[:12]}") if f
         ],
-    )
+        "badge": _badge(parity),
+        "headline": page.headline(parity, bench, data.auc, data.trained_history),
+        "length": f"a history of {formats.whole(events)} events" if events else "a history",
+        "user_share": graph.side_flops("user") / max(1, graph.flops),
+        "graph": graph,
+        "blocks": page.in_order(graph),
+        "block_name": page.block_name,
+        "picture": block_picture(graph),
+        "nominal": ", ".join(f"{n}{space}={space}{formats.whole(size)}" for n, size in m.split["workload"].items()),
+        "notices": page.notices(m),
+        "graph_tables": page.graph_tables(m, graph),
+        "parity": parity,
+        "takes_none": not m.min_history,
+        "parity_chart": page.parity_chart(parity) if parity else None,
+        "parity_terms": [("", *page.STAGES[s["name"]]) for s in parity["stages"] if s["name"] in page.STAGES]
+        if parity
+        else [],
+        "parity_table": page.parity_table(parity) if parity else None,
+        "latency": page.latency_charts(bench) if bench else None,
+        "engine_tables": side_by_side,
+        "latency_tables": page.latency_tables(bench) if bench else [],
+        "ways": [
+            (kind, name, says)
+            for name, (kind, says) in page.WAYS.items()
+            if bench and any(r["stage"] == name for r in bench["rows"])
+        ],
+        "accuracy": accuracy,
+        "accuracy_terms": [("other", *pair) for pair in accuracy[2]] if accuracy else [],
+        "trained": data.trained_history,
+        "commands": data.commands,
+        "made": page.made_tables(
+            m,
+            {**(bench or {}).get("machine", {}), **data.machine},
+            {**(bench or {}).get("versions", {}), **data.versions},
+        ),
+        "bundle_name": data.bundle.path.name,
+        "absent": {part: page.code(clean(data.absent.get(part) or why)) for part, why in WHY_ABSENT.items()},
+    }
 
 
-def _making(data: ReportData) -> list[Markup | None]:
-    m = data.bundle.manifest
-    machine = {**(data.bench or {}).get("machine", {}), **data.machine}
-    versions = {**m.producer, **data.versions}
-    files = [(el("code", n), number(f["bytes"], byte_count), el("code", f["sha256"])) for n, f in m.files.items()]
-    return [
-        el("pre", el("code", "\n".join(data.commands))) if data.commands else None,
-        el(
-            "div",
-            table(("", ""), list(machine.items()), caption="Machine") if machine else None,
-            table(("", ""), list(versions.items()), caption="Versions") if versions else None,
-            class_="facts",
-        ),
-        details(
-            f"Files of the bundle {data.bundle.path.name}",
-            table(("file", "size", "SHA-256"), files, caption="Files", numeric="-n-"),
-        ),
-    ]
+def _badge(parity: Mapping[str, Any] | None) -> tuple[str, str]:
+    if not parity:
+        return "none", "Not checked"
+    if parity["passed"]:
+        return "good", "✓ Every parity check passed"
+    return "bad", f"✗ Parity failed: {', '.join(s['name'] for s in parity['stages'] if not s['passed'])}"
+
+
+def _cleaned(value: Any) -> Any:
+    """JSON-like data without characters that no page can hold."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, Mapping):
+        return {_cleaned(k): _cleaned(v) for k, v in value.items()}
+    return [_cleaned(v) for v in value] if isinstance(value, list | tuple) else value

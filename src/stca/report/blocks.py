@@ -17,9 +17,11 @@ from typing import Literal
 import onnx
 import onnx.inliner
 
-from stca.bundle import ITEM_BYTES, Bundle, StateSpec
-from stca.export.cost import Sizes
-from stca.export.scope import Scope, reads
+from stca.bundle import Bundle
+from stca.export.analysis import operators
+from stca.export.analysis.cost import Sizes
+from stca.export.analysis.scope import Scope, reads
+from stca.manifest import ITEM_BYTES, StateSpec
 from stca.plugins.spec import DOMAIN
 
 Side = Literal["user", "target"]
@@ -34,12 +36,6 @@ LIGHT = 1e-3
 # More attention layers than this are drawn as the first two, the ones between, and the last.
 MOST_LAYERS = 6
 
-# Operators that hand on their first input's numbers, in another shape or type, scaled or masked.
-_CARRIERS = {
-    "Identity", "Cast", "CastLike", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Tile",
-    "Slice", "Dropout", "Mul", "Div", "Add", "Sub", "Where", "Clip",
-}  # fmt: skip
-_PRODUCTS = {"MatMul", "Einsum", "Gemm"}
 
 LABELS: Mapping[str, str] = {
     "tokens": "History tokens",
@@ -209,7 +205,7 @@ class _Joined:
         """Values that are sizes of others, and what is computed of sizes alone."""
         found: set[Value] = set()
         for node in self.nodes:
-            if node.proto.op_type in ("Shape", "Size") or found.issuperset(node.reads):
+            if node.proto.op_type in operators.SIZES or found.issuperset(node.reads):
                 found.update(node.writes)
         return found
 
@@ -234,10 +230,10 @@ class _Joined:
             else:
                 found = self.readers.get(self.nodes[i].writes[0], [])
                 i = found[0] if len(set(found)) == 1 else -1
-            if i < 0 or self.nodes[i].proto.op_type not in _CARRIERS | _PRODUCTS:
+            if i < 0 or self.nodes[i].proto.op_type not in operators.CARRIES_A_MASK | operators.PRODUCTS:
                 return []
             chain.append(i)
-            if self.nodes[i].proto.op_type in _PRODUCTS:
+            if self.nodes[i].proto.op_type in operators.PRODUCTS:
                 return chain
 
     def _meets(self, values: Iterable[Value]) -> bool:
@@ -248,7 +244,7 @@ class _Joined:
         return target == Scope.TARGET and any(s < Scope.TARGET for s in origins) and len(values) > 1
 
     def _origin(self, value: Value) -> Value:
-        while value in self.writer and self.nodes[self.writer[value]].proto.op_type in _CARRIERS:
+        while value in self.writer and self.nodes[self.writer[value]].proto.op_type in operators.CARRIES_A_MASK:
             value = self._carried(self.writer[value])
         return value
 

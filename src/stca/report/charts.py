@@ -1,76 +1,63 @@
-"""The few kinds of chart a report needs, as inline SVG.
+"""The report's charts, drawn by matplotlib as inline SVG.
 
-Charts carry classes and no colours: the page's style sheet gives them, so that a chart follows light and dark.
+Each chart is drawn once for each of `WIDTHS`, and the style sheet shows the one that fits: text keeps its size on a
+phone. Equal charts are drawn once. Colours are the style sheet's variables, so that charts follow light and dark.
 """
 
 from __future__ import annotations
 
+import functools
+import io
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from stca.report.markup import Markup, digits, el, pixels, power, whole
+import matplotlib as mpl
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from stca.report.formats import digits, finite, power, whole
 
-def _tick(shown: str) -> str:
-    """A round number without its idle zeros: `10.0 ms` is `10 ms` on an axis."""
-    return re.sub(r"\.0+(?= |$)", "", shown)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Values `[low, high]` onto pixels `[begin, end]`, evenly or by logarithm."""
-
-    low: float
-    high: float
-    begin: float
-    end: float
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        """The pixel of `value`; what lies outside is drawn at the edge."""
-        low, high, v = (math.log(x) if self.log else x for x in (self.low, self.high, self._inside(value)))
-        return self.begin + (self.end - self.begin) * ((v - low) / (high - low))
-
-    def _inside(self, value: float) -> float:
-        return self.high if math.isnan(value) else min(max(value, self.low), self.high)
-
-    def ticks(self, most: int = 7) -> list[float]:
-        """Round values along the axis: powers of ten on a logarithmic one, with 2 and 5 where there is room."""
-        if not self.log:
-            step = _round_step((self.high - self.low) / max(1, most - 1))
-            first = math.ceil(self.low / step - 1e-9)
-            return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
-        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-        for steps in ((1, 2, 5), (1, 3), (1,)):
-            ticks = [s * 10.0**e for e in range(first, last + 1) for s in steps]
-            ticks = [t for t in ticks if self.low * 0.999 <= t <= self.high * 1.001]
-            if len(ticks) <= most:
-                return ticks
-        return ticks[:: math.ceil(len(ticks) / most)]
-
-
-def _round_step(least: float) -> float:
-    base = 10.0 ** math.floor(math.log10(least))
-    return next(s * base for s in (1, 2, 2.5, 5, 10) if s * base >= least * (1 - 1e-9))
-
-
-def log_axis(values: Iterable[float], begin: float, end: float, room: float = 1.6) -> Axis:
-    """A logarithmic axis with room around the positive ones of `values`; one decade when there is only one value."""
-    finite = [v for v in values if math.isfinite(v) and v > 0] or [1.0]
-    low, high = min(finite) / room, max(finite) * room
-    if high / low < 4:
-        low, high = low / 2, high * 2
-    return Axis(low, high, begin, end, log=True)
-
-
-def linear_axis(low: float, high: float, begin: float, end: float, most: int = 5) -> Axis:
-    """An even axis that begins and ends on a round value."""
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
-    step = _round_step((high - low) / most)
-    return Axis(math.floor(low / step) * step, math.ceil(high / step) * step, begin, end)
+# Pixels, which are points here; the style sheet has the screen widths at which one takes over from another.
+WIDTHS: Mapping[str, int] = {"narrow": 330, "middle": 660, "wide": 1280}
+# Words of the style sheet and the colours that stand for them until the SVG is written.
+_ROLES = ("ink", "muted", "grid", "paper", "user", "target", "request", "other", "good", "bad")
+COLOUR: Mapping[str, str] = {role: f"#0101{i:02d}" for i, role in enumerate(_ROLES, 10)}
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "stca",
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that equal data gives equal bytes everywhere
+    "font.size": 12,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "text.color": COLOUR["ink"],
+    "axes.edgecolor": COLOUR["muted"],
+    "axes.labelcolor": COLOUR["muted"],
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 12,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": COLOUR["grid"],
+    "xtick.color": COLOUR["muted"],
+    "ytick.color": COLOUR["muted"],
+    "xtick.labelsize": 12,
+    "ytick.labelsize": 12,
+    "lines.linewidth": 2.25,
+    "figure.facecolor": "none",
+}
+_SVG = "http://www.w3.org/2000/svg"
+_LINK = "{http://www.w3.org/1999/xlink}href"
+_OUTLINE = {"facecolor": COLOUR["paper"], "edgecolor": "none", "pad": 1, "alpha": 0.8}
 
 
 @dataclass(frozen=True)
@@ -85,135 +72,26 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart. `kind` is its CSS class; `label` stands at its right end, values at its points if `named`."""
+    """A line of a chart in the colour of a role; `label` stands at its right end, values at its points if `named`."""
 
     label: str
-    kind: str
+    role: str
     points: tuple[Point, ...]
+    dashed: bool = False
     named: bool = False
 
 
-_HEIGHT, _LEFT, _TOP, _BOTTOM = 300.0, 50.0, 40.0, 44.0
-_WIDE = 920.0
+@dataclass(frozen=True)
+class Panel:
+    """Lines that share one pair of axes."""
 
-
-def svg(
-    width: float, height: float, title: str, about: str, *children: object, kind: str = "", style: str | None = None
-) -> Markup:
-    """A picture with its text alternative: `title` is its name, `about` says in words what it shows."""
-    return el(
-        "svg",
-        el("title", title),
-        el("desc", about),
-        children,
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {pixels(width)} {pixels(height)}",
-        role="img",
-        aria_label=f"{title}. {about}",
-        class_=f"chart {kind}".strip(),
-        style=style,
-    )
-
-
-def polyline(points: Iterable[tuple[float, float]]) -> str:
-    """Points as the `d` of a path of straight lines."""
-    return " ".join(f"{'L' if i else 'M'}{pixels(x)} {pixels(y)}" for i, (x, y) in enumerate(points))
-
-
-def line_chart(
-    title: str,
-    about: str,
-    series: Sequence[Series],
-    *,
-    show: Callable[[float], str],
-    log_y: bool = True,
-    x_label: str,
-    y_label: str,
-    trained: float | None = None,
-) -> Markup:
-    """Lines over a logarithmic x axis whose ticks are the measured x themselves.
-
-    Args:
-        show: a y value as text, for ticks and tooltips.
-        trained: draws the part of the x axis up to here as what training saw.
-    """
-    width, right = 400.0, 16 + 7.2 * max(len(s.label) for s in series)
-    points = [p for s in series for p in s.points]
-    xs = sorted({p.x for p in points})
-    ys = [y for p in points for y in (p.y, p.high) if y is not None and math.isfinite(y)] or [1.0]
-    x = log_axis([*xs, *([trained] if trained else [])], _LEFT, width - right, room=1.25)
-    floor, ceiling = _HEIGHT - _BOTTOM, _TOP
-    if log_y:
-        y = log_axis(ys, floor, ceiling)
-    else:
-        pad = 0.08 * (max(ys) - min(ys))
-        y = linear_axis(min(ys) - pad, max(ys) + pad, floor, ceiling)
-    parts: list[Markup] = []
-    if trained:
-        edge = x.at(trained)
-        parts += [
-            el("rect", x=_LEFT, y=ceiling, width=edge - _LEFT, height=floor - ceiling, class_="trained"),
-            el("line", x1=edge, x2=edge, y1=ceiling, y2=floor, class_="boundary"),
-            el("text", f"trained on ≤ {whole(trained)}", x=edge - 5, y=ceiling - 6, class_="note", text_anchor="end"),
-            el("text", "never seen in training", x=edge + 5, y=ceiling - 6, class_="note"),
-        ]
-    for t in y.ticks():
-        parts.append(el("line", x1=_LEFT, x2=width - right, y1=y.at(t), y2=y.at(t), class_="grid"))
-        parts.append(el("text", _tick(show(t)), x=_LEFT - 7, y=y.at(t) + 3.5, text_anchor="end", class_="tick"))
-    for t in _apart(xs, x, 34):
-        parts.append(el("line", x1=x.at(t), x2=x.at(t), y1=floor, y2=floor + 4, class_="axis"))
-        parts.append(el("text", whole(t), x=x.at(t), y=floor + 17, text_anchor="middle", class_="tick"))
-    parts.append(el("line", x1=_LEFT, x2=width - right, y1=floor, y2=floor, class_="axis"))
-    middle = (_LEFT + width - right) / 2
-    parts.append(el("text", x_label, x=middle, y=_HEIGHT - 8, text_anchor="middle", class_="label"))
-    parts.append(el("text", y_label, x=0, y=14, class_="label"))
-    ends = _spread([y.at(s.points[-1].y) for s in series], 14, ceiling + 4, floor)
-    for s, end in zip(series, ends, strict=True):
-        parts.append(_line(s, x, y, show))
-        last = s.points[-1]
-        parts.append(el("text", s.label, x=x.at(last.x) + 10, y=end + 4, class_=f"name {s.kind}"))
-    return svg(width, _HEIGHT, title, about, parts)
-
-
-def _line(s: Series, x: Axis, y: Axis, show: Callable[[float], str]) -> Markup:
-    marks = []
-    for p in s.points:
-        px, py = x.at(p.x), y.at(p.y)
-        if p.high is not None:
-            marks.append(el("line", x1=px, x2=px, y1=py, y2=y.at(p.high), class_="whisker"))
-        tip = f"{s.label}: {show(p.y)} at {whole(p.x)}" + (" (scaled)" if p.hollow else "")
-        marks.append(el("circle", el("title", tip), cx=px, cy=py, r=4, class_="mark hollow" if p.hollow else "mark"))
-        if s.named:
-            is_last = p is s.points[-1]  # its right side is the label's
-            anchor = "end" if is_last else "middle"
-            marks.append(el("text", show(p.y), x=px + 4 * is_last, y=py + 18, text_anchor=anchor, class_="value"))
-    return el(
-        "g", el("path", d=polyline((x.at(p.x), y.at(p.y)) for p in s.points), class_="line"), marks, class_=s.kind
-    )
-
-
-def _apart(values: Sequence[float], axis: Axis, least: float) -> list[float]:
-    """Those of `values`, sorted, that can be labelled without touching; the last one always."""
-    kept: list[float] = []
-    for v in reversed(values):
-        if not kept or axis.at(kept[-1]) - axis.at(v) >= least:
-            kept.append(v)
-    return kept[::-1]
-
-
-def _spread(at: Sequence[float], least: float, top: float, bottom: float) -> list[float]:
-    """Label positions near `at` and no closer than `least` to one another, in the order given."""
-    placed = dict.fromkeys(range(len(at)), 0.0)
-    previous = top - least
-    for i in sorted(placed, key=lambda i: at[i]):
-        placed[i] = previous = max(at[i], previous + least)
-    over = max(0.0, previous - bottom)
-    return [placed[i] - over for i in range(len(at))]
+    title: str
+    series: tuple[Series, ...]
 
 
 @dataclass(frozen=True)
 class Limit:
-    """One row of `limit_chart`: a value, the limit it must stay under, and what stands beside it where it has none."""
+    """A value and the limit it must stay under; `note` stands where there is none."""
 
     label: str
     value: float
@@ -222,81 +100,270 @@ class Limit:
     note: str = ""
 
 
-def limit_chart(title: str, about: str, rows: Sequence[Limit], x_label: str) -> Markup:
+@dataclass(frozen=True)
+class Bar:
+    """A row: segments of (role, value) end to end, and a mark at `whole`, the measured time of all of it."""
+
+    label: str
+    segments: tuple[tuple[str, float], ...]
+    whole: float
+
+
+@functools.lru_cache(maxsize=32)
+def lines(
+    title: str,
+    panels: tuple[Panel, ...],
+    *,
+    show: Callable[[float], str],
+    x_label: str,
+    y_label: str,
+    log_y: bool = True,
+    y_range: tuple[float, float] | None = None,
+    trained: float | None = None,
+) -> Markup:
+    """Panels side by side, with the same axes, over a logarithmic x axis whose ticks are the measured x themselves.
+
+    Args:
+        title: what the chart is called.
+        panels: at least one; each has at least one point.
+        show: a y value as text.
+        x_label, y_label: what the axes count.
+        log_y: whether the y axis is logarithmic.
+        y_range: ends of the y axis; None fits them to the points.
+        trained: draws the part of the x axis up to here as what training saw.
+    """
+    about = "; ".join(
+        f"{panel.title}, {s.label}: " + ", ".join(f"{show(p.y)} at {whole(p.x)}" for p in s.points)
+        for panel in panels
+        for s in panel.series
+    )
+
+    def draw(width: int) -> Figure:
+        columns = min(len(panels), max(1, width // 320))
+        rows = -(-len(panels) // columns)
+        figure = _figure(width, 300 * rows, left=66, top=48 if trained else 30, across=(columns, 52), down=(rows, 100))
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        room = 7.4 * max(len(s.label) for panel in panels for s in panel.series) / (width / columns)
+        for i, ax in enumerate(axes.flat):
+            if i >= len(panels):
+                ax.set_visible(False)
+                continue
+            _panel(ax, panels[i], show, log_y=log_y, trained=trained)
+            ax.tick_params(labelbottom=True, labelleft=True)
+            ax.set_xlabel(x_label)
+            ax.set_ylabel(y_label if i % columns == 0 else "")
+        xs = [p.x for panel in panels for s in panel.series for p in s.points] + ([trained] if trained else [])
+        low, high = min(xs) / 1.25, max(xs) * 1.25
+        axes[0, 0].set_xlim(low, high * (high / low) ** (room / (1 - room)))  # labels stand in the plot's right part
+        if y_range:
+            axes[0, 0].set_ylim(*y_range)
+        named = _ticks(axes[0, 0], sorted(set(xs)), show, log_y, 45 / (width / columns - 60))
+        for ax, panel in zip(axes.flat, panels, strict=False):
+            _label_ends(ax, panel.series)
+            for p in [p for s in panel.series if s.named for p in s.points if p.x in named]:
+                ax.annotate(show(p.y), (p.x, p.y), (0, -19), textcoords="offset points", ha="center", weight="bold",
+                            zorder=9, bbox=_OUTLINE)  # fmt: skip
+        return figure
+
+    return _chart(title, about, draw)
+
+
+def _panel(ax: Axes, panel: Panel, show: Callable[[float], str], *, log_y: bool, trained: float | None) -> None:
+    ax.set_xscale("log")
+    if log_y:
+        ax.set_yscale("log")
+    ax.set_title(panel.title, pad=24 if trained else 8)
+    if trained:
+        ax.axvspan(0.01, trained, color=COLOUR["user"], alpha=0.08, linewidth=0)
+        ax.axvline(trained, color=COLOUR["user"], linewidth=1.25, linestyle=(0, (4, 4)))
+        for words, side, shift in ((f"trained on ≤ {whole(trained)}", "right", -5), ("never seen", "left", 5)):
+            ax.annotate(words, (trained, 1), (shift, 5), xycoords=("data", "axes fraction"),
+                        textcoords="offset points", ha=side, color=COLOUR["muted"])  # fmt: skip
+    for s in panel.series:
+        xs, ys = [p.x for p in s.points], [p.y for p in s.points]
+        line = ax.plot(xs, ys, color=COLOUR[s.role], linestyle=(0, (2, 2.5)) if s.dashed else "-")[0]
+        line.set_gid(f"line-{s.label.replace(' ', '-')}")
+        for p in s.points:
+            if p.high is not None:
+                ax.vlines(p.x, p.y, p.high, color=COLOUR[s.role], alpha=0.45, linewidth=2)
+            if not s.dashed or p.hollow:
+                face = COLOUR["paper"] if p.hollow else COLOUR[s.role]
+                ax.plot([p.x], [p.y], "o", markersize=7, color=COLOUR[s.role], markerfacecolor=face)
+
+
+def _label_ends(ax: Axes, series: Sequence[Series]) -> None:
+    """Names at the lines' right ends, moved apart where they would touch."""
+    ends = sorted((ax.transData.transform((s.points[-1].x, s.points[-1].y))[1], i) for i, s in enumerate(series))
+    placed: list[float] = []
+    for at, _ in ends:
+        placed.append(max(at, placed[-1] + 15) if placed else at)
+    for (at, i), y in zip(ends, placed, strict=True):
+        s = series[i]
+        ax.annotate(s.label, (s.points[-1].x, s.points[-1].y), (10, y - at), textcoords="offset points", va="center",
+                    color=COLOUR[s.role], weight="bold")  # fmt: skip
+
+
+def _ticks(ax: Axes, xs: Sequence[float], show: Callable[[float], str], log_y: bool, least: float) -> list[float]:
+    """Label the axes; those of `xs` that got a label, `least` being the part of the axis that keeps two apart."""
+    low, high = ax.get_xlim()
+    kept: list[float] = []
+    for x in reversed(xs):
+        if not kept or math.log(kept[-1] / x) >= least * math.log(high / low):
+            kept.append(x)
+    ax.set_xticks(kept[::-1], [whole(x) for x in kept[::-1]])
+    ax.xaxis.set_minor_locator(NullLocator())
+    if log_y:
+        ax.yaxis.set_major_locator(LogLocator(numticks=7))
+        ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: re.sub(r"\.0+(?= |$)", "", show(v))))
+    return kept
+
+
+@functools.lru_cache(maxsize=32)
+def limits(title: str, rows: tuple[Limit, ...], x_label: str) -> Markup:
     """Values against their limits on a logarithmic axis: a dot each, and a bar over what is allowed.
 
     An exact zero has no logarithm: it lies on the left edge and says so. What is not finite lies on the right edge.
     """
-    width, left, row = _WIDE, 130.0, 44.0
-    height = 30 + row * len(rows) + 46
-    floor = height - 46
-    x = log_axis([v for r in rows for v in (r.value, r.limit or r.value)], left, width - 92, room=3)
-    parts = []
-    for t in x.ticks(10):
-        parts.append(el("line", x1=x.at(t), x2=x.at(t), y1=18, y2=floor, class_="grid"))
-        exponent = math.floor(math.log10(t) + 1e-9)
-        lead = round(t / 10.0**exponent)
-        shown = f"{'' if lead == 1 else f'{lead}×'}{power(exponent)}"
-        parts.append(el("text", shown, x=x.at(t), y=floor + 17, text_anchor="middle", class_="tick"))
-    for i, r in enumerate(rows):
-        middle = 30 + row * i + row / 2 - 6
-        parts.append(el("text", r.label, x=left - 14, y=middle + 4, text_anchor="end", class_="row"))
-        if r.limit is not None:
-            end = x.at(r.limit)
-            parts.append(el("rect", x=left, y=middle - 9, width=end - left, height=18, class_="allowed"))
-            parts.append(el("line", x1=end, x2=end, y1=middle - 13, y2=middle + 13, class_="limit"))
-            parts.append(el("text", f"limit {digits(r.limit, 2)}", x=end + 6, y=middle + 4, class_="note"))
-        else:
-            parts.append(el("text", r.note, x=x.at(r.value) + 16, y=middle + 4, class_="note"))
-        at = x.at(r.value)
-        shown = "exact" if r.value == 0 else digits(r.value)
-        parts.append(el("line", x1=left, x2=at, y1=middle, y2=middle, class_="stem good" if r.good else "stem bad"))
-        tip = el("title", f"{r.label}: {shown}")
-        parts.append(el("circle", tip, cx=at, cy=middle, r=6, class_="dot good" if r.good else "dot bad"))
-        parts.append(el("text", shown, x=at, y=middle - 13, text_anchor="middle", class_="value"))
-    parts.append(el("line", x1=left, x2=width - 92, y1=floor, y2=floor, class_="axis"))
-    parts.append(el("text", x_label, x=(left + width - 92) / 2, y=height - 8, text_anchor="middle", class_="label"))
-    return svg(width, height, title, about, parts, kind="wide")
+
+    def said(r: Limit) -> str:
+        error = "exact" if r.value == 0 else digits(r.value)
+        return f"{error} · limit {digits(r.limit, 2)}" if r.limit is not None else f"{error} · {r.note}"
+
+    def draw(width: int) -> Figure:
+        figure = _figure(width, 54 * len(rows) + 66)
+        ax = figure.subplots()
+        known = [v for r in rows for v in (r.value, r.limit) if v is not None and finite(v) and v > 0] or [1.0]
+        low, high = min(known) / 3, max(known) * 3
+        ax.set_xscale("log")
+        ax.set_xlim(low, high)
+        ax.set_ylim(len(rows) - 0.3, -0.6)
+        ax.set_yticks([])
+        ax.spines["left"].set_visible(False)
+        for i, r in enumerate(rows):
+            role = COLOUR["good" if r.good else "bad"]
+            at = min(max(r.value, low), high) if finite(r.value) else high
+            if r.limit is not None:
+                ax.barh(i, r.limit - low, 0.3, left=low, color=COLOUR["good"], alpha=0.13)
+                ax.vlines(r.limit, i - 0.22, i + 0.22, color=COLOUR["good"], linewidth=2)
+            ax.hlines(i, low, at, color=role, linewidth=2)
+            ax.plot([at], [i], "o", markersize=10, color=role, markeredgecolor=COLOUR["paper"], clip_on=False)
+            ax.annotate(r.label, (0, i), (0, 13), xycoords=("axes fraction", "data"), textcoords="offset points",
+                        weight="bold")  # fmt: skip
+            ax.annotate(said(r), (1, i), (0, 13), xycoords=("axes fraction", "data"), textcoords="offset points",
+                        ha="right")  # fmt: skip
+        steps = (1, 2, 5) if high / low < 300 and width > WIDTHS["narrow"] else (1,)
+        ax.xaxis.set_major_locator(LogLocator(subs=steps, numticks=max(3, width // 110)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _scientific(v)))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.grid(axis="y", visible=False)
+        ax.grid(axis="x")
+        ax.set_xlabel(x_label)
+        return figure
+
+    return _chart(title, "; ".join(f"{r.label}: error {said(r)}" for r in rows), draw)
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One row of `stacked_bars`: segments of (CSS class, name, value). Rows of one group stand together."""
+@functools.lru_cache(maxsize=32)
+def bars(title: str, rows: tuple[Bar, ...], show: Callable[[float], str], x_label: str) -> Markup:
+    """Rows of segments end to end on an even axis from zero, each with a mark at the measured time of the whole."""
 
-    group: str
-    label: str
-    segments: tuple[tuple[str, str, float], ...]
+    def draw(width: int) -> Figure:
+        figure = _figure(width, 52 * len(rows) + 60)
+        ax = figure.subplots()
+        ax.set_xlim(0, 1.02 * max(max(r.whole, sum(v for _, v in r.segments)) for r in rows))
+        ax.set_ylim(len(rows) - 0.4, -0.7)
+        ax.set_yticks([])
+        for i, r in enumerate(rows):
+            begin = 0.0
+            for role, value in r.segments:
+                bar = ax.barh(i, value, 0.42, left=begin, color=COLOUR[role])
+                bar[0].set_gid(f"bar-{i}-{role}")
+                begin += value
+            ax.vlines(r.whole, i - 0.23, i + 0.23, color=COLOUR["ink"], linewidth=2)
+            ax.annotate(f"{r.label}: {show(r.whole)}", (0, i), (4, 14), textcoords="offset points")
+        ax.xaxis.set_major_locator(MaxNLocator(max(3, width // 130)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: re.sub(r"\.0+(?= |$)", "", show(v))))
+        ax.grid(axis="y", visible=False)
+        ax.grid(axis="x")
+        ax.set_xlabel(x_label)
+        return figure
+
+    about = "; ".join(
+        f"{r.label}: {show(r.whole)}, " + ", ".join(f"{n} {show(v)}" for n, v in r.segments) for r in rows
+    )
+    return _chart(title, about, draw)
 
 
-def stacked_bars(title: str, about: str, bars: Sequence[Bar], show: Callable[[float], str], x_label: str) -> Markup:
-    """Rows of segments end to end on an even axis from zero; each row ends in its total."""
-    width, left, row = _WIDE, 250.0, 26.0
-    groups = list(dict.fromkeys(b.group for b in bars))
-    height = row * len(bars) + 14 * len(groups) + 46
-    floor = height - 46
-    total = max(sum(v for *_, v in b.segments) for b in bars)
-    x = linear_axis(0, total, left, width - 92, most=6)
-    parts = []
-    for t in x.ticks(8):
-        parts.append(el("line", x1=x.at(t), x2=x.at(t), y1=8, y2=floor, class_="grid"))
-        parts.append(el("text", _tick(show(t)), x=x.at(t), y=floor + 17, text_anchor="middle", class_="tick"))
-    y, group = 8.0, groups[0]
-    for i, b in enumerate(bars):
-        if b.group != group:
-            y, group = y + 14, b.group
-        if not i or bars[i - 1].group != group:
-            parts.append(el("text", group, x=0, y=y + 17, class_="row group"))
-        parts.append(el("text", b.label, x=left - 12, y=y + 17, text_anchor="end", class_="row"))
-        done = 0.0
-        for kind, name, value in b.segments:
-            begin, end = x.at(done), x.at(done + value)
-            tip = el("title", f"{b.group}, {b.label}, {name}: {show(value)}")
-            parts.append(
-                el("rect", tip, x=begin, y=y + 4, width=max(0.75, end - begin), height=18, class_=f"bar {kind}")
-            )
-            done += value
-        parts.append(el("text", show(done), x=x.at(done) + 7, y=y + 17, class_="value"))
-        y += row
-    parts.append(el("line", x1=left, x2=left, y1=8, y2=floor, class_="axis"))
-    parts.append(el("text", x_label, x=(left + width - 92) / 2, y=height - 8, text_anchor="middle", class_="label"))
-    return svg(width, height, title, about, parts, kind="wide")
+def _scientific(value: float) -> str:
+    exponent = math.floor(math.log10(value) + 1e-9)
+    lead = round(value / 10.0**exponent)
+    return f"{'' if lead == 1 else f'{lead}×'}{power(exponent)}"
+
+
+def _figure(
+    width: float,
+    height: float,
+    *,
+    left: float = 8,
+    top: float = 6,
+    across: tuple[int, float] = (1, 0),
+    down: tuple[int, float] = (1, 0),
+) -> Figure:
+    """An empty figure with fixed margins, all in pixels; laying out by the texts takes several times as long.
+
+    Args:
+        width, height: of all of it.
+        left, top: room for what stands there; right of the axes there are 12, below them 50.
+        across, down: columns and rows, and the gap between two.
+    """
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    (columns, gap_x), (rows, gap_y) = across, down
+    w = (width - left - 12 - gap_x * (columns - 1)) / columns
+    h = (height - top - 50 - gap_y * (rows - 1)) / rows
+    figure.subplots_adjust(left / width, 50 / height, 1 - 12 / width, 1 - top / height, gap_x / w, gap_y / h)
+    return figure
+
+
+def _chart(title: str, about: str, draw: Callable[[int], Figure]) -> Markup:
+    with mpl.rc_context():
+        mpl.rcdefaults()  # whatever the user's own matplotlibrc says
+        mpl.rcParams.update(_STYLE)
+        return Markup("").join(_svg(draw(width), title, about, name) for name, width in WIDTHS.items())
+
+
+def _svg(figure: Figure, title: str, about: str, size: str) -> Markup:
+    """A figure as inline SVG with a text alternative, ids of its own, and colours by name."""
+    written = io.StringIO()
+    nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(written, format="svg", metadata=nothing)
+    ET.register_namespace("", _SVG)
+    root = ET.fromstring(written.getvalue())
+    for found in root.findall(f"{{{_SVG}}}metadata"):
+        root.remove(found)
+    prefix = re.sub(r"\W+", "-", f"{title}-{size}")
+    _own_ids(root.iter(), prefix)
+    width, height = (root.attrib.pop(k).removesuffix("pt") for k in ("width", "height"))
+    root.attrib.pop("version", None)
+    root.attrib |= {"class": f"chart {size}", "role": "img", "aria-label": f"{title}. {about}"}
+    root.attrib["style"] = f"max-width: {float(width):.0f}px; aspect-ratio: {float(width):.0f} / {float(height):.0f}"
+    for i, (tag, words) in enumerate((("title", title), ("desc", about))):
+        element = ET.Element(f"{{{_SVG}}}{tag}")
+        element.text = words
+        root.insert(i, element)
+    text = ET.tostring(root, encoding="unicode")
+    for role, stand_in in COLOUR.items():
+        text = text.replace(stand_in, f"var(--{role})")
+    return Markup(re.sub(r">\s+<", "><", text))
+
+
+def _own_ids(elements: Iterable[ET.Element], prefix: str) -> None:
+    """Ids that no other chart of the page has; links to them are plain `href`, as in HTML."""
+    for element in elements:
+        if "id" in element.attrib:
+            element.attrib["id"] = f"{prefix}-{element.attrib['id']}"
+        if _LINK in element.attrib:
+            element.attrib["href"] = f"#{prefix}-{element.attrib.pop(_LINK)[1:]}"
+        for name, value in element.attrib.items():
+            if "url(#" in value:
+                element.attrib[name] = value.replace("url(#", f"url(#{prefix}-")

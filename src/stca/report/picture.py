@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from stca.report.blocks import LABELS, Block, Condensed, Key, State
-from stca.report.charts import polyline, svg
-from stca.report.markup import Markup, byte_count, el, flop_count, share
+from markupsafe import Markup
 
-_GAP, _HEADER, _ROW, _ROW_GAP, _CHIP = 30.0, 70.0, 76.0, 18.0, 36.0
+from stca.report.blocks import LABELS, Block, Condensed, Key, State
+from stca.report.formats import byte_count, flop_count, share
+from stca.report.markup import el, polyline, svg
+
+_GAP, _HEADER, _ROW, _ROW_GAP, _CHIP = 24.0, 70.0, 82.0, 18.0, 40.0
 _COLUMNS = (
-    ("in_user", 118), ("tokens", 96), ("encode", 134), ("cut", 168), ("request_tokens", 96), ("request_encode", 112),
-    ("attention", 124), ("query", 104), ("target", 98), ("in_target", 118),
+    ("in_user", 134), ("tokens", 100), ("encode", 142), ("cut", 186), ("request_tokens", 100), ("request_encode", 112),
+    ("attention", 142), ("query", 108), ("target", 104), ("in_target", 134),
 )  # fmt: skip
 _COLUMN_OF = {"features": "encode", "per_request": "request_encode", "head": "attention"}
 _TALL = {"tokens", "request_tokens", "target"}
 _MOST_CHIPS = {"layer": 3, "shared": 8, "other": 5}
-_PER_LETTER = 6.1  # average width of a letter of the small fixed-width text
+_PER_LETTER = 7.3  # width of a letter of the fixed-width text
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,12 @@ class _Picture:
         used = {"in_user", "cut", "in_target", "attention"} | {
             _COLUMN_OF.get(b.kind, b.kind) for b in self.graph.blocks
         }
-        x, found = 24.0, {}
+        x, found = 16.0, {}
         for name, width in _COLUMNS:
             if name in used:
                 found[name] = _Box(x, 0, width, 0)
                 x += width + _GAP
-        self.width = x - _GAP + 24
+        self.width = x - _GAP + 16
         return found
 
     def _place_rows(self) -> None:
@@ -234,10 +236,10 @@ class _Picture:
             el("rect", x=8, y=4, width=cut.center - 8, height=bottom - 4, class_="region user"),
             el("rect", x=cut.center, y=4, width=self.width - 8 - cut.center, height=bottom - 4, class_="region target"),
             el("line", x1=cut.center, x2=cut.center, y1=52, y2=bottom, class_="cut"),
-            el("text", "User encoder", x=24, y=30, class_="side user"),
-            el("text", f"runs once per user and is kept · {share(user)} of the work", x=24, y=48, class_="note"),
-            el("text", "Target scorer", x=self.width - 24, y=30, class_="side target", text_anchor="end"),
-            el("text", f"runs for every request · {share(target)} of the work", x=self.width - 24, y=48, class_="note",
+            el("text", "User encoder", x=18, y=30, class_="side user"),
+            el("text", f"runs once per user and is kept · {share(user)} of the work", x=18, y=48, class_="note"),
+            el("text", "Target scorer", x=self.width - 18, y=30, class_="side target", text_anchor="end"),
+            el("text", f"runs for every request · {share(target)} of the work", x=self.width - 18, y=48, class_="note",
                text_anchor="end"),
             el("text", "User state", x=cut.center, y=30, class_="side", text_anchor="middle"),
             el("text", byte_count(sum(s.bytes for s in self.graph.state)), x=cut.center, y=48, class_="note",
@@ -253,7 +255,7 @@ class _Picture:
         for states in (*self.lanes.values(), self.shared, self.direct, self.via):
             parts += [self._chip(s) for s in states]
         return svg(self.width, self.height, "The two graphs and their cut", self._in_words(), parts, kind="graph",
-                   style=f"min-width: {0.78 * self.width:.0f}px; max-width: {1.2 * self.width:.0f}px")  # fmt: skip
+                   style=f"min-width: {0.92 * self.width:.0f}px; max-width: {1.1 * self.width:.0f}px")  # fmt: skip
 
     def _block(self, block: Block, box: _Box) -> Markup:
         part = block.flops / max(1, self.graph.flops)
@@ -289,9 +291,9 @@ class _Picture:
             "g",
             el("title", f"{state.name}: {state.about}, {each}{byte_count(state.bytes)}"),
             el("rect", x=box.x, y=box.y, width=box.w, height=box.h, rx=box.h / 2, class_="paper"),
-            el("text", _clip(state.name, box.w - 16), x=box.center, y=box.middle - 3, text_anchor="middle",
+            el("text", _clip(state.name, box.w - 16), x=box.center, y=box.middle - 4, text_anchor="middle",
                class_="code"),
-            el("text", f"{each}{byte_count(state.bytes)}", x=box.center, y=box.middle + 10, text_anchor="middle",
+            el("text", f"{each}{byte_count(state.bytes)}", x=box.center, y=box.middle + 11, text_anchor="middle",
                class_="note"),
             class_="chip verbatim" if self._verbatim(state) else "chip",
         )  # fmt: skip

@@ -20,18 +20,19 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from stca.build import job_of, keep, place_of, share, with_weights
-from stca.bundle import WEIGHTS, Bundle, Manifest, seal, sha256_of, writing
-from stca.engine_cache import EngineCache, key_of
-from stca.engine_checks import verify_engine
+from stca.arrays import Progress
+from stca.bundle import Bundle, seal, sha256_of, writing
+from stca.checks.engines import verify_engine
+from stca.checks.verify import verify
+from stca.engines.builder import builder_of
+from stca.engines.cache import EngineCache, key_of, trusted
+from stca.engines.files import keep, place_of, share, with_weights
 from stca.errors import BuildError, BundleError, CheckpointError, StcaError
-from stca.export.checkpoint import load_checkpoint, read_tensors
-from stca.export.config import StcaConfig
+from stca.export.reference.checkpoint import load_checkpoint, read_tensors
+from stca.export.reference.config import StcaConfig
 from stca.export.weights import offsets
+from stca.manifest import WEIGHTS, EngineEntry, Manifest
 from stca.runtime.engine_choice import Choice
-from stca.tensorrt_flavours import FLAVOURS, build_plan
-from stca.types import Progress
-from stca.verify import verify
 
 # The export proved these graphs at every size; what is new is the weights, and one wrong tensor shows in any request.
 PROBES = (((40, 16),), ((5, 3), (0, 2), (40, 4)))
@@ -58,7 +59,8 @@ def refit(
         checkpoint: as for an export, of the same config; for a bundle that was not made from a checkpoint, safetensors
             or a state dict with the names of its weights.
         out: directory of the new bundle; None replaces the old one, in one step at the end.
-        prove: runs on the finished bundle before it gets its name; None asks `stca.verify` the requests of `PROBES`.
+        prove: runs on the finished bundle before it gets its name; None asks `stca.checks.verify` the requests of
+            `PROBES`.
         cache: where refitted engines are kept besides.
         progress: told each step as it starts.
 
@@ -72,6 +74,7 @@ def refit(
     """
     old = Bundle.load(bundle)
     target = Path(out) if out is not None else old.path
+    cache = trusted(cache, progress)
     progress("reading the checkpoint")
     tensors, module = _read(old, Path(checkpoint))
     with writing(target, replaces=None if out is not None else old.manifest) as (work, commit):
@@ -92,7 +95,7 @@ def refit(
         else:
             parity = prove(fresh, module)
         told: list[dict[str, Any]] = []
-        engines: list[Mapping[str, Any]] = []
+        engines: list[EngineEntry] = []
         for pair in _pairs(old.manifest.engines):
             said: dict[str, Any] = {"kept": True}
             try:
@@ -100,10 +103,10 @@ def refit(
             except StcaError as e:
                 said = {"kept": False, "why": str(e)}
                 for entry in pair:  # a plan that was made and is not right must not be in the bundle
-                    if entry["file"] not in {g.file for g in old.manifest.graphs.values()}:
-                        (work / entry["file"]).unlink(missing_ok=True)
-                progress(f"{', '.join(e['file'] for e in pair)} left out: {said['why']}")
-            told += [{"file": entry["file"], **said} for entry in pair]
+                    if entry.file not in {g.file for g in old.manifest.graphs.values()}:
+                        (work / entry.file).unlink(missing_ok=True)
+                progress(f"{', '.join(e.file for e in pair)} left out: {said['why']}")
+            told += [{"file": entry.file, **said} for entry in pair]
         done = commit(dataclasses.replace(manifest, parity=parity, engines=tuple(engines)))
     return {"weights": done.manifest.weights, "parity": dict(parity), "bundle": str(done.path), "engines": told}
 
@@ -123,10 +126,10 @@ def _read(old: Bundle, file: Path) -> tuple[dict[str, Tensor], nn.Module | None]
     tensors: dict[str, Tensor] = {}
     with safetensors.safe_open(old.path / WEIGHTS, framework="pt") as held:
         for name in held.keys():  # noqa: SIM118  this is no dict
-            if module is not None and name not in given:
-                tensors[name] = held.get_tensor(name)  # a constant of the graph that is no parameter
-                continue
             shape, dtype = held.get_slice(name).get_shape(), held.get_slice(name).get_dtype()
+            if name not in given and (module is not None or dtype.startswith(("I", "U"))):
+                tensors[name] = held.get_tensor(name)  # no parameter but a constant of the graph, as sizes are
+                continue
             if name not in given:
                 raise CheckpointError(f"{file}: has no tensor {name!r}, which the bundle's graphs use")
             if list(given[name].shape) != shape:
@@ -145,30 +148,30 @@ def _same_config(manifest: Manifest, config: StcaConfig) -> None:
             raise CheckpointError(f"config: {name} is {here!r}, in the bundle it is {there!r}; export the checkpoint")
 
 
-def _pairs(engines: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+def _pairs(engines: Sequence[EngineEntry]) -> list[list[EngineEntry]]:
     """Engines that serve together: one flavour, provider, precision and SM."""
-    pairs: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    pairs: dict[tuple[Any, ...], list[EngineEntry]] = {}
     for e in engines:
         _, *shared = place_of(e)
         pairs.setdefault(tuple(shared), []).append(e)
     return list(pairs.values())
 
 
-def _command(entry: Mapping[str, Any]) -> str:
+def _command(entry: EngineEntry) -> str:
     """How such an engine is built."""
     told = {"engine": "flavour", "sm": "sm", "precision": "precision", "provider": "provider"}
-    options = [f"--{option} {entry[name]}" for option, name in told.items() if entry.get(name)]
+    options = [f"--{option} {value}" for option, name in told.items() if (value := getattr(entry, name))]
     return " ".join(["stca build BUNDLE", *options])
 
 
 def _renew(
     old: Bundle,
     fresh: Bundle,
-    pair: Sequence[Mapping[str, Any]],
+    pair: Sequence[EngineEntry],
     module: nn.Module | None,
     cache: EngineCache | None,
     progress: Progress,
-) -> list[Mapping[str, Any]]:
+) -> list[EngineEntry]:
     """The manifest entries of a pair with the new weights, its files in the new bundle.
 
     Raises:
@@ -176,30 +179,31 @@ def _renew(
         ParityError: when it has them and scores differently.
         EngineError: when it has them and does not run.
     """
-    renewed: list[Mapping[str, Any]] = [{**e, "key": {**e["key"], "weights": fresh.manifest.weights}} for e in pair]
+    weights = fresh.manifest.weights
+    renewed = [dataclasses.replace(e, key={**e.key, "weights": weights}) for e in pair]
     own = {g.file for g in old.manifest.graphs.values()}
     if fresh.manifest.weights == old.manifest.weights:
-        for file in (file for e in pair if e["file"] not in own for file in with_weights(old.path / e["file"])):
+        for file in (file for e in pair if e.file not in own for file in with_weights(old.path / e.file)):
             share(file, fresh.path / file.name)
         return renewed
-    if all(e["file"] in own for e in pair):
+    if all(e.file in own for e in pair):
         return renewed  # ONNX Runtime on the bundle's own graphs
-    if any(e["flavour"] not in FLAVOURS or e["refit"] == "none" for e in pair):
+    if any(e.refit == "none" for e in pair):
         raise BuildError(f"it has the old weights and was not built to be refitted; run `{_command(pair[0])}`")
-    if any(e["refit"] == "identical" for e in pair):
+    if any(e.refit == "identical" for e in pair):
         raise BuildError(
             "it was built to be refitted with identical weights alone, and TensorRT promises nothing for others; run "
             f"`{_command(pair[0])}`, with --refit weights if it is to be refitted later"
         )
     for i, entry in enumerate(renewed):
-        progress(f"refitting {entry['file']}")
-        plan, before = fresh.path / entry["file"], (old.path / entry["file"]).absolute()
-        build_plan(job_of(fresh, entry["key"], plan=str(plan), refit_from=str(before)), progress)
-        renewed[i] = {**entry, "bytes": plan.stat().st_size}
+        progress(f"refitting {entry.file}")
+        builder_of(entry.flavour).refit(fresh, entry, old.path / entry.file, progress)
+        plan = fresh.path / entry.file
+        renewed[i] = dataclasses.replace(entry, bytes=plan.stat().st_size)
     progress("proving parity of the refitted engines")
-    flavour, precision = pair[0]["flavour"], pair[0]["precision"]
-    choice = Choice(flavour, precision, {e["graph"]: e for e in renewed}, "it was refitted")
+    flavour, precision = pair[0].flavour, pair[0].precision
+    choice = Choice(flavour, precision, {e.graph: e for e in renewed}, "it was refitted")
     verify_engine(fresh, choice, module=module, progress=progress)
     for entry in renewed:
-        keep(cache, key_of(entry["key"]), entry, fresh.path / entry["file"], progress)
+        keep(cache, key_of(entry.key), entry, fresh.path / entry.file, progress)
     return renewed

@@ -1,4 +1,4 @@
-"""The process that builds one TensorRT plan: `python -m stca.tensorrt_builder JOB.json REPLY.json`.
+"""The process that builds one TensorRT plan: `python -m stca.engines.tensorrt_builder JOB.json REPLY.json`.
 
 It may die; `stca.tensorrt_flavours.build_plan` starts it and turns its death into an error. Nothing here degrades: an
 engine without its fused attention is not written.
@@ -10,15 +10,15 @@ import collections
 import dataclasses
 import importlib
 import json
-import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from stca.errors import BuildError, StcaError
-from stca.plugins.ptx_launch import device_sm
+from stca.plugins.driver import device_sm
 from stca.tensorrt_flavours import FLAVOURS, PROGRESS, Built, Flavour, Job, largest_sizes, load, look_into
 
 if TYPE_CHECKING:
@@ -57,13 +57,13 @@ def _build(job: Job) -> Built:
     except TypeError as e:  # how the bindings report a null builder
         raise BuildError(f"{job.flavour} {trt.__version__} makes no builder: is its full library installed?") from e
     flags = trt.NetworkDefinitionCreationFlag
-    wanted = ["STRONGLY_TYPED"] + (["PREFER_AOT_PYTHON_PLUGINS"] if job.attention == "plugin" else [])
+    wanted = ["STRONGLY_TYPED"] + (["PREFER_AOT_PYTHON_PLUGINS"] if job.lowering == "plugin" else [])
     network = builder.create_network(sum(1 << int(getattr(flags, name)) for name in wanted))
     parser = trt.OnnxParser(network, log)
     _say("parsing")
     keep_alive = _parse(parser, graph, Path(job.graph).name)
     layers = collections.Counter(network.get_layer(i).type.name for i in range(network.num_layers))
-    _require_attention(job.attention, graph.attention_nodes, layers)
+    _require_attention(job.lowering, graph.attention_nodes, layers)
     config = _config(trt, builder, graph, job, flavour, sm)
     _say("building")
     plan = builder.build_serialized_network(network, config)
@@ -71,7 +71,7 @@ def _build(job: Job) -> Built:
     if plan is None:
         raise BuildError(_explain(job, log.errors))
     told = None if flavour.ahead_of_time else _look_into(trt, log, plan)
-    if told is not None and job.attention == "plugin":
+    if told is not None and job.lowering == "plugin":
         _require_plugins(told["layers"], graph.attention_nodes)
     Path(str(job.plan)).write_bytes(memoryview(plan))
     if flavour.timing_cache and job.timing_cache and (timings := config.get_timing_cache()) is not None:
@@ -92,7 +92,7 @@ def _build(job: Job) -> Built:
 
 def _graph(job: Job, sm: int) -> EngineGraph:
     """The graph of a job, its plugins registered: the parser looks for them, and so does a plan that is loaded."""
-    if job.attention == "plugin":
+    if job.lowering == "plugin":
         importlib.import_module("stca.plugins.tensorrt_plugin").settings.sm = sm
     from stca.export.engine_graph import engine_graph  # once it is known that there is something to build with
 
@@ -100,7 +100,7 @@ def _graph(job: Job, sm: int) -> EngineGraph:
         Path(job.graph),
         state=job.state,
         precision=cast(Any, job.precision),
-        attention=cast(Any, job.attention),
+        lowering=cast(Any, job.lowering),
         one_request=job.requests == 1,
         sizes={dim: sizes[1] for dim, sizes in job.profiles[-1].items()},
         sm=sm,
@@ -318,10 +318,11 @@ def _monitor(trt: Any) -> Any:
 
 def _save(file: Path, data: Any) -> None:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.{os.getpid()}")
-        part.write_bytes(data)
-        part.replace(file)
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(prefix=".", dir=file.parent) as work:
+            part = Path(work, file.name)
+            part.write_bytes(data)
+            part.replace(file)
     except OSError as e:
         _say(f"warning: {file} is not written ({e.strerror}); the next build measures kernels again")
 

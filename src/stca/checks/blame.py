@@ -16,17 +16,17 @@ from typing import Any, Final
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from stca import probe
+from stca.arrays import Array
 from stca.bundle import Bundle
 from stca.errors import BuildError
+from stca.export.analysis.onnx_reference import reference_of
+from stca.export.analysis.scope import label
 from stca.export.engine_graph import EngineGraph, engine_graph
-from stca.export.precision import Precision
-from stca.export.scope import label
-from stca.export.to_double import to_double
-from stca.types import Array
+from stca.export.passes.precision import Precision
+from stca.export.passes.to_double import to_double
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 
@@ -141,7 +141,7 @@ def _wide(x: Array) -> type[np.floating[Any]]:
 
 def evaluator(model: onnx.ModelProto) -> Any:
     """`onnx.reference` on a typed model, with the float32 inside that kernels have and it has not."""
-    return ReferenceEvaluator(model, new_ops=[LayerNormalization, Sigmoid])
+    return reference_of(model, [LayerNormalization, Sigmoid])
 
 
 def _feeds(bundle: Bundle, graph: str, tokens: int, targets: int, seed: int) -> dict[str, Array]:

@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import numpy as np
 
-from stca import probe, verify
-from stca.bisect import EPS, bisect, evaluator
-from stca.bundle import HALVES, OFFSETS, TARGETS, TOKENS, Bundle, GraphSpec, TensorSpec
+from stca import probe
+from stca.arrays import Array, Progress
+from stca.bundle import Bundle
+from stca.checks import verify
+from stca.checks.blame import EPS, bisect, evaluator
+from stca.checks.tolerance import Tolerance, compare
 from stca.errors import BuildError, EngineError, ParityError
 from stca.export.engine_graph import engine_graph
+from stca.manifest import HALVES, OFFSETS, TARGETS, TOKENS, GraphSpec, TensorSpec
 from stca.runtime import OnnxRuntimeEngine
 from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, open_engines
 from stca.tensorrt_flavours import largest_sizes
-from stca.types import Array, Progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +35,7 @@ _TORCH: Final = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def check_graphs(
-    bundle: Bundle, attention: Literal["plugin", "fused", "decomposed"], folder: Path, *, one_request: bool = True
+    bundle: Bundle, lowering: Literal["plugin", "fused", "decomposed"], folder: Path, *, one_request: bool = True
 ) -> dict[str, list[str]]:
     """Run the graphs that engines are made from on ONNX Runtime, and find out which rows may be added to an input.
 
@@ -41,7 +44,7 @@ def check_graphs(
     which computes the same.
 
     Args:
-        attention: how the operator gets into the engine.
+        lowering: how the operator gets into the engine.
         folder: for the graphs and their weights.
         one_request: whether an engine with plugins serves one request per run.
 
@@ -53,10 +56,10 @@ def check_graphs(
     """
     own = {half: OnnxRuntimeEngine(bundle.file(half), threads=1, literal=True) for half in HALVES}
     state = [s.name for s in bundle.manifest.state]
-    form: Literal["function", "fused", "decomposed"] = "function" if attention == "plugin" else attention
+    form: Literal["function", "fused", "decomposed"] = "function" if lowering == "plugin" else lowering
     lowered = {}
     for half in HALVES:
-        graph = engine_graph(bundle.file(half), state=state, attention=form, one_request=one_request)
+        graph = engine_graph(bundle.file(half), state=state, lowering=form, one_request=one_request)
         lowered[half] = OnnxRuntimeEngine(graph.save(folder / f"{half}.check.onnx"), threads=1, literal=True)
     _check_lowering(bundle, own, lowered)
     return {half: _paddable(bundle, lowered, half) for half in HALVES}
@@ -66,7 +69,7 @@ def _check_lowering(
     bundle: Bundle, own: Mapping[str, OnnxRuntimeEngine], lowered: Mapping[str, OnnxRuntimeEngine]
 ) -> None:
     specs = bundle.manifest.graphs["request"].inputs
-    for tokens in (0, 1, 9):
+    for tokens in dict.fromkeys(max(n, bundle.manifest.min_history or 0) for n in (0, 1, 9)):
         given = probe.pack(specs, [probe.single(specs, tokens, 3, np.random.default_rng(tokens))])
         values = _run_halves(own, given)
         if tokens == 0:
@@ -158,7 +161,7 @@ def verify_engine(
     Args:
         bundle: a loaded bundle.
         choice: which engines; `stca.runtime.engine_choice.best_engine` makes one.
-        module: as in `stca.verify.verify`.
+        module: as in `stca.checks.verify.verify`.
         engines: the engines by half, loaded already; None loads them.
         probes: requests to ask, as (history tokens, targets); what is more than the engines serve is cut.
         seed: of the requests.
@@ -178,14 +181,15 @@ def verify_engine(
         module = verify.rebuild(bundle)
     progress("float64 reference")
     if module is not None:
-        against, reference = "float64 torch", verify.run_torch(verify.in_form(module, "projected"), feeds, "float64")
+        exact, own = verify.in_form(module, "projected"), verify.in_form(module, manifest.attention)
+        against, reference = "float64 torch", verify.run_module(manifest, exact, feeds, "float64")
         progress(f"torch in {precision}")
-        near = verify.run_torch(verify.in_form(module, manifest.attention), feeds, _TORCH[precision])
+        near = verify.run_module(manifest, own, feeds, _TORCH[precision])
     else:
         against, reference = "float64 onnx.reference", verify.run_double(bundle, feeds)
         near = _run_typed(bundle, feeds, precision)
     near_name = f"{'onnx' if module is None else 'torch'} {precision}"
-    yardstick = verify.compare(near_name, against, near, reference, sizes, EPS[precision], None)
+    yardstick = compare(near_name, against, near, reference, sizes, EPS[precision], None)
     largest = max(float(np.abs(x).max(initial=0.0)) for x in reference)
     if not yardstick.max_abs <= math.sqrt(EPS[precision]) * largest:
         raise ParityError(
@@ -194,12 +198,12 @@ def verify_engine(
         )
     # In a low precision PyTorch's own scores need not rank as the reference does; they are what they are.
     yardstick = dataclasses.replace(yardstick, passed=True, limit=None)
-    tolerance = verify.Tolerance.of(yardstick.max_abs, reference, EPS[precision])
+    tolerance = Tolerance.of(yardstick.max_abs, reference, EPS[precision])
     progress(f"engines: {choice.flavour} {precision}")
     engines = engines or open_engines(bundle, choice, threads=1)
     values = [_run_pair(bundle, engines, f) for f in feeds]
     name = f"{choice.flavour} {precision}"
-    found = verify.compare(name, against, values, reference, sizes, EPS[precision], tolerance)
+    found = compare(name, against, values, reference, sizes, EPS[precision], tolerance)
     if not found.passed:
         raise ParityError(
             f"{name} differs from {against} by {found.max_abs:.3g} (limit {tolerance.limit:.3g}); "
@@ -211,7 +215,7 @@ def verify_engine(
 def _most(bundle: Bundle, choice: Choice, dim: str) -> int:
     """How large the bundle and both engines let a dimension get."""
     limits = [bundle.manifest.max_history or sys.maxsize] if dim == TOKENS else [sys.maxsize]
-    limits += [largest_sizes(entry["profiles"]).get(dim, sys.maxsize) for entry in choice.entries.values()]
+    limits += [largest_sizes(entry.profiles).get(dim, sys.maxsize) for entry in choice.entries.values()]
     return min(limits)
 
 
@@ -220,16 +224,16 @@ def _blame(bundle: Bundle, choice: Choice, progress: Progress) -> str:
     precision = cast(Any, choice.precision)
     for half in HALVES:
         progress(f"bisecting {half}")
-        entry = choice.entries.get(half, {})
-        if choice.flavour == "onnxruntime":
-            suspect: Any = bundle.path / entry.get("file", bundle.manifest.graphs[half].file)
+        entry = choice.entries.get(half)
+        if entry is None or choice.flavour == "onnxruntime":
+            suspect: Any = bundle.path / entry.file if entry else bundle.file(half)
         else:
             state = [s.name for s in bundle.manifest.state]
             # A plugin cannot be run here; the function body computes the same.
-            attention = cast(Any, {"plugin": "function"}.get(kind := entry["key"]["attention"], kind))
-            one = choice.entries[half].get("requests") == 1
+            lowering = cast(Any, {"plugin": "function"}.get(kind := entry.key.get("lowering", "function"), kind))
+            one = entry.requests == 1
             suspect = engine_graph(
-                bundle.file(half), state=state, precision=precision, attention=attention, one_request=one
+                bundle.file(half), state=state, precision=precision, lowering=lowering, one_request=one
             )
         if divergence := bisect(bundle, half, suspect, precision=precision):
             return str(divergence)

@@ -1,0 +1,168 @@
+"""`stca load`: traffic shaped like users' against a bundle in this process, or a server."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from stca.commands.options import count, emit, positive
+from stca.commands.progress import progress_on_stderr
+from stca.errors import UsageError
+
+if TYPE_CHECKING:
+    from stca.load.run import LoadReport
+    from stca.load.traffic import Arrival, Traffic
+
+HELP = "users' traffic against a bundle or a server, with latencies and goodput"
+EXAMPLES = (
+    "stca load bundle --seconds 30 --compare",
+    "stca load http://127.0.0.1:8000 --admin http://127.0.0.1:8002 --rate 200 --deadline-ms 50",
+    "stca load bundle --scenario offline --users 10000 --history 1000,10000 --json",
+)
+# How much of a run's length the capacity is measured for, twice.
+_MEASURED = 0.2
+
+
+def range_(text: str) -> tuple[int, int]:
+    low, _, high = text.partition(",")
+    return count(low), count(high or low)
+
+
+def spike(text: str) -> tuple[float, float, float]:
+    parts = [positive(x) for x in text.split(",")]
+    if len(parts) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form EVERY,SECONDS,TIMES")
+    return parts[0], parts[1], parts[2]
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    p.add_argument("target", metavar="BUNDLE|URL", help="directory of a bundle, or http://HOST:PORT of stca serve")
+    p.add_argument("--seconds", type=positive, default=20.0, metavar="N", help="length of the traffic")
+    p.add_argument(
+        "--scenario",
+        choices=("server", "offline"),
+        default="server",
+        help="as MLPerf names them: requests at times of their own, or each as soon as it can be",
+    )
+    p.add_argument("--rate", type=positive, metavar="R", help="requests a second (default: by --of-capacity)")
+    p.add_argument("--of-capacity", type=positive, default=0.8, metavar="X", help="that part of what is measured first")
+    p.add_argument("--deadline-ms", type=positive, metavar="N", help="sent along, and what goodput counts by")
+    p.add_argument(
+        "--connections", type=count, metavar="N", help="requests under way (default: 64, or 2 in this process)"
+    )
+    p.add_argument("--admin", metavar="URL", help="the server's admin port, where new events are appended")
+    p.add_argument("--users", type=count, default=1000, metavar="N", help="how many there are")
+    p.add_argument("--zipf", type=float, default=1.0, metavar="S", help="how much oftener frequent users return")
+    p.add_argument("--history", type=range_, default=(100, 2000), metavar="A,B", help="events of a user at first")
+    p.add_argument("--targets", type=range_, default=(100, 300), metavar="A,B", help="targets of a request")
+    p.add_argument("--events", type=float, default=1.0, metavar="X", help="new events of a user between two requests")
+    p.add_argument("--spike", type=spike, metavar="EVERY,SECONDS,TIMES", help="raise the rate now and then")
+    p.add_argument("--seed", type=int, default=0, help="of all that is drawn")
+    p.add_argument("--trace", metavar="FILE", help="replay the arrivals that --record kept")
+    p.add_argument("--record", metavar="FILE", help="keep the arrivals, as JSON lines")
+    p.add_argument("--cache-mib", type=int, default=1024, metavar="N", help="of a bundle: most MiB of user states")
+    p.add_argument("--threads", type=count, metavar="N", help="of a bundle: threads of one request (default: 1)")
+    p.add_argument("--compare", action="store_true", help="of a bundle: the same traffic without a store, too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; its exit code."""
+    from stca.load.clients import Behind
+    from stca.load.traffic import Traffic
+
+    told = progress_on_stderr("onnxruntime")
+    traffic = Traffic(
+        users=args.users, zipf=args.zipf, history=args.history, targets=args.targets, events=args.events,
+        spike=args.spike, seed=args.seed,
+    )  # fmt: skip
+    remote = args.target.startswith(("http://", "https://"))
+    if remote and args.compare:
+        raise UsageError("--compare: is of a bundle in this process; start a server with --cache-mib 0 and load that")
+    client = Behind(args.target, args.admin) if remote else _session(args, args.cache_mib)
+    reports: dict[str, LoadReport] = {}
+    trace = _trace(args, traffic, client, told)
+    told(f"{len(trace)} arrivals")
+    reports["load"] = _run(args, client, trace)
+    if args.compare:
+        told("the same without a store")
+        reports["without_store"] = _run(args, _session(args, 0), trace)
+    data: dict[str, Any] = {"target": args.target, "traffic": dataclasses.asdict(traffic)}
+    data |= {name: dataclasses.asdict(report) for name, report in reports.items()}
+    emit(args, data, "\n".join(_table(reports)))
+    return 0
+
+
+def _session(args: argparse.Namespace, cache_mib: int) -> Any:
+    from stca.load.clients import InProcess
+    from stca.runtime import Session
+
+    return InProcess(Session.load(args.target, threads=args.threads or 1, cache_bytes=cache_mib << 20))
+
+
+def _trace(args: argparse.Namespace, traffic: Traffic, client: Any, told: Any) -> list[Arrival]:
+    from stca.load.run import capacity
+    from stca.load.traffic import read_trace, write_trace
+
+    if args.trace is not None:
+        return read_trace(args.trace)
+    rate = args.rate
+    if rate is None and args.scenario == "server":
+        told("measuring the capacity")
+        seconds = _MEASURED * args.seconds
+        probing = dataclasses.replace(traffic, spike=None).trace(5000.0, 2 * seconds)
+        rate = args.of_capacity * capacity(client, _inputs(args, client, probing), probing, _connections(args), seconds)
+        told(f"{rate:.1f} requests a second, {args.of_capacity:g} of the capacity")
+    made = traffic.trace(rate or 5000.0, args.seconds)
+    if args.record is not None:
+        write_trace(args.record, made)
+    return made
+
+
+def _run(args: argparse.Namespace, client: Any, trace: list[Arrival]) -> LoadReport:
+    from stca.load.run import run
+
+    return run(
+        client,
+        _inputs(args, client, trace),
+        trace,
+        connections=_connections(args),
+        deadline_ms=args.deadline_ms,
+        offline=args.scenario == "offline",
+        seconds=args.seconds if args.scenario == "offline" else None,
+    )
+
+
+def _inputs(args: argparse.Namespace, client: Any, trace: list[Arrival]) -> Any:
+    from stca.load.inputs import Inputs
+
+    return Inputs(client.manifest, max((a.tokens for a in trace), default=1), args.seed)
+
+
+def _connections(args: argparse.Namespace) -> int:
+    return args.connections or (64 if args.target.startswith("http") else 2)
+
+
+def _table(reports: dict[str, LoadReport]) -> list[str]:
+    rows = []
+    for name, r in reports.items():
+        times = "  ".join(f"{n} {x:,.1f} ms" for n, x in r.latency_ms.items())
+        of = r.hits + r.misses
+        rows += [
+            f"{name.replace('_', ' ')}: {r.scenario} scenario, {r.requests} requests in {r.seconds:.1f} s",
+            f"  offered {r.offered_per_second:,.1f}/s  answered {r.answered_per_second:,.1f}/s"
+            + (f"  in {r.deadline_ms:g} ms {r.goodput_per_second:,.1f}/s" if r.deadline_ms else ""),
+            f"  {times}" if times else "  nothing was answered",
+            f"  hits {r.hits} ({100 * r.hits / max(1, of):.0f} %)  misses {r.misses}  appended {r.appended}  "
+            f"codes {', '.join(f'{c} {n}' for c, n in r.codes.items())}",
+        ]
+        if r.late_ms > 1 and r.scenario == "server":
+            rows.append(f"  all connections were busy for up to {r.late_ms:,.1f} ms (p99), which is in the latencies")
+    if len(reports) == 2:
+        with_, without = reports.values()
+        if with_.scenario == "offline" and without.answered_per_second:
+            rows.append(f"saving: {with_.answered_per_second / without.answered_per_second:.2f} times the throughput")
+        elif with_.latency_ms and without.latency_ms:
+            rows.append(f"saving: p50 {without.latency_ms['p50'] / with_.latency_ms['p50']:.2f} times shorter")
+    return rows

@@ -1,0 +1,166 @@
+"""What the commands share: how options are read, how results and progress are told."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stca.backends import BACKENDS
+from stca.bundle import Bundle
+from stca.commands.progress import finish
+from stca.errors import UsageError
+
+ENGINES = tuple(sorted(BACKENDS))
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def sizes(text: str) -> list[int]:
+    return [count(n) for n in text.split(",")]
+
+
+def size(text: str) -> tuple[str, int]:
+    name, equals, n = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form DIM=N")
+    return name, count(n)
+
+
+def pad_value(text: str) -> tuple[str, int]:
+    name, _, number = text.rpartition("=")
+    try:
+        return name, int(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, nor of the form INPUT=N") from None
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name, value
+
+
+def measured_options(p: argparse.ArgumentParser) -> None:
+    """What to measure a bundle on; `measured` reads them."""
+    p.add_argument(
+        "--engine",
+        action="append",
+        choices=("graphs", *ENGINES),
+        help="measure these built engines, one or several side by side (default: graphs, the bundle's own)",
+    )
+    p.add_argument("--precision", choices=PRECISIONS, help="of the built engines (default: each one's fastest)")
+    p.add_argument("--provider", action="append", metavar="NAME", help="ONNX Runtime's provider for graphs, best first")
+    p.add_argument("--config", action="append", type=pair, metavar="NAME=VALUE", help="its session entry for graphs")
+    p.add_argument("--gpu", type=int, default=0, metavar="N", help="number of the GPU for TensorRT's engines")
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """The options as `stca.checks.bench.bench` takes them."""
+    from stca.runtime.options import CPU, OnnxRuntimeOptions
+
+    engines = args.engine or ["graphs"]
+    options = None
+    if args.provider or args.config:
+        if "graphs" not in engines:
+            raise UsageError("--provider, --config: are of the bundle's own graphs; add --engine graphs")
+        options = OnnxRuntimeOptions(tuple(args.provider or (CPU,)), dict(args.config or ()))
+    return {"engines": engines, "precision": args.precision, "onnxruntime": options, "gpu": args.gpu}
+
+
+def emit(args: argparse.Namespace, data: Mapping[str, Any], text: str) -> None:
+    finish()
+    print(json.dumps(data) if args.json else text, flush=True)
+
+
+def cut_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--history", type=count, default=10_000, metavar="N", help="history tokens to cut for")
+    p.add_argument("--targets", type=count, default=300, metavar="N", help="targets to cut for")
+    p.add_argument("--size", action="append", type=size, default=[], metavar="DIM=N", help="the same for another size")
+    p.add_argument(
+        "--ids",
+        action="append",
+        type=size,
+        default=[],
+        metavar="INPUT=N",
+        help="ids of an input are 0 to N-1, where the graph does not tell",
+    )
+    p.add_argument(
+        "--flops-per-byte", type=positive, metavar="F", help="work worth redoing to save a byte of state (default: 16)"
+    )
+    p.add_argument(
+        "--pad",
+        choices=("left", "right"),
+        help="where histories of a fixed length are padded (default: found by asking the model)",
+    )
+    p.add_argument(
+        "--pad-value",
+        action="append",
+        type=pad_value,
+        default=[],
+        metavar="[INPUT=]N",
+        help="what padding holds, in all inputs of a history or in one (default: 0)",
+    )
+    p.add_argument("--max-history", type=count, metavar="N", help="longest history to serve (default: the model's)")
+    p.add_argument("--no-lift", action="store_true", help="leave a batch axis that users and targets share as it is")
+
+
+def cut(args: argparse.Namespace) -> Any:
+    from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE
+    from stca.export.padding import PadOptions
+    from stca.export.pipeline import CutOptions
+
+    workload = {"N_h": args.history, "N_t": args.targets, "B": 1, "B_plus_1": 2, **dict(args.size)}
+    pad = PadOptions(args.pad, dict(args.pad_value))
+    return CutOptions(workload, args.flops_per_byte or DEFAULT_FLOPS_PER_BYTE, dict(args.ids), pad, not args.no_lift)
+
+
+def exported(args: argparse.Namespace, bundle: Bundle) -> int:
+    m = bundle.manifest
+    data = {
+        "bundle": str(bundle.path),
+        "weights": m.weights,
+        "parity": m.parity,
+        "state": {"bytes": m.split["state_bytes"], "bytes_per_token": m.split["bytes_per_token"]},
+        "request_dependencies": m.split["request_dependencies"],
+        "cached": m.cached,
+        "notes": m.split["notes"],
+    }
+    lines = [
+        f"{bundle.path}: verified, weights {m.weights[:12]}",
+        f"user state: {m.split['bytes_per_token']} bytes per history token, {m.split['state_bytes']:,} bytes in all; "
+        f"cached {100 * m.cached:.1f} % of the work",
+        *(d["text"] for d in m.split["request_dependencies"]),
+        *m.split["notes"],
+    ]
+    emit(args, data, "\n".join(lines))
+    return 0
+
+
+def memory(parts: Mapping[str, int]) -> str:
+    return "memory at the largest sizes: " + ", ".join(f"{name.replace('_', ' ')} {n:,} B" for name, n in parts.items())
+
+
+def dims(shape: Sequence[int | str]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

@@ -1,0 +1,68 @@
+"""`stca score`: requests in JSON → scores."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stca.commands.options import ENGINES, count, emit
+from stca.errors import RequestError
+
+HELP = "requests in JSON → scores"
+EXAMPLES = (
+    "stca score bundle requests.json --json",
+    "stca score bundle - < requests.json",
+    "stca schema requests --bundle bundle",
+)
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    p.add_argument("bundle", metavar="BUNDLE", help="directory that `stca export` or `stca split` wrote")
+    p.add_argument(
+        "requests",
+        metavar="REQUESTS",
+        help='file of one request, {"inputs": {"name": [values]}, "user": "ann", "version": 1}, or of a list of them; '
+        "- reads stdin",
+    )
+    p.add_argument("--engine", choices=(*ENGINES, "graphs"), help="what runs it (default: the fastest that runs here)")
+    p.add_argument("--threads", type=count, help="threads of one request (default: every core)")
+    p.add_argument("--trusted", metavar="KEY", help="public key in PEM: refuse a bundle its holder did not sign")
+    p.add_argument("--truncate", action="store_true", help="keep the most recent events of a history that is too long")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; its exit code."""
+    from stca.runtime import Session
+    from stca.runtime.json_request import read_requests
+
+    requests = read_requests(_text(args.requests))
+    session = Session.load(
+        args.bundle, threads=args.threads, truncate=args.truncate, engine=args.engine, trusted=args.trusted
+    )
+    found: list[dict[str, Any]] = []
+    lines = []
+    for i, request in enumerate(requests):
+        try:
+            scores = session.score(request).tolist()
+        except RequestError as e:
+            raise RequestError(f"request {i}: {e}") from e
+        found.append({"user": request.user, "scores": scores})
+        lines += [f"request {i}, target {t}: {_shown(session.tasks, row)}" for t, row in enumerate(scores)]
+    emit(args, {"tasks": session.tasks, "requests": found}, "\n".join(lines))
+    return 0
+
+
+def _text(name: str) -> str:
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as e:
+        why = getattr(e, "strerror", None) or "it is not text in UTF-8"
+        raise RequestError(f"{name}: cannot be read ({why}); name a JSON file, or - for stdin") from e
+
+
+def _shown(tasks: Sequence[str], row: Sequence[float]) -> str:
+    return "  ".join(f"{name} {score:.6g}" for name, score in zip(tasks, row, strict=True))

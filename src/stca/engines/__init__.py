@@ -1,0 +1,1 @@
+"""Engines: built from a bundle's graphs (`build`), kept (`cache`), given new weights (`refit`)."""

@@ -1,0 +1,68 @@
+"""Directories that are put in place in one step: locks, and names that are exchanged."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Final
+
+# What a directory is called for the moment in which another takes its name, where names cannot be exchanged.
+ASIDE: Final = ".old"
+
+
+def lock(directory: int, *, wait: bool = False) -> None:
+    """Lock an open directory for as long as it is open; the system lets go when the process ends, however it ends.
+
+    Raises:
+        OSError: when another process has the lock, or there are no such locks here.
+    """
+    try:
+        import fcntl
+    except ImportError as e:
+        raise OSError("no locks") from e
+    fcntl.flock(directory, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def read(file: Path, most: int) -> bytes:
+    """A file's bytes; of a larger one, or one without an end, one more than `most`, and no others."""
+    with file.open("rb") as f:
+        return f.read(most + 1)
+
+
+def sync(path: Path) -> None:
+    """Have a file or directory on the disk before anything else."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def put(work: Path, target: Path) -> None:
+    """Give the directory `work` the name `target`; what had it is then `work`."""
+    if not target.exists():
+        os.rename(work, target)
+    elif not _exchange(work, target):
+        # A file system that cannot exchange two names: for a moment no bundle has the name, but both are whole.
+        aside = work.with_name(work.name + ASIDE)
+        os.rename(target, aside)
+        os.rename(work, target)
+        os.rename(aside, work)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two directories' names atomically (Linux `renameat2`, RENAME_EXCHANGE); False where that cannot be had."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_cwd, exchange = -100, 2
+    return bool(renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0)
+
+
+def umask() -> int:
+    """The permissions a new file of this process lacks."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
