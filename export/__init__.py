@@ -10,19 +10,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stca.bundle import TensorSpec
-    from stca.export.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-    from stca.export.config import Field, StcaConfig
+    from stca.export.reference.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+    from stca.export.reference.config import Field, StcaConfig
     from stca.export.to_onnx import RequestModel
+    from stca.manifest import TensorSpec
 
 _HOMES = {
-    "Checkpoint": "stca.export.checkpoint",
-    "Field": "stca.export.config",
+    "Checkpoint": "stca.export.reference.checkpoint",
+    "Field": "stca.export.reference.config",
     "RequestModel": "stca.export.to_onnx",
-    "StcaConfig": "stca.export.config",
-    "TensorSpec": "stca.bundle",
-    "load_checkpoint": "stca.export.checkpoint",
-    "save_checkpoint": "stca.export.checkpoint",
+    "StcaConfig": "stca.export.reference.config",
+    "TensorSpec": "stca.manifest",
+    "load_checkpoint": "stca.export.reference.checkpoint",
+    "save_checkpoint": "stca.export.reference.checkpoint",
 }
 
 __all__ = [

@@ -18,17 +18,18 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, external_data_helper
 
-from stca.bundle import WEIGHTS
 from stca.errors import BuildError
-from stca.export.cost import Sizes
-from stca.export.lower import drop_unused, fix_to_one_request, fold_integers, for_one_request, is_operator
-from stca.export.precision import Precision, cast_weight, to_precision
-from stca.export.scope import reads
+from stca.export.analysis.cost import Sizes
+from stca.export.analysis.integers import fold_integers
+from stca.export.analysis.scope import reads
+from stca.export.passes.lower import drop_unused, fix_to_one_request, for_one_request, is_operator
+from stca.export.passes.precision import Precision, cast_weight, to_precision
+from stca.manifest import WEIGHTS
 from stca.plugins import tensorrt_graph, tiling
 from stca.plugins.spec import DOMAIN
 
 # How the operator reaches the engine: its function body, its plugin, or standard operators for one request per run.
-Attention = Literal["function", "plugin", "fused", "decomposed"]
+Lowering = Literal["function", "plugin", "fused", "decomposed"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def engine_graph(
     *,
     state: Collection[str],
     precision: Precision = "fp32",
-    attention: Attention = "function",
+    lowering: Lowering = "function",
     one_request: bool = False,
     sizes: Mapping[str, int] | None = None,
     sm: int | None = None,
@@ -94,8 +95,8 @@ def engine_graph(
     Args:
         file: the ONNX file; its weights lie in `weights.safetensors` beside it.
         state: names of the state tensors.
-        precision: of the weights and activations; see `stca.export.precision`.
-        attention: how the operator is written; see `stca.export.lower` for `fused` and `decomposed`.
+        precision: of the weights and activations; see `stca.export.passes.precision`.
+        lowering: how the operator is written; see `stca.export.passes.lower` for `fused` and `decomposed`.
         one_request: leave out what tells requests apart; `fused` and `decomposed` serve one request in any case.
         sizes, sm: of `plugin` alone: nominal sizes by dimension and the GPU, which decide into how many parts a history
             is cut.
@@ -107,11 +108,11 @@ def engine_graph(
     model, weights = read_graph(file)
     operators = sum(map(is_operator, model.graph.node))
     model = to_precision(model, precision, state, weights)
-    if attention in ("fused", "decomposed"):
-        model = for_one_request(model, attention)
+    if lowering in ("fused", "decomposed"):
+        model = for_one_request(model, lowering)
     elif one_request:
         fix_to_one_request(model)
-    if attention == "plugin":
+    if lowering == "plugin":
         model = _for_plugin(model, sizes or {}, sm)
     used = {t.name for t in model.graph.initializer}
     return EngineGraph(model, {n: w for n, w in weights.items() if n in used}, operators)

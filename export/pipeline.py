@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
-import sys
-import sysconfig
-import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,35 +14,45 @@ import onnx
 from torch import nn
 
 import stca
-from stca.bundle import (
+from stca.arrays import Progress
+from stca.bundle import Bundle, place_for, seal, sha256_of, writing
+from stca.errors import ExportError, SplitError
+from stca.export.accept import drop_unused, load_onnx, name_history, nominal_sizes, refuse_unservable, with_ranges
+from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured
+from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE
+from stca.export.analysis.marks import marks
+from stca.export.analysis.rows import Rows
+from stca.export.asking import Accepted, ask
+from stca.export.freeing import RULES, freed_and_proven
+from stca.export.lifting import lifted_and_proven
+from stca.export.modules import adapted
+from stca.export.one_batch import of_one_request, with_one_batch
+from stca.export.outputs import lay_out_by_target, name_rows, score_axes
+from stca.export.padding import PadOptions, padding_of, unpacked
+from stca.export.passes.rules import View
+from stca.export.passes.sequences import without_sequences
+from stca.export.passes.whole_slices import drop_whole_slices
+from stca.export.reference.checkpoint import Checkpoint
+from stca.export.reference.config import StcaConfig
+from stca.export.reference.module import AttentionForm, request_inputs
+from stca.export.split import StateTensor, inlined, split
+from stca.export.state import not_one_users, why_not_appendable
+from stca.export.to_onnx import RequestModel, to_request_graph
+from stca.export.weights import externalize
+from stca.manifest import (
+    OFFSETS,
+    POINTWISE,
     TARGETS,
+    TOKENS,
     WEIGHTS,
-    Bundle,
     GraphSpec,
     Manifest,
     Scope,
     StateSpec,
     TensorSpec,
-    place_for,
-    seal,
-    sha256_of,
-    writing,
 )
-from stca.errors import ExportError, SplitError
-from stca.export.checkpoint import Checkpoint
-from stca.export.config import StcaConfig
-from stca.export.cost import DEFAULT_WORKLOAD, without_weights
-from stca.export.cut import DEFAULT_FLOPS_PER_BYTE
-from stca.export.model import AttentionForm, request_inputs
-from stca.export.precision import any_sizes
-from stca.export.scope import label, walk
-from stca.export.split import split
-from stca.export.state import not_one_users, why_not_appendable
-from stca.export.to_onnx import RequestModel, to_request_graph
-from stca.export.weights import externalize
 from stca.plugins import onnx_function
 from stca.plugins.spec import DOMAIN, OP_NAME
-from stca.types import Progress
 
 # What proves a finished bundle before it gets its name, against the module it was made from (None for an ONNX file):
 # returns the parity report to record, raises when it fails.
@@ -55,10 +61,23 @@ Prover = Callable[[Bundle, nn.Module | None], Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class CutOptions:
-    """How to cut: the nominal request to cut for, and the work worth redoing per request to save a byte of state."""
+    """How to cut, and what is known of the model's inputs.
+
+    Attributes:
+        workload: the nominal request to cut for, by symbolic size.
+        flops_per_byte: work worth redoing per request to save a byte of state.
+        ids: how many ids an input has, by its name, where the graph does not tell.
+        pad: how histories are padded, where asking the model does not tell.
+        lift: whether a batch axis that users and targets share is parted.
+        free: whether rules rewrite the graph to free user work.
+    """
 
     workload: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict(DEFAULT_WORKLOAD))
     flops_per_byte: float = DEFAULT_FLOPS_PER_BYTE
+    ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    pad: PadOptions = dataclasses.field(default_factory=PadOptions)
+    lift: bool = True
+    free: bool = True
 
 
 def choose_form(config: StcaConfig, targets: int) -> AttentionForm:
@@ -70,47 +89,6 @@ def choose_form(config: StcaConfig, targets: int) -> AttentionForm:
     absorbed = targets * config.heads
     projected = targets + config.width
     return "absorbed" if absorbed < projected else "projected"
-
-
-def resolve(name: str) -> RequestModel:
-    """Call what `package.module:callable` names; it must return a `RequestModel`.
-
-    Raises:
-        ExportError: when there is no such callable, it fails, or it returns something else.
-    """
-    module, _, attribute = name.partition(":")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does: the user's module is usually right here
-    try:
-        call = getattr(importlib.import_module(module), attribute)
-    except Exception as e:  # no such module, no such name, or what the module itself raises
-        if place := _place_in_their_code(e):
-            raise ExportError(f"--model {name}: your module raised {_said(e)}{place}; mend it there") from e
-        raise ExportError(f"--model {name}: {_said(e)}; expected PACKAGE.MODULE:CALLABLE") from e
-    try:
-        made = call()
-    except Exception as e:
-        raise ExportError(
-            f"--model {name}: your function raised {_said(e)}{_place_in_their_code(e)}; mend it there, or call it in "
-            "Python for the traceback"
-        ) from e
-    if not isinstance(made, RequestModel):
-        raise ExportError(f"--model {name}: returned {type(made).__name__}, expected stca.export.RequestModel")
-    return made
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _place_in_their_code(error: BaseException) -> str:
-    """` at file:line` of the innermost call that is neither ours, the standard library's nor an installed package's."""
-    paths = sysconfig.get_paths()
-    others = (str(Path(stca.__file__).parent), "<", *(paths[k] for k in ("stdlib", "platstdlib", "purelib", "platlib")))
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if not frame.filename.startswith(others)]
-    return f" at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""
 
 
 def export_checkpoint(
@@ -129,7 +107,7 @@ def export_checkpoint(
         checkpoint: from `load_checkpoint`.
         out: directory of the bundle; an existing bundle there is replaced at the very end, or stays as it was.
         prove: runs on the finished bundle before it gets its name, with the checkpoint's own module; use
-            `stca.verify.prove`.
+            `stca.checks.verify.prove`.
         form: attention form, or `auto` to take the one with less work at the cut's nominal request.
         max_history: longest history to serve, in tokens; None takes the config's.
         cut: how to split.
@@ -169,13 +147,16 @@ def export_module(
     """Any torch module with scoped inputs → a proven bundle; see `export_checkpoint`.
 
     Args:
+        model: the module, its inputs with their scopes, and the names of its outputs.
+        out, prove, cut, progress: as in `export_checkpoint`.
         source: recorded as the manifest's `model`.
         attention: recorded as the manifest's `attention`.
         max_history: longest history to serve, in tokens; None for no limit.
     """
     place_for(out)
     progress("tracing the request graph")
-    graph = to_request_graph(model)
+    model = adapted(model)
+    graph = to_request_graph(model, progress)
     proof = lambda bundle: prove(bundle, model.module)  # noqa: E731
     return _write(graph, model.inputs, out, proof, source, attention, max_history, cut or CutOptions(), progress)
 
@@ -207,48 +188,94 @@ def split_onnx(
     if unknown:
         names = ", ".join(i.name for i in graph.graph.input)
         raise SplitError(f"the model has no input {unknown[0]!r}; its inputs are {names}")
-    specs = tuple(
-        dataclasses.replace(_spec(i), scope=scopes.get(i.name), limit=_id_limit(graph.graph, i.name))
-        for i in graph.graph.input
-    )
+    specs = tuple(dataclasses.replace(_spec(i), scope=scopes.get(i.name)) for i in graph.graph.input)
     if any((n.domain, n.op_type) == (DOMAIN, OP_NAME) for n in graph.graph.node):
         onnx_function.attach(graph)
     proof = lambda bundle: prove(bundle, None)  # noqa: E731
     return _write(graph, specs, out, proof, {"kind": "onnx"}, None, max_history, cut or CutOptions(), progress)
 
 
-def load_onnx(file: str | os.PathLike[str]) -> onnx.ModelProto:
-    """Read a model with its weights, refusing external data outside the model's own directory.
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """A request graph that is ready to be cut.
 
-    Raises:
-        SplitError: when there is no such file, it is no ONNX model, or its weights are missing or elsewhere.
+    Attributes:
+        graph: lifted where it was pointwise, with user work freed.
+        specs: of its inputs.
+        pointwise: the graph as it was exported, where users and targets shared a batch axis.
+        workload: nominal size of each symbolic dimension.
+        measured: shapes of values as runs showed them.
+        asked: the graph before the rules, to ask what the model takes: they may leave out what refuses a request.
+        facts: for the split's report.
     """
-    path = Path(file)
+
+    graph: onnx.ModelProto
+    specs: tuple[TensorSpec, ...]
+    pointwise: onnx.ModelProto | None
+    workload: Mapping[str, int]
+    measured: Measured
+    asked: onnx.ModelProto
+    facts: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def _request_graph(
+    graph: onnx.ModelProto, specs: tuple[TensorSpec, ...], cut: CutOptions, progress: Progress
+) -> _Request:
+    """Through the door, to request level, and past the rules that free user work."""
+    without_sequences(graph)
+    drop_whole_slices(graph)
+    drop_unused(graph)
+    specs = with_ranges(graph, specs, cut.ids)
+    specs = with_one_batch(graph, of_one_request(graph, specs), progress) if cut.lift else specs
+    facts: dict[str, Any] = {}
+    name_rows(graph.graph, specs)
+    axes = score_axes(graph.graph, specs)
+    if lay_out_by_target(graph, axes):
+        facts["score_axes"] = {o.name: axis for o, axis in zip(graph.graph.output, axes, strict=True)}
+    refuse_unservable(graph, specs, [_spec(o) for o in graph.graph.output])
+    specs, history = name_history(graph, specs)
+    pointwise, asked = None, cut.workload
+    notes: tuple[str, ...] = ()
+    if lifted := lifted_and_proven(inlined(graph), specs, progress) if cut.lift else None:
+        pointwise = graph if lifted.shared else None
+        graph, specs = lifted.model, lifted.inputs
+        asked = {n: size for n, size in asked.items() if n != lifted.rows or n == TARGETS}
+        facts["lifted"] = {"rows": lifted.rows, "decisions": dict(lifted.decisions)}
+        notes = (f"lifted to request level: {lifted.rows} is one row for the user and {TARGETS} for the targets",)
+    given = {TOKENS if n == history else n: size for n, size in asked.items()}
+    workload, assumed = nominal_sizes(graph.graph, specs, given)
+    if history != TOKENS:
+        assumed = {f"{history} (the history)": workload[TOKENS], **assumed}
+    if assumed:
+        sizes = ", ".join(f"{n} = {size}" for n, size in assumed.items())
+        progress(f"assuming {sizes}; --history, --targets and --size say otherwise")
+    measured = _measured(graph, specs)
+    rules = RULES if cut.free else ()
+    freed = freed_and_proven(View(inlined(graph), _scopes(specs), workload, measured), specs, progress, rules)
+    if freed.verdicts:
+        facts["rules"] = [dataclasses.asdict(v) for v in freed.verdicts]
+    before = graph
+    if any(v.why is None for v in freed.verdicts):
+        graph, measured = freed.model, _measured(freed.model, specs)
+    return _Request(
+        graph, specs, pointwise, workload, measured, before if pointwise is not None else graph, facts, notes
+    )
+
+
+def _measured(graph: onnx.ModelProto, specs: Sequence[TensorSpec]) -> Measured:
+    """Shapes of values as runs show them, for costs: none where no size counts targets, or the graph does not run."""
+    rows = next((n for s in specs if s.scope == "target" for n in s.shape if isinstance(n, str)), None)
+    if rows is None or any(s.shape == (OFFSETS,) for s in specs):
+        return {}
     try:
-        model = onnx.load(path, load_external_data=False)
-    except FileNotFoundError as e:
-        raise SplitError(f"{path}: no such ONNX file") from e
-    except Exception as e:  # protobuf's DecodeError is not importable from a stable place
-        raise SplitError(f"{path}: is not an ONNX model ({' '.join(str(e).split())[:200]})") from e
-    onnx_function.register_schema()
-    home = path.resolve().parent
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location" and home not in (home / entry.value).resolve().parents:
-                raise SplitError(
-                    f"{path}: weight {tensor.name!r} lies outside the model's directory; move it beside it"
-                )
-    try:
-        onnx.load_external_data_for_model(model, str(home))
-        onnx.checker.check_model(without_weights(model))
-    except Exception as e:
-        raise SplitError(f"{path}: is not a valid ONNX model ({' '.join(str(e).split())[:300]})") from e
-    weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]  # old exporters list weights there too
-    del model.graph.input[:]
-    model.graph.input.extend(inputs)
-    model.ir_version = max(model.ir_version, 4)  # the first in which a weight need not be an input
-    return model
+        return Rows(inlined(graph), specs, rows).dims
+    except SplitError:
+        return {}
+
+
+def _scopes(specs: Sequence[TensorSpec]) -> dict[str, Scope]:
+    return {s.name: s.scope for s in specs if s.scope is not None}
 
 
 def _write(
@@ -262,101 +289,85 @@ def _write(
     cut: CutOptions,
     progress: Progress,
 ) -> Bundle:
-    for tensor in graph.graph.initializer:
-        weight = onnx.numpy_helper.to_array(tensor)
-        if weight.dtype.kind == "f" and not np.isfinite(weight).all():
-            raise SplitError(f"weight {tensor.name!r} has NaN or infinite values; export an earlier step")
-    known = {"", "ai.onnx", "ai.onnx.ml", *(f.domain for f in graph.functions)}
-    for node in walk(graph.graph.node):
-        if node.domain not in known:
-            raise SplitError(
-                f"node {label(node)!r} is {node.op_type!r} of domain {node.domain!r}, which no check here can run; "
-                "give the model a function body for it, or express it in standard operators"
-            )
-    # As `Sizes` counts them: one without a name goes by its input and axis.
-    dims = any_sizes(graph.graph)
-    if unknown := [n for n in cut.workload if n not in dims and n not in DEFAULT_WORKLOAD]:
-        raise SplitError(f"no input has a dimension {unknown[0]!r} to give a size to; there are {', '.join(dims)}")
-    rows = {tuple(s.shape[:1]): s.name for s in map(_spec, graph.graph.output)}
-    if len(rows) > 1:
-        names = " and ".join(rows.values())
-        raise SplitError(f"outputs {names} differ in their first size; scores of one model must all be per target")
-    for spec in map(_spec, graph.graph.output):
-        if not spec.dtype.startswith(("float", "bfloat")):
-            raise SplitError(
-                f"output {spec.name!r} is {spec.dtype}; scores must be floating point, cast it in the model"
-            )
+    request = _request_graph(graph, specs, cut, progress)
     progress("splitting by dataflow")
-    scopes = {s.name: s.scope for s in specs if s.scope is not None}
     halves = split(
-        graph,
-        scopes,
-        workload=cut.workload,
+        request.graph,
+        _scopes(request.specs),
+        workload=request.workload,
         flops_per_byte=cut.flops_per_byte,
-        never=lambda model, of: not_one_users(model, of, specs),
+        never=lambda model, of: not_one_users(model, of, request.specs),
+        measured=request.measured,
+        verbatim=request.pointwise is not None,
     )
-    obstacle = why_not_appendable(halves, specs)
-    report = halves.report.as_dict()
+    obstacle = why_not_appendable(halves, request.specs)
+    notes = [*halves.report.notes, *request.notes]
     if obstacle is not None:
-        report["notes"] = (*report["notes"], f"new events cannot be appended to a state: {obstacle}")
+        notes.append(f"new events cannot be appended to a state: {obstacle}")
     with writing(out) as (work, commit):
         progress("writing the bundle")
-        models = {"request": graph, "user_encoder": halves.user_encoder, "target_scorer": halves.target_scorer}
-        externalize(models.values(), work)
-        by_name = {s.name: s for s in specs}
-        graphs: dict[str, GraphSpec] = {}
-        for name, model in models.items():
-            file = f"{name}.onnx"
-            onnx.save(model, work / file)
-            _check_file(work / file)
-            inputs = tuple(by_name.get(i.name) or _spec(i) for i in model.graph.input)
-            graphs[name] = GraphSpec(file, inputs, tuple(_spec(o) for o in model.graph.output))
+        models = {"request": request.graph, "user_encoder": halves.user_encoder, "target_scorer": halves.target_scorer}
+        if request.pointwise is not None:
+            models[POINTWISE] = request.pointwise
+        known = marks(request.graph) if unpacked(request.specs) else {}
+        asked = _saved(models, request.asked, work)
+        takes = Accepted(request.specs, None, max_history)
+        if source["kind"] != "stca":  # whose config says it all
+            progress("asking the graph what it takes")
+            takes = ask(asked, request.specs, max_history)
+        if asked.stem not in models:
+            asked.unlink()
+        padded = padding_of(work / "request.onnx", known, takes.inputs, cut.pad)
+        graphs = {name: _graph_spec(name, model, padded.inputs) for name, model in models.items()}
         manifest = Manifest(
             model=source,
-            weights="",
+            weights=sha256_of(work / WEIGHTS),
             precision=_precision(graphs["request"]),
             attention=attention,
             graphs=graphs,
-            state=tuple(
-                StateSpec(t.name, t.dtype, t.shape, t.bytes_per_token, t.value if t.verbatim else None)
-                for t in halves.state
-            ),
+            state=tuple(map(_state_spec, halves.state)),
             appendable=obstacle is None,
-            max_history=max_history,
-            split=report,
+            max_history=takes.max_history,
+            min_history=takes.min_history,
+            padding=padded.padding,
+            split={**halves.report.as_dict(), **request.facts, "notes": [*notes, *padded.told]},
             parity={},
             producer={"stca": stca.__version__, "onnx": onnx.__version__},
         )
-        manifest = dataclasses.replace(manifest, weights=sha256_of(work / WEIGHTS))
         parity = prove(seal(work, manifest))
         return commit(dataclasses.replace(manifest, parity=parity))
 
 
+def _state_spec(t: StateTensor) -> StateSpec:
+    return StateSpec(t.name, t.dtype, t.shape, t.bytes_per_token, t.value if t.verbatim else None)
+
+
+def _saved(models: Mapping[str, onnx.ModelProto], asked: onnx.ModelProto, folder: Path) -> Path:
+    """Write the models and their weights; returns the file of `asked`, the request graph as it was before the rules."""
+    files = dict(models) if asked is models["request"] else {**models, "asked": asked}
+    externalize(files.values(), folder)
+    for name, model in files.items():
+        onnx.save(model, folder / f"{name}.onnx")
+        _check_file(folder / f"{name}.onnx")
+    return folder / ("request.onnx" if asked is models["request"] else "asked.onnx")
+
+
+def _graph_spec(name: str, model: onnx.ModelProto, known: Sequence[TensorSpec]) -> GraphSpec:
+    by_name = {s.name: s for s in known}
+    own = [_spec(i) for i in model.graph.input]  # the pointwise graph has other shapes than the request graph
+    inputs = tuple(dataclasses.replace(by_name.get(i.name, i), shape=i.shape) for i in own)
+    return GraphSpec(f"{name}.onnx", inputs, tuple(_spec(o) for o in model.graph.output))
+
+
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     kind = value.type.tensor_type
+    if kind.elem_type == onnx.TensorProto.UNDEFINED:
+        raise SplitError(f"{value.name!r} is no tensor of a known type; requests and scores are tensors")
     dims: Iterable[Any] = kind.shape.dim
     shape = tuple(
         d.dim_value if d.HasField("dim_value") else d.dim_param or f"{value.name}_{axis}" for axis, d in enumerate(dims)
     )
     return TensorSpec(value.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name, shape)
-
-
-def _id_limit(graph: onnx.GraphProto, name: str) -> int | None:
-    """Rows of the smallest table that the input indexes, as it is or cast and reshaped; None when it indexes none."""
-    rows = {t.name: t.dims[0] for t in graph.initializer if len(t.dims)}
-    names = {name}
-    for n in graph.node:
-        if n.op_type in ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity") and n.input[0] in names:
-            names.add(n.output[0])
-    limits = [
-        rows[n.input[0]]
-        for n in graph.node
-        if n.op_type == "Gather"
-        and n.input[1] in names
-        and n.input[0] in rows
-        and next((a.i for a in n.attribute if a.name == "axis"), 0) == 0
-    ]
-    return min(limits, default=None)
 
 
 def _precision(graph: GraphSpec) -> str:

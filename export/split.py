@@ -1,6 +1,6 @@
 """Cut a request graph by dataflow into a user encoder, whose outputs are the cacheable user state, and a target scorer.
 
-`stca.export.cut` decides where; this module builds the halves, proves what a cut must guarantee, and reports.
+`stca.export.analysis.cut` decides where; this module builds the halves, proves what a cut must guarantee, and reports.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import numpy as np
 import onnx
 import onnx.inliner
 
-from stca.bundle import TOKENS
+from stca.arrays import Array
 from stca.errors import SplitError
-from stca.export.cost import DEFAULT_WORKLOAD, Sizes, without_weights
-from stca.export.cut import DEFAULT_FLOPS_PER_BYTE, Cut, RequestDependency
-from stca.export.scope import Dataflow, Scope, infer_scopes, input_scopes, label, walk
+from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured, Sizes, without_weights
+from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE, Cut, RequestDependency
+from stca.export.analysis.onnx_reference import reference_of
+from stca.export.analysis.scope import Dataflow, Scope, infer_scopes, input_scopes, label, walk
+from stca.manifest import TOKENS
 from stca.plugins.spec import DOMAIN
-from stca.types import Array
 
 Runner = Callable[[onnx.ModelProto, Mapping[str, Array]], Sequence[Array]]
 
@@ -100,6 +101,8 @@ def split(
     flops_per_byte: float = DEFAULT_FLOPS_PER_BYTE,
     history_dim: str = TOKENS,
     never: Callable[[onnx.ModelProto, Mapping[str, Scope]], Collection[str]] = lambda *_: (),
+    measured: Measured | None = None,
+    verbatim: bool = False,
 ) -> Split:
     """Cut `model` into its two halves and prove the cut's postconditions.
 
@@ -114,6 +117,8 @@ def split(
         flops_per_byte: work worth recomputing per request to save one byte of state; raise it for a smaller state.
         history_dim: the symbolic dimension that counts history tokens.
         never: asked, of the model and of the scope of every value, which values may not be in the state.
+        measured: shapes of values as runs showed them, for the cost of those that inference does not know.
+        verbatim: whether user inputs as they came are state enough.
 
     Raises:
         SplitError: when the model is invalid, a scope or size is missing, nothing can be cached, no output depends on
@@ -125,18 +130,33 @@ def split(
         if size < 1:
             raise SplitError(f"workload: {name} is {size}; a nominal size must be at least 1")
     _check("the model", model, weights=True)
-    model = _inline(model)
+    model = inlined(model)
     marked = input_scopes(model.graph, scopes)
     inferred = infer_scopes(model, scopes)
-    cut = Cut(model, inferred, Sizes(model, workload))
-    cut.refuse_hopeless()
+    cut = Cut(model, inferred, Sizes(model, workload, measured))
+    cut.refuse_hopeless(verbatim)
     cut.never = never(model, inferred)
     recomputed = cut.recomputed(Fraction(flops_per_byte))
     crossing = cut.crossing(recomputed)
     state = tuple(_state_tensor(name, cut, history_dim) for name in crossing)
     encoder, scorer = _user_encoder(model, cut, state), _target_scorer(model, cut, state)
-    report = SplitReport(
-        workload=dict(workload),
+    report = _report(cut, scopes, flops_per_byte, state, recomputed, encoder, scorer)
+    result = Split(encoder, scorer, state, report)
+    check_postconditions(model, marked, result)
+    return result
+
+
+def _report(
+    cut: Cut,
+    scopes: Mapping[str, Scope | str],
+    flops_per_byte: float,
+    state: tuple[StateTensor, ...],
+    recomputed: set[int],
+    encoder: onnx.ModelProto,
+    scorer: onnx.ModelProto,
+) -> SplitReport:
+    return SplitReport(
+        workload=dict(cut.sizes.workload),
         flops_per_byte=flops_per_byte,
         state_bytes=sum(t.bytes for t in state),
         bytes_per_token=sum(t.bytes_per_token for t in state),
@@ -150,9 +170,6 @@ def split(
         request_dependencies=cut.request_dependencies(scopes),
         notes=_notes(cut, state),
     )
-    result = Split(encoder, scorer, state, report)
-    check_postconditions(model, marked, result)
-    return result
 
 
 def _state_tensor(value: str, cut: Cut, history_dim: str) -> StateTensor:
@@ -272,7 +289,8 @@ def _functions(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> list[
     return [f for key, f in known.items() if key in called]
 
 
-def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its functions inlined but the operator's, so that a cut can go through them."""
     foreign = [(f.domain, f.name) for f in model.functions if f.domain != DOMAIN]
     return onnx.inliner.inline_selected_functions(model, foreign) if foreign else model
 
@@ -331,9 +349,7 @@ def check_postconditions(model: onnx.ModelProto, scopes: Mapping[str, Scope], re
 
 def run_reference(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> Sequence[Array]:
     """Outputs of `model` in ONNX's reference implementation: slow, and the same operations in the same order."""
-    from onnx.reference import ReferenceEvaluator
-
-    return list(ReferenceEvaluator(model).run(None, dict(feeds)))
+    return list(reference_of(model).run(None, dict(feeds)))
 
 
 def run_joined(result: Split, feeds: Mapping[str, Array], run: Runner = run_reference) -> Sequence[Array]:

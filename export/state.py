@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx.reference import ReferenceEvaluator
 
 from stca import probe
-from stca.bundle import OFFSETS, TOKENS, TensorSpec, packable
-from stca.export.scope import Dataflow, Scope
+from stca.arrays import Array
+from stca.export.analysis.onnx_reference import reference_of
+from stca.export.analysis.scope import Dataflow, Scope
+from stca.export.analysis.tokenwise import Tokenwise
 from stca.export.split import Split
-from stca.export.tokenwise import Tokenwise
-from stca.types import Array
+from stca.manifest import OFFSETS, TOKENS, TensorSpec, packable
 
 Feeds = dict[str, Array]
 
@@ -47,7 +47,7 @@ def not_one_users(model: onnx.ModelProto, scopes: Mapping[str, Scope], inputs: S
     rng = np.random.default_rng(0)
     users = [probe.single(inputs, tokens, 1, rng) for tokens in _TOGETHER]
     user_side = _part(model, flow, values)
-    evaluator: Any = ReferenceEvaluator(user_side)
+    evaluator = reference_of(user_side)
     wanted = [i.name for i in user_side.graph.input]
 
     def compute(batch: list[Feeds]) -> dict[str, Any]:
@@ -107,7 +107,9 @@ def why_not_appendable(halves: Split, inputs: Sequence[TensorSpec]) -> str | Non
     """
     user = tuple(s for s in inputs if s.scope == "user")
     per_token = [t for t in halves.state if t.shape[:1] == (TOKENS,)]
-    if not per_token or not _offsets(user):
+    if not _offsets(user):
+        return "the model has no offsets input, so that a state is of one whole history"
+    if not per_token:
         return "no part of it has a row per history token"
     tokens = {s.name for s in user if s.shape[:1] == (TOKENS,)}
     graph = halves.user_encoder.graph
@@ -125,7 +127,7 @@ def _why_parts_differ(halves: Split, user: Sequence[TensorSpec], tokens: set[str
     whole = probe.single(user, _EVENTS, 0, np.random.default_rng(0))
     once = {s.name: np.full_like(whole[s.name], (s.limit or 2) - 1) for s in user if s.name in whole.keys() - tokens}
     whole |= once
-    evaluator: Any = ReferenceEvaluator(halves.user_encoder)
+    evaluator = reference_of(halves.user_encoder)
 
     def part(rows: slice) -> Feeds:
         return {n: x[rows] if n in tokens else x for n, x in whole.items()}

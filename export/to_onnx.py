@@ -7,6 +7,7 @@ initializer is a tensor of the checkpoint, by name and by bytes, which is what l
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import re
 import warnings
@@ -22,9 +23,11 @@ from onnx_ir.passes import Sequential
 from onnxscript import values
 from torch import Tensor, nn
 
-from stca.bundle import OFFSETS, SCOPES, TARGETS, TOKENS, USERS, TensorSpec
+from stca.arrays import Progress
 from stca.errors import ExportError
-from stca.plugins import onnx_function
+from stca.export.untraceable import by_older_exporter, plain_bags, why_untraceable
+from stca.manifest import OFFSETS, SCOPES, TARGETS, TOKENS, USERS, TensorSpec
+from stca.plugins import onnx_function, torch_op  # noqa: F401  # which registers the op in torch
 from stca.plugins.spec import DOMAIN, OP_NAME, OP_VERSION
 
 _OPSET = values.Opset(DOMAIN, OP_VERSION)
@@ -35,9 +38,10 @@ class RequestModel:
     """A module to export and what goes in and out of it.
 
     Attributes:
-        module: called with one dict of named tensors; returns a tensor, or a tuple of as many as `outputs`.
+        module: called with the inputs by name, as parameters or in one dict; returns a tensor, several in a tuple, or
+            a dict, named tuple or dataclass of them.
         inputs: its inputs; each has a scope. Every symbolic size must be free to vary, 0 included.
-        outputs: names of its outputs.
+        outputs: names of its outputs; those of a dict, named tuple or dataclass of another number are its own.
     """
 
     module: nn.Module
@@ -45,18 +49,44 @@ class RequestModel:
     outputs: tuple[str, ...] = ("scores",)
 
 
-def to_request_graph(model: RequestModel) -> onnx.ModelProto:
+def check_inputs(model: RequestModel) -> None:
+    """Hold a model's inputs against what an input must say of itself.
+
+    Raises:
+        ExportError: naming the first that is no `TensorSpec`, has no scope, or has another's name.
+    """
+    names: set[str] = set()
+    for spec in model.inputs:
+        if not isinstance(spec, TensorSpec):
+            raise ExportError(
+                f"RequestModel.inputs has {spec!r:.80}; expected TensorSpec(name, dtype, shape, scope), as in "
+                'TensorSpec("history", "int64", ("N_h",), "user")'
+            )
+        if spec.scope not in SCOPES:
+            raise ExportError(
+                f"input {spec.name!r} has the scope {spec.scope!r:.40}; expected user (known before any request), "
+                "request (one for all targets) or target (one for each)"
+            )
+        if spec.limit is not None and spec.dtype.startswith(("float", "bfloat")):
+            raise ExportError(
+                f"input {spec.name!r} is {spec.dtype} and has a limit, which is of ids; leave the limit out"
+            )
+        if spec.name in names:
+            raise ExportError(f"two inputs are called {spec.name!r}; name each once")
+        names.add(spec.name)
+
+
+def to_request_graph(model: RequestModel, progress: Progress = lambda _: None) -> onnx.ModelProto:
     """Export `model` to ONNX, function bodies of the operator included, symbolic sizes named as in its inputs.
+
+    Args:
+        model: whose module takes one dict of named tensors.
+        progress: told when torch's newer exporter cannot trace the model and the older one can.
 
     Raises:
         ExportError: when torch cannot trace the module or ONNX has no operator for a part of it.
     """
-    for spec in model.inputs:
-        if not isinstance(spec, TensorSpec) or spec.scope not in SCOPES:
-            raise ExportError(
-                f"RequestModel.inputs has {spec!r:.80}; expected TensorSpec(name, dtype, shape, scope) with a scope of "
-                f"{', '.join(SCOPES)}"
-            )
+    check_inputs(model)
     onnx_function.register_schema()
     feeds = example_inputs(model.inputs)
     dynamic = {
@@ -64,7 +94,7 @@ def to_request_graph(model: RequestModel) -> onnx.ModelProto:
         for s in model.inputs
     }
     try:
-        with _quietly(model.module), torch.no_grad():
+        with quietly(model.module), torch.no_grad(), plain_bags():
             traced = torch.export.export(model.module, (feeds,), dynamic_shapes=(dynamic,), strict=False)
             program = torch.onnx.export(
                 traced,
@@ -77,12 +107,18 @@ def to_request_graph(model: RequestModel) -> onnx.ModelProto:
                 verbose=False,
                 custom_translation_table={torch.ops.stca.target_history_attention.default: _translate},
             )
+        assert program is not None
+        made: onnx_ir.Model = program.model
     except Exception as e:  # torch raises many types here; the cause is what the user can act on
-        raise ExportError(f"the model cannot be exported: {_cause(e)}") from e
-    assert program is not None
-    if (outputs := len(program.model.graph.outputs)) != len(model.outputs):
+        with quietly(model.module):
+            scripted = by_older_exporter(model, feeds)
+        if scripted is None:
+            raise ExportError(f"the model cannot be traced: {why_untraceable(e)}") from e
+        progress("torch's newer exporter cannot trace the model: taking the older one")
+        made = onnx_ir.from_proto(scripted)
+    if (outputs := len(made.graph.outputs)) != len(model.outputs):
         raise ExportError(f"the model has {outputs} outputs, {len(model.outputs)} are named; name each of them")
-    graph = _tidy(program.model)
+    graph = _tidy(made)
     _name_sizes(graph, model.inputs)
     _name_attention(graph)
     onnx_function.attach(graph)
@@ -91,18 +127,20 @@ def to_request_graph(model: RequestModel) -> onnx.ModelProto:
 
 
 @contextlib.contextmanager
-def _quietly(module: nn.Module) -> Iterator[None]:
+def quietly(module: nn.Module) -> Iterator[None]:
     """Without the exporter's chatter, and with the module in eval mode; both are afterwards as they were."""
-    logger, training = logging.getLogger("torch.onnx"), module.training
-    level = logger.level
-    with warnings.catch_warnings():
+    loggers, training = [logging.getLogger(n) for n in ("torch.onnx", "torch.fx")], module.training
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # where torch prints whole graphs
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
         module.eval()
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
             module.train(training)
 
 
@@ -119,7 +157,10 @@ def example_inputs(inputs: Sequence[TensorSpec]) -> dict[str, Tensor]:
         elif dtype.is_floating_point:
             made[spec.name] = torch.linspace(-1, 1, max(1, _product(shape))).reshape(shape).to(dtype)
         else:
-            made[spec.name] = (torch.arange(_product(shape)) % (spec.limit or 2)).reshape(shape).to(dtype)
+            # From 1 on: a lone integer may be a length, and few models take one of 0.
+            low, end = max(spec.low or 0, 0), spec.limit or 2
+            values = low + torch.arange(1, 1 + _product(shape)) % max(end - low, 1)
+            made[spec.name] = values.reshape(shape).to(dtype)
     return made
 
 
@@ -137,13 +178,28 @@ def _translate(
 def _tidy(model: onnx_ir.Model) -> onnx.ModelProto:
     """Remove what the exporter repeats. Weights are not folded or renamed: they stay the checkpoint's."""
     passes = Sequential(
+        ir_passes.NameFixPass(),  # a value may have an input's name, `cat` say
         ir_passes.IdentityEliminationPass(),
         ir_passes.CommonSubexpressionEliminationPass(),
         ir_passes.RemoveUnusedNodesPass(),
         ir_passes.RemoveUnusedOpsetsPass(),
         ir_passes.ClearMetadataAndDocStringPass(),
     )
-    return onnx_ir.to_proto(passes(model).model)
+    tidied = onnx_ir.to_proto(passes(model).model)
+    _make_branch_outputs(tidied.graph)
+    return tidied
+
+
+def _make_branch_outputs(graph: onnx.GraphProto) -> None:
+    """Give each branch its own outputs, in place: one that hands an outer value on must make a copy, says ONNX."""
+    for node in graph.node:
+        for branch in (a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH):
+            _make_branch_outputs(branch)
+            made = {o for n in branch.node for o in n.output} | {t.name for t in branch.initializer}
+            for output in branch.output:
+                if output.name not in made and output.name not in {i.name for i in branch.input}:
+                    outer, output.name = output.name, f"{node.name or node.output[0]}_{output.name}"
+                    branch.node.append(onnx.helper.make_node("Identity", [outer], [output.name]))
 
 
 def _name_sizes(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:
@@ -192,10 +248,3 @@ def _product(shape: Sequence[int]) -> int:
     for size in shape:
         n *= size
     return n
-
-
-def _cause(e: BaseException) -> str:
-    """The innermost reason, on one line."""
-    while (inner := e.__cause__ or e.__context__) is not None:
-        e = inner
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:400]}"

@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from onnx import TensorProto, external_data_helper
 
-from stca.bundle import WEIGHTS
 from stca.errors import ExportError
+from stca.manifest import WEIGHTS
 
 _DTYPES = {
     TensorProto.FLOAT: torch.float32,
@@ -23,6 +23,8 @@ _DTYPES = {
     TensorProto.FLOAT16: torch.float16,
     TensorProto.BFLOAT16: torch.bfloat16,
 }
+# The key of a safetensors header that holds no tensor.
+_RESERVED = "__metadata__"
 
 
 def externalize(models: Iterable[onnx.ModelProto], directory: Path) -> None:
@@ -32,7 +34,7 @@ def externalize(models: Iterable[onnx.ModelProto], directory: Path) -> None:
     The file depends on names, dtypes, shapes and values alone, so equal weights have equal digests.
 
     Raises:
-        ExportError: when two graphs have different tensors of one name.
+        ExportError: when two graphs have different tensors of one name, or one has a name that cannot be saved.
     """
     tensors: dict[str, torch.Tensor] = {}
     uses: list[TensorProto] = []
@@ -40,6 +42,8 @@ def externalize(models: Iterable[onnx.ModelProto], directory: Path) -> None:
         for tensor in model.graph.initializer:
             if tensor.data_type not in _DTYPES or 0 in tensor.dims:  # runtimes refuse external data of no length
                 continue
+            if tensor.name == _RESERVED:
+                raise ExportError(f"weight {_RESERVED!r} has a name that safetensors keeps for itself; give it another")
             data = onnx.numpy_helper.to_array(tensor).reshape(-1).view("u1").copy()
             weight = torch.empty(list(tensor.dims), dtype=_DTYPES[tensor.data_type])
             _bytes(weight)[:] = torch.from_numpy(data)
@@ -74,5 +78,5 @@ def offsets(file: Path) -> dict[str, tuple[int, int]]:
     return {
         name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1])
         for name, entry in header.items()
-        if name != "__metadata__"
+        if name != _RESERVED
     }

@@ -4,8 +4,8 @@ A TensorRT engine embeds this PTX, and the C++ plugin ships it, so neither needs
 GPU is needed to build it. PTX for SM 90, 100 and 120 uses instructions of that architecture alone and runs nowhere
 else; PTX for SM 80 runs on every later GPU and is the fallback (`artifact_sm`).
 
-`python -m stca.plugins.aot --out DIR` builds the artifacts for every SM, assembles each one, and writes them with an
-index for the C++ plugin and a table of registers, spills and shared memory.
+`python -m stca.plugins.artifacts --out DIR` builds the artifacts for every SM, assembles each one, and writes them with
+an index for the C++ plugin and a table of registers, spills and shared memory.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, Final
 from stca.errors import BuildError
 from stca.plugins import tiling
 from stca.plugins.devices import ARTIFACT_SMS, device_for
+from stca.plugins.spec import STRUCTURE
 from stca.plugins.tiling import Shape, Sizes, Tile
 
 # Drivers since CUDA 12.8 load it, and no older version names every SM; Triton's default is newer than many drivers.
@@ -133,7 +134,7 @@ def compile_attend(shape: Shape, tile: Tile, sm: int, scale: float, split: bool)
     return _compile(
         "attend_kernel",
         pointers=pointers,
-        structure=("target_offsets", "history_offsets", "history_lengths"),
+        structure=STRUCTURE,
         scalars=("n_targets", "n_tokens", "n_requests"),
         constants=attend_constants(shape, tile, scale, split),
         sm=sm,
@@ -144,7 +145,7 @@ def compile_attend(shape: Shape, tile: Tile, sm: int, scale: float, split: bool)
 
 @functools.cache
 def compile_combine(value_depth: int, dtype: str, sm: int) -> Artifact:
-    """`combine_kernel`: parameters `partial_out, partial_stats, n_rows, n_splits, out`; grid `(N_t * H,)`.
+    """`combine_kernel`: parameters `partial_out, partial_stats, n_rows, n_parts, out`; grid `(N_t * H,)`.
 
     Raises:
         BuildError: as for `compile_attend`.
@@ -153,7 +154,7 @@ def compile_combine(value_depth: int, dtype: str, sm: int) -> Artifact:
         "combine_kernel",
         pointers={"partial_out": "fp32", "partial_stats": "fp32", "out": _TRITON_TYPES[dtype]},
         structure=(),
-        scalars=("n_rows", "n_splits"),
+        scalars=("n_rows", "n_parts"),
         constants=combine_constants(value_depth),
         sm=sm,
         warps=_combine_block(value_depth)[2],
@@ -161,14 +162,14 @@ def compile_combine(value_depth: int, dtype: str, sm: int) -> Artifact:
     )
 
 
-def attend_grid(n_targets: Any, n_requests: Any, shape: Shape, tile: Tile, splits: int) -> tuple[Any, int, int]:
+def attend_grid(n_targets: Any, n_requests: Any, shape: Shape, tile: Tile, parts: int) -> tuple[Any, int, int]:
     """Blocks of `attend_kernel`; the two counts may be integers or TensorRT's symbolic expressions."""
     value_tiles = -(-shape.value_depth // tile.block_dv)
-    return n_targets * shape.group // tile.block_m + n_requests, shape.key_heads * value_tiles, splits
+    return n_targets * shape.group // tile.block_m + n_requests, shape.key_heads * value_tiles, parts
 
 
 def best_tiles(
-    shape: Shape, scale: float, sizes: Sizes, splits: int, sm: int, shared_limit: int, count: int
+    shape: Shape, scale: float, sizes: Sizes, parts: int, sm: int, shared_limit: int, count: int
 ) -> list[Tile]:
     """Up to `count` tiles worth running, best first: a measured one if there is one, then by the cost model.
 
@@ -180,13 +181,13 @@ def best_tiles(
     device = device_for(sm)
     candidates = sorted(
         tiling.tiles(shape, sm, shared_limit),
-        key=lambda tile: tiling.seconds(shape, sizes, tile, splits, device),
+        key=lambda tile: tiling.seconds(shape, sizes, tile, parts, device),
     )
     if candidates and (plan := tiling.choose(shape, sizes, device, shared_limit)).measured and plan.tile in candidates:
         candidates.insert(0, plan.tile)
     found: list[Tile] = []
     for tile in dict.fromkeys(candidates):
-        if len(found) < count and compile_attend(shape, tile, sm, scale, splits > 1).shared <= shared_limit:
+        if len(found) < count and compile_attend(shape, tile, sm, scale, parts > 1).shared <= shared_limit:
             found.append(tile)
     if not found:
         raise BuildError(
@@ -317,9 +318,3 @@ def assemble(artifact: Artifact, cubin: Path | None = None) -> Resources:
         spill_loads=count(r"(\d+) bytes spill loads"),
         static_shared=count(r"(\d+) bytes smem"),
     )
-
-
-if __name__ == "__main__":
-    from stca.plugins.artifacts import main
-
-    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """All kernels for a list of shapes and SMs as files: PTX, an index for the C++ plugin, and what each kernel costs.
 
-The work of `python -m stca.plugins.aot --out DIR`. It writes:
+The work of `python -m stca.plugins.artifacts --out DIR`. It writes:
 
 * one `.ptx` file per kernel;
 * `artifacts.inc`, which the C++ plugin compiles in;
@@ -101,8 +101,8 @@ def _tiles(variants: Sequence[Shape], scale: float, sm: int, shared_limit: int) 
     """The best for each variant and typical size that keep to the limit in every variant."""
     best = []
     for shape, sizes in itertools.product(variants, _TYPICAL):
-        splits = tiling.choose(shape, sizes, device_for(sm), shared_limit).splits
-        best += aot.best_tiles(shape, scale, sizes, splits, sm, shared_limit, 1)
+        parts = tiling.choose(shape, sizes, device_for(sm), shared_limit).parts
+        best += aot.best_tiles(shape, scale, sizes, parts, sm, shared_limit, 1)
     fitting = [
         tile
         for tile in dict.fromkeys(best)
@@ -188,7 +188,9 @@ def _ptxas_version() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m stca.plugins.aot", description="Build the kernels ahead of time.")
+    parser = argparse.ArgumentParser(
+        prog="python -m stca.plugins.artifacts", description="Build the kernels ahead of time."
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     parser.add_argument("--shape", action="append", metavar="H,H_k,D,D_v[,SCALE]", help="instead of the default list")
     parser.add_argument("--tied", action="store_true", help="key and value of each --shape may be one tensor")
@@ -212,3 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     print(f"{len(kernels)} kernels in {options.out}")
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -149,8 +149,9 @@ def _attend_tokens(
     return acc, new_max, row_sum
 
 
-# A history's length differs from request to request: nothing about it may ask for another compilation.
-@triton.jit(do_not_specialize=["n_tokens"])
+# Sizes differ from request to request. Triton compiles anew for a size of 1 and for multiples of 16 unless told not to,
+# and a live server must not wait for a compiler.
+@triton.jit(do_not_specialize=["n_targets", "n_tokens", "n_requests"])
 def attend_kernel(
     query,  # (N_t, HEADS, D)
     key,  # (N_h, KEY_HEADS, D)
@@ -257,12 +258,12 @@ def attend_kernel(
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_parts"])
 def combine_kernel(
     partial_out,  # (S, N_t, HEADS, D_V) float32
     partial_stats,  # (S, N_t, HEADS, 2) float32
     n_rows,  # N_t * HEADS
-    n_splits,  # S
+    n_parts,  # S
     out,  # (N_t, HEADS, D_V)
     D_V: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -277,9 +278,9 @@ def combine_kernel(
     acc = tl.zeros([BLOCK_DV], tl.float32)
     top = tl.full([], _LOWEST, tl.float32)
     total = tl.full([], 0.0, tl.float32)
-    for first in range(0, n_splits, BLOCK_S):
+    for first in range(0, n_parts, BLOCK_S):
         part = first + tl.arange(0, BLOCK_S)
-        held = part < n_splits
+        held = part < n_parts
         part_row = part.to(tl.int64) * n_rows + row
         part_max = tl.load(partial_stats + part_row * 2, mask=held, other=_LOWEST)
         part_sum = tl.load(partial_stats + part_row * 2 + 1, mask=held, other=0.0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stca.plugins import tiling
-from stca.plugins.aot import attend_constants, attend_grid
+from stca.plugins.aot import ALIGNMENT, attend_constants, attend_grid
 from stca.plugins.devices import Device, device_for, scaled
 from stca.plugins.interpret import KERNELS, Interpreter
 from stca.plugins.spec import QUALIFIED_NAME
@@ -38,9 +38,8 @@ def shape_of(query: Tensor, key: Tensor, value: Tensor) -> Shape:
     Raises:
         ValueError: for a head size, head count or dtype without a kernel, naming those that have one.
     """
-    tied = key.data_ptr() == value.data_ptr() and key.shape == value.shape and key.stride() == value.stride()
     dtype = str(query.dtype).removeprefix("torch.")
-    return Shape(query.shape[1], key.shape[1], query.shape[2], value.shape[2], dtype, tied)
+    return Shape(query.shape[1], key.shape[1], query.shape[2], value.shape[2], dtype, _same(key, value))
 
 
 def sizes_of(query: Tensor, key: Tensor, target_offsets: Tensor) -> Sizes:
@@ -74,17 +73,17 @@ def launches(
     tiling.check_sizes(shape, sizes)
     if sizes.targets == 0:
         return []
-    split = plan.splits > 1
+    split = plan.parts > 1
     outputs: tuple[Tensor, ...] = (out,)
     if split:
-        rows = (plan.splits, sizes.targets, shape.heads)
+        rows = (plan.parts, sizes.targets, shape.heads)
         outputs = tuple(
             torch.empty((*rows, width), dtype=torch.float32, device=out.device) for width in (shape.value_depth, 2)
         )
     structure = (target_offsets, history_offsets, history_lengths)
     attend = Launch(
         "attend_kernel",
-        attend_grid(sizes.targets, sizes.requests, shape, plan.tile, plan.splits),
+        attend_grid(sizes.targets, sizes.requests, shape, plan.tile, plan.parts),
         (query, key, value, *structure, sizes.targets, sizes.tokens, sizes.requests, *outputs),
         attend_constants(shape, plan.tile, scale, split, upcast=upcast),
         plan.tile.warps,
@@ -97,7 +96,7 @@ def launches(
     combine = Launch(
         "combine_kernel",
         (rows_out, 1, 1),
-        (*outputs, rows_out, plan.splits, out),
+        (*outputs, rows_out, plan.parts, out),
         {"D_V": shape.value_depth, "BLOCK_S": block_s, "BLOCK_DV": block_dv},
         warps,
         1,
@@ -131,6 +130,16 @@ def device_of(tensor: Tensor) -> Device:
     return scaled(device_for(10 * properties.major + properties.minor), properties.multi_processor_count)
 
 
+def _same(key: Tensor, value: Tensor) -> bool:
+    return key.data_ptr() == value.data_ptr() and key.shape == value.shape and key.stride() == value.stride()
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The same values, contiguous and at an address that wide loads take: Triton compiles another kernel for others."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
 def target_history_attention(
     query: Tensor,
     key: Tensor,
@@ -151,11 +160,13 @@ def target_history_attention(
         raise ValueError(f"{QUALIFIED_NAME} on CUDA needs Triton: pip install triton") from error
     if history_lengths is None:
         history_lengths = history_offsets[1:] - history_offsets[:-1]
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    tied = _same(key, value)
+    query, key = _aligned(query), _aligned(key)
+    value = key if tied else _aligned(value)
     shape, device = shape_of(query, key, value), device_of(query)
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     plan = tiling.choose(shape, sizes_of(query, key, target_offsets), device)
-    structure = (target_offsets.contiguous(), history_offsets.contiguous(), history_lengths.contiguous())
+    structure = (_aligned(target_offsets), _aligned(history_offsets), _aligned(history_lengths))
     with torch.cuda.device(query.device):
         run_cuda(launches(query, key, value, *structure, scale, plan, out))
     return out

@@ -1,8 +1,9 @@
 """The operator as ONNX functions in standard operators, so that one file runs in any ONNX runtime.
 
 Two functions: `AttendSegment` is one request's attention, `TargetHistoryAttention` walks the requests of a batch.
-A batch of one, the usual case, skips the walk and its copies of key and value. Everything inside is float32, whatever
-the inputs are. An empty history takes the branch that returns zeros: a softmax over nothing would be NaN.
+A batch of one, the usual case, skips the walk, what only that needs, and its copies of key and value. Everything inside
+is float32, whatever the inputs are. An empty history takes the branch that returns zeros: a softmax over nothing would
+be NaN.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import onnx
 from onnx import defs, parser
 from onnx.defs import OpSchema
 
-from stca.plugins.spec import DOMAIN, OP_NAME, OP_VERSION
+from stca.plugins.spec import ARGUMENTS, DOMAIN, OP_NAME, OP_VERSION, RESULT, SCALE, VALUE_TYPES, Argument
 
 OPSET = 18
+# The first that has all operators of the bodies as they are used here.
+OLDEST_OPSET = 15
 
 # `query` comes in scaled and in float32; key and value are converted here, request by request.
 # Heads that share a key head are stacked as rows, so that the absorbed form (one key head) is one large product.
@@ -23,23 +26,18 @@ _ATTEND_SEGMENT = """
 <domain: "stca", opset_import: ["" : 18]>
 AttendSegment (query, key, value) => (out)
 {
-    rows_shape = Shape <start: int = 0, end: int = 1> (query)
     heads = Shape <start: int = 1, end: int = 2> (query)
     depth = Shape <start: int = 2, end: int = 3> (query)
     key_heads = Shape <start: int = 1, end: int = 2> (key)
     value_depth = Shape <start: int = 2, end: int = 3> (value)
-    group = Div (heads, key_heads)
-    stacked_rows = Mul (rows_shape, group)
-    split_shape = Concat <axis: int = 0> (rows_shape, key_heads, group, depth)
-    stacked_shape = Concat <axis: int = 0> (key_heads, stacked_rows, depth)
-    unstacked_shape = Concat <axis: int = 0> (key_heads, rows_shape, group, value_depth)
-    out_shape = Concat <axis: int = 0> (rows_shape, heads, value_depth)
+    rows = Constant <value: tensor = int64[1] {-1}> ()
+    stacked_shape = Concat <axis: int = 0> (key_heads, rows, depth)
+    by_head_shape = Concat <axis: int = 0> (heads, rows, value_depth)
 
     key32 = Cast <to: int = 1> (key)
     value32 = Cast <to: int = 1> (value)
-    query_split = Reshape <allowzero: int = 1> (query, split_shape)
-    query_by_head = Transpose <perm: ints = [1, 0, 2, 3]> (query_split)
-    query_stacked = Reshape <allowzero: int = 1> (query_by_head, stacked_shape)
+    query_by_head = Transpose <perm: ints = [1, 0, 2]> (query)
+    query_stacked = Reshape (query_by_head, stacked_shape)
     key_by_head = Transpose <perm: ints = [1, 2, 0]> (key32)
     value_by_head = Transpose <perm: ints = [1, 0, 2]> (value32)
 
@@ -47,9 +45,8 @@ AttendSegment (query, key, value) => (out)
     weights = Softmax <axis: int = -1> (logits)
     mixed = MatMul (weights, value_by_head)
 
-    mixed_unstacked = Reshape <allowzero: int = 1> (mixed, unstacked_shape)
-    mixed_by_target = Transpose <perm: ints = [1, 0, 2, 3]> (mixed_unstacked)
-    out = Reshape <allowzero: int = 1> (mixed_by_target, out_shape)
+    mixed_by_head = Reshape (mixed, by_head_shape)
+    out = Transpose <perm: ints = [1, 0, 2]> (mixed_by_head)
 }
 """
 
@@ -65,18 +62,8 @@ TargetHistoryAttention <scale>
     zero = Constant <value: tensor = int64 {0}> ()
     one = Constant <value: tensor = int64 {1}> ()
     axis0 = Constant <value: tensor = int64[1] {0}> ()
-    from1 = Constant <value: tensor = int64[1] {1}> ()
-    to_last = Constant <value: tensor = int64[1] {-1}> ()
-    to_end = Constant <value: tensor = int64[1] {9223372036854775807}> ()
 
-    targets64 = Cast <to: int = 7> (target_offsets)
-    tokens64 = Cast <to: int = 7> (history_offsets)
     lengths64 = Cast <to: int = 7> (history_lengths)
-    target_begin = Slice (targets64, axis0, to_last, axis0)
-    target_end = Slice (targets64, from1, to_end, axis0)
-    token_begin = Slice (tokens64, axis0, to_last, axis0)
-    token_end = Add (token_begin, lengths64)
-
     batch = Size (lengths64)
     tokens_used = ReduceSum <keepdims: int = 0> (lengths64)
     tokens_shape = Shape <start: int = 0, end: int = 1> (key)
@@ -87,16 +74,24 @@ TargetHistoryAttention <scale>
     one_whole = And (is_one, is_whole)
     direct = And (one_whole, has_tokens)
 
-    heads = Shape <start: int = 1, end: int = 2> (query)
-    value_depth = Shape <start: int = 2, end: int = 3> (value)
-    none_shape = Concat <axis: int = 0> (axis0, heads, value_depth)
-    none = ConstantOfShape <value: tensor = float[1] {0}> (none_shape)
-
     out32 = If (direct) <
         then_branch = one_request () => (direct_out) {
             direct_out = stca.AttendSegment (scaled, key, value)
         },
         else_branch = many_requests () => (walked) {
+            from1 = Constant <value: tensor = int64[1] {1}> ()
+            to_last = Constant <value: tensor = int64[1] {-1}> ()
+            to_end = Constant <value: tensor = int64[1] {9223372036854775807}> ()
+            targets64 = Cast <to: int = 7> (target_offsets)
+            tokens64 = Cast <to: int = 7> (history_offsets)
+            target_begin = Slice (targets64, axis0, to_last, axis0)
+            target_end = Slice (targets64, from1, to_end, axis0)
+            token_begin = Slice (tokens64, axis0, to_last, axis0)
+            token_end = Add (token_begin, lengths64)
+            heads = Shape <start: int = 1, end: int = 2> (query)
+            value_depth = Shape <start: int = 2, end: int = 3> (value)
+            none_shape = Concat <axis: int = 0> (axis0, heads, value_depth)
+            none = ConstantOfShape <value: tensor = float[1] {0}> (none_shape)
             walk = Constant <value: tensor = bool {1}> ()
             walked = Loop (batch, walk, none) <
                 body = each (int64 b, bool go_on, float[n, h, d] done) => (bool again, float[k, h, d] more) {
@@ -151,28 +146,20 @@ def _infer(context: onnx.shape_inference.InferenceContext) -> None:
 @functools.cache
 def schema() -> OpSchema:
     """The operator's ONNX schema: names, types and shapes of its inputs, and shape inference for its output."""
-    arguments = (
-        ("query", "T", "(N_t, H, D), packed targets"),
-        ("key", "T", "(N_h, H_k, D), packed history; H_k is 1 (absorbed) or H (projected)"),
-        ("value", "T", "(N_h, H_k, D_v)"),
-        ("target_offsets", "I", "(B + 1), where each request's targets begin; the last entry is N_t"),
-        ("history_offsets", "I", "(B + 1), where each request's history begins; the last entry is N_h"),
-        ("history_lengths", "I", "(B), tokens used from the start of each segment"),
-    )
     made = OpSchema(
         OP_NAME,
         DOMAIN,
         OP_VERSION,
         doc="Attention of each target over its own request's history; softmax and sums in float32, "
         "zeros where the history is empty.",
-        inputs=[OpSchema.FormalParameter(n, t, d) for n, t, d in arguments],
-        outputs=[OpSchema.FormalParameter("out", "T", "(N_t, H, D_v)")],
+        inputs=[_parameter(a) for a in ARGUMENTS],
+        outputs=[_parameter(RESULT)],
         type_constraints=[
-            ("T", [f"tensor({t})" for t in ("float", "float16", "bfloat16")], "floating-point values"),
+            ("T", [f"tensor({t})" for t in VALUE_TYPES], "floating-point values"),
             ("I", ["tensor(int32)"], "offsets and lengths"),
         ],
         attributes=[
-            OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT, "factor on the logits", required=True),
+            OpSchema.Attribute(SCALE, OpSchema.AttrType.FLOAT, "factor on the logits", required=True),
             OpSchema.Attribute(
                 "plugin_namespace", OpSchema.AttrType.STRING, "where TensorRT looks for the plugin", required=False
             ),
@@ -180,6 +167,11 @@ def schema() -> OpSchema:
     )
     made.set_type_and_shape_inference_function(_infer)
     return made
+
+
+def _parameter(argument: Argument) -> OpSchema.FormalParameter:
+    kind = "T" if argument.kind == "values" else "I"
+    return OpSchema.FormalParameter(argument.name, kind, f"({', '.join(argument.shape)}), {argument.text}")
 
 
 def register_schema() -> None:
@@ -197,10 +189,18 @@ def functions() -> tuple[onnx.FunctionProto, ...]:
 
 
 def attach(model: onnx.ModelProto) -> None:
-    """Give `model` the function bodies and the `stca` opset import, in place; what it already has is replaced."""
+    """Give `model` the function bodies and the `stca` opset import, in place; what it already has is replaced.
+
+    The bodies take the model's own opset where that has all they use: ONNX's checker wants one version of an operator.
+    """
     names = {(f.domain, f.name) for f in functions()}
     kept = [f for f in model.functions if (f.domain, f.name) not in names]
     del model.functions[:]
     model.functions.extend([*kept, *functions()])
     if DOMAIN not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, OP_VERSION))
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), OPSET)
+    for function in model.functions[len(kept) :]:
+        for entry in function.opset_import:
+            if not entry.domain and opset >= OLDEST_OPSET:
+                entry.version = opset

@@ -10,8 +10,8 @@ import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from stca.errors import BuildError
 from stca.plugins.aot import ALIGNMENT, Artifact, compile_attend, compile_combine
+from stca.plugins.driver import check, driver
 from stca.plugins.tiling import Plan, Shape
 
 if TYPE_CHECKING:
@@ -20,20 +20,6 @@ if TYPE_CHECKING:
 # A block gets more than this only after the function's limit is raised; nobody has tried whether TensorRT raises it.
 DEFAULT_SHARED_LIMIT: Final = 48 * 1024
 _TYPES: Final = {"u64": ctypes.c_void_p, "u32": ctypes.c_int}
-
-
-def device_sm(device: int = 0) -> int:
-    """Compute capability of a GPU of this machine, 90 for 9.0.
-
-    Raises:
-        BuildError: when `cuda-bindings`, the driver or the GPU is missing.
-    """
-    driver = _driver()
-    handle = _check(driver.cuDeviceGet(device))
-    attribute = driver.CUdevice_attribute
-    major = _check(driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle))
-    minor = _check(driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle))
-    return int(major) * 10 + int(minor)
 
 
 def arguments(
@@ -68,14 +54,14 @@ class LoadedKernel:
     def __init__(self, artifact: Artifact, device: int = 0) -> None:
         """Raises BuildError when there is no GPU, or the driver refuses the PTX as one for another architecture."""
         self.artifact = artifact
-        self._driver = _driver()
-        context = _check(self._driver.cuDevicePrimaryCtxRetain(_check(self._driver.cuDeviceGet(device))))
-        _check(self._driver.cuCtxSetCurrent(context))
-        self._module = _check(self._driver.cuModuleLoadData(artifact.ptx.encode() + b"\0"))
-        self._function = _check(self._driver.cuModuleGetFunction(self._module, artifact.kernel.encode()))
+        self._driver = driver()
+        context = check(self._driver.cuDevicePrimaryCtxRetain(check(self._driver.cuDeviceGet(device))))
+        check(self._driver.cuCtxSetCurrent(context))
+        self._module = check(self._driver.cuModuleLoadData(artifact.ptx.encode() + b"\0"))
+        self._function = check(self._driver.cuModuleGetFunction(self._module, artifact.kernel.encode()))
         if artifact.shared > DEFAULT_SHARED_LIMIT:
             limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _check(self._driver.cuFuncSetAttribute(self._function, limit, artifact.shared))
+            check(self._driver.cuFuncSetAttribute(self._function, limit, artifact.shared))
 
     def launch(
         self,
@@ -100,7 +86,7 @@ class LoadedKernel:
         """
         packed = arguments(self.artifact, inputs, values, outputs)
         block = (self.artifact.threads, 1, 1)
-        _check(self._driver.cuLaunchKernel(self._function, *grid, *block, self.artifact.shared, stream, packed, 0))
+        check(self._driver.cuLaunchKernel(self._function, *grid, *block, self.artifact.shared, stream, packed, 0))
 
 
 def load(shape: Shape, plan: Plan, sm: int, scale: float, device: int = 0) -> list[LoadedKernel]:
@@ -109,7 +95,7 @@ def load(shape: Shape, plan: Plan, sm: int, scale: float, device: int = 0) -> li
     Raises:
         BuildError: as `compile_attend` and `LoadedKernel` do.
     """
-    split = plan.splits > 1
+    split = plan.parts > 1
     artifacts = [compile_attend(shape, plan.tile, sm, scale, split)]
     if split:
         artifacts.append(compile_combine(shape.value_depth, shape.dtype, sm))
@@ -128,23 +114,3 @@ def run(steps: Sequence[Launch], kernels: Sequence[LoadedKernel], stream: int = 
         first, last = kinds.index(True), len(kinds) - kinds[::-1].index(True)
         numbers = [x if isinstance(x, int) else x.data_ptr() for x in step.arguments]
         kernel.launch(step.grid, numbers[:first], numbers[first:last], numbers[last:], stream)
-
-
-def _driver() -> Any:
-    try:
-        from cuda.bindings import driver
-    except ImportError as error:
-        raise BuildError("launching a kernel needs the driver's bindings: pip install cuda-bindings") from error
-    try:
-        _check(driver.cuInit(0))
-    except RuntimeError as error:  # the library itself is not there
-        raise BuildError(f"no NVIDIA driver on this machine ({error})") from error
-    return driver
-
-
-def _check(result: tuple[Any, ...]) -> Any:
-    """The value of a driver call. Raises BuildError with the error's name."""
-    error, *values = result
-    if int(error) != 0:
-        raise BuildError(f"the NVIDIA driver answered {error.name}")
-    return values[0] if values else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, Literal
 
 DOMAIN: Final = "stca"
 OP_NAME: Final = "TargetHistoryAttention"
@@ -14,6 +15,42 @@ QUALIFIED_NAME: Final = f"{DOMAIN}::{OP_NAME}"
 TENSORRT_TIED: Final = f"{OP_NAME}Tied"
 TENSORRT_PARTS: Final = f"{OP_NAME}Parts"
 TENSORRT_JOIN: Final = f"{OP_NAME}Join"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One tensor that the operator takes or gives.
+
+    Attributes:
+        name: the same in every implementation.
+        shape: sizes by name: `N_t` targets, `N_h` history tokens, `B` requests, `H` heads, `H_k` heads of key and value
+            (1 or `H`), `D` and `D_v` head sizes.
+        kind: `values`, one floating-point type for all such arguments, or `structure`, int32.
+        text: what it is, for schemas and documentation.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    kind: Literal["values", "structure"]
+    text: str
+
+
+# The tensors in the order in which every implementation takes them. A block table (pages instead of contiguous
+# segments), scales of quantized keys and values and a bias per history token would follow `history_lengths`.
+ARGUMENTS: Final = (
+    Argument("query", ("N_t", "H", "D"), "values", "packed targets"),
+    Argument("key", ("N_h", "H_k", "D"), "values", "packed history; H_k is 1 (absorbed) or H (projected)"),
+    Argument("value", ("N_h", "H_k", "D_v"), "values", "packed history, as the key"),
+    Argument("target_offsets", ("B + 1",), "structure", "where each request's targets begin; the last entry is N_t"),
+    Argument("history_offsets", ("B + 1",), "structure", "where each request's history begins; the last entry is N_h"),
+    Argument("history_lengths", ("B",), "structure", "tokens used from the start of each segment"),
+)
+RESULT: Final = Argument("out", ("N_t", "H", "D_v"), "values", "of the query's type; zeros where a history is empty")
+STRUCTURE: Final = tuple(a.name for a in ARGUMENTS if a.kind == "structure")
+# The attribute: a factor on the logits.
+SCALE: Final = "scale"
+# Types of `values`, as ONNX names them; float64 besides in torch on a CPU, for references and gradients.
+VALUE_TYPES: Final = ("float", "float16", "bfloat16")
 
 
 def check_shapes(
@@ -32,15 +69,9 @@ def check_shapes(
     Raises:
         ValueError: naming the argument, its shape and what is expected.
     """
-    for name, shape, rank in (
-        ("query", query, 3),
-        ("key", key, 3),
-        ("value", value, 3),
-        ("target_offsets", target_offsets, 1),
-        ("history_offsets", history_offsets, 1),
-    ):
-        if len(shape) != rank:
-            raise ValueError(f"{QUALIFIED_NAME}: {name} has rank {len(shape)}, expected {rank}")
+    for argument, shape in zip(ARGUMENTS, (query, key, value, target_offsets, history_offsets), strict=False):
+        if len(shape) != (rank := len(argument.shape)):
+            raise ValueError(f"{QUALIFIED_NAME}: {argument.name} has rank {len(shape)}, expected {rank}")
     if key[2] != query[2]:
         raise ValueError(f"{QUALIFIED_NAME}: key has head size {key[2]}, query has {query[2]}; they must be equal")
     if key[0] != value[0] or key[1] != value[1]:

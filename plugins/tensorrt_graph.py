@@ -71,7 +71,7 @@ def prepare(
             parts = 1
             if sizes is not None and device is not None:
                 tiling.check_sizes(shape, sizes)
-                parts = tiling.choose(shape, sizes, device, shared_limit).splits
+                parts = tiling.choose(shape, sizes, device, shared_limit).parts
         except ValueError as error:
             raise BuildError(str(error)) from error
         nodes += _plugins(node, shape, parts)

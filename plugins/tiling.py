@@ -42,7 +42,7 @@ PORTABLE_SHARED_LIMIT: Final = 48 * 1024
 MEMORY_LATENCY: Final = 0.7e-6
 LAUNCH: Final = 2.0e-6
 STEP: Final = 0.15e-6
-_SPLITS: Final = (*range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range(72, MAX_PARTS + 1, 8))
+_PARTS: Final = (*range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range(72, MAX_PARTS + 1, 8))
 MEASURED_TABLE: Final = Path(__file__).with_name("tiles.json")
 
 
@@ -125,7 +125,7 @@ class Plan:
     """A tile, the parts the history is cut into, and what the model (or a measurement) says that takes."""
 
     tile: Tile
-    splits: int
+    parts: int
     seconds: float
     measured: bool = False
 
@@ -233,17 +233,17 @@ def _chunk(shape: Shape, block_m: int, warps: int, sm: int) -> int:
     return depth if depth * block_m <= 4096 else 64
 
 
-def seconds(shape: Shape, sizes: Sizes, tile: Tile, splits: int, device: Device) -> float:
+def seconds(shape: Shape, sizes: Sizes, tile: Tile, parts: int, device: Device) -> float:
     """The model's time of the whole operator; the terms are explained at the top of this file."""
-    return _attend_seconds(shape, sizes, tile, splits, device) + _combine_seconds(shape, sizes, splits, device)
+    return _attend_seconds(shape, sizes, tile, parts, device) + _combine_seconds(shape, sizes, parts, device)
 
 
-def _attend_seconds(shape: Shape, sizes: Sizes, tile: Tile, splits: int, device: Device) -> float:
+def _attend_seconds(shape: Shape, sizes: Sizes, tile: Tile, parts: int, device: Device) -> float:
     rows = max(1, sizes.targets * shape.group // max(1, sizes.requests))
     length = max(1, sizes.tokens // max(1, sizes.requests))
     columns = shape.key_heads * -(-shape.value_depth // tile.block_dv)
-    count = sizes.requests * -(-rows // tile.block_m) * columns * splits
-    steps = -(-length // (tile.block_n * splits))
+    count = sizes.requests * -(-rows // tile.block_m) * columns * parts
+    steps = -(-length // (tile.block_n * parts))
     chunked_depth = -(-shape.depth // tile.block_d) * tile.block_d
     token = chunked_depth + (0 if is_tied(shape, tile) else tile.block_dv)
 
@@ -277,11 +277,11 @@ def combine_block(shape: Shape) -> tuple[int, int, int]:
     return parts, width, max(1, min(4, parts * width // 1024))
 
 
-def _combine_seconds(shape: Shape, sizes: Sizes, splits: int, device: Device) -> float:
+def _combine_seconds(shape: Shape, sizes: Sizes, parts: int, device: Device) -> float:
     """Writing the parts, and `combine_kernel`, which reads them back from the cache."""
-    if splits == 1:
+    if parts == 1:
         return 0.0
-    partial = 4 * splits * sizes.targets * shape.heads * (shape.value_depth + 2)
+    partial = 4 * parts * sizes.targets * shape.heads * (shape.value_depth + 2)
     return LAUNCH + 2 * MEMORY_LATENCY + 2 * partial / device.cache_bandwidth
 
 
@@ -323,9 +323,9 @@ def rank(shape: Shape, sizes: Sizes, device: Device, shared_limit: int) -> list[
     length = max(1, sizes.tokens // max(1, sizes.requests))
     plans = []
     for tile in tiles(shape, device.sm, shared_limit):
-        timed = ((seconds(shape, sizes, tile, s, device), s) for s in _SPLITS if s == 1 or s * tile.block_n <= length)
-        best, splits = min(timed)
-        plans.append(Plan(tile, splits, best))
+        timed = ((seconds(shape, sizes, tile, s, device), s) for s in _PARTS if s == 1 or s * tile.block_n <= length)
+        best, parts = min(timed)
+        plans.append(Plan(tile, parts, best))
     if not plans:
         raise ValueError(
             f"{QUALIFIED_NAME}: no tile of {shape} fits {shared_limit} bytes of shared memory on SM {device.sm}"
@@ -347,7 +347,7 @@ def rounded(sizes: Sizes) -> Sizes:
 def measured_plans(path: Path) -> dict[tuple[int, Shape, Sizes], Plan]:
     """The table written by `benchmarks/attention.py --tune`; empty where nobody has measured.
 
-    A JSON list of objects with `sm`, `shape`, `sizes`, `tile` (the fields of those classes), `splits` and `seconds`.
+    A JSON list of objects with `sm`, `shape`, `sizes`, `tile` (the fields of those classes), `parts` and `seconds`.
     """
     return read_plans(path)
 
@@ -359,7 +359,7 @@ def read_plans(path: Path) -> dict[tuple[int, Shape, Sizes], Plan]:
     rows: list[dict[str, Any]] = json.loads(path.read_text())
     return {
         (row["sm"], Shape(**row["shape"]), Sizes(**row["sizes"])): Plan(
-            Tile(**row["tile"]), row["splits"], row["seconds"], measured=True
+            Tile(**row["tile"]), row["parts"], row["seconds"], measured=True
         )
         for row in rows
     }
@@ -379,7 +379,7 @@ def record(path: Path, sm: int, shape: Shape, sizes: Sizes, plan: Plan) -> None:
     rows: list[dict[str, Any]] = []
     for (of_sm, of_shape, of_sizes), of in plans.items():
         key = {"sm": of_sm, "shape": asdict(of_shape), "sizes": asdict(of_sizes)}
-        rows.append({**key, "tile": asdict(of.tile), "splits": of.splits, "seconds": of.seconds})
+        rows.append({**key, "tile": asdict(of.tile), "parts": of.parts, "seconds": of.seconds})
     rows.sort(key=lambda row: [row["sm"], *row["shape"].values(), *row["sizes"].values()])
     new = path.with_name(f".{path.name}.new")
     new.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")

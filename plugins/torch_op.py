@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stca.plugins import tiling
-from stca.plugins.spec import QUALIFIED_NAME, check_offsets, check_shapes
+from stca.plugins.spec import QUALIFIED_NAME, STRUCTURE, check_offsets, check_shapes
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -127,9 +127,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, *structure: Tensor | None)
     check_shapes(*(None if x is None else x.shape for x in (query, key, value, *structure)))  # type: ignore[arg-type]
     if query.dtype not in _DTYPES:
         raise ValueError(f"{QUALIFIED_NAME}: query is {query.dtype}, expected {', '.join(map(str, _DTYPES))}")
-    expected = {"key": query.dtype, "value": query.dtype} | dict.fromkeys(
-        ("target_offsets", "history_offsets", "history_lengths"), torch.int32
-    )
+    expected = {"key": query.dtype, "value": query.dtype} | dict.fromkeys(STRUCTURE, torch.int32)
     for (name, dtype), x in zip(expected.items(), (key, value, *structure), strict=True):
         if x is not None and x.dtype != dtype:
             raise ValueError(f"{QUALIFIED_NAME}: {name} is {x.dtype}, expected {dtype}")

@@ -1,4 +1,4 @@
-// The kernels this library was built with: PTX written by `python -m stca.plugins.aot`, embedded byte for byte.
+// The kernels this library was built with: PTX written by `python -m stca.plugins.artifacts`, embedded byte for byte.
 #pragma once
 
 #include <cstdint>

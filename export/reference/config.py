@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import re
@@ -64,7 +65,8 @@ class StcaConfig:
         for name in ("history_fields", "user_fields", "request_fields", "target_fields"):
             fields = tuple(Field(str(n), int(s)) for n, s in getattr(self, name))
             object.__setattr__(self, name, fields)
-            if twice := [f.name for i, f in enumerate(fields) if f.name in (g.name for g in fields[:i])]:
+            counted = collections.Counter(f.name for f in fields)
+            if twice := [n for n, times in counted.items() if times > 1]:
                 raise CheckpointError(f"config: {name} has the field {twice[0]!r} twice; name each once")
         if isinstance(typing.cast(object, self.tasks), str) or len(set(self.tasks)) < len(self.tasks):
             raise CheckpointError(f"config: tasks is {self.tasks!r}; it must be a list of different names")

@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, TensorProto, numpy_helper
 
 from stca.errors import ExportError
-from stca.export.cost import Sizes
-from stca.export.scope import Dataflow, label, reads, subgraphs
+from stca.export.analysis import operators
+from stca.export.analysis.cost import Sizes, any_sizes
+from stca.export.analysis.scope import Dataflow, label, reads, subgraphs
 from stca.plugins.spec import DOMAIN
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -46,18 +47,6 @@ _NUMPY: Final[Mapping[int, Any]] = {
     TensorProto.BFLOAT16: ml_dtypes.bfloat16,
     TensorProto.FLOAT16: np.float16,
 }
-# Exponentials and squares: their range, not their rounding, is what float16 lacks.
-_WIDE = {"Softmax", "LogSoftmax", "Exp", "Log", "Pow", "ReduceL2", "ReduceLogSumExp", "ReduceSumSquare", "Resize"}
-# What computes in float32 with a float32 operand and a low one; the others only where all operands are float32.
-_ARITHMETIC = {
-    "Add", "Sub", "Mul", "Div", "Mod", "Max", "Min", "Where", "Equal", "Greater", "GreaterOrEqual", "Less",
-    "LessOrEqual",
-}  # fmt: skip
-_SPREAD = _ARITHMETIC | {
-    "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "CumSum", "Sqrt", "Reciprocal", "Abs", "Neg", "Clip", "Floor",
-    "Ceil", "Round", "Sin", "Cos", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose",
-    "Expand", "Slice", "Gather", "Concat",
-}  # fmt: skip
 _COUNTS = {
     TensorProto.INT16, TensorProto.INT32, TensorProto.INT64, TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64,
     TensorProto.DOUBLE,
@@ -69,12 +58,6 @@ _LOWEST: Final[Mapping[int, float]] = {
     TensorProto.BFLOAT16: -3.3895314e38,
     TensorProto.FLOAT16: -65504.0,
 }
-# What may lie between the last matrix product and an output.
-_HEAD = {
-    "Add", "Sub", "Mul", "Div", "Neg", "Sigmoid", "Tanh", "Softmax", "LogSoftmax", "Clip", "Identity", "Reshape",
-    "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Concat", "Split", "Slice",
-}  # fmt: skip
-_PRODUCT = {"MatMul", "Gemm"}
 
 
 def to_precision(
@@ -228,10 +211,15 @@ class _Conversion:
         narrowed, values = set[int](), set[str]()
         for i, node in enumerate(nodes):
             floats = [name for name in node.input if self.is_float(name) and name not in self.constants]
-            if i not in wide and node.op_type in _SPREAD and not node.domain and not values.isdisjoint(floats):
+            if (
+                i not in wide
+                and node.op_type in operators.SPREADS_FLOAT32
+                and not node.domain
+                and not values.isdisjoint(floats)
+            ):
                 if values.issuperset(floats):
                     wide.add(i)
-                elif node.op_type in _ARITHMETIC:
+                elif node.op_type in operators.ARITHMETIC:
                     wide.add(i)
                     narrowed.add(i)
             if i in wide and i not in narrowed:
@@ -252,7 +240,7 @@ class _Conversion:
             return bool(node.input[0] == node.input[1])
         if node.op_type == "Einsum":
             return self.low == TensorProto.BFLOAT16 and _terms(node) is None
-        return node.op_type in _WIDE
+        return node.op_type in operators.WIDE_RANGE
 
     def _head(self) -> set[int]:
         """Nodes from the last matrix product to an output."""
@@ -263,9 +251,9 @@ class _Conversion:
             i = self.flow.writer.get(pending.pop(), -1)
             if i < 0 or i in head or nodes[i].domain or not any(map(self.is_float, nodes[i].output)):
                 continue
-            if nodes[i].op_type in _HEAD | _PRODUCT:
+            if nodes[i].op_type in operators.HEAD | {"MatMul", "Gemm"}:
                 head.add(i)
-                pending.extend(nodes[i].input if nodes[i].op_type in _HEAD else ())
+                pending.extend(nodes[i].input if nodes[i].op_type in operators.HEAD else ())
         return head
 
 
@@ -349,9 +337,3 @@ def _narrow(tensor: TensorProto, low: int, name: str) -> None:
 
 def _has_contents(tensor: TensorProto) -> bool:
     return tensor.data_location != TensorProto.EXTERNAL and bool(tensor.raw_data or tensor.float_data)
-
-
-def any_sizes(graph: onnx.GraphProto) -> dict[str, int]:
-    """A size for every symbolic dimension of the inputs: only types are wanted of the inference."""
-    dims = ((v.name, a, d) for v in graph.input for a, d in enumerate(v.type.tensor_type.shape.dim))
-    return {d.dim_param or f"{name}.{axis}": 2 for name, axis, d in dims if not d.HasField("dim_value")}

@@ -16,15 +16,17 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from stca.bundle import umask
 from stca.errors import CheckpointError
-from stca.export.config import StcaConfig
-from stca.export.model import AttentionForm, Stca
+from stca.export.reference.config import StcaConfig
+from stca.export.reference.module import AttentionForm, Stca
+from stca.folders import umask
 
 CONFIG_KEY = "stca.config"
 
 # What converts to the model's float32 without more information; an 8-bit float would need its scale.
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# As many layers or fields are compared by name with what a checkpoint has, however few it has.
+_SOME = 256
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Checkpoint:
         Raises:
             CheckpointError: naming the first key or shape that does not fit the config, or tensor that is not finite.
         """
+        _compare_sizes(self.config, self.tensors)
         model = Stca(self.config, form)
         load_strictly(model, self.tensors)
         return model.eval()
@@ -49,6 +52,43 @@ class Checkpoint:
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy `tensors` into `model`, which must have exactly these names, shapes and floating dtypes."""
     wanted = model.state_dict()
+    _compare_shapes(wanted, tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"checkpoint tensor {name!r} is {tensor.dtype}; save it as torch.float32")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise CheckpointError(
+                f"checkpoint tensor {name!r} is {tensor.layout} on {tensor.device}; save dense values on the CPU"
+            )
+        if not bool(torch.isfinite(tensor.to(wanted[name].dtype)).all()):
+            raise CheckpointError(
+                f"checkpoint tensor {name!r} has NaN or infinite values as {wanted[name].dtype}; export an earlier step"
+            )
+    model.load_state_dict(dict(tensors))
+
+
+def _compare_sizes(config: StcaConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Hold the config against the tensors before a module of its sizes is made: a wrong one may ask for terabytes."""
+    counts = {
+        "layers": config.layers,
+        "mixer_layers": config.mixer_layers,
+        "the number of fields": len(config.fields()),
+    }
+    for name, count in counts.items():  # each has tensors of its own
+        if count > max(_SOME, len(tensors)):
+            raise CheckpointError(
+                f"config: {name} is {count}, but the checkpoint has {len(tensors)} tensors in all; is this the config "
+                "it was trained with?"
+            )
+    try:
+        with torch.device("meta"):
+            wanted = Stca(config).state_dict()
+    except (RuntimeError, TypeError, OverflowError, ValueError) as e:  # a size beyond 64 bits
+        raise CheckpointError("config: its sizes are beyond any memory; is this the config it was trained with?") from e
+    _compare_shapes(wanted, tensors)
+
+
+def _compare_shapes(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     for name in wanted:
         if name not in tensors:
             near = next((n for n in tensors if n.endswith(name) or name.endswith(n)), None)
@@ -63,21 +103,16 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(
                 f"checkpoint tensor {name!r} is {list(tensor.shape)}, the config needs {list(wanted[name].shape)}"
             )
-        if tensor.dtype not in _DTYPES:
-            raise CheckpointError(f"checkpoint tensor {name!r} is {tensor.dtype}; save it as torch.float32")
-        if tensor.layout != torch.strided or tensor.is_meta:
-            raise CheckpointError(
-                f"checkpoint tensor {name!r} is {tensor.layout} on {tensor.device}; save dense values on the CPU"
-            )
-        if not bool(torch.isfinite(tensor.to(wanted[name].dtype)).all()):
-            raise CheckpointError(
-                f"checkpoint tensor {name!r} has NaN or infinite values as {wanted[name].dtype}; export an earlier step"
-            )
-    model.load_state_dict(dict(tensors))
 
 
 def save_checkpoint(path: str | os.PathLike[str], model: Stca, metadata: Mapping[str, str] | None = None) -> None:
-    """Write `model` as safetensors with its config in the metadata; a reader never sees a half-written file."""
+    """Write a model as safetensors with its config in the metadata; a reader never sees a half-written file.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        model: whose weights are written in the dtypes they have.
+        metadata: more texts to keep in the file, by name.
+    """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}

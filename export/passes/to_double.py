@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence
+import warnings
+from collections.abc import Callable, Mapping, MutableSequence
+from typing import TypeAlias
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
-from stca.export.scope import subgraphs
+from stca.arrays import Array
+from stca.export.analysis.onnx_reference import reference_of
+from stca.export.analysis.scope import subgraphs
+
+Run: TypeAlias = Callable[[Mapping[str, Array]], list[Array]]
 
 # Attributes that name an element type, by operator.
 _TYPES = {("Cast", "to"), ("EyeLike", "dtype")}
@@ -35,10 +41,37 @@ def to_double(model: onnx.ModelProto) -> onnx.ModelProto:
     return wide
 
 
+def in_double(model: onnx.ModelProto) -> Run:
+    """What computes the outputs of `model` in float64, given inputs of its own types."""
+    evaluator = reference_of(to_double(model))
+
+    def run(feeds: Mapping[str, Array]) -> list[Array]:
+        wide = {n: x.astype(np.float64) if x.dtype.kind == "f" else x for n, x in feeds.items()}
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")  # a mean over an empty history: both graphs have it
+            return list(evaluator.run(None, wide))
+
+    return run
+
+
+def distance(found: Array, wanted: Array) -> float:
+    """Largest difference of two results, relative to their largest number; infinite where shapes differ."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    a, b = found.astype(np.float64), wanted.astype(np.float64)
+    finite = np.isfinite(b)
+    if not np.array_equal(np.isfinite(a), finite):
+        return float("inf")
+    scale = max(float(np.abs(x[finite]).max(initial=1e-30)) for x in (a, b))
+    return float(np.abs(a[finite] - b[finite]).max(initial=0.0)) / scale
+
+
 def _widen_nodes(nodes: MutableSequence[onnx.NodeProto]) -> None:
     for i, node in reversed(list(enumerate(nodes))):
         for body in subgraphs(node):
             _widen_nodes(body.node)
+        if node.op_type == "ConstantOfShape" and not node.attribute:  # of float32, says ONNX
+            node.attribute.append(helper.make_attribute("value", numpy_helper.from_array(np.zeros(1))))
         for attribute in node.attribute:
             if attribute.type == AttributeProto.TENSOR:
                 _widen(attribute.t)
@@ -48,7 +81,7 @@ def _widen_nodes(nodes: MutableSequence[onnx.NodeProto]) -> None:
                 # The number may be the function's own attribute (`@scale`), so it is widened behind the node.
                 narrow, wide = f"{node.output[0]}_narrow", node.output[0]
                 node.output[0] = narrow
-                nodes.insert(i + 1, onnx.helper.make_node("Cast", [narrow], [wide], to=TensorProto.DOUBLE))
+                nodes.insert(i + 1, helper.make_node("Cast", [narrow], [wide], to=TensorProto.DOUBLE))
 
 
 def _widen(tensor: TensorProto) -> None:

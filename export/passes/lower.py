@@ -5,7 +5,7 @@ per run the walk is gone, and what is left is one attention. Two bodies can take
 
 * `fused`: an `Attention` node of opset 23, which TensorRT keeps as one fused kernel or refuses to build. Tried with
   TensorRT-RTX 1.7.1: it has such kernels for float16 and bfloat16, and for head sizes from 16 to 256 in steps of 8, so
-  neither for float32 nor for an absorbed state wider than 256.
+  neither for float32 nor for an absorbed state wider than 256. Other sizes are widened to those by zeros.
 * `decomposed`: MatMul, Softmax in float32, MatMul. The logits `(H, N_t, N_h)` then exist in memory.
 
 `B` becomes 1 and `B_plus_1` becomes 2 in the graph's inputs, so an engine cannot be given a batch by mistake. An empty
@@ -22,16 +22,19 @@ from onnx import helper, inliner, numpy_helper, parser, version_converter
 from onnx.reference import ReferenceEvaluator
 
 from stca.errors import ExportError
-from stca.export.cost import Sizes
-from stca.export.precision import any_sizes
-from stca.export.scope import Dataflow, label, reads, subgraphs, walk
+from stca.export.analysis.cost import Sizes, any_sizes
+from stca.export.analysis.integers import INTEGERS, fold_integers, known_integers
+from stca.export.analysis.scope import Dataflow, label, walk
+from stca.export.passes.nodes import NewNodes, names_in
 from stca.plugins import onnx_function
 from stca.plugins.spec import DOMAIN, OP_NAME
 
 Form = Literal["fused", "decomposed"]
 ATTENTION_OPSET: Final = 23
 _SINGLE: Final = {"B": 1, "B_plus_1": 2}
-_INTEGERS: Final = (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
+# Head sizes of TensorRT's fused attention, as tried.
+_LEAST_HEAD: Final = 16
+_HEAD_STEP: Final = 8
 
 # Positions that a target may look at, (N_t, N_h) bool, where the segment is not used to its end. ONNX Runtime's
 # Attention does not broadcast a mask over the targets.
@@ -124,6 +127,8 @@ def for_one_request(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
     if inside:
         raise ExportError(f"node {label(inside[0])!r} is inside a control-flow body; move it to the graph's top level")
     all_tokens = all(uses_all_tokens(model, node) for node in operators)
+    if form == "fused":
+        model = _with_kernels(model)
     copy = inliner.inline_selected_functions(
         model, [(f.domain, f.name) for f in onnx_function.functions()], exclude=True
     )
@@ -143,6 +148,35 @@ def for_one_request(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
     return copy
 
 
+def _with_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with operators of head sizes that fused kernels have: the others are widened by zeros.
+
+    A key with a column for a bias is one wider than its value, and kernels want both of one size.
+    """
+    sizes, copy = Sizes(model, any_sizes(model.graph)), onnx.ModelProto()
+    copy.CopyFrom(model)
+    new, nodes = NewNodes(names_in(model.graph)), list(copy.graph.node)
+    del copy.graph.node[:]
+    for node in nodes:
+        depths = [(sizes.dims(name) or (None,))[-1] for name in node.input[:3]] if is_operator(node) else [None]
+        known = [d for d in depths if isinstance(d, int)]
+        wide = max(_LEAST_HEAD, -(-max(known, default=0) // _HEAD_STEP) * _HEAD_STEP)
+        if len(known) == 3 and set(known) != {wide}:
+            for i, depth in enumerate(known):
+                if depth < wide:
+                    pads = new.integers([0, 0, 0, 0, 0, wide - depth])
+                    node.input[i] = new.node("Pad", [node.input[i], pads], f"{node.input[i]}_wide")
+            out, node.output[0] = node.output[0], new.name(f"{node.output[0]}_wide")
+            ends = [new.integers([n]) for n in (0, known[2], 2)]
+            new.nodes.append(node)
+            new.node("Slice", [node.output[0], *ends], out, exact=True)
+        else:
+            new.nodes.append(node)
+    copy.graph.node.extend(new.nodes)
+    copy.graph.initializer.extend(new.weights)
+    return copy
+
+
 def fix_to_one_request(model: onnx.ModelProto) -> None:
     """Give `B` and `B_plus_1` their sizes for one request, in place, and drop what then need not be computed."""
     for value in (*model.graph.input, *model.graph.output):
@@ -158,10 +192,13 @@ def uses_all_tokens(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
     """Whether `history_lengths` of an operator are the segments' own, shown by computing them for three batches.
 
     False also where they depend on anything but `history_offsets`: then some tokens of a segment may be left out.
+    Where offsets and lengths follow from the key's rows alone, there is one segment, of all of them.
     """
-    offsets, lengths = node.input[4], node.input[5]
+    key, offsets, lengths = node.input[1], node.input[4], node.input[5]
+    if _one_segment(model, key, offsets, lengths):
+        return True
     nodes, leaves = Dataflow(model.graph).needed([lengths], given=[offsets])
-    constants = _known_integers(model.graph)
+    constants = known_integers(model.graph)
     if not leaves <= {offsets, *constants}:
         return False
     int32 = onnx.TensorProto.INT32
@@ -178,6 +215,23 @@ def uses_all_tokens(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
         if not np.array_equal(computed[0], np.diff(batch)):
             return False
     return True
+
+
+def _one_segment(model: onnx.ModelProto, key: str, offsets: str, lengths: str) -> bool:
+    nodes, leaves = Dataflow(model.graph).needed([offsets, lengths], given=[key])
+    constants = known_integers(model.graph)
+    if key not in leaves or not leaves <= {key, *constants}:
+        return False
+    graph = helper.make_graph(
+        [model.graph.node[i] for i in sorted(nodes)],
+        "segment",
+        [helper.make_tensor_value_info(key, onnx.TensorProto.FLOAT, [None, None, None])],
+        [helper.make_tensor_value_info(name, onnx.TensorProto.INT32, [None]) for name in (offsets, lengths)],
+        [constants[name] for name in sorted(leaves - {key})],
+    )
+    evaluator = ReferenceEvaluator(helper.make_model(graph, opset_imports=model.opset_import))
+    computed: Any = [evaluator.run(None, {key: np.zeros((n, 1, 1), np.float32)}) for n in (0, 7)]
+    return all(o.tolist() == [0, n] and used.tolist() == [n] for n, (o, used) in zip((0, 7), computed, strict=True))
 
 
 def _take_the_only_row(model: onnx.ModelProto) -> None:
@@ -215,8 +269,8 @@ def _as_many_rows(model: onnx.ModelProto, index: str) -> str | None:
     """An input with as many rows as `index`, shown by computing it for two numbers of rows; None when there is none."""
     nodes, leaves = Dataflow(model.graph).needed([index])
     inputs = [v for v in model.graph.input if v.name in leaves]
-    constants = [t for name, t in _known_integers(model.graph).items() if name in leaves]
-    if len(inputs) + len(constants) < len(leaves) or any(v.type.tensor_type.elem_type not in _INTEGERS for v in inputs):
+    constants = [t for name, t in known_integers(model.graph).items() if name in leaves]
+    if len(inputs) + len(constants) < len(leaves) or any(v.type.tensor_type.elem_type not in INTEGERS for v in inputs):
         return None
     symbols = {d.dim_param for v in inputs for d in v.type.tensor_type.shape.dim if not d.HasField("dim_value")}
     long: list[str] = [v.name for v in inputs if {d.dim_param for d in v.type.tensor_type.shape.dim[:1]} == symbols]
@@ -236,44 +290,6 @@ def _as_many_rows(model: onnx.ModelProto, index: str) -> str | None:
         if computed[0].shape != (rows,):
             return None
     return long[0]
-
-
-def fold_integers(model: onnx.ModelProto) -> None:
-    """Compute, in place, what follows from integer constants alone: axes, shapes, indices.
-
-    TensorRT's parser wants axes as constants and does not fold a Reshape of one. Weights are floats and stay.
-    """
-    graph = model.graph
-    known = _known_integers(graph)
-    folded: list[onnx.NodeProto] = []
-    for node in graph.node:
-        if node.domain or any(subgraphs(node)) or not all(name in known for name in node.input):
-            continue
-        if node.op_type == "Constant" or node.input:
-            single = helper.make_graph([node], "one", [], [onnx.ValueInfoProto(name=n) for n in node.output])
-            single.initializer.extend(known[name] for name in dict.fromkeys(node.input))
-            values = ReferenceEvaluator(helper.make_model(single, opset_imports=model.opset_import)).run(None, {})
-            tensors = [numpy_helper.from_array(np.asarray(v), n) for v, n in zip(values, node.output, strict=True)]
-            if all(t.data_type in _INTEGERS for t in tensors):
-                known.update((t.name, t) for t in tensors)
-                folded.append(node)
-    names = {name for node in folded for name in node.output}
-    kept = [node for node in graph.node if not names.intersection(node.output)]
-    used = {name for node in kept for name in reads(node)} | {o.name for o in graph.output}
-    graph.initializer.extend(known[name] for name in sorted(names & used))
-    del graph.node[:]
-    graph.node.extend(kept)
-
-
-def _known_integers(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """Integer initializers by name; those whose contents are left out of the model are not known."""
-    return {
-        t.name: t
-        for t in graph.initializer
-        if t.data_type in _INTEGERS
-        and t.data_location != onnx.TensorProto.EXTERNAL
-        and (t.raw_data or t.int32_data or t.int64_data or 0 in t.dims)
-    }
 
 
 def drop_unused(graph: onnx.GraphProto) -> None:

@@ -28,15 +28,14 @@ import networkx
 import onnx
 
 from stca.errors import SplitError
-from stca.export.cost import Sizes
-from stca.export.scope import Dataflow, Scope, explain, label, walk
+from stca.export.analysis import operators
+from stca.export.analysis.cost import Sizes
+from stca.export.analysis.scope import Dataflow, Scope, explain, label, walk
 
 DEFAULT_FLOPS_PER_BYTE: Final = 16.0
 
 # A request dependency is reported when it keeps at least this part of the user and request work out of the cache.
 HEAVY: Final = 0.01
-
-_RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 
 
 @dataclass(frozen=True)
@@ -95,27 +94,43 @@ class Cut:
     def writes(self, node: int) -> list[str]:
         return [name for name in self.nodes[node].output if name]
 
-    def refuse_hopeless(self) -> None:
-        """Raise SplitError when there is nothing to cut, or a cached node would draw random numbers."""
+    def refuse_hopeless(self, verbatim: bool = False) -> None:
+        """Raise SplitError when there is nothing to cut, or a cached node would draw random numbers.
+
+        Args:
+            verbatim: whether user inputs as they came are state enough, as where a lifted graph shares them.
+        """
         if Scope.USER not in self.scopes.values():
-            raise SplitError("no input has scope user, so nothing can be cached; list some in --user-inputs")
+            raise SplitError(
+                "no input has scope user, so nothing can be cached; give it to the inputs known before a request "
+                "(--user-inputs, or the scope of a TensorSpec)"
+            )
         if not any(self.scopes[name] == Scope.TARGET for name in self.outputs):
             raise SplitError(
-                "no output depends on a target input, so there is nothing to score; list the inputs that differ "
-                "between the items of one request in --target-inputs"
+                "no output depends on a target input, so there is nothing to score; give the inputs that differ "
+                "between the items of one request the scope target (--target-inputs, or in their TensorSpec)"
             )
-        if not self.of_scope(Scope.USER):
+        if not verbatim and not self.of_scope(Scope.USER):
             raise SplitError(
-                "no node depends on user inputs alone, so there is no work to cache; check which inputs are in "
-                "--request-inputs and --target-inputs"
+                f"no node depends on user inputs alone, so there is no work to cache{self._first_met()}; check which "
+                "inputs are in --request-inputs and --target-inputs"
             )
         for i in (*self.of_scope(Scope.USER), *self.of_scope(Scope.CONSTANT)):
             for node in walk([self.nodes[i]]):
-                if node.op_type in _RANDOM:
+                if node.op_type in operators.RANDOM:
                     raise SplitError(
                         f"node {label(node)!r} ({node.op_type}) draws random numbers, so its value cannot be cached; "
                         "export the model in evaluation mode"
                     )
+
+    def _first_met(self) -> str:
+        """Where a user's input first meets a target's or a request's."""
+        for node, read in zip(self.nodes, self.flow.reads, strict=True):
+            mine = [n for n in read if self.scopes[n] == Scope.USER]
+            others = [n for n in read if self.scopes[n] > Scope.USER]
+            if mine and others:
+                return f": {label(node)!r} ({node.op_type}) reads {mine[0]!r} together with {others[0]!r}"
+        return ""
 
     def recomputed(self, flops_per_byte: Fraction) -> set[int]:
         """The minimum cut. Capacities are exact integers that order cuts by cost first, by recomputed work second.

@@ -9,33 +9,15 @@ below; what is not known does not count.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Final
 
 import onnx
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
-from stca.bundle import TOKENS
-from stca.export.cost import Sizes, without_weights
-from stca.export.lower import fold_integers
-from stca.export.precision import any_sizes
-from stca.export.scope import label, reads, subgraphs
-
-# An element of the result comes from the elements in its place, after broadcasting.
-_ELEMENTWISE: Final = frozenset((
-    "Abs", "Acos", "Acosh", "Add", "And", "Asin", "Asinh", "Atan", "Atanh", "BitShift", "BitwiseAnd", "BitwiseNot",
-    "BitwiseOr", "BitwiseXor", "Cast", "Ceil", "Celu", "Clip", "Cos", "Cosh", "Div", "Elu", "Equal", "Erf", "Exp",
-    "Floor", "Gelu", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN",
-    "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Mean", "Min", "Mish", "Mod", "Mul", "Neg", "Not", "Or", "PRelu",
-    "Pow", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign",
-    "Sqrt", "Sub", "Sum", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Where", "Xor",
-))  # fmt: skip
-# Along one axis, or from it on to the last; of each row of the first axis, in evaluation mode; and over some axes,
-# which are an attribute or the second input.
-_ALONG: Final = frozenset((
-    "Hardmax", "LayerNormalization", "LogSoftmax", "LpNormalization", "OneHot", "RMSNormalization", "Softmax", "Split",
-))  # fmt: skip
-_PER_SAMPLE: Final = frozenset(("BatchNormalization", "GroupNormalization", "InstanceNormalization"))
-_OVER: Final = frozenset(("ArgMax", "ArgMin", "Squeeze", "Unsqueeze"))  # and every Reduce…
+from stca.export.analysis import operators
+from stca.export.analysis.cost import Sizes, any_sizes, without_weights
+from stca.export.analysis.integers import fold_integers
+from stca.export.analysis.scope import attribute, label, reads, subgraphs
+from stca.manifest import TOKENS
 
 
 class Tokenwise:
@@ -71,7 +53,7 @@ class Tokenwise:
             self.why_not.update(dict.fromkeys(node.output, self.why_not.get(unknown, f"value {unknown!r}")))
         elif self.fixed.issuperset(names):
             self.fixed.update(node.output)
-        elif node.op_type in ("Shape", "Size") or (self.rows.isdisjoint(names) and not self._is_repeated(node)):
+        elif node.op_type in operators.SIZES or (self.rows.isdisjoint(names) and not self._is_repeated(node)):
             self.sizes.update(node.output)
         elif not node.domain and not any(subgraphs(node)) and self._keeps_tokens_apart(node):
             self.rows.update(node.output)
@@ -90,7 +72,7 @@ class Tokenwise:
             return True
         if op not in ("Reshape", "Expand") and not self.sizes.isdisjoint(given):
             return False  # a position, perhaps
-        if op in _ELEMENTWISE:
+        if op in operators.ELEMENTWISE:
             width = self._rank(node.output[0])
             return width > 0 and all(
                 self._rank(n) == width if n in self.rows else self._is_shared(n, width) for n in given
@@ -99,33 +81,33 @@ class Tokenwise:
             return here == [True, False] and rank >= 2 and 0 <= self._rank(others[0]) <= 2
         if op == "Gemm":
             shared = all(self._is_shared(name, 2) for name in others[1:])
-            return here[0] and not any(here[1:]) and shared and not _attribute(node, "transA", 0)
+            return here[0] and not any(here[1:]) and shared and not attribute(node, "transA", 0)
         if op == "Einsum":
-            return self._einsum(_attribute(node, "equation", b"").decode(), here)
-        axis = _attribute(node, "axis", 0)
+            return self._einsum(attribute(node, "equation", b"").decode(), here)
+        axis = attribute(node, "axis", 0)
         if op == "Gather":  # a row of a table for each token, or columns of each token's row
             return axis == 0 if here == [False, True] else here == [True, False] and axis % max(rank, 1) > 0
         if op == "GatherND":
-            return here == [False, True] and not _attribute(node, "batch_dims", 0)
+            return here == [False, True] and not attribute(node, "batch_dims", 0)
         if op == "Concat":
             return all(here) and axis % max(self._rank(first), 1) > 0
         if not here[0] or any(here[1:]) or rank < 1:
             return False
-        if op in _PER_SAMPLE:
-            return rank >= 2 and not _attribute(node, "training_mode", 0)
-        if op in _ALONG:
-            axis = _attribute(node, "axis", 0 if op == "Split" else -1)
+        if op in operators.PER_SAMPLE:
+            return rank >= 2 and not attribute(node, "training_mode", 0)
+        if op in operators.ALONG_AXIS or op in ("OneHot", "Split"):
+            axis = attribute(node, "axis", 0 if op == "Split" else -1)
             return bool(axis % (rank + (op == "OneHot")) > 0)
-        if op in _OVER or op.startswith("Reduce"):
+        if op in operators.REDUCTIONS or op in ("ArgMax", "ArgMin", "Squeeze", "Unsqueeze"):
             axes = self._axes(node, others[:1], rank + (op == "Unsqueeze"))
             return bool(axes) and 0 not in axes
         if op == "Slice":
             axes = self._axes(node, list(node.input[3:4]), rank)
             return bool(axes) and 0 not in axes
         if op == "Transpose":
-            return bool(_attribute(node, "perm", [-1])[0] == 0)
+            return bool(attribute(node, "perm", [-1])[0] == 0)
         if op == "Flatten":
-            return bool(_attribute(node, "axis", 1) == 1)
+            return bool(attribute(node, "axis", 1) == 1)
         if op == "Reshape":  # as many elements in a row as before, so as many rows
             return 0 < self._row_elements(first) == self._row_elements(node.output[0])
         if op == "Expand":
@@ -163,9 +145,9 @@ class Tokenwise:
 
     def _axes(self, node: onnx.NodeProto, given: list[str], rank: int) -> list[int]:
         """The axes a node works on; [0] where they are not known."""
-        values = self._known.get(given[0]) if given else _attribute(node, "axes", None)
+        values = self._known.get(given[0]) if given else attribute(node, "axes", None)
         if values is None and node.op_type.startswith("Arg"):
-            values = [_attribute(node, "axis", 0)]
+            values = [attribute(node, "axis", 0)]
         if values is None:
             return [0]
         # An Unsqueeze of several axes counts them all in the rank that negative ones are taken from.
@@ -180,7 +162,3 @@ class Tokenwise:
             return False
         token = out[0]
         return all(t.count(token) == (t[:1] == token) == of for t, of in zip(terms, here, strict=True))
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)

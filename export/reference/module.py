@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import stca.plugins.torch_op  # noqa: F401  registers torch.ops.stca.target_history_attention
-from stca.bundle import OFFSETS, TARGETS, TOKENS, USERS, Scope, TensorSpec
 from stca.errors import CheckpointError
-from stca.export.config import StcaConfig
+from stca.export.reference.config import StcaConfig
+from stca.manifest import OFFSETS, TARGETS, TOKENS, USERS, Scope, TensorSpec
 
 AttentionForm = Literal["projected", "absorbed"]
 

@@ -10,34 +10,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Final, TypeAlias
 
 import numpy as np
 import onnx
 
-from stca.bundle import OFFSETS, TARGETS, TOKENS, USERS
 from stca.errors import SplitError
-from stca.export.scope import reads, subgraphs, walk
+from stca.export.analysis import operators
+from stca.export.analysis.scope import attribute, reads, subgraphs, walk
+from stca.manifest import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, USERS
 from stca.plugins.spec import DOMAIN, OP_NAME
 
 DEFAULT_WORKLOAD: Final[Mapping[str, int]] = {TOKENS: 10_000, TARGETS: 300, USERS: 1, OFFSETS: 2}
 
-# Floating-point operations per element. Pure views cost 1 for the whole node, so that a shorter graph wins a tie;
-# everything not listed costs 1 per output element, which is also the price of moving it (Cast, Transpose, Gather…).
-_VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Size", "Constant"}
-_PER_OUTPUT = dict.fromkeys((
-    "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Cos", "Cosh", "Sin", "Sinh", "Tan", "Tanh", "Exp", "Log",
-    "Pow", "Sqrt", "Sigmoid", "Erf", "Gelu", "Elu", "Selu", "Celu", "Mish", "Softplus", "Swish", "HardSwish",
-    "Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization", "GroupNormalization", "BatchNormalization",
-    "InstanceNormalization", "LpNormalization", "MeanVarianceNormalization", "RotaryEmbedding",
-), 8)  # fmt: skip
-_PER_INPUT = {"ArgMax": 1, "ArgMin": 1, "NonZero": 1, "TopK": 8, "Unique": 8}  # and every Reduce…: 1
-_RECURRENT = {"RNN", "GRU", "LSTM"}
 _STANDARD_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
 
 # An initializer with more elements is data, not a shape: inference does without its contents.
 _SMALL = 1024
 _BITS_BELOW_A_BYTE = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
+
+
+def _dtype(element_type: int) -> str:
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(element_type)).name
 
 
 def element_bits(element_type: int) -> int | None:
@@ -48,6 +42,10 @@ def element_bits(element_type: int) -> int | None:
     return _BITS_BELOW_A_BYTE.get(name) or 8 * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(element_type)).itemsize
 
 
+# Shapes by value: numbers, names of symbolic sizes, None for what is neither.
+Measured: TypeAlias = Mapping[str, tuple[int | str | None, ...]]
+
+
 class Sizes:
     """Types and nominal sizes of every value of `model`, bodies of control flow included.
 
@@ -55,6 +53,7 @@ class Sizes:
         model: with its weights inline or not; their contents are not read.
         workload: nominal size of each symbolic dimension of the inputs. An input's dimension that has neither name nor
             size goes by `<input>.<axis>`.
+        measured: shapes of values as runs showed them, for those that inference does not know.
 
     Attributes:
         workload: as given.
@@ -64,13 +63,17 @@ class Sizes:
         SplitError: when an input's symbolic dimension has no nominal size, or inference finds the graph wrong.
     """
 
-    def __init__(self, model: onnx.ModelProto, workload: Mapping[str, int]) -> None:
-        self.workload = workload
+    def __init__(self, model: onnx.ModelProto, workload: Mapping[str, int], measured: Measured | None = None) -> None:
+        self.workload, self._measured = workload, measured or {}
         skeleton = _skeleton(model)
         self._types = _types(_infer(skeleton).graph)
         _make_nominal(skeleton, workload)
         self._shapes = {name: _sizes(kind.tensor_type) for name, kind in _types(_infer(skeleton).graph).items()}
         self._shapes.update((t.name, tuple(t.dims)) for t in model.graph.initializer)
+        for name, dims in self._measured.items():
+            sizes = [n if isinstance(n, int) else workload.get(n or "") for n in dims]
+            if self._shapes.get(name) is None and None not in sizes:
+                self._shapes[name] = tuple(n for n in sizes if n is not None)
         self._elements: dict[str, int] = {}
         self.guesses: list[str] = []
         for node in walk(model.graph.node):
@@ -90,9 +93,12 @@ class Sizes:
         return self._elements.get(name, 1) if shape is None else math.prod(shape)
 
     def bytes(self, name: str) -> int | None:
-        """Nominal bytes; None for what cannot be cached: strings, sequences, unknown types or ranks."""
-        bits = element_bits(self.element_type(name))
-        return None if bits is None or self.dims(name) is None else math.ceil(self.elements(name) * bits / 8)
+        """Nominal bytes; None for what cannot be cached: strings, sequences, unknown ranks, types no bundle has."""
+        kind = self.element_type(name)
+        bits = element_bits(kind)
+        if bits is None or self.dims(name) is None or _dtype(kind) not in ITEM_BYTES:
+            return None
+        return math.ceil(self.elements(name) * bits / 8)
 
     def element_type(self, name: str) -> int:
         """ONNX element type; UNDEFINED when unknown or not a tensor."""
@@ -101,11 +107,20 @@ class Sizes:
 
     def dims(self, name: str) -> tuple[int | str | None, ...] | None:
         """Symbolic shape, with None where a size has no name; None when not even the rank is known."""
-        kind = self._types.get(name)
+        kind, seen = self._types.get(name), self._measured.get(name)
         if kind and kind.tensor_type.HasField("shape"):
-            return tuple(
+            dims = tuple(
                 d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.tensor_type.shape.dim
             )
+            if seen is None or len(seen) != len(dims):
+                return dims
+            # Inference makes up names for sizes that it cannot follow.
+            return tuple(
+                a if b is None or isinstance(a, int) or a in self.workload else b
+                for a, b in zip(dims, seen, strict=True)
+            )
+        if seen is not None:
+            return seen
         shape = self.shape(name)
         return None if shape is None else (None,) * len(shape)
 
@@ -127,7 +142,7 @@ class Sizes:
         if node.domain not in _STANDARD_DOMAINS or op in ("MatMul", "MatMulInteger", "QLinearMatMul"):
             return 2 * out * self._size(node.input[0] if node.input else "", -1)
         if op == "Gemm":
-            return 2 * out * self._size(node.input[0], 0 if _attribute(node, "transA", 0) else 1)
+            return 2 * out * self._size(node.input[0], 0 if attribute(node, "transA", 0) else 1)
         if op == "Einsum":
             return 2 * self._einsum_space(node)
         if op in ("Conv", "ConvTranspose"):
@@ -135,14 +150,14 @@ class Sizes:
             return 2 * positions * math.prod((self.shape(node.input[1]) or (1, 1))[1:])
         if op == "Attention":  # of opset 23: keys are the last axis but one of input 1, whatever the layout
             return 4 * self.elements(node.input[0]) * self._size(node.input[1], -2)
-        if op in _RECURRENT:  # every step multiplies with all of W and R
+        if op in operators.RECURRENT:  # every step multiplies with all of W and R
             steps = self._size(node.input[0], 0) * self._size(node.input[0], 1)
             return 2 * steps * (self.elements(node.input[1]) + self.elements(node.input[2]))
-        if op in _VIEWS:
+        if op in operators.COSTS_NOTHING:
             return 1
-        if op in _PER_INPUT or op.startswith("Reduce"):
-            return _PER_INPUT.get(op, 1) * self.elements(node.input[0])
-        return _PER_OUTPUT.get(op, 1) * out
+        if op in operators.OPERATIONS_PER_INPUT:
+            return operators.OPERATIONS_PER_INPUT[op] * self.elements(node.input[0])
+        return operators.OPERATIONS_PER_OUTPUT.get(op, 1) * out
 
     def _attention(self, node: onnx.NodeProto) -> int:
         """Logits and mix are 2 operations per multiply-add, the softmax 8 per logit, over an average history."""
@@ -153,7 +168,7 @@ class Sizes:
 
     def _einsum_space(self, node: onnx.NodeProto) -> int:
         """Size of the index space: the product over all labels."""
-        terms = _attribute(node, "equation", b"").decode().replace(" ", "").split("->")[0].split(",")
+        terms = attribute(node, "equation", b"").decode().replace(" ", "").split("->")[0].split(",")
         sizes: dict[str, int] = {}
         for term, name in zip(terms, node.input, strict=False):
             shape = self.shape(name)
@@ -164,7 +179,7 @@ class Sizes:
 
     def _trips(self, node: onnx.NodeProto) -> int:
         if node.op_type == "Scan":
-            scanned = int(_attribute(node, "num_scan_inputs", 1))
+            scanned = int(attribute(node, "num_scan_inputs", 1))
             return self._size(node.input[len(node.input) - scanned], 0)
         if node.op_type == "Loop":
             return max((*self.workload.values(), 1))
@@ -175,10 +190,6 @@ class Sizes:
         if shape is None:
             return max((*self.workload.values(), 1))
         return shape[axis] if -len(shape) <= axis < len(shape) else 1
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
 def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -264,3 +275,9 @@ def _sizes(tensor: onnx.TypeProto.Tensor) -> tuple[int, ...] | None:
     if not tensor.HasField("shape") or not all(dim.HasField("dim_value") for dim in tensor.shape.dim):
         return None
     return tuple(dim.dim_value for dim in tensor.shape.dim)
+
+
+def any_sizes(graph: onnx.GraphProto) -> dict[str, int]:
+    """A size for every symbolic dimension of the inputs: only types are wanted of the inference."""
+    dims = ((v.name, a, d) for v in graph.input for a, d in enumerate(v.type.tensor_type.shape.dim))
+    return {d.dim_param or f"{name}.{axis}": 2 for name, axis, d in dims if not d.HasField("dim_value")}

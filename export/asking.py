@@ -1,0 +1,278 @@
+"""What a graph takes, found by asking it: ranges of ids and lengths of histories that nothing in the graph declares.
+
+What a graph cannot take may kill its process (an empty axis in a matrix product of ONNX Runtime's), so a child process
+runs it, and a death is an answer. As a script, this module is that child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from stca import probe
+from stca.arrays import Array
+from stca.errors import SplitError, said_by_onnxruntime
+from stca.export.analysis.onnx_reference import reference_of
+from stca.manifest import OFFSETS, TOKENS, TensorSpec
+
+# Sizes of the requests asked, and the longest history asked for: that of the longest probe of `stca.checks.verify`.
+_EVENTS, _TARGETS, _LONGEST = 5, 3, 1000
+# Integers that are accepted up to here are seconds or counts, and not ids: the range that probes draw from.
+_LARGEST: Final = probe.UNBOUNDED - 1
+_SECONDS = 60.0
+_LONG: Final = "it takes too long"
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What a graph takes.
+
+    Attributes:
+        inputs: with the ranges of integers found.
+        min_history: the shortest history that it takes and gives finite scores for; None where that is an empty one.
+        max_history: the longest history it takes; None where the longest that was asked went well.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    min_history: int | None
+    max_history: int | None
+
+
+def ask(model: Path, inputs: Sequence[TensorSpec], max_history: int | None = None) -> Accepted:
+    """Find what the graph in `model` takes, beyond what `inputs` and `max_history` say already.
+
+    Raises:
+        SplitError: when it runs on no request that was tried, with what ONNX Runtime says.
+    """
+    with contextlib.closing(Child(model)) as child:
+        asked = _Questions(child.run, tuple(inputs))
+        base, events = asked.any_request(max_history)
+        shortest = asked.shortest(base, events) if asked.varies else asked.least_of_padded(base, events)
+        longest = max_history
+        most = min(max_history or _LONGEST, _LONGEST)
+        if asked.varies and not asked.takes(base, most):
+            longest = _largest(lambda n: asked.takes(base, n), events, most)
+        child.seconds = _SECONDS / 4  # these requests are small: what takes long is no id
+        ranged = [asked.range_of(s, base, events) if _is_integer(s) else s for s in inputs]
+        return Accepted(tuple(ranged), shortest, longest)
+
+
+class _Questions:
+    """Requests with the same integer in all places of an input, and what the graph says of them."""
+
+    def __init__(self, run: Callable[..., list[Array] | str], inputs: tuple[TensorSpec, ...]) -> None:
+        self.run, self.inputs = run, inputs
+        self.varies = any(TOKENS in s.shape for s in inputs)
+        self.unknown = [s.name for s in inputs if (s.limit, s.low, s.length_of) == (None,) * 3 and _is_integer(s)]
+
+    def any_request(self, max_history: int | None) -> tuple[dict[str, int], int]:
+        """Integers and a number of events on which the graph runs."""
+        said = ""
+        for events in dict.fromkeys((min(_EVENTS, max_history or _EVENTS), 1, 0)):
+            for value in (1, 0, 2):
+                base = dict.fromkeys(self.unknown, value)
+                answer = self.answer(base, events)
+                if not isinstance(answer, str):
+                    return base, events
+                said = said or answer
+        raise SplitError(
+            f"the model fails on a request of {_EVENTS} events and {_TARGETS} targets, whether its integers are 0, "
+            f"1 or 2: {said}; mend it, or give it inputs of which every value in a range is valid"
+        )
+
+    def answer(
+        self, integers: Mapping[str, int], events: int, by: str = "onnxruntime", none_in_first: str = ""
+    ) -> list[Array] | str:
+        """What the graph makes of these integers in all places, and of a 0 in the first of `none_in_first`."""
+        request = probe.single(self.inputs, events, _TARGETS, np.random.default_rng(0))
+        request |= {n: np.full_like(request[n], v) for n, v in integers.items()}
+        if none_in_first:
+            request[none_in_first].flat[0] = 0
+        return self.run(probe.pack(self.inputs, [request]), by)
+
+    def least_of_padded(self, base: Mapping[str, int], events: int) -> int | None:
+        """1 where a history of zeros alone is refused, one with a zero is not: zeros are no events; None for others."""
+        of_events = [s for s in self.inputs if s.scope == "user" and _is_integer(s) and len(s.shape) > 1]
+        return 1 if any(self.refuses_none_alone(s, base, events) for s in of_events) else None
+
+    def refuses_none_alone(self, spec: TensorSpec, base: Mapping[str, int], events: int) -> bool:
+        """Whether zeros in all places are refused, and one in the first place is not."""
+        ones = {**base, spec.name: max(base.get(spec.name, 1), 1)}
+        return isinstance(self.answer({**base, spec.name: 0}, events), str) and not isinstance(
+            self.answer(ones, events, none_in_first=spec.name), str
+        )
+
+    def takes(self, integers: Mapping[str, int], events: int) -> bool:
+        return not isinstance(self.answer(integers, events), str)
+
+    def shortest(self, integers: Mapping[str, int], events: int) -> int | None:
+        """The least number of events that it takes, where it takes `events`; None for 0.
+
+        ONNX's reference is asked too, where it can run the graph: to ONNX Runtime a mean over nothing is 0.
+        """
+        by = ["onnxruntime", "reference"]
+        if isinstance(self.answer(integers, events, "reference"), str):
+            by.pop()
+        takes = (n for n in range(events) if not any(isinstance(self.answer(integers, n, b), str) for b in by))
+        return next(takes, events) or None
+
+    def range_of(self, spec: TensorSpec, base: Mapping[str, int], events: int) -> TensorSpec:
+        """`spec` with the range of its integers: up to the largest that is taken, from 1 where 0 stands for that one.
+
+        A gather counts an index of -1 from the end. So a length of 0, less 1, is scored like the longest.
+        """
+        most = spec.limit - 1 if spec.limit else min(_LARGEST, int(np.iinfo(spec.dtype).max))
+
+        def takes(value: int) -> bool | None:
+            answer = self.answer({**base, spec.name: value}, events)
+            return None if answer == _LONG else not isinstance(answer, str)
+
+        if spec.low is not None or spec.length_of is not None or (not spec.limit and takes(most)):
+            return spec
+        largest = most if spec.limit else _largest(takes, base[spec.name], most)
+        below, zero, one, but_one, last = (
+            self.answer({**base, spec.name: v}, events) for v in (-1, 0, 1, largest - 1, largest)
+        )
+        wraps = _same(zero, last) and _same(below, but_one) and not _same(zero, one) and not _same(zero, below)
+        refused = isinstance(zero, str) and not isinstance(one, str) and not self.refuses_none_alone(spec, base, events)
+        return dataclasses.replace(spec, limit=largest + 1, low=1 if largest > 1 and (wraps or refused) else None)
+
+
+def _is_integer(spec: TensorSpec) -> bool:
+    return np.dtype(spec.dtype).kind in "iu" and spec.shape != (OFFSETS,)
+
+
+def _same(one: list[Array] | str, other: list[Array] | str) -> bool:
+    if isinstance(one, str) or isinstance(other, str):
+        return False
+    return all(map(np.array_equal, one, other))
+
+
+def _largest(takes: Callable[[int], bool | None], good: int, bad: int) -> int:
+    """The largest number that is taken, between one that is and one that is not; the first that takes long ends it.
+
+    Small ones are asked first: where a number is a size, large ones take long, and all the memory there is.
+    """
+    step: int = 1
+    while good + step < bad and (taken := takes(good + step)) is not False:
+        if taken is None:
+            return good
+        good, step = good + step, 2 * step
+    bad = min(bad, good + step)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        taken = takes(middle)
+        if taken is None:
+            return good
+        good, bad = (middle, bad) if taken else (good, middle)
+    return good
+
+
+class Child:
+    """The process that runs the graph; a new one after a death."""
+
+    def __init__(self, model: Path) -> None:
+        self._model = model
+        self._process: subprocess.Popen[bytes] | None = None
+        self.seconds = _SECONDS
+
+    def run(self, feeds: Mapping[str, Array], by: str = "onnxruntime") -> list[Array] | str:
+        """The outputs by ONNX Runtime, or by ONNX's `reference`; or why there are none.
+
+        That is what it said, the death of its process, or a value that is not finite.
+        """
+        seconds = self.seconds if self._process else _SECONDS  # a new process has much to load first
+        process = self._process = self._process or self._start()
+        assert process.stdin
+        assert process.stdout
+        slow = threading.Event()
+
+        def end() -> None:
+            slow.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, end)
+        timer.start()
+        try:
+            pickle.dump((dict(feeds), by), process.stdin)
+            process.stdin.flush()
+            answer: list[Array] | str = pickle.load(process.stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            self.close()
+            if slow.is_set():
+                return _LONG
+            return f"the process died with exit code {process.returncode}"
+        finally:
+            timer.cancel()
+        if not isinstance(answer, str) and not all(np.isfinite(x).all() for x in answer):
+            return "scores are not finite"
+        return answer
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        paths = os.pathsep.join(p for p in sys.path if p)
+        return subprocess.Popen(
+            [sys.executable, "-m", __name__, str(self._model)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": paths, "ORT_DISABLE_TELEMETRY": "1"},
+        )
+
+    def close(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.communicate()
+        self._process = None
+
+
+def _serve(model: str) -> None:
+    """Run the model on each request that comes in, until there are no more."""
+    engines: dict[str, Callable[[dict[str, Array]], Any]] = {}
+    while True:
+        try:
+            feeds, by = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            if by not in engines:
+                engines[by] = _onnxruntime(model) if by == "onnxruntime" else _reference(model)
+            answer = engines[by](feeds)
+        except Exception as e:
+            answer = said_by_onnxruntime(e)
+        pickle.dump(answer, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+
+
+def _onnxruntime(model: str) -> Callable[[dict[str, Array]], Any]:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    return lambda feeds: session.run(None, {n: feeds[n] for n in names})
+
+
+def _reference(model: str) -> Callable[[dict[str, Array]], Any]:
+    import warnings
+
+    import onnx
+
+    warnings.simplefilter("ignore")
+    evaluator = reference_of(onnx.load(model))
+    return lambda feeds: list(evaluator.run(None, feeds))
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

@@ -1,0 +1,184 @@
+"""Other people's modules: found by name, called as they were written, and asked once before anything is traced."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import os
+import sys
+import sysconfig
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import stca
+from stca.errors import ExportError
+from stca.export.to_onnx import RequestModel, check_inputs, example_inputs, quietly
+
+
+def resolve(name: str) -> RequestModel:
+    """Call what `package.module:callable` names; it must return a `RequestModel`.
+
+    Raises:
+        ExportError: when there is no such callable, it fails, or it returns something else.
+    """
+    module, _, attribute = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does: the user's module is usually right here
+    try:
+        call = getattr(importlib.import_module(module), attribute)
+    except Exception as e:  # no such module, no such name, or what the module itself raises
+        if place := place_in_their_code(e):
+            raise ExportError(f"--model {name}: your module raised {said(e)}{place}; mend it there") from e
+        raise ExportError(f"--model {name}: {said(e)}; expected PACKAGE.MODULE:CALLABLE") from e
+    try:
+        made = call()
+    except Exception as e:
+        raise ExportError(
+            f"--model {name}: your function raised {said(e)}{place_in_their_code(e)}; mend it there, or call it in "
+            "Python for the traceback"
+        ) from e
+    if not isinstance(made, RequestModel):
+        raise ExportError(
+            f"--model {name}: returned {type(made).__name__}, expected a "
+            "stca.export.RequestModel(module, inputs=(TensorSpec(name, dtype, shape, scope), …))"
+        )
+    return made
+
+
+def said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def place_in_their_code(error: BaseException) -> str:
+    """` at file:line` of the innermost call that is neither ours, the standard library's nor an installed package's."""
+    paths = sysconfig.get_paths()
+    others = (str(Path(stca.__file__).parent), "<", *(paths[k] for k in ("stdlib", "platstdlib", "purelib", "platlib")))
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith(others)]
+    return f" at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""
+
+
+class _Adapted(nn.Module):
+    """A module called with one dict of named tensors, which gives a tuple of tensors.
+
+    Args:
+        module: whose `forward` takes the inputs by name, in one dict or as parameters.
+        by_name: whether its parameters are the inputs.
+    """
+
+    def __init__(self, module: nn.Module, by_name: bool) -> None:
+        super().__init__()
+        self.module, self.by_name = module, by_name
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Scores, by the dict of inputs."""
+        return tuple(_outputs(self.module(**inputs) if self.by_name else self.module(inputs)).values())
+
+
+def adapted(model: RequestModel) -> RequestModel:
+    """The model with a module that takes one dict of named tensors and gives a tensor or a tuple of them.
+
+    A module whose parameters are called as the inputs is called by them; a dict, a named tuple or a dataclass of scores
+    gives its names to the outputs. Wrappers of `torch.compile` and of data parallelism are taken off. The module is
+    asked once, so that what its own code raises is told with its line.
+
+    Raises:
+        ExportError: when the module cannot be called with its inputs, is not float32, or gives no tensors.
+    """
+    check_inputs(model)
+    module, names = _bare(model.module), [s.name for s in model.inputs]
+    low = [t.dtype for t in (*module.parameters(), *module.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
+    if low:
+        kind = str(low[0]).removeprefix("torch.")
+        raise ExportError(
+            f"the model's weights are {kind}; return it as .float() and choose the engines' precision with "
+            "`stca build --precision`"
+        )
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
+            raise ExportError(
+                f"the model's {name} ({type(part).__name__}) has no running statistics, so that a target's score "
+                "depends on the other targets of its request; train it with track_running_stats=True"
+            )
+    by_name = _takes_names(module, names)
+    ask = _Adapted(module, by_name)
+    try:
+        with quietly(module), torch.no_grad():
+            inputs = example_inputs(model.inputs)
+            given, again = (module(**inputs) if by_name else module(inputs) for _ in range(2))
+    except Exception as e:
+        raise ExportError(
+            f"the model raised {said(e)}{place_in_their_code(e)} when it was called with small inputs of the shapes "
+            "and dtypes in RequestModel.inputs"
+        ) from e
+    outputs = _outputs(given)
+    wrong = [type(x).__name__ for x in outputs.values() if not isinstance(x, Tensor)]
+    if wrong or not outputs:
+        raise ExportError(f"the model returns {wrong[0] if wrong else 'nothing'}; scores are one tensor, or several")
+    if not all(map(torch.equal, outputs.values(), _outputs(again).values())) and not _has_nan(outputs):
+        raise ExportError(
+            "the model gives other scores when it is asked the same again, in evaluation mode too; take out what draws "
+            "at random (dropout with training=True, say) or changes the module as it runs"
+        )
+    plain = not by_name and isinstance(given, Tensor | tuple | list) and not hasattr(given, "_fields")
+    called = tuple(outputs) if model.outputs == ("scores",) else model.outputs
+    if len(called) != len(outputs):
+        raise ExportError(
+            f"the model returns {', '.join(outputs)}, RequestModel.outputs names {', '.join(called)}; name each of them"
+        )
+    return dataclasses.replace(model, module=module if plain else ask, outputs=called)
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The module inside `torch.compile` and data parallelism, which an exporter does not see through."""
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = module.module
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def _takes_names(module: nn.Module, names: list[str]) -> bool:
+    """Whether a module's `forward` has a parameter for each input, and no other that must be given."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    takes = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    needed = [p.name for p in parameters if p.default is p.empty and p.name in takes]
+    open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    if len(needed) == 1 and needed[0] not in names:
+        return False  # one dict
+    unknown = [n for n in names if n not in takes and not open_ended]
+    missing = [n for n in needed if n not in names]
+    if unknown or missing:
+        raise ExportError(
+            f"forward takes {', '.join(takes)}, RequestModel.inputs names {', '.join(names)}; "
+            f"{unknown[0] if unknown else missing[0]!s} is in one of them alone: call both the same, or take one dict"
+        )
+    return True
+
+
+def _has_nan(outputs: Mapping[str, Tensor]) -> bool:
+    return any(bool(x.isnan().any()) for x in outputs.values())
+
+
+def _outputs(given: Any) -> dict[str, Any]:
+    """A module's scores by name; those it does not name are `scores`, or `scores_0` and so on."""
+    if isinstance(given, Mapping):
+        return {str(k): v for k, v in given.items() if v is not None}
+    if dataclasses.is_dataclass(given) and not isinstance(given, type):
+        return {f.name: v for f in dataclasses.fields(given) if (v := getattr(given, f.name)) is not None}
+    if isinstance(given, tuple | list):
+        names = getattr(given, "_fields", None) or [f"scores_{i}" for i in range(len(given))]
+        return dict(zip(names if len(given) > 1 else ["scores"], given, strict=True))
+    return {"scores": given}

@@ -1,0 +1,106 @@
+"""The batch that users and targets share, whatever a graph calls it, and that of the requests a model takes at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import onnx
+
+from stca.arrays import Progress
+from stca.errors import SplitError
+from stca.export.analysis.rows import INTEGERS, Everything, draw
+from stca.export.split import inlined
+from stca.manifest import OFFSETS, TARGETS, USERS, TensorSpec
+from stca.probe import shared_rows
+
+_NAME: Final = "batch"
+_ROWS: Final = 3
+
+
+def with_one_batch(model: onnx.ModelProto, inputs: Sequence[TensorSpec], progress: Progress) -> tuple[TensorSpec, ...]:
+    """Call the batch of users and targets by one symbolic size, in place, where the graph runs with no other.
+
+    An exporter that was told several names for it, or none, hides that all are the same rows.
+
+    Args:
+        model: with its weights inline.
+        inputs: of it, with the integers that each takes.
+        progress: told what was taken for one batch.
+
+    Returns:
+        The inputs, with that size in them if it was found.
+    """
+    users, targets = (
+        dict.fromkeys(s.shape[0] for s in inputs if s.shape and (s.scope == "target") is of) for of in (False, True)
+    )
+    firsts = {**users, **targets}
+    baked = len(firsts) == 1 and isinstance(next(iter(firsts)), int) and 1 not in firsts
+    named = all(isinstance(n, str) for n in firsts) and not users.keys() & targets.keys()
+    if not users or not targets or OFFSETS in firsts or shared_rows(inputs) or not (baked or named):
+        return tuple(inputs)
+    rows = dict.fromkeys(map(str, targets), _ROWS)
+    # A first size may count events, and then two of them are fine; of a batch, one row may be broadcast to targets.
+    events = [s for s in inputs if s.scope != "target" and [n for n in s.shape if isinstance(n, str)] == [*s.shape[:1]]]
+    counts = (1, 2) if events else (1,)
+    if named and all(_runs(model, inputs, dict.fromkeys(map(str, users), n) | rows) for n in counts):
+        return tuple(inputs)  # it is at request level
+    renamed = tuple(dataclasses.replace(s, shape=(_NAME, *s.shape[1:])) if s.shape else s for s in inputs)
+    free = _with_shapes(model, renamed)
+    if not all(_runs(free, renamed, {_NAME: rows}) for rows in (_ROWS, _ROWS + 2)):
+        return tuple(inputs)
+    model.CopyFrom(free)
+    progress(f"taking the first sizes of the inputs, {', '.join(map(str, firsts))}, for one batch")
+    return renamed
+
+
+def of_one_request(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """Fix the batch of a model of several requests, `[batch, events]` with `[batch, candidates]`, to 1, in place.
+
+    Args:
+        model: with the shapes of its inputs and outputs.
+        inputs: of it.
+
+    Returns:
+        The inputs, with 1 in place of that size.
+    """
+    users, targets = ({s.shape[0] for s in inputs if s.shape and (s.scope == "target") is of} for of in (False, True))
+    shared = {n for n in users & targets if isinstance(n, str)}
+    if OFFSETS in users | targets or shared_rows(inputs) or len(shared) != 1:
+        return tuple(inputs)
+    (name,) = shared
+    del model.graph.value_info[:]
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == name:
+                dim.dim_value = 1
+    return tuple(dataclasses.replace(s, shape=tuple(1 if n == name else n for n in s.shape)) for s in inputs)
+
+
+def _with_shapes(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:
+    """A copy with these shapes of its inputs, and outputs with a row for each of the batch."""
+    free = onnx.ModelProto()
+    free.CopyFrom(model)
+    del free.graph.value_info[:]
+    shapes = {s.name: s.shape for s in inputs}
+    for value in free.graph.input:
+        if shapes.get(value.name):
+            value.type.tensor_type.shape.dim[0].dim_param = _NAME
+    for value in free.graph.output:
+        for dim in value.type.tensor_type.shape.dim[:1]:
+            dim.dim_param = _NAME
+    return free
+
+
+def _runs(model: onnx.ModelProto, inputs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> bool:
+    """Whether the graph runs with these sizes and gives a score for each row of the largest."""
+    names = {n for s in inputs for n in s.shape if isinstance(n, str)} - {TARGETS, USERS}
+    run = Everything(inlined(model))
+    for integers in INTEGERS:
+        try:
+            found = run(draw(inputs, {**dict.fromkeys(names, 2 * _ROWS), **sizes}, integers))
+        except SplitError:
+            continue
+        return all(max(sizes.values()) in found[o.name].shape[:1] for o in model.graph.output if o.name in found)
+    return False

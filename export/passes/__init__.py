@@ -1,0 +1,1 @@
+"""Changes to a graph. Each keeps the model's numbers; analyses never import them."""

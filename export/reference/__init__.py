@@ -1,0 +1,1 @@
+"""The reference STCA: its config, its checkpoints, its torch module."""
