@@ -1,8 +1,25 @@
-"""Serve a bundle: `Session.load`, `score`, `append`, `forget`, `swap`. Needs numpy and onnxruntime, nothing else."""
+"""Serve a bundle: `Session.load`, `score`, `append`, `warm`, `forget`, `swap`. Needs numpy and onnxruntime."""
 
+from stca.runtime.cache import StateCache
+from stca.runtime.deadline import Deadline
 from stca.runtime.engine import Engine, OnnxRuntimeEngine
+from stca.runtime.options import OnnxRuntimeOptions
 from stca.runtime.request import Request, RequestBatch
+from stca.runtime.scoring import Answer
 from stca.runtime.session import Session
-from stca.runtime.state import StateCache, UserState
+from stca.runtime.state import UserState
+from stca.runtime.store import StoreStats
 
-__all__ = ["Engine", "OnnxRuntimeEngine", "Request", "RequestBatch", "Session", "StateCache", "UserState"]
+__all__ = [
+    "Answer",
+    "Deadline",
+    "Engine",
+    "OnnxRuntimeEngine",
+    "OnnxRuntimeOptions",
+    "Request",
+    "RequestBatch",
+    "Session",
+    "StateCache",
+    "StoreStats",
+    "UserState",
+]

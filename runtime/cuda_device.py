@@ -9,7 +9,7 @@ import importlib
 import math
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,47 +50,93 @@ def _give_back(cuda: Any, held: list[tuple[str, Any]]) -> None:
 
 
 class Device:
-    """A stream and what the engines on it share: scratch memory, and a lock, since they run one after the other.
+    """A GPU's stream and what the engines on it share: scratch memory, and a lock, since they run one after the other.
 
     Attributes:
+        index: which GPU, as CUDA counts those it may see.
         sm: compute capability, 90 for 9.0.
-        stream: all work goes there.
+        stream: all work goes there, but for what is recorded: the caller may have work of its own on a stream it gave.
         scratch: address of memory that engines use by turns; it moves when an engine that needs more is loaded.
         scratch_bytes: how much it is.
-        lock: held by whoever uses the stream.
+        lock: held by whoever uses the stream; see `use`.
 
     Args:
+        index: which GPU. A thread's own current device is left as it was.
         stream: the caller's CUDA stream, which must outlive the engines; None makes one.
         cuda: stands in for `cuda.bindings.runtime`.
 
     Raises:
-        BuildError: when there is no GPU, no driver or no `cuda-bindings`.
+        BuildError: when there is no such GPU, no driver or no `cuda-bindings`.
     """
 
-    def __init__(self, stream: int | None = None, *, cuda: Any = None) -> None:
+    def __init__(self, index: int = 0, stream: int | None = None, *, cuda: Any = None) -> None:
         if cuda is None:
             try:
                 cuda = importlib.import_module("cuda.bindings.runtime")
             except ImportError as e:
                 raise BuildError(f"TensorRT engines need the CUDA bindings ({e}): pip install cuda-bindings") from e
-        self.cuda, self.lock, self._owned = cuda, threading.RLock(), Owned(self, cuda)
-        which = cuda.cudaDeviceAttr
+        self.cuda, self.index, self.lock, self._owned = cuda, index, threading.RLock(), Owned(self, cuda)
+        count = int(self.call("cudaGetDeviceCount"))
+        if not 0 <= index < count:
+            raise BuildError(f"there is no GPU {index} here, the last is {count - 1}")
+        with self.use():
+            self._open(stream)
+        self._garbage: collections.deque[int] = collections.deque()
+        weakref.finalize(self, _free_arrays, cuda, self._garbage, self.stream)
+
+    def _open(self, stream: int | None) -> None:
+        cuda, which = self.cuda, self.cuda.cudaDeviceAttr
         major, minor = (
-            self.call("cudaDeviceGetAttribute", attribute, 0)
+            self.call("cudaDeviceGetAttribute", attribute, self.index)
             for attribute in (which.cudaDevAttrComputeCapabilityMajor, which.cudaDevAttrComputeCapabilityMinor)
         )
         self.sm = 10 * int(major) + int(minor)
-        if stream is None:
-            # One that ignores the legacy stream: others' work there would fail while a graph is captured here.
-            made = self.call("cudaStreamCreateWithFlags", cuda.cudaStreamNonBlocking)
-            stream = int(self._owned.add("cudaStreamDestroy", made))
-        self.stream, self.scratch, self.scratch_bytes = stream, 0, 0
+        self._recording_stream = self._new_stream()
+        self.stream = self._new_stream() if stream is None else stream
+        self.scratch, self.scratch_bytes = 0, 0
         # Unless told otherwise, the pool gives free memory back to the driver whenever a run is waited for.
-        pool = self.call("cudaDeviceGetDefaultMemPool", 0)
+        pool = self.call("cudaDeviceGetDefaultMemPool", self.index)
         keep = importlib.import_module("cuda.bindings.driver").cuuint64_t(1 << 63)
         self.call("cudaMemPoolSetAttribute", pool, cuda.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold, keep)
-        self._garbage: collections.deque[int] = collections.deque()
-        weakref.finalize(self, _free_arrays, cuda, self._garbage, stream)
+
+    def _new_stream(self) -> int:
+        """One that ignores the legacy stream: others' work there would fail while a graph is captured here."""
+        made = self.call("cudaStreamCreateWithFlags", self.cuda.cudaStreamNonBlocking)
+        return int(self._owned.add("cudaStreamDestroy", made))
+
+    def record(self, work: Callable[[int], None]) -> Any:
+        """What `work` enqueues on the stream that it is given, as an executable CUDA graph; with the lock.
+
+        Raises:
+            BuildError: when it cannot be captured; CUDA's last error is taken then, so that no later call reports it.
+        """
+        stream, mode = self._recording_stream, self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        try:
+            self.call("cudaStreamBeginCapture", stream, mode)
+            try:
+                work(stream)
+            finally:
+                captured = self.call("cudaStreamEndCapture", stream)
+            try:
+                return self.call("cudaGraphInstantiate", captured, 0)
+            finally:
+                self.call("cudaGraphDestroy", captured)
+        except BaseException:
+            self.cuda.cudaGetLastError()
+            raise
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Hold the lock, with this GPU as the thread's current one: memory and launches go to whatever is current."""
+        with self.lock:
+            before = int(self.call("cudaGetDevice"))
+            if before != self.index:
+                self.call("cudaSetDevice", self.index)
+            try:
+                yield
+            finally:
+                if before != self.index:
+                    self.call("cudaSetDevice", before)
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Call a CUDA function and return its result.
@@ -119,7 +165,7 @@ class Device:
 
     def reserve(self, size: int) -> None:
         """Make the scratch memory at least `size` bytes; engines that hold its old address look before they run."""
-        with self.lock:
+        with self.use():
             if size <= self.scratch_bytes and self.scratch:
                 return
             larger = self.memory(self._owned, size)  # first, so that without room for it all stays as it was
@@ -186,7 +232,7 @@ class DeviceArray:
         """The values as a numpy array; waits for the stream."""
         values, device = np.empty(self.shape, self.dtype), self._device
         kind = device.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        with device.lock:
+        with device.use():
             device.call("cudaMemcpyAsync", values.ctypes.data, self.address, self.nbytes, kind, device.stream)
             device.call("cudaStreamSynchronize", device.stream)
         return values
@@ -200,7 +246,7 @@ def join_on_device(parts: Sequence[DeviceArray]) -> DeviceArray:
     """
     device = parts[0]._device
     try:
-        with device.lock:
+        with device.use():
             device.collect()
             joined = device.array((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
             at = joined.address
@@ -213,22 +259,22 @@ def join_on_device(parts: Sequence[DeviceArray]) -> DeviceArray:
     return joined
 
 
-_shared: weakref.ref[Device] | None = None
+_shared: dict[int, weakref.ref[Device]] = {}
 _making = threading.Lock()
 
 
-def shared_device() -> Device:
-    """The device of all sessions of this process, for as long as an engine or a state is on it.
+def shared_device(index: int = 0) -> Device:
+    """The device of all sessions of this process on one GPU, for as long as an engine or a state is on it.
 
     A swap would otherwise need scratch memory for two bundles, and states that outlive one would keep both.
 
     Raises:
         BuildError: as `Device`.
     """
-    global _shared
     with _making:
-        device = _shared() if _shared is not None else None
+        held = _shared.get(index)
+        device = held() if held is not None else None
         if device is None:
-            device = Device()
-            _shared = weakref.ref(device)
+            device = Device(index)
+            _shared[index] = weakref.ref(device)
         return device

@@ -2,58 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from stca.bundle import HALVES, TOKENS, Bundle, Manifest
+from stca.backends import BACKENDS
+from stca.bundle import Bundle
 from stca.errors import BuildError
+from stca.manifest import HALVES, EngineEntry, Manifest
+from stca.runtime.backend import Machine, server_of
 from stca.runtime.engine import Engine, OnnxRuntimeEngine
-from stca.tensorrt_flavours import FLAVOURS, installed_version
+from stca.runtime.options import OnnxRuntimeOptions
 
-# Fastest first. On a CPU float16 is computed in float32 with casts around every operator.
-_ORDER: Final = (
-    ("tensorrt", "", ("bf16", "fp16", "fp32")),
-    ("tensorrt-rtx", "", ("bf16", "fp16", "fp32")),
-    ("onnxruntime", "CUDAExecutionProvider", ("fp16", "bf16", "fp32")),
-    ("onnxruntime", "CPUExecutionProvider", ("fp32", "fp16")),
-)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What can run here.
-
-    Attributes:
-        sm: compute capability of the first GPU, 90 for 9.0; None without one.
-        versions: of the TensorRT flavours that are installed.
-        providers: of ONNX Runtime.
-    """
-
-    sm: int | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
-    providers: Sequence[str] = ("CPUExecutionProvider",)
-
-    @classmethod
-    def here(cls) -> Machine:
-        """This machine, without loading a TensorRT."""
-        import onnxruntime
-
-        from stca.plugins.ptx_launch import device_sm
-
-        sm, versions = None, {}
-        if importlib.util.find_spec("cuda") is not None:
-            try:
-                sm = device_sm()
-            except BuildError:
-                sm = None
-        for name, flavour in FLAVOURS.items():
-            try:
-                versions[name] = installed_version(flavour)
-            except BuildError:
-                continue
-        return cls(sm, versions, tuple(onnxruntime.get_available_providers()))
+__all__ = ["Choice", "Machine", "best_engine", "open_engines", "own_graphs"]
 
 
 @dataclass(frozen=True)
@@ -69,49 +29,50 @@ class Choice:
 
     flavour: str
     precision: str
-    entries: Mapping[str, Mapping[str, Any]]
+    entries: Mapping[str, EngineEntry]
     why: str
     passed_over: tuple[str, ...] = ()
 
 
 def best_engine(
-    manifest: Manifest, machine: Machine | None = None, *, only: str | None = None, precision: str | None = None
+    manifest: Manifest,
+    machine: Machine | None = None,
+    *,
+    only: str | None = None,
+    precision: str | None = None,
+    gpu: int = 0,
 ) -> Choice:
     """The fastest pair of engines that can run here; ONNX Runtime on the CPU always can.
 
     Args:
         manifest: of a loaded bundle, whose engines' digests have been checked.
-        machine: where to run; None looks at this one.
+        machine: where to run; None looks at this one, with the GPU of number `gpu`.
         only: the flavour to take, whose engines must then run here.
         precision: of the engines, where a flavour is asked for; None takes the fastest.
 
     Raises:
         BuildError: when a flavour is asked for and it has no such engines that run here.
     """
-    if only is not None and only not in (known := list(dict.fromkeys(flavour for flavour, _, _ in _ORDER))):
-        raise BuildError(f"there is no engine {only!r}; choose {', '.join(known)}")
-    machine = machine or Machine.here()
+    if only is not None:
+        server_of(only)
+    machine = machine or Machine.here(gpu)
     passed_over: list[str] = []
-    for flavour, provider, precisions in _ORDER:
-        if only not in (None, flavour):
-            continue
-        for kind in precisions:
+    for flavour in [only] if only else BACKENDS:
+        server = server_of(flavour)
+        kinds = [(provider, kind) for provider, precisions in server.ranks for kind in precisions]
+        for provider, kind in kinds:
             if precision not in (None, kind):
                 continue
-            pairs: dict[Any, dict[str, Mapping[str, Any]]] = {}
-            for e in manifest.engines:
-                if (e["flavour"], e["precision"], e.get("provider", "")) == (flavour, kind, provider):
-                    pairs.setdefault(e["sm"], {})[e["graph"]] = e
-            for sm, entries in sorted(pairs.items(), key=lambda pair: pair[0] != machine.sm):
+            for sm, entries in _pairs(manifest, flavour, provider, kind, machine):
                 name = f"{flavour} {kind}" + (f" for SM {sm}" if sm else "")
-                if reason := _obstacle(entries, flavour, provider, sm, machine):
-                    passed_over.append(f"{name}: {reason}")
-                    continue
-                if only is None and provider == "CPUExecutionProvider" and kind != "fp32":
-                    passed_over.append(f"{name}: on a CPU the bundle's own float32 graphs are faster")
-                    continue
-                why = f"{name} is the fastest pair in the bundle that runs here"
-                return Choice(flavour, kind, entries, why, tuple(passed_over))
+                missing = [f"there is no engine of {half}; run `stca build`" for half in HALVES if half not in entries]
+                reason = next(iter(missing), None) or server.obstacle(entries, machine)
+                if reason is None and only is None:
+                    reason = server.slow(provider, kind)
+                if reason is None:
+                    why = f"{name} is the fastest pair in the bundle that runs here"
+                    return Choice(flavour, kind, entries, why, tuple(passed_over))
+                passed_over.append(f"{name}: {reason}")
     if only is not None:
         asked = only if precision is None else f"{only} {precision}"
         command = f"stca build --engine {only}" + (f" --precision {precision}" if precision else "")
@@ -126,51 +87,45 @@ def own_graphs(why: str = "the bundle's own graphs were asked for", passed_over:
     return Choice("onnxruntime", "fp32", {}, why, passed_over)
 
 
-def open_engines(bundle: Bundle, choice: Choice, *, threads: int | None = None) -> dict[str, Engine]:
+def _pairs(
+    manifest: Manifest, flavour: str, provider: str, precision: str, machine: Machine
+) -> list[tuple[int | None, dict[str, EngineEntry]]]:
+    """Engines that serve together, by the GPU they are for; this machine's first."""
+    pairs: dict[int | None, dict[str, EngineEntry]] = {}
+    for e in manifest.engines:
+        if (e.flavour, e.precision, e.provider or "") == (flavour, precision, provider):
+            pairs.setdefault(e.sm, {})[e.graph] = e
+    return sorted(pairs.items(), key=lambda pair: pair[0] != machine.sm)
+
+
+def open_engines(
+    bundle: Bundle,
+    choice: Choice,
+    *,
+    threads: int | None = None,
+    onnxruntime: OnnxRuntimeOptions | None = None,
+    gpu: int = 0,
+) -> dict[str, Engine]:
     """Load the chosen engine of each half, by half.
 
     Args:
         bundle: a loaded one: its files, plans among them, have been held against the manifest.
         choice: from `best_engine`, or the entries of one's own choosing.
         threads: of ONNX Runtime; see `OnnxRuntimeEngine`.
+        onnxruntime: how it runs the bundle's own graphs; None for its CPU provider.
+        gpu: number of the GPU for TensorRT's engines.
 
     Raises:
         BuildError: when an engine cannot be loaded here.
     """
     engines: dict[str, Engine] = {}
-    device = None
+    own = onnxruntime or OnnxRuntimeOptions()
     for half in HALVES:
         entry = choice.entries.get(half)
         if entry is None:
-            engines[half] = OnnxRuntimeEngine(bundle.file(half), threads=threads)
-        elif choice.flavour == "onnxruntime":
             engines[half] = OnnxRuntimeEngine(
-                bundle.path / entry["file"], threads=threads, providers=(entry["provider"],)
+                bundle.file(half), threads=threads, providers=own.providers, config=own.config
             )
         else:
-            from stca.runtime.cuda_device import shared_device
-            from stca.runtime.tensorrt_engine import TensorRTEngine
-
-            device = device or shared_device()
-            tokens = [s.name for s in bundle.manifest.state if s.shape[:1] == (TOKENS,)]
-            keep = tokens if half == "user_encoder" else ()
-            engines[half] = TensorRTEngine(bundle.path / entry["file"], entry, device, keep=keep)
+            engines[half] = server_of(choice.flavour).open(bundle, half, entry, threads=threads, gpu=gpu)
     return engines
-
-
-def _obstacle(
-    entries: Mapping[str, Mapping[str, Any]], flavour: str, provider: str, sm: int | None, machine: Machine
-) -> str | None:
-    """Why a pair cannot run; None when it can."""
-    if missing := [half for half in HALVES if half not in entries]:
-        return f"there is no engine of {missing[0]}; run `stca build`"
-    if flavour == "onnxruntime":
-        return None if provider in machine.providers else f"ONNX Runtime has no {provider} here"
-    if machine.sm is None:
-        return "there is no GPU here"
-    if machine.sm != sm:
-        return f"this GPU is SM {machine.sm}"
-    if flavour not in machine.versions:
-        return f"{flavour} is not installed: {FLAVOURS[flavour].install}"
-    wrong = {e["version"] for e in entries.values()} - {machine.versions[flavour]}
-    return f"built with {sorted(wrong)[0]}, here is {machine.versions[flavour]}" if wrong else None

@@ -1,174 +1,36 @@
-"""The production front: five calls, with the user side computed once and reused."""
+"""The production front: six calls, with the user side computed once and reused."""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import os
-import sys
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, TypeAlias
+import threading
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stca.bundle import HALVES, TARGETS, TOKENS, USERS, Bundle, Manifest, StateSpec
-from stca.errors import BuildError, RequestError
-from stca.runtime.engine import Engine, scores_of
-from stca.runtime.engine_choice import Choice, best_engine, open_engines, own_graphs
-from stca.runtime.request import Door, Request, RequestBatch, check_swap
-from stca.runtime.state import CacheStats, StateArray, StateCache, StateKey, UserState, join
-from stca.tensorrt_flavours import largest_sizes
-from stca.types import Array
-
-# Most history tokens of several users encoded in one run. A run has a price of its own, and so have the copies that
-# part users encoded together: on a CPU they break even at a few hundred tokens. `benchmarks/misses.py` measures it.
-_TOKENS_TOGETHER: Final = 256
-
-
-@dataclass(frozen=True)
-class _Options:
-    """How bundles are loaded, the first one and those swapped in."""
-
-    threads: int | None
-    truncate: bool
-    engine: str | None
-    precision: str | None
-
-
-@dataclass(frozen=True)
-class _Model:
-    """One loaded bundle; immutable, so that a swap is one assignment and running requests finish on what they began.
-
-    `window` is the longest history that the bundle and its engines serve.
-    """
-
-    manifest: Manifest
-    door: Door
-    encoder: Engine
-    scorer: Engine
-    format: str
-    choice: Choice
-    window: int | None
-
-    @classmethod
-    def load(cls, bundle: Bundle, options: _Options) -> _Model:
-        manifest = bundle.manifest
-        if options.engine == "graphs":
-            choice = own_graphs()
-        else:
-            choice = best_engine(manifest, only=options.engine, precision=options.precision)
-        engines = open_engines(bundle, choice, threads=options.threads)
-        layout = ";".join(f"{s.name}:{s.dtype}:{','.join(map(str, s.shape))}" for s in manifest.state)
-        # Equal weights do not make equal states: what the encoder computes, for which window, and in what, counts too.
-        encoder = manifest.files[manifest.graphs["user_encoder"].file]["sha256"]
-        limits = [_limits(choice, half)[TOKENS] for half in HALVES]
-        limits += [] if manifest.max_history is None else [manifest.max_history]
-        window = None if min(limits) == sys.maxsize else min(limits)
-        layout += f";{encoder};window:{window};{choice.flavour} {choice.precision}"
-        door = Door(dataclasses.replace(manifest, max_history=window), truncate=options.truncate)
-        return cls(manifest, door, engines["user_encoder"], engines["target_scorer"], layout, choice, window)
-
-    def key(self, user: Hashable, version: Hashable) -> StateKey:
-        return StateKey(user, version, self.manifest.weights, self.format)
-
-    def encode(self, users: Sequence[Mapping[str, Array]]) -> list[UserState]:
-        """Run the user encoder on users' admitted inputs, on those with short histories together."""
-        if not users:
-            return []
-        per_token = [n for n in self.door.names("user") if self.door.inputs[n].shape[:1] == (TOKENS,)]
-        tokens = [len(arrays[per_token[0]]) if per_token else 0 for arrays in users]
-        limits = _limits(self.choice, "user_encoder")
-        limits[TOKENS] = min(limits[TOKENS], _TOKENS_TOGETHER)
-        if not all(self._is_offsets(s) or s.shape[:1] in ((TOKENS,), (USERS,)) for s in self.manifest.state):
-            limits[USERS] = 1  # what is neither per token nor per user cannot be parted
-        states: list[UserState] = []
-        for run in _runs([{USERS: 1, TOKENS: n} for n in tokens], limits):
-            states += self._encode(users[run], tokens[run])
-        return states
-
-    def _encode(self, users: Sequence[Mapping[str, Array]], tokens: Sequence[int]) -> list[UserState]:
-        feeds = self._pack(users)
-        out = self.encoder.run({s.name: feeds[s.name] for s in self.manifest.graphs["user_encoder"].inputs})
-        if len(users) == 1:
-            return [UserState(out, tokens[0])]
-        ends = np.cumsum(tokens)
-        return [
-            UserState({s.name: self._part(s, out[s.name], i, end - n, end) for s in self.manifest.state}, n)
-            for i, (n, end) in enumerate(zip(tokens, ends.tolist(), strict=True))
-        ]
-
-    def _part(self, spec: StateSpec, rows: StateArray, user: int, begin: int, end: int) -> StateArray:
-        """One user's rows of a state tensor of several, copied: a view would keep all of them alive, uncounted."""
-        if self._is_offsets(spec):
-            return np.array([0, end - begin], spec.dtype)
-        return rows[begin:end].copy() if spec.shape[:1] == (TOKENS,) else rows[user : user + 1].copy()
-
-    def score(self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]]) -> list[Array]:
-        """Run the target scorer for several users, all at once where it can; `rows` are their request and target
-        inputs.
-        """
-        if len(states) == 1:
-            return self._score(states, rows)
-        targets = next((n for n, s in self.door.offsets.items() if s.scope == "target"), None)
-        sizes = [
-            {USERS: 1, TOKENS: s.tokens, TARGETS: int(r[targets][-1]) if targets else 0}
-            for s, r in zip(states, rows, strict=True)
-        ]
-        scores: list[Array] = []
-        for run in _runs(sizes, _limits(self.choice, "target_scorer")):
-            scores += self._score(states[run], rows[run])
-        return scores
-
-    def _score(self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]]) -> list[Array]:
-        feeds: dict[str, StateArray] = {**self._pack(rows)}
-        if len(states) == 1:
-            feeds |= states[0].tensors
-        else:
-            tokens = np.cumsum([0, *(s.tokens for s in states)])
-            for spec in self.manifest.state:
-                parts = [s.tensors[spec.name] for s in states]
-                feeds[spec.name] = tokens.astype(spec.dtype) if self._is_offsets(spec) else join(parts)
-        outputs = self.scorer.run({s.name: feeds[s.name] for s in self.manifest.graphs["target_scorer"].inputs})
-        scores = scores_of([outputs[s.name] for s in self.manifest.graphs["target_scorer"].outputs])
-        if len(states) == 1:
-            return [scores]
-        targets = next(n for n, s in self.door.offsets.items() if s.scope == "target")
-        return np.split(scores, np.cumsum([r[targets][-1] for r in rows])[:-1])
-
-    def _pack(self, rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-        """Admitted inputs of several requests as one ragged batch."""
-        if len(rows) == 1:
-            return dict(rows[0])
-        return {
-            name: np.cumsum([0, *(r[name][-1] for r in rows)]).astype(first.dtype)
-            if name in self.door.offsets
-            else np.concatenate([r[name] for r in rows])
-            for name, first in rows[0].items()
-        }
-
-    def _is_offsets(self, spec: StateSpec) -> bool:
-        """Whether a state tensor says where each user's tokens begin: then it is made anew, not cut or joined."""
-        return spec.input in self.door.offsets
-
-    def extend(self, old: UserState, new: UserState) -> UserState:
-        """The state of both histories one after the other, its oldest tokens dropped beyond the window."""
-        total = old.tokens + new.tokens
-        kept = total if self.window is None else min(total, self.window)
-        tensors = dict(old.tensors)
-        for spec in self.manifest.state:
-            if self._is_offsets(spec):
-                tensors[spec.name] = np.array([0, kept], dtype=spec.dtype)
-            elif spec.shape[:1] == (TOKENS,):
-                # Slice before joining, so that only what is kept is copied, once.
-                dropped = total - kept
-                later = new.tensors[spec.name][max(0, dropped - old.tokens) :]
-                tensors[spec.name] = join([old.tensors[spec.name][dropped:], later])
-        return UserState(tensors, kept)
-
-
-# Of a request: its key, its kept state, and its admitted user inputs where there is none.
-_Found: TypeAlias = tuple[StateKey | None, UserState | None, Mapping[str, Array] | None]
+from stca.arrays import Array
+from stca.bundle import Bundle, opened
+from stca.errors import EngineError, RequestError, UsageError
+from stca.manifest import TOKENS, Manifest
+from stca.runtime.batching import Batcher
+from stca.runtime.client_values import mapping_of, quoted
+from stca.runtime.deadline import Deadline, Wanted
+from stca.runtime.engine import Engine, OnnxRuntimeEngine
+from stca.runtime.machine import mark_after_fork
+from stca.runtime.model import Model
+from stca.runtime.options import OnnxRuntimeOptions, Options
+from stca.runtime.request import MOST_TARGETS, Request, RequestBatch
+from stca.runtime.scoring import Answer, Asked, Scoring
+from stca.runtime.state import LOG
+from stca.runtime.store import StateStore, StoreStats
+from stca.runtime.swap import check_swap
+from stca.runtime.turns import Turns
+from stca.runtime.user_states import UserStates, plain_key
+from stca.signature import Key
 
 
 class Session:
@@ -177,8 +39,18 @@ class Session:
     Make one with `Session.load`.
     """
 
-    def __init__(self, model: _Model, cache: StateCache, options: _Options) -> None:
-        self._model, self._cache, self._options = model, cache, options
+    def __init__(self, model: Model, store: StateStore, options: Options) -> None:
+        self._model, self._store, self._options = model, store, options
+        store.serve(model.manifest.weights, model.format)
+        self._states = UserStates(store, check_versions=options.check_versions)
+        self._turns = Turns(model.side_by_side)
+        self._scoring = Scoring(self._states, self._turns)
+        self._swapping = threading.Lock()
+        self._batcher: Batcher[Asked, Answer] | None = None
+        if options.batch_seconds is not None:
+            self._batcher = Batcher(self._scoring.answer_several, options.batch_tokens, options.batch_seconds)
+        self.forked = self._closed = False
+        mark_after_fork(self)
 
     @classmethod
     def load(
@@ -190,47 +62,133 @@ class Session:
         truncate: bool = False,
         engine: str | None = None,
         precision: str | None = None,
+        trusted: Key | None = None,
+        max_users: int | None = None,
+        max_targets: int = MOST_TARGETS,
+        ttl_seconds: float | None = None,
+        check_finite: bool = True,
+        check_versions: bool = False,
+        state_folder: str | os.PathLike[str] | None = None,
+        state_folder_bytes: int = 1 << 33,
+        batch_seconds: float | None = None,
+        batch_tokens: int = 1024,
+        onnxruntime: OnnxRuntimeOptions | None = None,
+        gpu: int = 0,
     ) -> Session:
         """Load a bundle, checking every file of it.
 
         Args:
             bundle: its directory.
             cache_bytes: most bytes of user states to keep between requests; 0 keeps none.
-            threads: threads of one request; None takes every core.
+            threads: threads of one request; None takes every processor that this process may use. A server with
+                several callers at once does best with processors / callers.
             truncate: serve the most recent part of a history longer than bundle and engines take, and do not refuse it.
             engine: onnxruntime, tensorrt or tensorrt-rtx, whose built engines must run here, or graphs for the bundle's
                 own graphs on a CPU; None takes the fastest that runs, and `engines` says which and why.
             precision: of that engine, fp32, bf16 or fp16; None takes the fastest that was built.
+            trusted: Ed25519 public key, as the path or the bytes of a PEM file: this bundle, and those swapped in, must
+                be signed by its holder (`stca sign`). None takes anyone's bundle.
+            max_users: most users whose states are kept; None for as many as fit into `cache_bytes`.
+            max_targets: most targets of a request, or of a batch together.
+            ttl_seconds: how long a state is kept; None for ever.
+            check_finite: raise an EngineError where a score is NaN or infinite.
+            check_versions: for debugging, refuse a history that is sent with the version of another one that is kept;
+                otherwise a history sent on a hit is not looked at.
+            state_folder: of files in which states outlive memory and the process, for engines on a CPU. It is this
+                session's own until that is closed; None keeps states in memory alone.
+            state_folder_bytes: most bytes of files in it.
+            batch_seconds: how long a request waits for others to be computed with it; None computes each by itself.
+            batch_tokens: most history tokens and targets of requests that are computed together. A request of so many
+                alone waits for nobody, and nobody for it.
+            onnxruntime: execution providers and settings of ONNX Runtime, which then runs the bundle's own graphs.
+            gpu: number of the GPU for TensorRT's engines, as CUDA counts those that this process may see.
 
         Raises:
-            BundleError: when the bundle is missing, damaged or too new.
+            UsageError: when an option is not of the kind or in the range above.
+            BundleError: when the bundle is missing, damaged, too new, or not signed by the holder of `trusted`.
             BuildError: when the engine cannot load a graph.
         """
-        if precision is not None and engine in (None, "graphs"):
-            raise BuildError(f"precision {precision}: is of a built engine; say which with engine=")
-        options = _Options(threads, truncate, engine, precision)
-        return cls(_Model.load(Bundle.load(bundle), options), StateCache(cache_bytes), options)
+        options = Options(
+            cache_bytes=cache_bytes,
+            threads=threads,
+            truncate=truncate,
+            engine=engine,
+            precision=precision,
+            trusted=trusted,
+            max_users=max_users,
+            max_targets=max_targets,
+            ttl_seconds=ttl_seconds,
+            check_finite=check_finite,
+            check_versions=check_versions,
+            state_folder=state_folder,
+            state_folder_bytes=state_folder_bytes,
+            batch_seconds=batch_seconds,
+            batch_tokens=batch_tokens,
+            onnxruntime=onnxruntime,
+            gpu=gpu,
+        )
+        began = time.perf_counter()
+        model = opened(bundle, lambda found: Model.load(found, options), trusted=trusted)
+        LOG.info("loaded %s", _told(bundle, model, began))
+        if options.state_folder is not None and not isinstance(model.encoder, OnnxRuntimeEngine):
+            raise UsageError(f"state_folder: is for engines on a CPU, not {model.encoder.name}; leave it out")
+        store = StateStore.of(
+            options.cache_bytes,
+            max_users=options.max_users,
+            ttl_seconds=options.ttl_seconds,
+            folder=None if options.state_folder is None else Path(options.state_folder),
+            folder_bytes=options.state_folder_bytes,
+        )
+        return cls(model, store, options)
 
-    def score(self, request: Request | RequestBatch) -> Array:
+    def score(self, request: Request | RequestBatch, *, deadline: Wanted = None) -> Array:
         """Scores `(targets, tasks)` of a request; of a batch, all requests' targets one after the other.
 
         A user whose state is kept is not encoded again; a batch goes through the target scorer in one piece.
 
+        Args:
+            request: one, or a batch of them.
+            deadline: seconds from now in which the scores are of use, or a `Deadline`, which can be cancelled; it is
+                looked at before work begins and between its stages.
+
         Raises:
             RequestError: naming the input, the value and the limit; nothing was computed or kept.
             EngineError: when an engine fails on valid inputs.
+            DeadlineError, CancelledError: when the scores are not wanted any more; a state that was made is kept.
         """
-        if not isinstance(request, Request | RequestBatch):
+        return self.answer(request, deadline=deadline).scores
+
+    def answer(self, request: Request | RequestBatch, *, deadline: Wanted = None) -> Answer:
+        """As `score`, and tells of each request whether it was a hit, and how long the stages took.
+
+        Raises:
+            RequestError, EngineError, DeadlineError, CancelledError: as `score`.
+        """
+        began, wanted = time.perf_counter(), Deadline.of(deadline)
+        wanted.check()
+        if not isinstance(request, (Request, RequestBatch)):
             raise RequestError(f"score takes a Request or a RequestBatch, got {type(request).__name__}")
-        model = self._model
+        model = self._running()
         requests = model.door.unpack(request) if isinstance(request, RequestBatch) else [request]
         rows = [model.door.admit(_without(r.inputs, model.door.names("user")), "request", "target") for r in requests]
-        looked_up = [self._look_up(model, r) for r in requests]
-        states = self._states(model, looked_up)
-        if not requests:
-            specs = model.manifest.graphs["request"].outputs
-            return scores_of([np.zeros((0, *(n for n in s.shape if isinstance(n, int))), s.dtype) for s in specs])
-        return np.concatenate(scores) if len(scores := model.score(states, rows)) > 1 else scores[0]
+        targets = [model.targets(row) for row in rows]
+        if not any(n != 0 for n in targets):  # nothing is run, and nobody encoded, for no scores
+            return Answer(model.none(), (False,) * len(rows), {"check": time.perf_counter() - began})
+        if len(rows) > 1:
+            model.door.check_targets(sum(n or 0 for n in targets), "targets of all requests")
+        found = [self._states.find(model, r.inputs, r.user, r.version) for r in requests]
+        checked = time.perf_counter() - began
+        asked = [Asked(model, one, row) for one, row in zip(found, rows, strict=True)]
+        if self._batcher is not None and len(asked) == 1 and model.door.ragged:
+            answers = [self._batcher.call(asked[0], asked[0].cost, wanted)]
+        else:
+            answers = self._scoring.answer(asked, wanted)
+        scores = [answer.scores for answer in answers]
+        return Answer(
+            np.concatenate(scores) if len(scores) > 1 else scores[0],
+            tuple(hit for answer in answers for hit in answer.hits),
+            {"check": checked, **answers[0].seconds},
+        )
 
     def append(
         self, user: Hashable, events: Mapping[str, ArrayLike], version: Hashable, *, after: Hashable = None
@@ -242,7 +200,7 @@ class Session:
             events: the per-token user inputs of the new events, by name.
             version: of the history with the new events; the next request for it is a hit.
             after: version of the history they follow. Nothing is appended to another one, so no event lost on the way
-                goes unnoticed; None appends to whichever is kept.
+                goes unnoticed; None appends to whichever is kept in memory.
 
         Returns:
             Whether the state with the new events is kept. If not (none was there to append to, or it went or changed
@@ -251,29 +209,76 @@ class Session:
         Raises:
             RequestError: when an input is wrong, or the model's tokens depend on each other or on the request.
         """
-        model = self._model
+        model = self._running()
+        if user is None:
+            raise RequestError("user: is None; events are appended to the state of one user, say whose")
         if version is None:
             raise RequestError("version: is None; name the history with the new events, or no request will find it")
         if not model.manifest.appendable:
-            raise RequestError("this bundle's states cannot be appended to; send the whole history with a new version")
-        names = model.door.names("user")
+            raise RequestError(f"{model.door.why_not_appendable()}; send the whole history with a new version")
+        user, version = plain_key(user, version)
+        events, names = _without(events, ()), model.door.names("user")
         once = {n: model.door.placeholder(n) for n in names if model.door.inputs[n].shape[:1] != (TOKENS,)}
         if given := [n for n in events if n in once or n in model.door.names("request", "target")]:
             raise RequestError(f"{given[0]}: is no part of an event; append takes the per-token user inputs alone")
         arrays = model.door.admit({**once, **events}, "user")
-        held = self._cache.find(_key(user, version)[0])
+        follows = plain_key(None, after)[1]
+        held = self._store.find(user, model.key(user, version), *([] if after is None else [model.key(user, follows)]))
         if held is None or (held[0].weights, held[0].format) != (model.manifest.weights, model.format):
             return False
         if held[0].version == version:
             return True  # the same call again, after a timeout perhaps: its events are in
-        if after is not None and held[0].version != after:
+        if after is not None and held[0].version != follows:
             return False
-        state = model.extend(held[1], model.encode([arrays])[0])
-        return model is self._model and self._cache.put(model.key(user, version), state, instead_of=held[1])
+        self._turns.enter()
+        try:
+            state, written = model.extend(held[1], model.encode([arrays])[0])
+        finally:
+            self._turns.leave()
+        kept = self._store.put(model.key(user, version), state, instead_of=held[1])
+        if kept:
+            self._store.count_made(appended_bytes=written)
+        return kept
+
+    def warm(
+        self, user: Hashable, history: Mapping[str, ArrayLike], version: Hashable = None, *, deadline: Wanted = None
+    ) -> bool:
+        """Make and keep a user's state ahead of the request that needs it, while targets are being recalled, say.
+
+        It runs once a processor is free of scores, in the caller's thread. A request for the same version that comes
+        meanwhile joins the encoding, or makes the state itself where that has not begun.
+
+        Args:
+            user: whose state.
+            history: the user inputs, as a request has them; inputs of other scopes are not looked at. They may be left
+                out where the version may be kept already.
+            version: of the history; None takes a digest of the user inputs, as a request without version does.
+            deadline: as of `score`; without one, a warm waits for its turn as long as it takes.
+
+        Returns:
+            Whether the state is kept: a request for it is a hit. Not when it is over the budget.
+
+        Raises:
+            RequestError, EngineError, DeadlineError, CancelledError: as `score`.
+        """
+        wanted = Deadline.of(deadline)
+        wanted.check()
+        model = self._running()
+        if user is None:
+            raise RequestError("user: is None; a state is made ahead for the requests of one user, say which")
+        found = self._states.find(model, mapping_of("history", history), user, version)
+        if found.state is not None:
+            return True
+        self._turns.enter_when_free(wanted)
+        try:
+            return self._states.make_ahead(model, found, wanted)
+        finally:
+            self._turns.leave()
 
     def forget(self, user: Hashable) -> bool:
-        """Drop what is kept of a user; False when nothing was."""
-        return self._cache.forget(_key(user, None)[0])
+        """Drop what is kept of a user, and what is being encoded of them; False when nothing was."""
+        self._running()
+        return self._states.forget(plain_key(user, None)[0])
 
     def swap(self, bundle: str | os.PathLike[str]) -> None:
         """Serve another bundle from the next request on; running ones finish on the old. States of other weights go.
@@ -282,18 +287,32 @@ class Session:
             BundleError, BuildError: as `load`, and when the bundle takes other inputs or gives other scores than the
                 one being served, so that its clients' requests would fail. The session goes on with the bundle it has.
         """
-        found = Bundle.load(bundle)
-        check_swap(bundle, self._model.manifest, found.manifest)
-        model = _Model.load(found, self._options)
-        same = (model.manifest.weights, model.format) == (self._model.manifest.weights, self._model.format)
-        self._model = model
-        if not same:
-            self._cache.clear()
+
+        def load(found: Bundle) -> Model:
+            check_swap(bundle, self._model.manifest, found.manifest)
+            return Model.load(found, self._options)
+
+        self._running()
+        began = time.perf_counter()
+        model = opened(bundle, load, trusted=self._options.trusted)
+        LOG.info("swapped in %s", _told(bundle, model, began))
+        with self._swapping:  # else, of two at once, one's model would be served and the other's states kept
+            self._model = model
+            self._store.serve(model.manifest.weights, model.format)
 
     @property
     def manifest(self) -> Manifest:
         """Manifest of the bundle being served."""
         return self._model.manifest
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What each column of the scores is: an output's name, or `name[i]` where an output has several columns."""
+        names: list[str] = []
+        for spec in self._model.manifest.graphs["request"].outputs:
+            columns = math.prod(n if isinstance(n, int) else 1 for n in spec.shape[1:])
+            names += [spec.name] if columns == 1 else [f"{spec.name}[{i}]" for i in range(columns)]
+        return tuple(names)
 
     @property
     def engines(self) -> Mapping[str, str]:
@@ -307,75 +326,52 @@ class Session:
             "passed_over": "; ".join(model.choice.passed_over),
         }
 
-    def stats(self) -> CacheStats:
-        """What the state cache holds and did."""
-        return self._cache.stats()
+    def close(self) -> None:
+        """Give back the kept states; the session takes no more requests. A `with` block closes it at its end."""
+        self._closed = True
+        if not self.forked:  # where another thread's lock would stay locked
+            self._store.close()
 
-    def _look_up(self, model: _Model, request: Request) -> _Found:
-        """Key, kept state, and admitted user inputs where there is no such state."""
-        user_names = model.door.names("user")
-        sent = {n: x for n, x in request.inputs.items() if n in user_names}
-        _key(request.user, request.version)
-        if request.user is None:
-            return None, None, model.door.admit(sent, "user")
-        if request.version is not None:
-            key = model.key(request.user, request.version)
-            held = self._cache.get(key)
-            if held is None and not sent and user_names:
-                raise RequestError(
-                    f"user {request.user!r}: no state of version {request.version!r} is kept; send the user inputs"
-                )
-            return key, held, None if held is not None else model.door.admit(sent, "user")
-        arrays = model.door.admit(sent, "user")
-        key = model.key(request.user, model.door.digest(arrays))
-        return key, self._cache.get(key), arrays
+    def __enter__(self) -> Session:
+        return self
 
-    def _states(self, model: _Model, found: Sequence[_Found]) -> list[UserState]:
-        """Of each request, the kept state or a new one; a user with several requests in the batch is encoded once."""
-        missing: dict[StateKey | int, Mapping[str, Array]] = {}
-        for place, (key, held, arrays) in enumerate(found):
-            if held is None:
-                assert arrays is not None
-                missing.setdefault(place if key is None else key, arrays)
-        fresh = dict(zip(missing, model.encode(list(missing.values())), strict=True))
-        if model is self._model:  # after a swap, the state of an old model would only be in the way
-            for name, state in fresh.items():
-                if isinstance(name, StateKey):
-                    self._cache.put(name, state)
-        return [held or fresh[place if key is None else key] for place, (key, held, _) in enumerate(found)]
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
+    def loaded_engines(self) -> tuple[Engine, Engine]:
+        """The engines of both halves."""
+        return self._model.encoder, self._model.scorer
 
-def _limits(choice: Choice, half: str) -> dict[str, int]:
-    """How much one run of a half's engine takes: requests, history tokens, targets."""
-    entry = choice.entries.get(half, {})
-    limits = {USERS: entry.get("requests") or sys.maxsize}
-    largest = largest_sizes(entry.get("profiles", ()))
-    return limits | {dim: largest.get(dim, sys.maxsize) for dim in (TOKENS, TARGETS)}
+    def _running(self) -> Model:
+        """The model being served.
+
+        Raises:
+            EngineError: in a process that was forked after the session was loaded, or when it is closed.
+        """
+        self._check_here()
+        if self._closed:
+            raise EngineError("the session is closed; load another")
+        return self._model
+
+    def _check_here(self) -> None:
+        if self.forked:
+            raise EngineError(
+                "this process was forked after Session.load, and engines' threads stay behind; load the session in the "
+                "child, or start children with the spawn method"
+            )
+
+    def stats(self) -> StoreStats:
+        """What the state store holds and did."""
+        self._check_here()
+        return self._store.stats()
 
 
-def _runs(sizes: Sequence[Mapping[str, int]], limits: Mapping[str, int]) -> Iterator[slice]:
-    """Neighbours that go through an engine together: as many as the limits let, and at least one."""
-    begin, total = 0, dict.fromkeys(limits, 0)
-    for i, size in enumerate(sizes):
-        if i > begin and any(total[dim] + n > limits[dim] for dim, n in size.items()):
-            yield slice(begin, i)
-            begin, total = i, dict.fromkeys(limits, 0)
-        for dim, n in size.items():
-            total[dim] += n
-    if begin < len(sizes):
-        yield slice(begin, len(sizes))
-
-
-def _key(user: Hashable, version: Hashable) -> tuple[Hashable, Hashable]:
-    """Both, when they can be looked up."""
-    try:
-        hash((user, version))
-    except TypeError as e:
-        raise RequestError(f"user {user!r:.60}, version {version!r:.60}: cannot be a key ({e}); use a string") from e
-    return user, version
+def _told(bundle: str | os.PathLike[str], model: Model, began: float) -> str:
+    """A loaded bundle for the log."""
+    engines = ", ".join(dict.fromkeys((model.encoder.name, model.scorer.name)))
+    seconds = time.perf_counter() - began
+    return f"{quoted(os.fspath(bundle))}: weights {model.manifest.weights[:12]}, {engines}, in {seconds:.2f} s"
 
 
 def _without(inputs: Mapping[str, ArrayLike], names: Sequence[str]) -> dict[str, ArrayLike]:
-    if not isinstance(inputs, Mapping):
-        raise RequestError(f"inputs: is {type(inputs).__name__}, expected the model's inputs by name")
-    return {n: x for n, x in inputs.items() if n not in names}
+    return {n: x for n, x in mapping_of("inputs", inputs).items() if n not in names}

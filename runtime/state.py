@@ -1,20 +1,21 @@
-"""User states and where they are kept between requests."""
+"""User states: what they are, what they take, and what makes two of them interchangeable."""
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
+import logging
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from stca.arrays import Array
 from stca.runtime.cuda_device import DeviceArray, join_on_device
-from stca.types import Array
+from stca.runtime.room import Room
 
 
-@dataclass(frozen=True)
-class StateKey:
+class StateKey(NamedTuple):
     """What makes two states interchangeable: the user, their history's version, the weights and the state's format."""
 
     user: Hashable
@@ -22,6 +23,9 @@ class StateKey:
     weights: str
     format: str
 
+
+# Tells of bundles and counts, never of users or what they send.
+LOG = logging.getLogger("stca.runtime")
 
 # A state's tensors may stay where the encoder's engine computes; those are cut, joined and counted like numpy's.
 StateArray = Array | DeviceArray
@@ -35,97 +39,43 @@ def join(parts: Sequence[StateArray]) -> StateArray:
 
 @dataclass(frozen=True)
 class UserState:
-    """What the user encoder made of one user: tensors by name, and the number of history tokens in them."""
+    """What the user encoder made of one user: tensors by name, and the number of history tokens in them.
+
+    Where a session checks versions, `history` is the digest of the user's inputs; after an append there is none.
+    After an append the rows of tokens lie in a `room`, and end there at row `end`.
+    """
 
     tensors: Mapping[str, StateArray]
     tokens: int
+    history: str | None = None
+    room: Room | None = None
+    end: int = 0
 
     @property
-    def nbytes(self) -> int:
+    def row_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(x.nbytes for x in self.tensors.values())
 
-
-@dataclass(frozen=True)
-class CacheStats:
-    """What a cache did since it was made. `refused` states were larger than the whole budget."""
-
-    hits: int
-    misses: int
-    evictions: int
-    refused: int
-    users: int
-    bytes: int
-    budget: int
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory that they lie in, with what is free behind their rows."""
+        if self.room is None:
+            return self.row_bytes
+        return self.room.nbytes + sum(x.nbytes for n, x in self.tensors.items() if n not in self.room.memory)
 
 
-class StateCache:
-    """At most one state per user, least recently used out first, within a byte budget. Safe to share between threads.
+# What an entry takes besides its tensors' bytes and its key's text, measured with CPython 3.11 and numpy 2: the key,
+# the state, the table's slots; and each tensor's name, array object and slot.
+_ENTRY_BYTES, _TENSOR_BYTES, _ROOM_BYTES = 700, 250, 500
 
-    A state that does not fit is not kept; that never fails a request.
-    """
 
-    def __init__(self, budget: int) -> None:
-        self._budget = budget
-        self._lock = threading.Lock()
-        self._held: OrderedDict[Hashable, tuple[StateKey, UserState]] = OrderedDict()
-        self._bytes = self._hits = self._misses = self._evictions = self._refused = 0
+def cost_of(key: StateKey, state: UserState) -> int:
+    """Bytes that an entry really takes, its objects and its key included."""
+    text = _size(key.user) + _size(key.version) + _size(state.history)
+    room = 0 if state.room is None else _ROOM_BYTES + _TENSOR_BYTES * len(state.room.memory)
+    return state.nbytes + text + _ENTRY_BYTES + _TENSOR_BYTES * len(state.tensors) + room
 
-    def get(self, key: StateKey) -> UserState | None:
-        """The state with exactly this key, or None."""
-        with self._lock:
-            held = self._held.get(key.user)
-            if held is None or held[0] != key:
-                self._misses += 1
-                return None
-            self._held.move_to_end(key.user)
-            self._hits += 1
-            return held[1]
 
-    def put(self, key: StateKey, state: UserState, *, instead_of: UserState | None = None) -> bool:
-        """Keep `state` in place of the user's last one; False when it is larger than the budget.
-
-        With `instead_of`, only while that is still the one kept: what came or went meanwhile wins.
-        """
-        with self._lock:
-            if instead_of is not None and (key.user not in self._held or self._held[key.user][1] is not instead_of):
-                return False
-            self._drop(key.user)
-            if state.nbytes > self._budget:
-                self._refused += 1
-                return False
-            while self._bytes + state.nbytes > self._budget:
-                self._drop(next(iter(self._held)))
-                self._evictions += 1
-            self._held[key.user] = (key, state)
-            self._bytes += state.nbytes
-            return True
-
-    def find(self, user: Hashable) -> tuple[StateKey, UserState] | None:
-        """Whatever is kept for `user`, without counting as a hit."""
-        with self._lock:
-            return self._held.get(user)
-
-    def forget(self, user: Hashable) -> bool:
-        """Drop the user's state; False when there was none."""
-        with self._lock:
-            return self._drop(user)
-
-    def clear(self) -> None:
-        """Drop everything; the counters stay."""
-        with self._lock:
-            self._held.clear()
-            self._bytes = 0
-
-    def stats(self) -> CacheStats:
-        """Counters and sizes, taken at one moment."""
-        with self._lock:
-            return CacheStats(
-                self._hits, self._misses, self._evictions, self._refused, len(self._held), self._bytes, self._budget
-            )
-
-    def _drop(self, user: Hashable) -> bool:
-        held = self._held.pop(user, None)
-        if held is not None:
-            self._bytes -= held[1].nbytes
-        return held is not None
+def _size(value: object) -> int:
+    """Bytes of a key's part: of a tuple, its own parts' too."""
+    return sys.getsizeof(value) + (sum(map(_size, value)) if isinstance(value, tuple) else 0)

@@ -3,7 +3,8 @@
 Written against the documented API and tested with stand-ins for the library and for CUDA. It has not run on a GPU yet.
 
 bfloat16 values are `uint16` arrays of their bits, because numpy has no bfloat16; a state goes in as it came out. It
-stays on the GPU: for a request it is copied from its own memory to the engine's, and does not cross the bus. An empty
+stays on the GPU: for a request it is copied from its own memory to the engine's, and does not cross the bus. States of
+more than `MOST_COPIED` bytes are read where they lie; such a run is no CUDA graph, as that reads one place. An empty
 history is run as one token of zeros that the offsets leave out, since an engine's smallest history is one token.
 
 A CUDA graph is captured per shape, and no two histories are of one length. So rows that the offsets leave out are added
@@ -12,6 +13,7 @@ up to the next of a few sizes (`bucket`), in the dimensions for which the build 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections import OrderedDict
@@ -23,131 +25,54 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from stca.bundle import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, USERS
+from stca.arrays import Array
 from stca.errors import BuildError, EngineError, RequestError
+from stca.manifest import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, USERS, EngineEntry, EngineTensor, TensorSpec
 from stca.runtime.cuda_device import Device, DeviceArray, Owned
+from stca.runtime.tensorrt_plan import (
+    AnyArray,
+    bucket,
+    check_fit,
+    check_plan,
+    choose_profile,
+    explain_refusal,
+    numpy_dtype,
+    sizes_of,
+    specs_of,
+)
 from stca.tensorrt_flavours import FLAVOURS, largest_sizes, load, look_into
-from stca.types import Array
 
-AnyArray = NDArray[Any] | DeviceArray
-Entry = Mapping[str, Any]
 _Key = tuple[int | str, ...]  # what a CUDA graph holds for: profile, sizes, inputs that cross the bus
 
-# What a library says when it refuses a plan, and what that means; the first that fits.
-_REFUSALS: Final = (
-    (("plugin", "getcreator"), "needs a plugin that is not registered; load its library before the engine"),
-    (("out of memory", "outofmemory", "memory allocation"), "does not fit the GPU's memory; build for smaller sizes"),
-    (
-        ("compute capability", "different device", "incompatible device", "platform"),
-        "was built for another GPU; run `stca build` with its --sm",
-    ),
-    (("version", "incompatible"), "was built by another version of the library; run `stca build` again"),
-    (("magic", "truncated", "corrupt", "malformed"), "is damaged; copy the bundle again"),
-)
+# A longer copy costs more than the launches that a graph would spare; the C++ runtime draws the same line.
+MOST_COPIED: Final = 64 << 20
+# What TensorRT asks of an address that it reads or writes.
+ALIGNMENT: Final = 256
 
 
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """How values of a manifest's dtype are held on the host."""
-    return np.dtype(np.uint16 if name == "bfloat16" else name)
-
-
-def check_fit(entry: Entry, version: str, sm: int) -> None:
-    """Whether an engine may be loaded here at all.
-
-    Raises:
-        BuildError: for another version of the library, or another GPU.
-    """
-    what, again = entry["file"], f"run `stca build` again with --engine {entry['flavour']}"
-    if entry["version"] != version:
-        made = f"{entry['flavour']} {entry['version']}"
-        raise BuildError(f"{what} was built with {made}, here is {version}; install that one, or {again}")
-    if entry["sm"] != sm:
-        raise BuildError(f"{what} was built for SM {entry['sm']}, this GPU is SM {sm}; {again} --sm {sm}")
-
-
-def explain_refusal(entry: Entry, said: Sequence[str]) -> str:
-    """One line for a plan that the library would not load, from what it logged."""
-    text = " ".join(said).lower()
-    for signs, meaning in _REFUSALS:
-        if any(sign in text for sign in signs):
-            return f"{entry['file']} {meaning}"
-    return (
-        f"{entry['file']} cannot be loaded: {' '.join(' '.join(said).split())[:300] or 'the library gives no reason'}"
-    )
-
-
-def choose_profile(entry: Entry, sizes: Mapping[str, int]) -> int:
-    """The tightest optimization profile that admits these sizes.
-
-    Raises:
-        RequestError: naming the dimension, its size and the limit.
-    """
-    profiles: Sequence[Mapping[str, Sequence[int]]] = entry["profiles"]
-    fits = [
-        (math.prod(p[d][2] for d in p), i)
-        for i, p in enumerate(profiles)
-        if all(p[d][0] <= sizes.get(d, p[d][0]) <= p[d][2] for d in p)
-    ]
-    if fits:
-        return min(fits)[1]
-    for dim, size in sizes.items():
-        limits = [p[dim] for p in profiles if dim in p]
-        if limits and size > (most := max(limit[2] for limit in limits)):
-            raise RequestError(
-                f"{dim} is {size}, {entry['file']} was built for at most {most}; send less, or build for more"
-            )
-    raise RequestError(f"no profile of {entry['file']} admits {dict(sizes)}; build with a profile for it")
-
-
-def sizes_of(entry: Entry, inputs: Mapping[str, AnyArray]) -> dict[str, int]:
-    """The symbolic sizes of one run, from its inputs.
-
-    Raises:
-        RequestError: when an input is missing or has another shape or width than the engine's.
-    """
-    sizes: dict[str, int] = {}
-    alone = " and serves one request per run" if entry["requests"] == 1 else ""
-    for spec in entry["inputs"]:
-        name, wanted = spec["name"], spec["shape"]
-        if name not in inputs:
-            raise RequestError(f"{name}: is missing; the engine needs it")
-        x = inputs[name]
-        if x.itemsize != ITEM_BYTES[spec["dtype"]]:
-            raise RequestError(f"{name}: has dtype {x.dtype}, the engine takes {spec['dtype']}")
-        matches = len(x.shape) == len(wanted)
-        for n, size in zip(x.shape, wanted, strict=False):
-            if n != size and (not isinstance(size, str) or n != sizes.setdefault(size, n)):
-                matches = False
-        if not matches:
-            raise RequestError(f"{name}: has shape {list(x.shape)}, the engine takes {list(wanted)}{alone}")
-    return sizes
-
-
-def bucket(rows: int) -> int:
-    """The size that `rows` is filled up to: a multiple of 16 and, from 64 on, one of four per power of two."""
-    step = max(16, 1 << max(0, (rows - 1).bit_length() - 3))
-    return -(-rows // step) * step
-
-
-@dataclass(frozen=True)
 class _Buffer:
-    """One input or output: page-locked on the host, and on the device, as large as the profiles allow."""
+    """One input or output, as large as the profiles allow: on the device and, once it crosses the bus, page-locked too.
 
-    spec: Mapping[str, Any]
-    host: NDArray[np.uint8]
-    host_address: int
-    address: int
-    fixed_bytes: int
-    symbols: tuple[str, ...]
+    Kept states never cross it, and at production size a page-locked copy of one is 164 MB.
+    """
 
-    @classmethod
-    def make(cls, spec: Mapping[str, Any], largest: Mapping[str, int], device: Device, owned: Owned) -> _Buffer:
-        """Memory for an input or output as large as it gets."""
-        symbols = tuple(n for n in spec["shape"] if isinstance(n, str))
-        fixed = math.prod(n for n in spec["shape"] if not isinstance(n, str)) * ITEM_BYTES[spec["dtype"]]
-        size = fixed * math.prod(largest[n] for n in symbols)
-        host = device.pinned(owned, size)
-        return cls(spec, host, host.ctypes.data, device.memory(owned, size), fixed, symbols)
+    def __init__(self, spec: EngineTensor, largest: Mapping[str, int], device: Device, owned: Owned) -> None:
+        self.spec, self._device, self._owned = spec, device, owned
+        self.symbols = tuple(n for n in spec["shape"] if isinstance(n, str))
+        self.fixed_bytes = math.prod(n for n in spec["shape"] if not isinstance(n, str)) * ITEM_BYTES[spec["dtype"]]
+        self._most = self.fixed_bytes * math.prod(largest[n] for n in self.symbols)
+        self.address = device.memory(owned, self._most)
+        if self.address % ALIGNMENT:
+            raise BuildError(f"{spec['name']}: CUDA gave memory at {self.address:#x}, TensorRT wants {ALIGNMENT} bytes")
+
+    @functools.cached_property
+    def host(self) -> NDArray[np.uint8]:
+        """Page-locked memory, made when it is first asked for."""
+        return self._device.pinned(self._owned, self._most)
+
+    @functools.cached_property
+    def host_address(self) -> int:
+        return self.host.ctypes.data
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         return _shape(self.spec, sizes)
@@ -184,7 +109,7 @@ class TensorRTEngine:
         plan: the engine's file. Its digest must be in the manifest: loading a plan runs code.
         entry: what the manifest says of it.
         device: shared by the engines of one session, so that they share scratch memory.
-        keep: outputs to leave on the GPU, as `DeviceArray`s.
+        keep: outputs to leave on the GPU, as `DeviceArray`s, and inputs that were left there.
         graphs: CUDA graphs to keep, one for each shape, those of the shapes that first come twice: a capture takes many
             times a run, so none is made in another's place. 0 captures none, and adds no rows.
         module: stands in for the library.
@@ -193,46 +118,60 @@ class TensorRTEngine:
         BuildError: when the engine cannot run here; one line that says why and what to do.
     """
 
+    may_leave_out = True
+
     def __init__(
         self,
         plan: str | os.PathLike[str],
-        entry: Entry,
+        entry: EngineEntry,
         device: Device,
         *,
         keep: Collection[str] = (),
         graphs: int = 64,
         module: Any = None,
     ) -> None:
-        flavour = FLAVOURS[entry["flavour"]]
+        flavour = FLAVOURS[entry.flavour]
         trt = module if module is not None else load(flavour)
         check_fit(entry, trt.__version__, device.sm)
         self._entry, self._device, self._trt, self._graphs = entry, device, trt, graphs
         self._captures = flavour.graphs == "captured" and graphs > 0
-        self._padded: Sequence[str] = entry.get("padded", ()) if graphs else ()
-        self.name = f"{flavour.name} {entry['version']} (SM {entry['sm']}, {entry['precision']})"
-        self.outputs = tuple(o["name"] for o in entry["outputs"])
+        self._padded: Sequence[str] = entry.padded if graphs else ()
+        self.name = f"{flavour.name} {entry.version} (SM {entry.sm}, {entry.precision})"
+        self.outputs = tuple(o["name"] for o in entry.outputs)
         self._fetched = tuple(name for name in self.outputs if name not in keep)
+        with device.use():
+            self._load(plan, keep)
+
+    def _load(self, plan: str | os.PathLike[str], keep: Collection[str]) -> None:
+        trt, entry, device, flavour = self._trt, self._entry, self._device, FLAVOURS[self._entry.flavour]
         said: list[str] = []
         engine = trt.Runtime(_logger(trt, said)).deserialize_cuda_engine(Path(plan).read_bytes())
         if engine is None:
             raise BuildError(explain_refusal(entry, said))
         self._said, self._engine = said, engine
+        check_plan(trt, engine, entry)
         self._owned = Owned(self, device.cuda)
-        largest = _with_batch(largest_sizes(entry["profiles"]))
+        largest = _with_batch(largest_sizes(entry.profiles))
         self._buffers: dict[str, _Buffer] = {}
-        for spec in (*entry["inputs"], *entry["outputs"]):
-            self._buffers[spec["name"]] = _Buffer.make(spec, largest, device, self._owned)
+        for spec in (*entry.inputs, *entry.outputs):
+            buffer = self._buffers[spec["name"]] = _Buffer(spec, largest, device, self._owned)
+            if spec["name"] not in keep:
+                buffer.host  # noqa: B018, while the engine is loaded and not while a request waits
         device.reserve(int(engine.device_memory_size_v2))
         self._scratch = device.scratch
-        self._context, self._profile = self._new_context(native=flavour.graphs == "native" and graphs > 0), 0
+        self._context, self._profile = self._new_context(native=flavour.graphs == "native" and self._graphs > 0), 0
         # Of each input its name, the bytes of an element, and its sizes, of which only the first may vary.
         self._plain = [
             (s["name"], ITEM_BYTES[s["dtype"]], next(iter(s["shape"]), None), tuple(s["shape"][1:]))
-            for s in entry["inputs"]
+            for s in entry.inputs
         ]
         # Shapes seen once, newest last, and what was captured of those that came again.
         self._seen: OrderedDict[_Key, None] = OrderedDict()
         self._replays: dict[_Key, _Replay] = {}
+
+    def signature(self) -> tuple[list[TensorSpec], list[TensorSpec]]:
+        """See `Engine.signature`; of the entry, which the library's engine was held against."""
+        return specs_of(self._entry.inputs), specs_of(self._entry.outputs)
 
     def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, Any]:
         """See `Engine.run`; inputs the engine does not have are left aside, and may be on the GPU.
@@ -243,20 +182,28 @@ class TensorRTEngine:
         """
         sizes = _with_batch(self._sizes(inputs))
         if sizes.get(TARGETS) == 0:
-            dtypes = {o["name"]: numpy_dtype(o["dtype"]) for o in self._entry["outputs"]}
-            return {o["name"]: np.zeros(_shape(o, sizes), dtypes[o["name"]]) for o in self._entry["outputs"]}
+            dtypes = {o["name"]: numpy_dtype(o["dtype"]) for o in self._entry.outputs}
+            return {o["name"]: np.zeros(_shape(o, sizes), dtypes[o["name"]]) for o in self._entry.outputs}
         run_sizes = {d: 1 if d == TOKENS and n == 0 else n for d, n in sizes.items()}
         profile = choose_profile(self._entry, run_sizes)
-        for dim in self._padded:
-            run_sizes[dim] = min(bucket(run_sizes[dim]), self._entry["profiles"][profile][dim][2])
+        in_place = self._in_place(inputs)
+        for dim in () if in_place else self._padded:
+            run_sizes[dim] = min(bucket(run_sizes[dim]), self._entry.profiles[profile][dim][2])
         try:
-            with self._device.lock:
+            with self._device.use():
                 self._device.collect()
-                staged = self._stage(inputs, run_sizes)
-                self._execute(profile, run_sizes, staged)
+                staged = self._stage(inputs, run_sizes, in_place)
+                self._execute(profile, run_sizes, staged, in_place)
                 return {name: self._result(self._buffers[name], name, sizes, run_sizes) for name in self.outputs}
         except BuildError as e:  # CUDA failed, and not while an engine was made
             raise EngineError(f"{self.name} failed: {e}") from e
+
+    def _in_place(self, inputs: Mapping[str, AnyArray]) -> dict[str, int]:
+        """Addresses of states that are read where they lie: all, where copying them costs more than a graph spares."""
+        states = {n: x for n in self._buffers if isinstance(x := inputs.get(n), DeviceArray) and x.nbytes}
+        if sum(x.nbytes for x in states.values()) <= MOST_COPIED:
+            return {}
+        return {name: x.address for name, x in states.items() if x.address % ALIGNMENT == 0}
 
     def inspect(self) -> dict[str, Any]:
         """What the library tells of the engine: `layers`, after fusion, and `device_memory` in bytes."""
@@ -291,17 +238,21 @@ class TensorRTEngine:
         context.set_device_memory(self._device.scratch, self._device.scratch_bytes)
         return context
 
-    def _stage(self, inputs: Mapping[str, AnyArray], sizes: Mapping[str, int]) -> tuple[str, ...]:
-        """Put inputs where the engine finds them; rows that are added are zeros.
+    def _stage(
+        self, inputs: Mapping[str, AnyArray], sizes: Mapping[str, int], in_place: Collection[str]
+    ) -> tuple[str, ...]:
+        """Put inputs where the engine finds them, but for those it reads in place; rows that are added are zeros.
 
         Returns:
             The names of those that are in page-locked memory now, and still have to cross the bus.
         """
         device, staged = self._device, []
-        for spec in self._entry["inputs"]:
+        for spec in self._entry.inputs:
             name, buffer = spec["name"], self._buffers[spec["name"]]
             x, size = inputs[name], buffer.bytes(sizes)
             given = x.nbytes
+            if name in in_place:
+                continue
             if isinstance(x, DeviceArray):
                 if given:
                     device.copy(buffer.address, x.address, given)
@@ -323,7 +274,9 @@ class TensorRTEngine:
             self._device.copy(result.address, buffer.address, result.nbytes)
         return result
 
-    def _execute(self, profile: int, sizes: Mapping[str, int], staged: tuple[str, ...]) -> None:
+    def _execute(
+        self, profile: int, sizes: Mapping[str, int], staged: tuple[str, ...], in_place: Mapping[str, int]
+    ) -> None:
         device, key = self._device, _key(profile, sizes, staged)
         if self._scratch != device.scratch:  # another engine made it grow: graphs hold the old address
             self._scratch = device.scratch
@@ -331,7 +284,7 @@ class TensorRTEngine:
             while self._replays:
                 _, old = self._replays.popitem()
                 self._owned.drop("cudaGraphExecDestroy", old.graph)  # before its context
-        if replay := self._replays.get(key):
+        if not in_place and (replay := self._replays.get(key)):
             device.call("cudaGraphLaunch", replay.graph, device.stream)
             device.call("cudaStreamSynchronize", device.stream)
             return
@@ -339,9 +292,15 @@ class TensorRTEngine:
             self._use_profile(self._context, profile)
             self._profile = profile
         self._set_shapes(self._context, sizes)
-        self._enqueue(self._context, sizes, staged)
-        device.call("cudaStreamSynchronize", device.stream)
-        if not self._captures or len(self._replays) == self._graphs:
+        for name, address in in_place.items():
+            self._context.set_tensor_address(name, address)
+        try:
+            self._enqueue(self._context, sizes, staged, device.stream)
+            device.call("cudaStreamSynchronize", device.stream)
+        finally:
+            for name in in_place:
+                self._context.set_tensor_address(name, self._buffers[name].address)
+        if in_place or not self._captures or len(self._replays) == self._graphs:
             return
         if key in self._seen:
             del self._seen[key]
@@ -356,44 +315,36 @@ class TensorRTEngine:
             raise EngineError(f"{self.name} does not take profile {profile}: {' '.join(self._said[-1:])[:300]}")
 
     def _set_shapes(self, context: Any, sizes: Mapping[str, int]) -> None:
-        for spec in self._entry["inputs"]:
+        for spec in self._entry.inputs:
             if not context.set_input_shape(spec["name"], shape := self._buffers[spec["name"]].shape(sizes)):
                 raise RequestError(f"{spec['name']}: the engine refuses shape {shape}")
 
-    def _enqueue(self, context: Any, sizes: Mapping[str, int], staged: Sequence[str]) -> None:
+    def _enqueue(self, context: Any, sizes: Mapping[str, int], staged: Sequence[str], stream: int) -> None:
         """Copies over the bus, the engine, copies back, all on the stream."""
         device, kind = self._device, self._device.cuda.cudaMemcpyKind
         for name in staged:
             b = self._buffers[name]
-            to_device = (b.address, b.host_address, b.bytes(sizes), kind.cudaMemcpyHostToDevice, device.stream)
+            to_device = (b.address, b.host_address, b.bytes(sizes), kind.cudaMemcpyHostToDevice, stream)
             device.call("cudaMemcpyAsync", *to_device)
-        if not context.execute_async_v3(device.stream):
+        if not context.execute_async_v3(stream):
             raise EngineError(f"{self.name} failed: {' '.join(self._said[-1:])[:300] or 'no reason given'}")
         for name in self._fetched:
             b = self._buffers[name]
-            to_host = (b.host_address, b.address, b.bytes(sizes), kind.cudaMemcpyDeviceToHost, device.stream)
+            to_host = (b.host_address, b.address, b.bytes(sizes), kind.cudaMemcpyDeviceToHost, stream)
             device.call("cudaMemcpyAsync", *to_host)
 
     def _capture(self, key: _Key, profile: int, sizes: Mapping[str, int], staged: Sequence[str]) -> None:
         """Keep the run just done as a CUDA graph; where that cannot be had, do not try again."""
         device = self._device
-        mode = device.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         try:
             context = self._new_context()
             if profile:
                 self._use_profile(context, profile)
             self._set_shapes(context, sizes)
-            self._enqueue(context, sizes, staged)  # what a context does on its first run only must not be captured
+            # What a context does on its first run only must not be captured.
+            self._enqueue(context, sizes, staged, device.stream)
             device.call("cudaStreamSynchronize", device.stream)
-            device.call("cudaStreamBeginCapture", device.stream, mode)
-            try:
-                self._enqueue(context, sizes, staged)
-            finally:
-                captured = device.call("cudaStreamEndCapture", device.stream)
-            try:
-                graph = device.call("cudaGraphInstantiate", captured, 0)
-            finally:
-                device.call("cudaGraphDestroy", captured)
+            graph = device.record(lambda stream: self._enqueue(context, sizes, staged, stream))
         except (BuildError, EngineError, RequestError) as e:
             self._captures = False
             self.name += f", without CUDA graphs ({e})"
@@ -412,13 +363,13 @@ def _key(profile: int, sizes: Mapping[str, int], staged: Sequence[str]) -> _Key:
     return (profile, *sizes.values(), *staged)
 
 
-def _rows(spec: Mapping[str, Any], sizes: Mapping[str, int]) -> int | None:
+def _rows(spec: EngineTensor, sizes: Mapping[str, int]) -> int | None:
     """Rows of an output that are the request's, where its first size varies."""
     first = next(iter(spec["shape"]), None)
     return sizes[first] if isinstance(first, str) else None
 
 
-def _shape(spec: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[int, ...]:
+def _shape(spec: EngineTensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(sizes[n] if isinstance(n, str) else n for n in spec["shape"])
 
 

@@ -1,13 +1,14 @@
 #include "bundle.hpp"
 
 #include <algorithm>
-#include <fstream>
+#include <limits>
 #include <set>
-#include <sstream>
 
+#include "contract.hpp"
+#include "digest.hpp"
 #include "error.hpp"
 #include "json.hpp"
-#include "sha256.hpp"
+#include "padding.hpp"
 
 namespace stca::core {
 namespace {
@@ -17,7 +18,7 @@ namespace fs = std::filesystem;
 constexpr const char* manifest_name = "manifest.json";
 constexpr const char* weights_name = "weights.safetensors";
 constexpr std::int64_t format_version = 1;
-constexpr std::uintmax_t largest_manifest = 16 << 20;  // real ones have some tens of kilobytes
+constexpr std::size_t largest_manifest = 16 << 20;  // real ones have some tens of kilobytes
 
 [[noreturn]] void malformed(const std::string& why) {
   bundle_error(manifest_name, " is malformed (", why, "); export the bundle again");
@@ -178,7 +179,9 @@ TensorSpec read_spec(const Json& json, const std::string& place) {
       fields.wrong("scope", "user, request or target");
   }
   spec.limit = fields.optional_count("limit", 0, true).value_or(0);
-  fields.only({"name", "dtype", "shape", "scope", "limit"});
+  spec.low = fields.optional_count("low", std::numeric_limits<std::int64_t>::min(), true);
+  spec.length_of = fields.optional_string("length_of").value_or("");
+  fields.only({"name", "dtype", "shape", "scope", "limit", "low", "length_of"});
   return spec;
 }
 
@@ -206,103 +209,116 @@ StateSpec read_state(const Json& json, const std::string& place) {
   return spec;
 }
 
-/// What a session looks up by name must be there.
-void check_names(const Manifest& manifest) {
-  std::set<std::string> given, state;
-  for (const TensorSpec& spec : manifest.graph("request").inputs) given.insert(spec.name);
-  for (const StateSpec& spec : manifest.state) {
-    state.insert(spec.name);
-    if (spec.input && given.count(*spec.input) == 0) {
-      malformed("state '" + spec.name + "' copies '" + *spec.input + "', which is no input of the request graph");
-    }
+Padding read_padding(const Fields& fields) {
+  Padding padding;
+  fields.each("inputs", [&](const Json& item, const std::string& place) {
+    const Fields event(item, place);
+    constexpr auto lowest = std::numeric_limits<std::int64_t>::min();
+    padding.inputs.push_back({event.string("name"), static_cast<int>(std::min<std::int64_t>(event.count("axis", 0), 2)),
+                              event.optional_count("value", lowest, true).value_or(0),
+                              event.optional_count("event", lowest, true)});
+    event.only({"name", "axis", "value", "event"});
+  });
+  if (const auto side = fields.optional_string("side")) {
+    if (*side != "left" && *side != "right") fields.wrong("side", "left or right");
+    padding.side = *side == "left" ? Side::left : Side::right;
   }
-  for (const auto& [name, graph] : manifest.graphs) {
-    if (graph.outputs.empty()) malformed("graphs." + name + " has no outputs");
-    for (const TensorSpec& spec : graph.inputs) {
-      if (given.count(spec.name) == 0 && (name != "target_scorer" || state.count(spec.name) == 0)) {
-        malformed("graphs." + name + ": input '" + spec.name + "' is no input of the request graph and no state");
-      }
-    }
-  }
+  padding.lengths = fields.optional_string("lengths").value_or("");
+  fields.only({"inputs", "side", "lengths"});
+  return padding;
 }
 
-/// Holds the manifest's text against the digest it carries, which is of the text with zeros in the digest's place.
-void check_digest(const fs::path& root, std::string text) {
+/// Holds the manifest's text against the digest it carries, which is of the text with zeros in the digest's place. That
+/// is among the first fields, before any that could hold another text like it.
+void check_digest(const Folder& folder, std::string text) {
   constexpr std::string_view field = "\"digest\": \"", digits = "0123456789abcdef";
   constexpr std::size_t length = 64;
-  std::size_t at = text.find(field);
-  for (; at != std::string::npos; at = text.find(field, at + 1)) {
-    const std::size_t begin = at + field.size();
-    if (text.find_first_not_of(digits, begin) == begin + length && text[begin + length] == '"') break;
-  }
-  if (at != std::string::npos) {
-    const std::string carried = text.substr(at + field.size(), length);
+  const std::size_t at = text.find(field), begin = at + field.size();
+  if (at < text.find_first_of("{[", 1) && text.find_first_not_of(digits, begin) == begin + length &&
+      text[begin + length] == '"') {
+    const std::string carried = text.substr(begin, length);
     Sha256 digest;
-    digest.update(text.replace(at + field.size(), length, length, '0'));
+    digest.update(text.replace(begin, length, length, '0'));
     if (digest.hex() == carried) return;
   }
-  bundle_error(root.string(), ": ", manifest_name, " was changed; copy the bundle again or export it anew");
+  bundle_error(shown(folder.path().string()), ": ", manifest_name,
+               " was changed; copy the bundle again or export it anew");
 }
 
-void check_files(const fs::path& root, const Manifest& manifest) {
+/// Whether each file is there once, and nothing else.
+void check_names(const Folder& folder, const Manifest& manifest) {
+  const std::string root = shown(folder.path().string());
   std::set<std::string> present;
-  for (const auto& entry : fs::directory_iterator(root)) present.insert(entry.path().filename().string());
-  if (present.erase(manifest_name) == 0) bundle_error(root.string(), ": ", manifest_name, " is missing");
+  for (std::string& name : folder.names()) present.insert(std::move(name));
+  present.erase(manifest_name);
+  present.erase("manifest.sig");  // for those who check who made a bundle; this library does not
   for (const auto& [name, entry] : manifest.files) {
     if (present.count(name) == 0) {
-      bundle_error(root.string(), ": ", name, " is missing; copy the bundle again or export it anew");
+      bundle_error(root, ": ", shown(name), " is missing; copy the bundle again or export it anew");
     }
   }
   for (const std::string& name : present) {
     if (manifest.files.count(name) == 0) {
-      bundle_error(root.string(), ": ", name, " is not in the manifest; remove it, or export the bundle anew");
+      bundle_error(root, ": ", shown(name), " is not in the manifest; remove it, or export the bundle anew");
     }
   }
   for (const auto& [name, graph] : manifest.graphs) {
     if (manifest.files.count(graph.file) == 0) {
-      bundle_error(root.string(), ": graph file '", graph.file, "' is not among the manifest's files; export it anew");
+      bundle_error(root, ": graph file '", shown(graph.file), "' is not among the manifest's files; export it anew");
     }
   }
-  for (const auto& [name, entry] : manifest.files) {
-    const fs::path file = root / name;
-    // Every name was found in the directory's own listing, so none of them leads elsewhere but through a link.
-    if (fs::symlink_status(file).type() != fs::file_type::regular) {
-      bundle_error(root.string(), ": ", name, " is not a plain file inside the bundle; copy the bundle again");
+  for (const EngineEntry& entry : manifest.engines) {
+    if (manifest.files.count(entry.file) == 0) {
+      bundle_error(root, ": engine file '", shown(entry.file),
+                   "' is not among the manifest's files; build the engine again");
     }
-    if (const auto size = fs::file_size(file); size != static_cast<std::uintmax_t>(entry.bytes)) {
-      bundle_error(root.string(), ": ", name, " has ", size, " bytes, the manifest says ", entry.bytes,
+  }
+}
+
+void check_files(const Folder& folder, const Manifest& manifest) {
+  check_names(folder, manifest);
+  const std::string root = shown(folder.path().string());
+  for (const auto& [name, entry] : manifest.files) {
+    // Every name was found in the directory's own listing, so none of them leads elsewhere but through a link.
+    if (const std::uint64_t size = folder.size_of(name); size != static_cast<std::uint64_t>(entry.bytes)) {
+      bundle_error(root, ": ", shown(name), " has ", size, " bytes, the manifest says ", entry.bytes,
                    "; copy it again");
     }
-    if (const std::string digest = sha256_of(file); digest != entry.sha256) {
-      bundle_error(root.string(), ": ", name, " was changed (SHA-256 ", digest.substr(0, 12), "…, expected ",
-                   entry.sha256.substr(0, 12), "…); copy it again");
+    Sha256 sha;
+    folder.read(name, [&](std::string_view piece) { sha.update(piece); });
+    if (const std::string digest = sha.hex(); digest != entry.sha256) {
+      bundle_error(root, ": ", shown(name), " was changed (SHA-256 ", digest.substr(0, 12), "…, expected ",
+                   shown(entry.sha256.substr(0, 12)), "…); copy it again");
     }
   }
   const auto weights = manifest.files.find(weights_name);
   if (weights != manifest.files.end() && weights->second.sha256 != manifest.weights) {
-    bundle_error(root.string(), ": the weights' version is not the digest of ", weights_name,
-                 "; export the bundle anew");
+    bundle_error(root, ": the weights' version is not the digest of ", weights_name, "; export the bundle anew");
   }
 }
 
-std::string read_manifest(const fs::path& root) {
-  const fs::path path = root / manifest_name;
-  const fs::file_status status = fs::symlink_status(path);
-  if (!fs::exists(status)) {
-    bundle_error(root.string(), ": has no ", manifest_name, "; this is not a bundle, or its export did not finish");
+std::string read_manifest(const Folder& folder) {
+  const std::vector<std::string> names = folder.names();
+  if (std::find(names.begin(), names.end(), manifest_name) == names.end()) {
+    bundle_error(shown(folder.path().string()), ": has no ", manifest_name,
+                 "; this is not a bundle, or its export did not finish");
   }
-  if (!fs::is_regular_file(status) || fs::file_size(path) > largest_manifest) {
-    bundle_error(path.string(), ": cannot be read (not a plain file of at most 16 MiB)");
-  }
-  std::ifstream in(path, std::ios::binary);
-  std::ostringstream text;
-  if (!in || (in.peek() != std::ifstream::traits_type::eof() && !(text << in.rdbuf()))) {
-    bundle_error(path.string(), ": cannot be read");
-  }
-  return text.str();
+  std::string text;
+  folder.read(manifest_name, [&](std::string_view piece) {
+    text += piece;
+    if (text.size() > largest_manifest) {
+      bundle_error(shown(folder.path().string()), ": ", manifest_name,
+                   " is larger than 16 MiB; export the bundle again");
+    }
+  });
+  return text;
 }
 
 }  // namespace
+
+bool TensorSpec::counts(std::string_view symbol) const {
+  return std::any_of(shape.begin(), shape.end(), [&](const Axis& axis) { return axis.symbol == symbol; });
+}
 
 std::string TensorSpec::shape_text() const {
   std::string text = "[";
@@ -340,6 +356,12 @@ Manifest Manifest::parse(std::string text) {
   fields.get("attention");
   manifest.appendable = fields.boolean("appendable");
   manifest.max_history = fields.optional_count("max_history", 0, false);
+  manifest.min_history = fields.optional_count("min_history", 0, true).value_or(0);
+  if (fields.has("padding") && !fields.get("padding").is_null()) {
+    fields.each("padding", [&](const Json& item, const std::string& place) {
+      manifest.padding.push_back(read_padding({item, place}));
+    });
+  }
   fields.sub("graphs").members([&](const std::string& name, const Json& graph, const std::string& place) {
     manifest.graphs[name] = read_graph({graph, place});
   });
@@ -355,27 +377,24 @@ Manifest Manifest::parse(std::string text) {
     entry.only({"sha256", "bytes"});
   });
   fields.only({"format", "version", "digest", "model", "weights", "precision", "attention", "graphs", "state",
-               "appendable", "max_history", "split", "parity", "producer", "engines", "files"});
-  check_names(manifest);
+               "appendable", "max_history", "min_history", "padding", "split", "parity", "producer", "engines",
+               "files"});
+  check_padding(manifest);
+  check_contract(manifest);
   manifest.text = std::move(text);
   return manifest;
 }
 
 std::shared_ptr<const Bundle> Bundle::load(const fs::path& path) {
-  try {
-    if (!fs::is_directory(path)) {
-      bundle_error(path.string(), ": no such bundle directory; make one with `stca export`");
-    }
-    auto bundle = std::make_shared<Bundle>(Bundle{path, Manifest::parse(read_manifest(path)), {}});
-    check_files(path, bundle->manifest);
-    check_digest(path, bundle->manifest.text);
-    for (const auto& [name, graph] : bundle->manifest.graphs) bundle->graph_files[name] = (path / graph.file).string();
-    return bundle;
-  } catch (const fs::filesystem_error& e) {
-    bundle_error(path.string(), ": cannot be read (", e.code().message(), ")");
-  } catch (const std::ios_base::failure& e) {
-    bundle_error(path.string(), ": cannot be read (", e.what(), ")");
-  }
+  return with_folder(path, true, [](const std::shared_ptr<const Folder>& folder) { return read(folder); });
+}
+
+std::shared_ptr<const Bundle> Bundle::read(const std::shared_ptr<const Folder>& folder) {
+  auto bundle = std::make_shared<Bundle>(Bundle{folder->path(), Manifest::parse(read_manifest(*folder)), folder, {}});
+  check_files(*folder, bundle->manifest);
+  check_digest(*folder, bundle->manifest.text);
+  for (const auto& [name, graph] : bundle->manifest.graphs) bundle->graph_files[name] = folder->path_of(graph.file);
+  return bundle;
 }
 
 }  // namespace stca::core

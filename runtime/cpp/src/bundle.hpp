@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "folder.hpp"
 #include "tensor.hpp"
 
 namespace stca::core {
@@ -30,17 +31,42 @@ struct TensorSpec {
   DType dtype = STCA_INT64;
   std::vector<Axis> shape;
   stca_scope scope = STCA_NO_SCOPE;  ///< where an input's values come from; none for outputs and states
-  std::int64_t limit = 0;            ///< ids are in [0, limit); 0 when any value will do
+  std::int64_t limit = 0;            ///< ids are in [low, limit); 0 when any value will do
+  std::optional<std::int64_t> low;   ///< the least valid integer; nothing is 0 where there is a limit
+  std::string length_of;             ///< the dimension whose rows the value counts; empty when it counts none
 
   /// Whether the first axis has this symbol.
   bool rows_are(std::string_view symbol) const { return !shape.empty() && shape[0].symbol == symbol; }
+  /// Whether any axis has this symbol.
+  bool counts(std::string_view symbol) const;
   /// "[N_h, 2]".
   std::string shape_text() const;
 };
 
+inline const char* scope_name(stca_scope scope) {
+  return scope == STCA_USER ? "user" : scope == STCA_REQUEST ? "request" : "target";
+}
+
 /// One tensor of a user state: leaves the user encoder and enters the target scorer under its name.
 struct StateSpec : TensorSpec {
   std::optional<std::string> input;  ///< the user input it is a copy of
+};
+
+/// An input with an entry for each event of a history that is not packed.
+struct EventInput {
+  std::string name;
+  int axis = 0;                       ///< along which its entries lie, 0 or 1
+  std::int64_t value = 0;             ///< what places without an event hold
+  std::optional<std::int64_t> event;  ///< of a mask: what places with an event hold when it is left out
+};
+
+enum class Side { none, left, right };
+
+/// A history that is not packed, and how a shorter one is brought to the model's length.
+struct Padding {
+  std::vector<EventInput> inputs;
+  Side side = Side::none;
+  std::string lengths;  ///< the input with the number of events; empty for none
 };
 
 struct GraphSpec {
@@ -76,6 +102,8 @@ struct Manifest {
   std::vector<StateSpec> state;
   bool appendable = false;
   std::optional<std::int64_t> max_history;
+  std::vector<Padding> padding;
+  std::int64_t min_history = 0;
   std::vector<EngineEntry> engines;
   std::map<std::string, FileEntry> files;
 
@@ -87,10 +115,13 @@ struct Manifest {
 struct Bundle {
   std::filesystem::path path;
   Manifest manifest;
-  std::map<std::string, std::string> graph_files;  ///< path of each graph's ONNX file
+  std::shared_ptr<const Folder> folder;            ///< held open, so that its files stay those that were checked
+  std::map<std::string, std::string> graph_files;  ///< path of each graph's ONNX file, through `folder`
 
   /// Reads the manifest and holds every file against it. Throws BundleError.
   static std::shared_ptr<const Bundle> load(const std::filesystem::path& path);
+  /// The same of a folder that is open; whoever reads a file again asks `folder` whether all are still the same.
+  static std::shared_ptr<const Bundle> read(const std::shared_ptr<const Folder>& folder);
 };
 
 }  // namespace stca::core

@@ -28,15 +28,22 @@ Machine machine_for(const Manifest& manifest) {
   return {with_tensorrt, 0, "", "", ""};
 }
 
-Choice choose(const Manifest& manifest, const std::string& wanted) {
+Choice choose(const Manifest& manifest, const std::string& wanted, const std::string& precision) {
+  if (!precision.empty() && (wanted.empty() || wanted == "graphs")) {
+    fail(STCA_BUILD_ERROR, "precision ", shown(precision), ": is of a built engine; say which with engine=");
+  }
+  if (wanted == "onnxruntime" && !precision.empty() && precision != "fp32") {
+    fail(STCA_BUILD_ERROR, "no onnxruntime ", shown(precision),
+         " engines that run here: the C++ runtime runs the bundle's own graphs alone, which are fp32");
+  }
   if (wanted == "onnxruntime" || wanted == "graphs") return own_graphs();
   if (!wanted.empty() && wanted != "tensorrt") {
-    fail(STCA_BUILD_ERROR, "there is no engine '", wanted, "'; choose tensorrt, onnxruntime or graphs");
+    fail(STCA_BUILD_ERROR, "there is no engine '", shown(wanted), "'; choose tensorrt, onnxruntime or graphs");
   }
   if (!with_tensorrt && wanted == "tensorrt") {  // whatever the bundle lacks besides
-    fail(STCA_BUILD_ERROR, "this library was built without TensorRT; rebuild it with -DTENSORRT_INCLUDE_DIR=…");
+    fail(STCA_BUILD_ERROR, "this library was built without TensorRT; rebuild it with -DSTCA_TENSORRT_INCLUDE_DIR=…");
   }
-  return best_engine(manifest, machine_for(manifest), wanted);
+  return best_engine(manifest, machine_for(manifest), wanted, precision);
 }
 
 Engines open(const std::shared_ptr<const Bundle>& bundle, const Choice& choice, const Options& options) {
@@ -47,7 +54,7 @@ Engines open(const std::shared_ptr<const Bundle>& bundle, const Choice& choice, 
     return make_onnxruntime_engines(bundle, options.threads);
   } else {
     fail(STCA_BUILD_ERROR, "this library was built without ", with_tensorrt ? "" : "TensorRT and without ",
-         "ONNX Runtime; rebuild it with -DONNXRUNTIME_INCLUDE_DIR=…, or give it engines (make_engine)");
+         "ONNX Runtime; rebuild it with -DSTCA_ONNXRUNTIME=ON, or give it engines (make_engine)");
   }
 }
 
@@ -58,7 +65,7 @@ Engines make_engines(const std::shared_ptr<const Bundle>& bundle, const Options&
     return {options.make(bundle, "user_encoder"), options.make(bundle, "target_scorer"), "the caller's own engines",
             ""};
   }
-  const Choice choice = choose(bundle->manifest, options.engine);
+  const Choice choice = choose(bundle->manifest, options.engine, options.precision);
   const std::string passed_over = joined(choice.passed_over);
   try {
     Engines engines = open(bundle, choice, options);

@@ -9,6 +9,7 @@
 
 #include "bundle.hpp"
 #include "engine_choice.hpp"
+#include "state.hpp"
 #include "tensor.hpp"
 
 namespace stca::core {
@@ -38,11 +39,13 @@ class Engine {
 };
 
 struct Options {
-  std::uint64_t cache_bytes = std::uint64_t{1} << 30;
+  KeepLimits keep;
   bool truncate = false;
-  int threads = 0;       ///< 0 leaves it to the engine
-  std::string engine;    ///< "tensorrt", "onnxruntime" or "graphs"; empty for the best one that runs here
-  int cuda_graphs = 64;  ///< most CUDA graphs that a TensorRT engine keeps; none from 0 down
+  int threads = 0;           ///< 0 leaves it to the engine
+  std::string engine;        ///< "tensorrt", "onnxruntime" or "graphs"; empty for the best one that runs here
+  std::string precision;     ///< of built engines, "fp32", "bf16" or "fp16"; empty for the fastest
+  bool check_finite = true;  ///< whether scores that are not finite are an error
+  int cuda_graphs = 64;      ///< most CUDA graphs that a TensorRT engine keeps; none from 0 down
   /// The caller's own engine for a graph, instead of the built-in ones.
   std::function<std::unique_ptr<Engine>(const std::shared_ptr<const Bundle>&, const std::string& graph)> make;
 };

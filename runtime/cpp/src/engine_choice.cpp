@@ -32,7 +32,7 @@ using Pair = std::map<std::string, const EngineEntry*>;
 /// Why a pair of TensorRT plans cannot run; empty when it can.
 std::string tensorrt_obstacle(const Pair& pair, std::int64_t sm, const Machine& machine) {
   const auto because = [](const std::string& detail) { return detail.empty() ? "" : " (" + detail + ")"; };
-  if (!machine.with_tensorrt) return "this library was built without it; rebuild it with -DTENSORRT_INCLUDE_DIR=…";
+  if (!machine.with_tensorrt) return "this library was built without it; rebuild it with -DSTCA_TENSORRT_INCLUDE_DIR=…";
   if (machine.sm == 0) return "there is no GPU here" + because(machine.no_gpu);
   if (machine.sm != sm) return "this GPU is SM " + std::to_string(machine.sm);
   if (machine.tensorrt.empty()) return "tensorrt is not installed: " + machine.no_tensorrt;
@@ -71,11 +71,13 @@ std::string joined(const std::vector<std::string>& reasons) {
   return text;
 }
 
-Choice best_engine(const Manifest& manifest, const Machine& machine, const std::string& only) {
+Choice best_engine(const Manifest& manifest, const Machine& machine, const std::string& only,
+                   const std::string& wanted) {
   std::vector<std::string> passed_over;
   for (const Rank& rank : order()) {
     if (!only.empty() && only != rank.flavour) continue;
     for (const char* precision : rank.precisions) {
+      if (!wanted.empty() && wanted != precision) continue;
       std::vector<std::pair<std::int64_t, Pair>> pairs;  // by SM
       for (const EngineEntry& entry : manifest.engines) {
         if (entry.flavour != rank.flavour || entry.precision != precision || entry.provider != rank.provider) continue;
@@ -102,8 +104,9 @@ Choice best_engine(const Manifest& manifest, const Machine& machine, const std::
     }
   }
   if (!only.empty()) {
-    fail(STCA_BUILD_ERROR, "no ", only, " engines that run here: ",
-         passed_over.empty() ? "the bundle has none; run `stca build --engine " + only + "`" : joined(passed_over));
+    const std::string command = "stca build --engine " + only + (wanted.empty() ? "" : " --precision " + shown(wanted));
+    fail(STCA_BUILD_ERROR, "no ", only, wanted.empty() ? "" : " " + shown(wanted), " engines that run here: ",
+         passed_over.empty() ? "the bundle has none; run `" + command + "`" : joined(passed_over));
   }
   Choice choice =
       own_graphs("ONNX Runtime on the CPU runs the bundle's own graphs; it has no faster engine that runs here");

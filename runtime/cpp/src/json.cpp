@@ -28,6 +28,12 @@ std::size_t utf8_length(std::string_view text) {
   return length;
 }
 
+/// Of a number that is too large or too small: whether it is the latter.
+bool tiny(std::string_view number) {
+  if (number.find_first_of("eE") == std::string_view::npos) return number[number[0] == '-' ? 1 : 0] == '0';
+  return number.find("e-") != std::string_view::npos || number.find("E-") != std::string_view::npos;
+}
+
 void append_utf8(std::string& out, unsigned code) {
   const auto tail = [&](int shift) { out += static_cast<char>(0x80 | ((code >> shift) & 0x3F)); };
   if (code < 0x80) {
@@ -214,8 +220,10 @@ class JsonReader {
       return;
     }
     double real = 0;
-    // Out of range leaves 0: no field of a manifest that this library reads is a fraction.
-    std::from_chars(first, last, real);
+    // Out of range is either end. What is too small reads as 0; what is too large would be an infinity.
+    if (std::from_chars(first, last, real).ec == std::errc::result_out_of_range && !tiny({first, at_ - begin})) {
+      error("a number is too large");
+    }
     result.value_ = real;
   }
 

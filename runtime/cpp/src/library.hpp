@@ -39,9 +39,10 @@ class Library {
   void* handle_;
 };
 
-/// `text` on one line, cut to a length that fits one.
-inline std::string one_line(const std::string& text) {
+/// What a library says, on one line and cut, so that it leaves room for our words.
+inline std::string said(const std::string& text) {
   std::istringstream words(text);
+  words.imbue(std::locale::classic());
   std::string line, word;
   while (words >> word && line.size() < 300) line += (line.empty() ? "" : " ") + word;
   return line.substr(0, 300);

@@ -1,11 +1,9 @@
 #include "plan.hpp"
 
 #include <algorithm>
-#include <fstream>
-#include <limits>
 
+#include "digest.hpp"
 #include "error.hpp"
-#include "sha256.hpp"
 
 namespace stca::core {
 namespace {
@@ -16,14 +14,7 @@ namespace {
 
 /// Whether the tensor's bytes can be counted at all.
 bool addressable(const TensorSpec& spec, const Sizes& largest) {
-  auto left = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()) / item_bytes(spec.dtype);
-  const Shape shape = shape_of(spec, largest);
-  for (int i = 0; i < shape.rank; ++i) {
-    const auto n = static_cast<std::uint64_t>(std::max<std::int64_t>(shape[i], 1));
-    if (n > left) return false;
-    left /= n;
-  }
-  return true;
+  return shape_of(spec, largest).addressable(item_bytes(spec.dtype));
 }
 
 }  // namespace
@@ -138,13 +129,11 @@ std::string read_plan(const Bundle& bundle, const EngineEntry& entry) {
   if (file == bundle.manifest.files.end()) {
     bundle_error(entry.file, ": is not among the manifest's files; build the engine again");
   }
-  std::string plan(static_cast<std::size_t>(file->second.bytes), '\0');
-  std::ifstream in(bundle.path / entry.file, std::ios::binary);
-  in.read(plan.data(), static_cast<std::streamsize>(plan.size()));
+  std::string plan;
+  bundle.folder->read(entry.file, [&](std::string_view piece) { plan += piece; });
   Sha256 digest;
   digest.update(plan);
-  const bool whole = in && in.peek() == std::ifstream::traits_type::eof();
-  if (!whole || digest.hex() != file->second.sha256) bundle_error(entry.file, " was changed; copy the bundle again");
+  if (digest.hex() != file->second.sha256) bundle_error(shown(entry.file), " was changed; copy the bundle again");
   return plan;
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bundle.hpp"
+#include "padding.hpp"
 #include "tensor.hpp"
 
 namespace stca::core {
@@ -39,6 +40,7 @@ struct CutRequest {
 struct Row {
   std::vector<Array> arrays;
   std::int64_t tokens = -1, targets = -1;  ///< -1 where the model has no input that counts them
+  std::vector<std::int64_t> sizes;  ///< of each symbol, by its number at the door; -1 where nothing admitted has it
 };
 
 /// Checks requests against a bundle's manifest and turns them into arrays the graphs take.
@@ -53,11 +55,20 @@ class Door {
   const std::vector<TensorSpec>& inputs() const { return inputs_; }
   /// Index of an input, -1 when there is none of this name.
   int find(std::string_view name) const;
+  int find(const char* name) const;
+  int find(const std::string& name) const { return find(std::string_view(name)); }
   bool is_offsets(int index) const { return offsets_[static_cast<std::size_t>(index)]; }
   /// Whether the model takes offsets: then a request is one user's, and sizes of symbol B are 1.
   bool ragged() const { return ragged_; }
+  /// Whether there is one row of users and requests and a row per target, without offsets: then the users of a batch
+  /// are stacked, and run one after the other.
+  bool stacked() const { return stacked_; }
   /// Throws RequestError when this model's requests cannot be packed into batches.
   void check_packable() const;
+  /// What a symbol amounts to when these are computed together; -1 when no input that was admitted has it.
+  std::int64_t size_of(std::string_view symbol, const std::vector<Row>& rows) const;
+  /// Targets of all; -1 when the inputs do not say.
+  std::int64_t targets(const std::vector<Row>& rows) const;
   bool has_user_inputs() const { return has_user_inputs_; }
   /// Whether any of `inputs` is of scope user, offsets aside.
   bool any_user_input(Inputs inputs) const;
@@ -67,6 +78,9 @@ class Door {
   void admit(Inputs inputs, int scopes, int others, Row& row) const;
   /// `admit` for the per-token user inputs alone, with any valid value where there is one per user.
   void admit_events(Inputs events, Row& row) const;
+
+  /// Why new events are not appended, of a bundle whose states cannot be.
+  std::string why_not_appendable() const;
 
   /// Checks a batch's offsets and cuts it into its requests, without copying.
   std::vector<CutRequest> unpack(const stca_request_batch& batch) const;
@@ -86,21 +100,33 @@ class Door {
   using Given = std::vector<const stca_tensor*>;
   using Sizes = std::vector<Bound>;
 
+  std::vector<CutRequest> unstack(const stca_request_batch& batch) const;
   Given sort(Inputs inputs, int scopes, int others) const;
   void admit_sorted(const Given& given, int scopes, bool events, Row& row) const;
-  Array array(std::size_t index, const stca_tensor& value, Sizes& sizes) const;
+  Array of_kind(std::size_t index, const stca_tensor& value) const;
+  Array array(std::size_t index, Array raw, Sizes& sizes) const;
+  History::Sent complete(const Given& given) const;
+  void check_lengths(const Row& row, const Sizes& sizes) const;
+  void check_history(const Bound& tokens) const;
   void limit_history(Row& row, Bound& tokens) const;
+  /// The last `window_` tokens of a user input.
+  Array recent(std::size_t index, Array array) const;
+  std::int64_t targets_of(const Row& row) const;
   bool once_per_user(std::size_t index) const;
   std::string names() const;
 
   std::vector<TensorSpec> inputs_;
   std::unordered_map<std::string_view, int> index_;
+  std::unordered_map<std::string_view, std::size_t> symbol_ids_;
   std::vector<bool> offsets_;
+  std::vector<int> length_of_;             // of each input: the symbol whose rows it counts, -1 for none
   std::vector<std::vector<int>> symbols_;  // of each input's axes: which symbol, -1 where the size is fixed
-  std::size_t symbol_count_ = 0;
+  int target_symbol_ = -1;                 // which symbol counts targets, if any does
   std::optional<std::int64_t> window_;
+  std::int64_t shortest_ = 0;  // fewest tokens of a history
+  std::vector<History> histories_;
   std::string unpackable_;  // an input whose rows cannot be told apart in a batch
-  bool truncate_ = false, ragged_ = false, has_user_inputs_ = false;
+  bool truncate_ = false, ragged_ = false, stacked_ = false, has_user_inputs_ = false;
 };
 
 /// Whoever sends requests for one bundle must be able to send them to the other: the same inputs, and scores of the

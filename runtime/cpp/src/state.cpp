@@ -1,6 +1,21 @@
 #include "state.hpp"
 
 namespace stca::core {
+namespace {
+
+/// What the allocator takes for one block: a header, and sizes in steps of 16.
+std::size_t block(std::size_t bytes) {
+  return bytes == 0 ? 0 : (bytes + 8 + 15) / 16 * 16 < 32 ? 32 : (bytes + 8 + 15) / 16 * 16;
+}
+
+/// A string's characters, where they do not lie within the object.
+std::size_t text(const std::string& string) {
+  return string.size() < sizeof(std::string) / 2 ? 0 : block(string.size() + 1);
+}
+
+constexpr std::size_t pointer = sizeof(void*), shared_count = 4 * pointer;  // counts, a virtual table, a pointer
+
+}  // namespace
 
 std::size_t UserState::bytes() const {
   std::size_t sum = 0;
@@ -8,41 +23,123 @@ std::size_t UserState::bytes() const {
   return sum;
 }
 
-StateCache::State StateCache::get(const StateKey& key) {
-  const std::lock_guard lock(mutex_);
+std::size_t cost_of(const StateKey& key, const UserState& state) {
+  // The list's node, the age's node, the table's node and its share of the buckets, and the state with its tensors.
+  std::size_t sum = block(2 * pointer + sizeof(StateKey) + sizeof(StateCache::State) + 6 * pointer) +
+                    block(2 * pointer + sizeof(std::string)) + block(3 * pointer + sizeof(std::string)) + 2 * pointer +
+                    block(shared_count + sizeof(UserState)) + block(state.tensors.capacity() * sizeof(Array));
+  sum += 3 * text(key.user) + text(key.version);
+  for (const Array& tensor : state.tensors)
+    sum += block(tensor.bytes() == 0 ? 1 : tensor.bytes()) + block(shared_count);
+  return sum;
+}
+
+StateCache::State StateCache::held(const StateKey& key) {
   const auto found = by_user_.find(key.user);
-  if (found == by_user_.end() || !(found->second->key == key)) {
-    ++misses_;
-    return nullptr;
-  }
+  if (found == by_user_.end() || !(found->second->key == key)) return nullptr;
   order_.splice(order_.end(), order_, found->second);
-  ++hits_;
   return found->second->state;
 }
 
-bool StateCache::put(StateKey key, State state, const State& instead_of) {
-  const std::size_t bytes = state->bytes();
+StateCache::State StateCache::get(const StateKey& key) {
   Order dropped;
   const std::lock_guard lock(mutex_);
+  expire(dropped);
+  return held(key);
+}
+
+void StateCache::count_hits(std::size_t hits) {
+  const std::lock_guard lock(mutex_);
+  hits_ += hits;
+}
+
+bool StateCache::flying(const StateKey& key) const {
+  const std::lock_guard lock(mutex_);
+  const auto [begin, end] = flights_.equal_range(key.user);
+  for (auto flight = begin; flight != end; ++flight) {
+    if (flight->second->key == key) return true;
+  }
+  return false;
+}
+
+StateCache::Found StateCache::begin(const StateKey& key, bool can_encode, bool ahead) {
+  Order dropped;
+  const std::lock_guard lock(mutex_);
+  expire(dropped);
+  if (State state = held(key)) {
+    hits_ += ahead ? 0 : 1;
+    return {std::move(state), nullptr, false};
+  }
+  const auto [begin, end] = flights_.equal_range(key.user);
+  for (auto flight = begin; flight != end; ++flight) {
+    if (!(flight->second->key == key)) continue;
+    hits_ += ahead ? 0 : 1;
+    return {nullptr, flight->second, false};
+  }
+  if (!can_encode) return {};
+  ++(ahead ? warmed_ : misses_);
+  return {nullptr, flights_.emplace(key.user, std::make_shared<Flight>(key))->second, true};
+}
+
+void StateCache::land(const FlightPtr& flight, State state) {
+  Order dropped;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto [begin, end] = flights_.equal_range(flight->key.user);
+    for (auto other = begin; other != end; ++other) {
+      if (other->second != flight) continue;
+      flights_.erase(other);
+      break;
+    }
+    if (state != nullptr && !flight->forgotten) keep(flight->key, state, nullptr, dropped);
+  }
+  const std::lock_guard lock(flight->mutex);
+  flight->state = std::move(state);
+  flight->done = true;
+  flight->landed.notify_all();
+}
+
+StateCache::State StateCache::wait(const FlightPtr& flight) {
+  std::unique_lock lock(flight->mutex);
+  flight->landed.wait(lock, [&] { return flight->done; });
+  return flight->state;
+}
+
+bool StateCache::put(StateKey key, State state, const State& instead_of) {
+  Order dropped;
+  const std::lock_guard lock(mutex_);
+  expire(dropped);
+  return keep(std::move(key), std::move(state), instead_of, dropped);
+}
+
+bool StateCache::keep(StateKey key, State state, const State& instead_of, Order& dropped) {
+  // After a swap, the state of an old model would only be in the way.
+  if (kind_ != nullptr && !(*key.kind == *kind_)) return false;
+  const std::size_t bytes = cost_of(key, *state);
   const auto found = by_user_.find(key.user);
   if (instead_of != nullptr && (found == by_user_.end() || found->second->state != instead_of)) return false;
   if (found != by_user_.end()) remove(found->second, dropped);
-  if (bytes > budget_) {
+  if (bytes > limits_.bytes) {
     ++refused_;
     return false;
   }
-  while (bytes_ + bytes > budget_) {
+  while (bytes_ + bytes > limits_.bytes || (limits_.users > 0 && order_.size() >= limits_.users)) {
     remove(order_.begin(), dropped);
     ++evictions_;
   }
-  order_.push_back({std::move(key), std::move(state), bytes});
+  ages_.push_back(key.user);
+  state_bytes_ += state->bytes();
+  order_.push_back({std::move(key), std::move(state), bytes, Clock::now(), std::prev(ages_.end())});
   bytes_ += bytes;
   by_user_.emplace(order_.back().key.user, std::prev(order_.end()));
+  appends_ += instead_of != nullptr ? 1 : 0;
   return true;
 }
 
-std::optional<std::pair<StateKey, StateCache::State>> StateCache::find(const std::string& user) const {
+std::optional<std::pair<StateKey, StateCache::State>> StateCache::find(const std::string& user) {
+  Order dropped;
   const std::lock_guard lock(mutex_);
+  expire(dropped);
   const auto found = by_user_.find(user);
   if (found == by_user_.end()) return std::nullopt;
   return std::pair{found->second->key, found->second->state};
@@ -51,29 +148,54 @@ std::optional<std::pair<StateKey, StateCache::State>> StateCache::find(const std
 bool StateCache::forget(const std::string& user) {
   Order dropped;
   const std::lock_guard lock(mutex_);
+  expire(dropped);
+  const auto [begin, end] = flights_.equal_range(user);
+  for (auto flight = begin; flight != end; ++flight) flight->second->forgotten = true;
+  const bool under_way = begin != end;
+  flights_.erase(begin, end);  // who asks from now on is not to be served with what was forgotten
   const auto found = by_user_.find(user);
-  if (found == by_user_.end()) return false;
+  if (found == by_user_.end()) return under_way;
   remove(found->second, dropped);
   return true;
 }
 
 void StateCache::remove(Order::iterator held, Order& dropped) {
   bytes_ -= held->bytes;
+  state_bytes_ -= held->state->bytes();
+  ages_.erase(held->age);
   by_user_.erase(held->key.user);
   dropped.splice(dropped.end(), order_, held);
 }
 
-void StateCache::clear() {
-  Order dropped;
-  const std::lock_guard lock(mutex_);
-  dropped.swap(order_);
-  by_user_.clear();
-  bytes_ = 0;
+void StateCache::expire(Order& dropped) {
+  if (limits_.seconds <= 0 || ages_.empty()) return;
+  const auto now = Clock::now();
+  while (!ages_.empty()) {
+    const auto oldest = by_user_.find(ages_.front())->second;
+    if (std::chrono::duration<double>(now - oldest->since).count() < limits_.seconds) return;
+    remove(oldest, dropped);
+    ++expired_;
+  }
 }
 
-stca_cache_stats StateCache::stats() const {
+void StateCache::serve(const std::shared_ptr<const StateKind>& kind) {
+  Order dropped;
   const std::lock_guard lock(mutex_);
-  return {hits_, misses_, evictions_, refused_, order_.size(), bytes_, budget_};
+  const bool same = kind_ != nullptr && *kind_ == *kind;
+  kind_ = kind;
+  if (same) return;
+  dropped.swap(order_);
+  by_user_.clear();
+  ages_.clear();
+  bytes_ = state_bytes_ = 0;
+}
+
+stca_cache_stats StateCache::stats() {
+  Order dropped;
+  const std::lock_guard lock(mutex_);
+  expire(dropped);
+  return {hits_, misses_, evictions_, refused_, order_.size(), bytes_, limits_.bytes, expired_, state_bytes_,
+          warmed_, appends_};
 }
 
 }  // namespace stca::core

@@ -1,6 +1,8 @@
 // User states and where they are kept between requests.
 #pragma once
 
+#include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <list>
 #include <memory>
@@ -40,46 +42,106 @@ struct UserState {
   std::size_t bytes() const;
 };
 
-/// At most one state per user, least recently used out first, within a byte budget. Safe to share between threads.
+/// How much is kept, and how long.
+struct KeepLimits {
+  std::uint64_t bytes = std::uint64_t{1} << 30;
+  std::uint64_t users = 0;  ///< 0 for no limit
+  double seconds = 0;       ///< since the state was encoded or appended to; 0 for no limit
+};
+
+/// At most one state per user, least recently used out first, within a budget of all the memory that an entry takes.
+/// Safe to share between threads.
 ///
 /// A state that does not fit is not kept; that never fails a request. A state handed out stays whole after it was
-/// evicted, for as long as someone holds it.
+/// evicted, for as long as someone holds it. States that are too old go with the next call, whichever it is.
 class StateCache {
  public:
   using State = std::shared_ptr<const UserState>;
+  class Flight;
+  using FlightPtr = std::shared_ptr<Flight>;
 
-  explicit StateCache(std::uint64_t budget) : budget_(budget) {}
+  /// What is there for a key: its state; or an encoding of it that is under way; or, with `ours`, one that the caller
+  /// has to run, and to bring to an end with `land`.
+  struct Found {
+    State state;
+    FlightPtr flight;
+    bool ours = false;
+  };
+
+  explicit StateCache(const KeepLimits& limits) : limits_(limits) {}
 
   /// The state with exactly this key, or null.
   State get(const StateKey& key);
+  /// Whether an encoding for this key is under way.
+  bool flying(const StateKey& key) const;
+  /// Counts requests whose state `get` gave, once nothing refuses them any more.
+  void count_hits(std::size_t hits);
+  /// The state, or else the one encoding of this key at this time. One that is begun is counted as a miss, one that is
+  /// joined as a hit. Nothing of them when there is none and the caller `can_encode` none. With `ahead`, no request asks:
+  /// one that is begun is counted as made ahead, and nothing else is.
+  Found begin(const StateKey& key, bool can_encode, bool ahead = false);
+  /// Ends an encoding: keeps its state, unless the user was forgotten meanwhile; null when it failed.
+  void land(const FlightPtr& flight, State state);
+  /// Waits for an encoding that another thread runs. Null when it failed.
+  static State wait(const FlightPtr& flight);
+
   /// Keeps `state` in place of the user's last one; false when it is larger than the budget. With `instead_of`, only
   /// while that is still the one kept: what came or went meanwhile wins.
   bool put(StateKey key, State state, const State& instead_of = nullptr);
   /// Whatever is kept for `user`, without counting as a hit.
-  std::optional<std::pair<StateKey, State>> find(const std::string& user) const;
-  /// Drops the user's state; false when there was none.
+  std::optional<std::pair<StateKey, State>> find(const std::string& user);
+  /// Drops the user's state, and that of an encoding under way when it is done; false when there was neither.
   bool forget(const std::string& user);
-  /// Drops everything; the counters stay.
-  void clear();
+  /// Keeps states of this kind from now on, and drops those of any other.
+  void serve(const std::shared_ptr<const StateKind>& kind);
   /// Counters and sizes, taken at one moment.
-  stca_cache_stats stats() const;
+  stca_cache_stats stats();
 
  private:
+  using Clock = std::chrono::steady_clock;
   struct Held {
     StateKey key;
     State state;
     std::size_t bytes;
+    Clock::time_point since;
+    std::list<std::string>::iterator age;
   };
   using Order = std::list<Held>;  // least recently used first
 
-  /// Takes `held` out, into `dropped`, which the caller frees after the lock: states can be tens of megabytes.
+  // With the lock held. What leaves goes into `dropped`, which the caller frees after the lock: states can be tens of
+  // megabytes.
+  State held(const StateKey& key);
+  bool keep(StateKey key, State state, const State& instead_of, Order& dropped);
   void remove(Order::iterator held, Order& dropped);
+  void expire(Order& dropped);
 
-  const std::uint64_t budget_;
+  const KeepLimits limits_;
   mutable std::mutex mutex_;
   Order order_;
+  std::list<std::string> ages_;  // users, those whose states are oldest first
   std::unordered_map<std::string, Order::iterator> by_user_;
-  std::uint64_t bytes_ = 0, hits_ = 0, misses_ = 0, evictions_ = 0, refused_ = 0;
+  std::unordered_multimap<std::string, FlightPtr> flights_;  // by user
+  std::shared_ptr<const StateKind> kind_;
+  std::uint64_t bytes_ = 0, state_bytes_ = 0, hits_ = 0, misses_ = 0, evictions_ = 0, refused_ = 0, expired_ = 0;
+  std::uint64_t warmed_ = 0, appends_ = 0;
 };
+
+/// An encoding under way.
+class StateCache::Flight {
+ public:
+  explicit Flight(StateKey of) : key(std::move(of)) {}
+
+ private:
+  friend class StateCache;
+  const StateKey key;
+  bool forgotten = false;  // under the cache's lock
+  std::mutex mutex;
+  std::condition_variable landed;
+  bool done = false;
+  State state;
+};
+
+/// All the memory that keeping a state takes: its tensors, the objects around them, and the names it is found by.
+std::size_t cost_of(const StateKey& key, const UserState& state);
 
 }  // namespace stca::core

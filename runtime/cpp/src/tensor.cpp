@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "error.hpp"
 #include "visit.hpp"
@@ -54,6 +55,16 @@ bool Shape::operator==(const Shape& other) const {
   return rank == other.rank && std::equal(sizes.begin(), sizes.begin() + rank, other.sizes.begin());
 }
 
+bool Shape::addressable(std::size_t item) const {
+  auto left = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()) / item;
+  for (int i = 0; i < rank; ++i) {
+    const std::int64_t n = (*this)[i];
+    if (n < 0 || static_cast<std::uint64_t>(n) > left) return false;
+    if (n > 0) left /= static_cast<std::uint64_t>(n);
+  }
+  return true;
+}
+
 std::size_t Array::row_bytes() const {
   std::size_t bytes = item_bytes(dtype);
   for (int i = 1; i < shape.rank; ++i) bytes *= static_cast<std::size_t>(shape[i]);
@@ -100,6 +111,9 @@ Array concatenate(Memory& memory, const std::string& name, const std::vector<con
 }
 
 Array rows(const Array& array, std::int64_t begin, std::int64_t end) {
+  if (array.shape.rank < 1 || begin < 0 || end < begin || array.shape[0] < end) {
+    engine_error("an array of shape ", array.shape.text(), " has no rows ", begin, " to ", end);
+  }
   Array part = array;
   part.shape[0] = end - begin;
   // No arithmetic on the null pointer of an array without elements.

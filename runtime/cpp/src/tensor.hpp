@@ -36,7 +36,9 @@ struct Shape {
   }
   std::int64_t operator[](int axis) const { return sizes[static_cast<std::size_t>(axis)]; }
   std::int64_t& operator[](int axis) { return sizes[static_cast<std::size_t>(axis)]; }
-  /// Product of the sizes; 1 without axes. The door has refused shapes whose product overflows.
+  /// Whether an array of this shape can be: no size is negative, and its bytes can be counted.
+  bool addressable(std::size_t item) const;
+  /// Product of the sizes; 1 without axes. Whatever comes from outside was asked whether it is `addressable`.
   std::size_t elements() const {
     std::size_t n = 1;
     for (int i = 0; i < rank; ++i) n *= static_cast<std::size_t>((*this)[i]);
@@ -82,7 +84,7 @@ NewArray make_array(Memory& memory, DType dtype, const Shape& shape);
 /// `parts` one after the other along the first axis. Throws RequestError, with `name`, when their other axes differ.
 Array concatenate(Memory& memory, const std::string& name, const std::vector<const Array*>& parts);
 
-/// Rows `[begin, end)`, sharing the memory.
+/// Rows `[begin, end)`, sharing the memory. Throws EngineError when the array has no such rows.
 Array rows(const Array& array, std::int64_t begin, std::int64_t end);
 
 /// The array as `wanted`, a type of the same kind; copied unless it is that already. The values were checked to fit.

@@ -25,6 +25,7 @@
 #include <mutex>
 #include <utility>
 
+#include "contract.hpp"
 #include "engine.hpp"
 #include "error.hpp"
 #include "gpu_device.hpp"
@@ -392,6 +393,8 @@ Engines make_tensorrt_pair(const std::shared_ptr<const Bundle>& bundle, const Ch
   try {
     const auto device = std::make_shared<Device>(cuda);
     const auto half = [&](const EngineEntry* entry) {
+      check_signature(shown(entry->file), as_built(bundle->manifest, *entry), {entry->spec.inputs, entry->spec.outputs},
+                      true, "run `stca build --engine tensorrt` again");
       return std::make_unique<TensorRtEngine<Trt>>(bundle, *entry, create, device, limits);
     };
     return {half(choice.encoder), half(choice.scorer), "", ""};

@@ -38,7 +38,7 @@ class TensorRtLog final : public Trt::ILogger {
     if (severity > Trt::ILogger::Severity::kERROR) return;
     try {
       const std::lock_guard lock(mutex_);
-      last_ = one_line(message);
+      last_ = said(message);
     } catch (const std::exception&) {  // no memory for a message: go on without it
     }
   }

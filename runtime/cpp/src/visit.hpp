@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "stca/runtime.h"
+#include "error.hpp"
 
 namespace stca::core {
 
@@ -50,7 +50,7 @@ struct SmallFloat {
 using Float16 = SmallFloat<10>;
 using BFloat16 = SmallFloat<7>;
 
-/// `f(T{})` for an integer dtype.
+/// `f(T{})` for an integer dtype; an error for any other.
 template <class F>
 decltype(auto) visit_integer(stca_dtype dtype, F&& f) {
   switch (dtype) {
@@ -60,19 +60,21 @@ decltype(auto) visit_integer(stca_dtype dtype, F&& f) {
     case STCA_UINT16: return f(std::uint16_t{});
     case STCA_INT32: return f(std::int32_t{});
     case STCA_UINT32: return f(std::uint32_t{});
+    case STCA_INT64: return f(std::int64_t{});
     case STCA_UINT64: return f(std::uint64_t{});
-    default: return f(std::int64_t{});
+    default: fail(STCA_INTERNAL_ERROR, "dtype number ", static_cast<int>(dtype), " is taken for integers");
   }
 }
 
-/// `f(T{})` for a floating-point dtype.
+/// `f(T{})` for a floating-point dtype; an error for any other.
 template <class F>
 decltype(auto) visit_floating(stca_dtype dtype, F&& f) {
   switch (dtype) {
     case STCA_FLOAT16: return f(Float16{});
     case STCA_BFLOAT16: return f(BFloat16{});
+    case STCA_FLOAT32: return f(float{});
     case STCA_FLOAT64: return f(double{});
-    default: return f(float{});
+    default: fail(STCA_INTERNAL_ERROR, "dtype number ", static_cast<int>(dtype), " is taken for floating point");
   }
 }
 

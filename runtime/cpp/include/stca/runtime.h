@@ -5,7 +5,8 @@
  * Every function that can fail returns a code of `stca_code`, STCA_OK being 0, and leaves a one-line message for
  * stca_last_error(). What a caller passes in stays the caller's: it is read during the call and not kept. What is
  * given out as a handle is released by the function named beside it. Sessions and bundles may be used from many
- * threads at once; a handle must not be released while another thread uses it.
+ * threads at once; a handle must not be released while another thread uses it. In a child of fork(), a session of the
+ * parent answers STCA_FORKED_ERROR, and releasing it does nothing.
  */
 #ifndef STCA_RUNTIME_H
 #define STCA_RUNTIME_H
@@ -39,8 +40,12 @@ typedef enum stca_code {
   STCA_PARITY_ERROR = 7,     /* ParityError */
   STCA_REQUEST_ERROR = 8,    /* RequestError: the request was refused; nothing was computed or kept */
   STCA_ENGINE_ERROR = 9,     /* EngineError: an engine failed on inputs that passed the door; they may be right */
-  STCA_USAGE_ERROR = 100,    /* this library was called wrongly: a null pointer, an index too large */
-  STCA_INTERNAL_ERROR = 101  /* the host is out of memory, or a defect of this library */
+  STCA_HISTORY_NEEDED = 10, /* HistoryNeededError, a RequestError: no state of this version is kept; send the history */
+  STCA_DEADLINE_ERROR = 11,  /* DeadlineError: the time that the answer was wanted for is over */
+  STCA_CANCELLED_ERROR = 12, /* CancelledError: the caller no longer wants the answer; of Python alone so far */
+  STCA_USAGE_ERROR = 100,   /* this library was called wrongly: a null pointer, an index too large */
+  STCA_INTERNAL_ERROR = 101, /* the host is out of memory, or a defect of this library */
+  STCA_FORKED_ERROR = 102    /* the session was loaded before this process was forked from another: load one here */
 } stca_code;
 
 /* Element types. Manifests use the first ten; a request may also bring the unsigned ones. */
@@ -94,6 +99,9 @@ typedef struct stca_request_batch {
 STCA_API const char* stca_last_error(void);
 /* "RequestError" for STCA_REQUEST_ERROR and so on; "unknown" for no code of ours. */
 STCA_API const char* stca_code_name(int32_t code);
+/* What a program decides by, the same words as the `code` of Python's errors: "history_needed", "bad_request",
+ * "bad_bundle", "build", "engine", "usage", "deadline", "cancelled", "forked", "internal"; "ok" for STCA_OK, "other" for the rest. */
+STCA_API const char* stca_code_kind(int32_t code);
 /* Bytes of one element; 0 for no dtype of ours. */
 STCA_API size_t stca_dtype_bytes(int32_t dtype);
 STCA_API const char* stca_library_version(void);
@@ -117,11 +125,12 @@ typedef struct stca_tensor_spec {
 /* Reads the manifest and holds every file against it. Release with stca_bundle_release. */
 STCA_API int32_t stca_bundle_load(const char* path, stca_bundle** bundle);
 STCA_API void stca_bundle_release(stca_bundle* bundle);
+/* As it was given; in `make_engine`, a path to the folder that was checked, whatever is put in its place. */
 STCA_API const char* stca_bundle_path(const stca_bundle* bundle);
 STCA_API const char* stca_bundle_weights(const stca_bundle* bundle);  /* the weights' version, a SHA-256 */
 STCA_API const char* stca_bundle_manifest(const stca_bundle* bundle); /* the text of manifest.json */
-/* `graph` is "request", "user_encoder" or "target_scorer". The path lives as long as the bundle; NULL: no such graph.
- */
+/* `graph` is "request", "user_encoder" or "target_scorer". The path leads to the file that was checked, also after
+ * another bundle was put in this one's place, and lives as long as the handle; NULL: no such graph. */
 STCA_API const char* stca_bundle_file(const stca_bundle* bundle, const char* graph);
 STCA_API size_t stca_bundle_input_count(const stca_bundle* bundle, const char* graph);
 STCA_API size_t stca_bundle_output_count(const stca_bundle* bundle, const char* graph);
@@ -159,7 +168,7 @@ typedef struct stca_scores stca_scores;
 
 typedef struct stca_options {
   size_t size;          /* sizeof(stca_options) where the caller was compiled; set by stca_options_init */
-  uint64_t cache_bytes; /* most bytes of user states to keep between requests; 0 keeps none */
+  uint64_t cache_bytes; /* most memory for user states between requests, all that an entry takes; 0 keeps none */
   int32_t truncate;     /* not 0: serve a history longer than the limit from its most recent part */
   int32_t threads;      /* of one request, where the engine uses CPU threads; 0 leaves it to the engine */
   const char* engine;   /* "tensorrt", "onnxruntime" or "graphs" (one and the same: the bundle's own graphs on the CPU),
@@ -167,12 +176,24 @@ typedef struct stca_options {
   stca_make_engine make_engine; /* the caller's own instead; NULL for the built-in ones */
   void* make_engine_context;    /* must outlive the session: swap makes engines again */
   int32_t cuda_graphs; /* most CUDA graphs that each TensorRT engine keeps, one for each shape; from 0 down, none */
+  int32_t unchecked_scores; /* not 0: hand out scores as they are; else NaN and infinities are an EngineError */
+  uint64_t max_users;       /* most users whose states are kept; 0 for no limit but cache_bytes */
+  double ttl_seconds;       /* longest time that a state is kept after it was encoded or appended to; 0 for no limit */
+  const char* precision;    /* of the built engines that `engine` names: "fp32", "bf16" or "fp16"; NULL: the fastest */
 } stca_options;
 
 typedef struct stca_cache_stats {
-  uint64_t hits, misses, evictions;
+  uint64_t hits;   /* requests of a user and version whose state was at hand, or was being encoded by another call */
+  uint64_t misses; /* encodings of a user's whole history that such requests caused */
+  uint64_t evictions;
   uint64_t refused; /* states larger than the whole budget */
-  uint64_t users, bytes, budget;
+  uint64_t users;   /* whose states are kept */
+  uint64_t bytes;   /* the memory that takes, names and objects included; never more than `budget` */
+  uint64_t budget;
+  uint64_t expired;     /* states that became older than ttl_seconds */
+  uint64_t state_bytes; /* of `bytes`, the states' own tensors */
+  uint64_t warmed;      /* states made ahead of a request, by stca_session_warm */
+  uint64_t appends;     /* histories that grew without being encoded again */
 } stca_cache_stats;
 
 /* Defaults: 1 GiB of states, 64 CUDA graphs, everything else off. `size` is the caller's sizeof(stca_options): a
@@ -186,13 +207,18 @@ STCA_API int32_t stca_session_load(const char* bundle, const stca_options* optio
 STCA_API void stca_session_release(stca_session* session);
 
 /* Scores of `count` requests' targets, one request after the other, computed together. A user whose state is kept is
- * not encoded again. Release with stca_scores_release. */
+ * not encoded again; nothing runs for a request without targets. Release with stca_scores_release. */
 STCA_API int32_t stca_session_score(stca_session* session, const stca_request* requests, size_t count,
                                     stca_scores** scores);
 STCA_API int32_t stca_session_score_batch(stca_session* session, const stca_request_batch* batch, stca_scores** scores);
 STCA_API const float* stca_scores_values(const stca_scores* scores); /* targets × tasks, row-major */
 STCA_API size_t stca_scores_targets(const stca_scores* scores);
 STCA_API size_t stca_scores_tasks(const stca_scores* scores);
+/* The model's own type, float64 say, and the scores in it: stca_scores_values are float32 made of them. */
+STCA_API int32_t stca_scores_dtype(const stca_scores* scores);
+STCA_API const void* stca_scores_data(const stca_scores* scores);
+/* Of the requests with targets, how many found their user's state at hand. */
+STCA_API size_t stca_scores_hits(const stca_scores* scores);
 STCA_API void stca_scores_release(stca_scores* scores);
 
 /* Adds new events, oldest first, to a kept state; only they are encoded. `version` is that of the history with them; a
@@ -202,12 +228,21 @@ STCA_API void stca_scores_release(stca_scores* scores);
  * new one is over the budget. Then the next request brings the history. */
 STCA_API int32_t stca_session_append(stca_session* session, const char* user, const stca_tensor* events,
                                      size_t event_count, const char* version, const char* after, int32_t* kept);
-/* Drops what is kept of a user; `kept` says whether anything was. */
+/* Makes and keeps a user's state ahead of the request that needs it, while targets are being recalled, say: in this
+ * thread, once a processor is free of scores. A request of the same version that comes meanwhile joins the encoding.
+ * `history` are the user inputs, which may be left out where the version may be kept already; `version` may be NULL, as
+ * in a request. STCA_DEADLINE_ERROR when its turn does not come within `seconds` from now; INFINITY waits as long as it
+ * takes. `kept` says whether the state is kept. */
+STCA_API int32_t stca_session_warm(stca_session* session, const char* user, const stca_tensor* history,
+                                   size_t history_count, const char* version, double seconds, int32_t* kept);
+/* Drops what is kept of a user, and of an encoding under way when it is done; `kept` says whether anything was kept. */
 STCA_API int32_t stca_session_forget(stca_session* session, const char* user, int32_t* kept);
 /* Serves another bundle from the next request on; running ones finish on the old. On failure nothing changes. */
 STCA_API int32_t stca_session_swap(stca_session* session, const char* bundle);
 
-STCA_API int32_t stca_session_stats(const stca_session* session, stca_cache_stats* stats);
+/* `size` is the caller's sizeof(stca_cache_stats), as with stca_options_init. */
+STCA_API int32_t stca_session_stats_sized(const stca_session* session, stca_cache_stats* stats, size_t size);
+#define stca_session_stats(session, stats) stca_session_stats_sized((session), (stats), sizeof(stca_cache_stats))
 /* The bundle being served, as a handle of its own: release with stca_bundle_release. */
 STCA_API int32_t stca_session_bundle(const stca_session* session, stca_bundle** bundle);
 /* Which engine runs `graph`, copied into `name` and cut to `size` bytes with the final NUL. */

@@ -1,4 +1,4 @@
-// stca runtime for C++17: the same five calls as in Python, over the C ABI of runtime.h, so that a program and the
+// stca runtime for C++17: the same six calls as in Python, over the C ABI of runtime.h, so that a program and the
 // library it loads may come from different compilers. Header-only; docs/cpp_runtime.md is the guide.
 //
 //   stca::Session session("my.bundle");
@@ -9,10 +9,12 @@
 #include <cstring>
 #include <functional>
 #include <initializer_list>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -26,6 +28,8 @@ class StcaError : public std::runtime_error {
   StcaError(std::int32_t code, const std::string& message) : std::runtime_error(message), code_(code) {}
   /// A value of stca_code.
   std::int32_t code() const noexcept { return code_; }
+  /// What a program decides by: "history_needed", "bad_request", "bad_bundle", "build", "engine", …
+  const char* kind() const noexcept { return stca_code_kind(code_); }
 
  private:
   std::int32_t code_;
@@ -42,7 +46,14 @@ class BundleError : public StcaError {
 class RequestError : public StcaError {
   using StcaError::StcaError;
 };
-
+/// No state of the user's history version is kept, and the request did not bring the history: send it.
+class HistoryNeededError : public RequestError {
+  using RequestError::RequestError;
+};
+/// The time that an answer was wanted for is over.
+class DeadlineError : public StcaError {
+  using StcaError::StcaError;
+};
 /// An engine failed on inputs that passed the door: out of memory, a broken kernel. The request may be right.
 class EngineError : public StcaError {
   using StcaError::StcaError;
@@ -58,6 +69,8 @@ inline void check(std::int32_t code) {
     case STCA_BUNDLE_ERROR: throw BundleError(code, message);
     case STCA_REQUEST_ERROR: throw RequestError(code, message);
     case STCA_ENGINE_ERROR: throw EngineError(code, message);
+    case STCA_HISTORY_NEEDED: throw HistoryNeededError(code, message);
+    case STCA_DEADLINE_ERROR: throw DeadlineError(code, message);
     default: throw StcaError(code, message);
   }
 }
@@ -87,50 +100,22 @@ inline const char* c_str(const std::optional<std::string>& text, const char* wha
 }
 
 template <class T>
-struct DTypeOf;
-template <>
-struct DTypeOf<bool> {
-  static constexpr stca_dtype value = STCA_BOOL;
-};
-template <>
-struct DTypeOf<std::int8_t> {
-  static constexpr stca_dtype value = STCA_INT8;
-};
-template <>
-struct DTypeOf<std::uint8_t> {
-  static constexpr stca_dtype value = STCA_UINT8;
-};
-template <>
-struct DTypeOf<std::int16_t> {
-  static constexpr stca_dtype value = STCA_INT16;
-};
-template <>
-struct DTypeOf<std::uint16_t> {
-  static constexpr stca_dtype value = STCA_UINT16;
-};
-template <>
-struct DTypeOf<std::int32_t> {
-  static constexpr stca_dtype value = STCA_INT32;
-};
-template <>
-struct DTypeOf<std::uint32_t> {
-  static constexpr stca_dtype value = STCA_UINT32;
-};
-template <>
-struct DTypeOf<std::int64_t> {
-  static constexpr stca_dtype value = STCA_INT64;
-};
-template <>
-struct DTypeOf<std::uint64_t> {
-  static constexpr stca_dtype value = STCA_UINT64;
-};
-template <>
-struct DTypeOf<float> {
-  static constexpr stca_dtype value = STCA_FLOAT32;
-};
-template <>
-struct DTypeOf<double> {
-  static constexpr stca_dtype value = STCA_FLOAT64;
+constexpr stca_dtype dtype_of() {
+  if constexpr (std::is_same_v<T, bool>) return STCA_BOOL;
+  if constexpr (std::is_same_v<T, std::int8_t>) return STCA_INT8;
+  if constexpr (std::is_same_v<T, std::uint8_t>) return STCA_UINT8;
+  if constexpr (std::is_same_v<T, std::int16_t>) return STCA_INT16;
+  if constexpr (std::is_same_v<T, std::uint16_t>) return STCA_UINT16;
+  if constexpr (std::is_same_v<T, std::int32_t>) return STCA_INT32;
+  if constexpr (std::is_same_v<T, std::uint32_t>) return STCA_UINT32;
+  if constexpr (std::is_same_v<T, std::int64_t>) return STCA_INT64;
+  if constexpr (std::is_same_v<T, std::uint64_t>) return STCA_UINT64;
+  if constexpr (std::is_same_v<T, float>) return STCA_FLOAT32;
+  if constexpr (std::is_same_v<T, double>) return STCA_FLOAT64;
+}
+template <class T>
+struct DTypeOf {
+  static constexpr stca_dtype value = dtype_of<T>();
 };
 
 }  // namespace detail
@@ -170,7 +155,7 @@ struct RequestBatch {
   std::vector<std::optional<std::string>> users, versions;  ///< one for each request, or empty
 };
 
-/// Scores `(targets, tasks)`, row-major float32.
+/// Scores `(targets, tasks)`, row-major: float32, and in the model's own type.
 class Scores {
  public:
   explicit Scores(stca_scores* scores) : scores_(scores, stca_scores_release) {}
@@ -180,6 +165,16 @@ class Scores {
   const float* begin() const { return stca_scores_values(scores_.get()); }
   const float* end() const { return begin() + size(); }
   float operator()(std::size_t target, std::size_t task) const { return begin()[target * tasks() + task]; }
+  /// The model's own type, and the scores in it.
+  stca_dtype dtype() const { return static_cast<stca_dtype>(stca_scores_dtype(scores_.get())); }
+  const void* data() const { return stca_scores_data(scores_.get()); }
+  /// One score, in all the digits of a model that computes in float64.
+  double exact(std::size_t target, std::size_t task) const {
+    const std::size_t i = target * tasks() + task;
+    return dtype() == STCA_FLOAT64 ? static_cast<const double*>(data())[i] : static_cast<double>(begin()[i]);
+  }
+  /// Of the requests with targets, how many found their user's state at hand.
+  std::size_t hits() const { return stca_scores_hits(scores_.get()); }
 
  private:
   std::unique_ptr<stca_scores, void (*)(stca_scores*)> scores_;
@@ -199,7 +194,8 @@ class Bundle {
   std::string weights() const { return stca_bundle_weights(bundle_.get()); }
   /// The text of manifest.json.
   std::string manifest() const { return stca_bundle_manifest(bundle_.get()); }
-  /// Path of a graph's ONNX file; empty when there is no such graph.
+  /// Path of a graph's ONNX file; empty when there is no such graph. It leads to the file that was checked, whatever
+  /// is put in the bundle's place, while this object lives.
   std::string file(const std::string& graph) const {
     const char* path = stca_bundle_file(bundle_.get(), graph.c_str());
     return path == nullptr ? "" : path;
@@ -250,12 +246,16 @@ class Engine {
 using MakeEngine = std::function<std::unique_ptr<Engine>(const Bundle& bundle, const std::string& graph)>;
 
 struct Options {
-  std::uint64_t cache_bytes = std::uint64_t{1} << 30;  ///< most bytes of user states to keep; 0 keeps none
+  std::uint64_t cache_bytes = std::uint64_t{1} << 30;  ///< most memory for user states; 0 keeps none
+  std::uint64_t max_users = 0;  ///< most users whose states are kept; 0 for no limit but cache_bytes
+  double ttl_seconds = 0;  ///< longest time that a state is kept after it was encoded or appended to; 0 for no limit
   bool truncate = false;   ///< serve a history longer than the limit from its most recent part
   int threads = 0;         ///< of one request; 0 leaves it to the engine
   std::string engine;      ///< "tensorrt", "onnxruntime" or "graphs"; empty for the fastest that runs here
+  std::string precision;   ///< of the engine's built plans: "fp32", "bf16" or "fp16"; empty for the fastest
   MakeEngine make_engine;  ///< engines of one's own instead
   int cuda_graphs = 64;    ///< most that each TensorRT engine keeps, one for each shape; 0 keeps none
+  bool unchecked_scores = false;  ///< hand out NaN and infinities, which are an EngineError otherwise
 };
 
 using CacheStats = stca_cache_stats;
@@ -273,6 +273,10 @@ class Session {
     o.threads = options_->threads;
     o.engine = options_->engine.empty() ? nullptr : options_->engine.c_str();
     o.cuda_graphs = options_->cuda_graphs;
+    o.unchecked_scores = options_->unchecked_scores ? 1 : 0;
+    o.max_users = options_->max_users;
+    o.ttl_seconds = options_->ttl_seconds;
+    o.precision = options_->precision.empty() ? nullptr : options_->precision.c_str();
     if (options_->make_engine) {
       o.make_engine = make_engine;
       o.make_engine_context = options_.get();
@@ -297,6 +301,15 @@ class Session {
     stca_scores* scores = nullptr;
     detail::check(stca_session_score_batch(session_.get(), &raw, &scores));
     return Scores(scores);
+  }
+  /// Makes and keeps a user's state ahead of its request, in this thread, once a processor is free of scores; whether it
+  /// is kept. Throws DeadlineError when its turn does not come within `seconds`, and what `score` throws.
+  bool warm(const std::string& user, const std::vector<Tensor>& history, const std::optional<std::string>& version = {},
+            double seconds = std::numeric_limits<double>::infinity()) {
+    std::int32_t kept = 0;
+    detail::check(stca_session_warm(session_.get(), detail::c_str(user, "user"), history.data(), history.size(),
+                                    detail::c_str(version, "version"), seconds, &kept));
+    return kept != 0;
   }
   /// Adds new events, oldest first, to a kept state; only they are encoded. `version` is that of the history with them,
   /// `after` that of the history they follow. Returns whether the state with them is kept.

@@ -1,0 +1,280 @@
+"""States in memory: at most one a user, within a budget, and why one that is asked for is not there."""
+
+from __future__ import annotations
+
+import array
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Final
+
+from stca.runtime.state import LOG, StateKey, UserState, cost_of
+
+# When an entry expires takes so much besides the entry, measured as in `state.py`.
+_AGE_BYTES: Final = 150
+# Why a state is not kept, as counters name it. What went is remembered of the users who went last.
+NEW, VERSION, EXPIRED, EVICTED, WEIGHTS, TOO_LARGE = REASONS = (
+    "new_user",
+    "version",
+    "expired",
+    "evicted",
+    "weights",
+    "too_large",
+)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A kept state, what it costs, when it was made, and how long it is kept, both on the cache's clock."""
+
+    key: StateKey
+    state: UserState
+    bytes: int
+    born: float
+    until: float | None
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache holds and did since it was made.
+
+    Attributes:
+        evictions: states that went for want of room.
+        refused: states that were larger than the whole budget, or no user's may be kept.
+        expired: states that became older than they may.
+        users: whose states are kept.
+        bytes: all that this takes, objects and names included.
+        budget: most of `bytes`.
+        state_bytes: of the states' own rows.
+        room_bytes: of the tensors' memory, room for rows to come included.
+    """
+
+    evictions: int
+    refused: int
+    expired: int
+    users: int
+    bytes: int
+    budget: int
+    state_bytes: int
+    room_bytes: int
+
+
+class StateCache:
+    """At most one state per user, least recently used out first, within a byte budget. Safe to share between threads.
+
+    A state that does not fit is not kept; that never fails a request. States that are too old go with the next call,
+    whichever it is.
+    """
+
+    def __init__(
+        self,
+        budget: int,
+        *,
+        max_users: int | None = None,
+        ttl_seconds: float | None = None,
+        cost: Callable[[StateKey, UserState], int] = cost_of,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Keep states within `budget` bytes.
+
+        Args:
+            budget: most bytes of all entries, by `cost`.
+            max_users: most entries; None for as many as fit.
+            ttl_seconds: how long a state is kept after it was put; None for ever.
+            cost: real bytes of an entry.
+            clock: seconds that only grow.
+        """
+        self._budget, self._max_users, self._ttl, self._cost = budget, max_users, ttl_seconds, cost
+        self._clock, self._lock = clock, threading.Lock()
+        self._held: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._until: OrderedDict[Hashable, float] = OrderedDict()  # who was put first comes first
+        self._kind: tuple[str, str] | None = None
+        self._gone = Gone()
+        self._closed = False
+        self._bytes = self._state_bytes = self._room_bytes = 0
+        self._evictions = self._refused = self._expired = 0
+
+    def serve(self, weights: str, format: str) -> None:
+        """Keep states of this kind from now on, and drop those of any other: after a swap they are in the way."""
+        with self._lock:
+            if self._kind not in (None, (weights, format)):
+                for user in self._held:
+                    self._gone.note(user, WEIGHTS)
+                self._clear()
+            self._kind = weights, format
+
+    def get(self, key: StateKey) -> UserState | None:
+        """The state with exactly this key, or None."""
+        with self._lock:
+            self._expire(key.user)
+            held = self._held.get(key.user)
+            if held is None or held.key != key:
+                return None
+            self._held.move_to_end(key.user)
+            return held.state
+
+    def why_not(self, key: StateKey) -> str:
+        """Of a key whose state is not kept, why: one of `REASONS`, as far as it is remembered."""
+        with self._lock:
+            if (held := self._held.get(key.user)) is None:
+                return self._gone.why(key.user)
+            return VERSION if (held.key.weights, held.key.format) == (key.weights, key.format) else WEIGHTS
+
+    def put(self, key: StateKey, state: UserState, *, instead_of: UserState | None = None, age: float = 0) -> bool:
+        """Keep `state` in place of the user's last one; False when it is larger than the budget, or of another kind
+        than is served.
+
+        Args:
+            key: user, versions and format of the state.
+            state: whose arrays nobody changes any more.
+            instead_of: keep it only while this one is still kept: what came or went meanwhile wins.
+            age: seconds since the state was made.
+        """
+        cost = self._cost(key, state) + (0 if self._ttl is None else _AGE_BYTES)
+        with self._lock:
+            self._expire(key.user)
+            if self._closed or self._kind not in (None, (key.weights, key.format)):
+                return False
+            held = self._held.get(key.user)
+            if instead_of is not None and (held is None or held.state is not instead_of):
+                return False
+            self._drop(key.user)
+            if cost > self._budget or self._max_users == 0:
+                self._refused += 1
+                self._gone.note(key.user, TOO_LARGE)
+                return False
+            evicted = self._make_room(cost)
+            born = self._clock() - age
+            until = None if self._ttl is None else born + self._ttl
+            self._held[key.user] = _Entry(key, state, cost, born, until)
+            if until is not None:
+                self._until[key.user] = until
+            self._bytes += cost
+            self._state_bytes += state.row_bytes
+            self._room_bytes += state.nbytes
+            users = len(self._held)
+        if evicted:  # a log's handlers may take their time, or ask for statistics
+            LOG.debug("evicted %d states; %d are kept", evicted, users)
+        return True
+
+    def _make_room(self, cost: int) -> int:
+        """Drop the least recently used until there is room; how many."""
+        most, before = self._max_users or sys.maxsize, self._evictions
+        while self._bytes + cost > self._budget or len(self._held) >= most:
+            user = next(iter(self._held))
+            self._drop(user)
+            self._gone.note(user, EVICTED)
+            self._evictions += 1
+        return self._evictions - before
+
+    def find(self, user: Hashable) -> tuple[StateKey, UserState] | None:
+        """Whatever is kept for `user`, without counting as a use."""
+        with self._lock:
+            self._expire(user)
+            held = self._held.get(user)
+            return None if held is None else (held.key, held.state)
+
+    def fetch(self, user: Hashable) -> tuple[StateKey, UserState, float] | None:
+        """Whatever is kept for `user`, with the seconds since it was made, without counting as a use."""
+        with self._lock:
+            self._expire(user)
+            held = self._held.get(user)
+            return None if held is None else (held.key, held.state, max(0.0, self._clock() - held.born))
+
+    def forget(self, user: Hashable) -> bool:
+        """Drop the user's state, and that there ever was one; False when there was none."""
+        with self._lock:
+            self._expire(user)
+            self._gone.forget(user)
+            return self._drop(user)
+
+    def clear(self) -> None:
+        """Drop everything; the counters stay."""
+        with self._lock:
+            self._clear()
+
+    def close(self) -> None:
+        """Drop everything and keep nothing any more, not even what is being encoded."""
+        with self._lock:
+            self._closed = True
+            self._clear()
+
+    def _clear(self) -> None:
+        self._held.clear()
+        self._until.clear()
+        self._bytes = self._state_bytes = self._room_bytes = 0
+
+    def stats(self) -> CacheStats:
+        """Counters and sizes, taken at one moment."""
+        with self._lock:
+            self._expire()
+            return CacheStats(
+                self._evictions,
+                self._refused,
+                self._expired,
+                len(self._held),
+                self._bytes,
+                self._budget,
+                self._state_bytes,
+                self._room_bytes,
+            )
+
+    def _expire(self, asked: Hashable = None) -> None:
+        """Drop the states that are too old; of `asked`, whenever it was put: one from a file was made before that."""
+        if not self._until:
+            return
+        now = self._clock()
+        if (until := self._until.get(asked)) is not None and until <= now:
+            self._drop_old(asked)
+        while self._until and self._until[user := next(iter(self._until))] <= now:
+            self._drop_old(user)
+
+    def _drop_old(self, user: Hashable) -> None:
+        self._expired += 1
+        self._gone.note(user, EXPIRED)
+        self._drop(user)
+
+    def _drop(self, user: Hashable) -> bool:
+        held = self._held.pop(user, None)
+        self._until.pop(user, None)
+        if held is not None:
+            self._bytes -= held.bytes
+            self._state_bytes -= held.state.row_bytes
+            self._room_bytes -= held.state.nbytes
+        return held is not None
+
+
+class Gone:
+    """Why the users who went last have no state. A table of one size: whoever shares a place with a later one is
+    taken for new, and of those who are here a hash is kept and no name.
+    """
+
+    _PLACES: Final = 1 << 13
+    _HASH_BITS: Final = 56
+
+    def __init__(self) -> None:
+        self._table = array.array("Q", bytes(8 * self._PLACES))
+
+    def note(self, user: Hashable, reason: str) -> None:
+        """Remember why the user's state went."""
+        place, mark = self._of(user)
+        self._table[place] = REASONS.index(reason) << self._HASH_BITS | mark
+
+    def why(self, user: Hashable) -> str:
+        """The reason noted last, `NEW` where there is none."""
+        place, mark = self._of(user)
+        found = self._table[place]
+        return REASONS[found >> self._HASH_BITS] if found & ((1 << self._HASH_BITS) - 1) == mark else NEW
+
+    def forget(self, user: Hashable) -> None:
+        """The user was never here."""
+        place, mark = self._of(user)
+        if self._table[place] & ((1 << self._HASH_BITS) - 1) == mark:
+            self._table[place] = 0
+
+    def _of(self, user: Hashable) -> tuple[int, int]:
+        number = hash(("stca", user)) & ((1 << 63) - 1)
+        return number % self._PLACES, (number >> 7) & ((1 << self._HASH_BITS) - 1)

@@ -1,0 +1,128 @@
+"""What clients send, made into values of our own: nothing of theirs runs, raises or reaches a message after this."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import uuid
+import zoneinfo
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from stca.arrays import Array
+from stca.errors import RequestError
+
+# Most values of one input. Far more than any model is asked, and few enough to look at each: an array that repeats one
+# value takes no memory of its own, whatever its length.
+MOST_VALUES: Final = 1 << 27
+_LONGEST_INTEGER: Final = 1024  # bits of an id
+_DEEPEST: Final = 8  # tuples in tuples of an id; looking up thousands of them would end the process
+
+
+def quoted(value: object) -> str:
+    """A client's text or value for a message: on one line, in quotes if it is text, and cut."""
+    try:
+        text = repr(value[:60] if isinstance(value, str | bytes) else value)
+    except Exception:  # an object's own code, or an integer of too many digits
+        return f"({type(value).__name__:.40})"
+    return ascii(text)[1:-1] if not text.isprintable() else text if len(text) <= 70 else text[:69] + "…"
+
+
+def array_of(name: str, value: ArrayLike) -> Array:
+    """What a client sent as an array of any dtype.
+
+    Raises:
+        RequestError: when it is none, hides rows, or has more values than anyone can check.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        raise RequestError(f"{name}: is a masked array; fill it or leave the masked rows out")
+    try:
+        found = np.asarray(value)
+    except Exception as e:  # whatever the code of a client's object raises
+        said = " ".join(str(e).split())[:200]
+        if "inhomogeneous" in said:
+            raise RequestError(
+                f"{name}: has rows of different lengths; fill them up with the id that the model reads as none"
+            ) from e
+        kind = type(value).__name__
+        what = "is not a rectangular array" if kind in ("list", "tuple") else f"{kind:.40} cannot become a NumPy array"
+        raise RequestError(f"{name}: {what} ({said}); send a NumPy array or a list of numbers") from e
+    if found.size > MOST_VALUES:
+        raise RequestError(f"{name}: has shape {list(found.shape)}, more than {MOST_VALUES} values; send fewer at once")
+    return found
+
+
+class _Real(float):
+    """A float as part of a key: 1.0 is not 1, and has a state of its own."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Real) and float.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = float.__hash__
+
+
+def key_of(what: str, value: Hashable, depth: int = 0) -> Hashable:
+    """A user id or a version as plain Python: text, bytes, a number, a UUID, a date, or a tuple of these.
+
+    An object with its own `__eq__` could break the lookup of others, NaN is never found again, and True is 1.
+
+    Raises:
+        RequestError: when it is something else.
+    """
+    if type(value) in (str, bytes):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int) and not isinstance(value, bool) and int.bit_length(value) <= _LONGEST_INTEGER:
+        return int.__int__(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return _Real(value)
+    if value is None or type(value) in (uuid.UUID, datetime.date):
+        return value
+    if type(value) is datetime.datetime and type(value.tzinfo) in (type(None), datetime.timezone, zoneinfo.ZoneInfo):
+        return value  # with a time zone of another kind, someone's code would run whenever it is compared
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, tuple) and depth < _DEEPEST:
+        return tuple(key_of(what, part, depth + 1) for part in value)
+    raise RequestError(f"{what} {quoted(value)}: cannot be the key of a user's state; use a string or an integer")
+
+
+def mapping_of(what: str, value: Any) -> Mapping[str, Any]:
+    """Inputs by name.
+
+    Raises:
+        RequestError: when it is no mapping, or a name is no text.
+    """
+    if not isinstance(value, Mapping):
+        raise RequestError(f"{what}: is {type(value).__name__:.40}, expected the model's inputs by name")
+    try:
+        found = value if type(value) is dict else dict(value)
+    except Exception as e:  # whatever the code of a client's object raises
+        raise RequestError(f"{what}: {type(value).__name__:.40} cannot be read; send a dict") from e
+    if wrong := [name for name in found if type(name) is not str]:
+        raise RequestError(f"{what}: has the name {quoted(wrong[0])}, expected text")
+    return found
+
+
+def labels_of(what: str, labels: Any, requests: int) -> Sequence[Hashable]:
+    """The users or versions of a batch, one for each request; or none, and each is None.
+
+    Raises:
+        RequestError: when it is no sequence, or of another length.
+    """
+    if isinstance(labels, np.ndarray) and labels.shape in ((requests,), (0,)):
+        labels = labels.tolist()
+    if not isinstance(labels, Sequence) or isinstance(labels, str | bytes | bytearray):
+        raise RequestError(f"{what}: is {type(labels).__name__:.40}, expected a list with one entry for each request")
+    if len(labels) and len(labels) != requests:
+        raise RequestError(f"{what}: has {len(labels)} entries for {requests} requests")
+    return labels if len(labels) else [None] * requests

@@ -1,0 +1,109 @@
+// What a caller of the C ABI loads a session with: options, and perhaps engines of its own.
+#include <algorithm>
+#include <cstring>
+
+#include "c_api.hpp"
+
+namespace stca::core {
+namespace {
+
+/// A callback returned `code`; it left its message through stca_fail, or there is none. A number that is no code of
+/// ours counts as `kind`.
+[[noreturn]] void callback_failed(int32_t code, stca_code kind, const std::string& otherwise) {
+  const bool known = std::strcmp(stca_code_name(code), "unknown") != 0;
+  throw Error(known ? static_cast<stca_code>(code) : kind, last_error().empty() ? otherwise : last_error());
+}
+
+/// A caller's engine behind the library's own interface.
+class CallerEngine final : public Engine {
+ public:
+  CallerEngine(std::unique_ptr<stca_bundle> handle, const std::string& graph, const stca_engine& engine)
+      : handle_(std::move(handle)),
+        graph_(handle_->bundle->manifest.graph(graph)),
+        engine_(engine),
+        name_(engine.name == nullptr ? "caller's engine" : engine.name) {}
+  CallerEngine(const CallerEngine&) = delete;
+  CallerEngine& operator=(const CallerEngine&) = delete;
+  ~CallerEngine() override {
+    if (engine_.release != nullptr) engine_.release(engine_.self);
+  }
+
+  std::string name() const override { return name_; }
+  const GraphSpec& spec() const override { return graph_; }
+
+  std::vector<Array> run(const std::vector<Array>& inputs) override {
+    std::vector<stca_tensor> tensors;
+    tensors.reserve(inputs.size());
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      const Array& array = inputs[i];
+      stca_tensor tensor{graph_.inputs[i].name.c_str(), array.data, array.dtype, array.shape.rank, {}};
+      std::copy(array.shape.sizes.begin(), array.shape.sizes.end(), tensor.shape);
+      tensors.push_back(tensor);
+    }
+    const std::size_t count = graph_.outputs.size();
+    stca_outputs outputs{graph_, std::vector<Array>(count), std::vector<bool>(count), STCA_OK, {}};
+    last_error().clear();
+    const int32_t code = engine_.run(engine_.self, tensors.data(), tensors.size(), &outputs);
+    if (outputs.code != STCA_OK) throw Error(outputs.code, outputs.message);
+    if (code != STCA_OK) callback_failed(code, STCA_ENGINE_ERROR, name_ + " failed without a message");
+    for (std::size_t i = 0; i < count; ++i) {
+      if (!outputs.allocated[i]) fail(STCA_ENGINE_ERROR, name_, " did not give the output ", graph_.outputs[i].name);
+    }
+    return std::move(outputs.arrays);
+  }
+
+ private:
+  std::unique_ptr<stca_bundle> handle_;  // what the engine was made from, and where graph_ lives
+  const GraphSpec& graph_;
+  stca_engine engine_;
+  std::string name_;
+};
+
+/// Of a caller's `size`, what is whole fields.
+std::size_t whole_fields(std::size_t size) {
+  std::size_t whole = first_options_size;
+  for (const std::size_t end :
+       {offsetof(stca_options, unchecked_scores), offsetof(stca_options, max_users),
+        offsetof(stca_options, ttl_seconds), offsetof(stca_options, precision), sizeof(stca_options)}) {
+    if (end <= size) whole = end;
+  }
+  return whole;
+}
+
+}  // namespace
+
+Options options_of(const stca_options* given_options) {
+  stca_options o;
+  stca_options_init(&o);
+  if (given_options != nullptr) {
+    if (given_options->size < first_options_size) {
+      fail(STCA_USAGE_ERROR, "options have size ", given_options->size, "; call stca_options_init first");
+    }
+    // A caller compiled against an older, shorter struct leaves the later fields at their defaults.
+    std::memcpy(&o, given_options, whole_fields(given_options->size));
+  }
+  Options options;
+  options.keep = {o.cache_bytes, o.max_users, o.ttl_seconds};
+  if (!(o.ttl_seconds >= 0)) fail(STCA_USAGE_ERROR, "ttl_seconds is ", o.ttl_seconds, "; give a time from 0 on");
+  options.check_finite = o.unchecked_scores == 0;
+  options.precision = o.precision == nullptr ? "" : o.precision;
+  options.truncate = o.truncate != 0;
+  options.threads = o.threads;
+  options.engine = o.engine == nullptr ? "" : o.engine;
+  options.cuda_graphs = o.cuda_graphs;
+  if (o.make_engine == nullptr) return options;
+  options.make = [make = o.make_engine, context = o.make_engine_context](const std::shared_ptr<const Bundle>& bundle,
+                                                                         const std::string& graph) {
+    auto handle = std::make_unique<stca_bundle>(stca_bundle{bundle, bundle->folder->pinned()});
+    stca_engine engine{};
+    last_error().clear();
+    const int32_t code = make(context, handle.get(), graph.c_str(), &engine);
+    if (code != STCA_OK) callback_failed(code, STCA_BUILD_ERROR, graph + ": the caller's engine could not be made");
+    auto made = std::make_unique<CallerEngine>(std::move(handle), graph, engine);  // which releases it from now on
+    if (engine.run == nullptr) fail(STCA_USAGE_ERROR, graph, ": the caller's engine has no run function");
+    return made;
+  };
+  return options;
+}
+
+}  // namespace stca::core

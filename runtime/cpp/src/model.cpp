@@ -1,0 +1,318 @@
+#include "model.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <utility>
+
+#include "error.hpp"
+#include "visit.hpp"
+
+namespace stca::core {
+namespace {
+
+/// Most history tokens of several users encoded in one run; session.py says why.
+constexpr std::int64_t tokens_together = 256;
+
+/// The longest history that can be encoded and scored with: a longer state would only be in the way.
+std::optional<std::int64_t> window_of(const Manifest& manifest, const Engines& engines) {
+  const std::int64_t longest = std::min({manifest.max_history.value_or(no_limit), engines.encoder->largest_run().tokens,
+                                         engines.scorer->largest_run().tokens});
+  return longest == no_limit ? std::nullopt : std::optional(longest);
+}
+
+/// States of one text, and of equal weights, can take each other's place: the same tensors, computed by the same graph
+/// in the same kind of engine, for the same window.
+std::string layout(const std::vector<TensorSpec>& state, const Manifest& manifest, const Engine& encoder,
+                   std::optional<std::int64_t> window) {
+  std::string text;
+  for (const TensorSpec& spec : state) text += spec.name + ":" + dtype_name(spec.dtype) + ":" + spec.shape_text() + ";";
+  text += "window:" + (window ? std::to_string(*window) : "none");
+  return text + ";" + manifest.files.at(manifest.graph("user_encoder").file).sha256 + ";" + encoder.name();
+}
+
+/// The type of several outputs side by side, as numpy promotes them.
+DType common_type(const std::vector<Array>& outputs) {
+  DType type = outputs[0].dtype;
+  for (const Array& output : outputs) {
+    if (output.dtype == type) continue;
+    type = output.dtype == STCA_FLOAT64 || type == STCA_FLOAT64 ? STCA_FLOAT64 : STCA_FLOAT32;
+  }
+  return type;
+}
+
+/// A model's outputs as one array of scores: the only output as it is, several side by side as columns.
+Array scores_of(const std::vector<Array>& outputs) {
+  if (outputs.size() == 1) return outputs[0];
+  const DType type = common_type(outputs);
+  const std::int64_t targets = outputs[0].shape[0];
+  std::int64_t columns = 0;
+  std::vector<Array> parts;
+  for (const Array& output : outputs) {
+    parts.push_back(converted(output, type));
+    columns += static_cast<std::int64_t>(parts.back().row_bytes() / item_bytes(type));
+  }
+  auto [scores, to] = make_array(Memory::host(), type, {targets, columns});
+  for (std::int64_t t = 0; t < targets; ++t) {
+    for (const Array& part : parts) {
+      const std::size_t bytes = part.row_bytes();
+      Memory::host().copy(to, static_cast<const std::byte*>(part.data) + static_cast<std::size_t>(t) * bytes, bytes);
+      to += bytes;
+    }
+  }
+  return scores;
+}
+
+/// Index of the first number that is not finite, or `count`.
+template <class T>
+std::size_t first_not_finite(const T* data, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) {
+    if (!std::isfinite(static_cast<double>(data[i]))) return i;
+  }
+  return count;
+}
+
+void check_scores(const Engine& engine, const TensorSpec& spec, const Array& output) {
+  visit_floating(output.dtype, [&](auto type) {
+    const auto* data = static_cast<const decltype(type)*>(output.data);
+    const std::size_t count = output.shape.elements(), at = first_not_finite(data, count);
+    if (at == count) return;
+    const std::size_t row = output.row_bytes() / item_bytes(output.dtype);
+    engine_error(shown(engine.name()), " gave ", shown(spec.name), " ", static_cast<double>(data[at]), " for target ",
+                 at / row, "; scores must be finite: check the weights, or use an engine of a wider type");
+  });
+}
+
+/// Where the runs end in which neighbours go through an engine together: as many as it takes, and at least one.
+std::vector<std::size_t> run_ends(const std::vector<RunSize>& sizes, const RunSize& most) {
+  std::vector<std::size_t> ends;
+  RunSize sum;
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    const RunSize more{sum.requests + sizes[i].requests, sum.tokens + sizes[i].tokens, sum.targets + sizes[i].targets};
+    const bool fits = more.requests <= most.requests && more.tokens <= most.tokens && more.targets <= most.targets;
+    if (!fits && i > 0) ends.push_back(i);
+    sum = fits ? more : sizes[i];
+  }
+  if (!sizes.empty()) ends.push_back(sizes.size());
+  return ends;
+}
+
+template <class T>
+std::vector<T> part(const std::vector<T>& all, std::size_t begin, std::size_t end) {
+  return {all.begin() + static_cast<std::ptrdiff_t>(begin), all.begin() + static_cast<std::ptrdiff_t>(end)};
+}
+
+template <class Specs>
+std::optional<std::size_t> index_of(const Specs& specs, const std::string& name) {
+  for (std::size_t i = 0; i < specs.size(); ++i) {
+    if (specs[i].name == name) return i;
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+std::shared_ptr<const Model> Model::load(const std::string& path, const Options& options, const Manifest* served) {
+  const bool may_hold = options.make == nullptr;  // the caller's engines read files for themselves
+  return with_folder(path, may_hold, [&](const std::shared_ptr<const Folder>& folder) {
+    std::shared_ptr<const Bundle> bundle = Bundle::read(folder);
+    if (served != nullptr) check_swap(path, *served, bundle->manifest);
+    return std::make_shared<const Model>(std::move(bundle), options);
+  });
+}
+
+Model::Model(std::shared_ptr<const Bundle> bundle, const Options& options)
+    : bundle_(std::move(bundle)),
+      engines_(make_engines(bundle_, options)),
+      window_(window_of(manifest(), engines_)),
+      door_(manifest(), window_, options.truncate),
+      check_finite_(options.check_finite) {
+  find_sources();
+  if (engines_.encoder->memory().device() != engines_.scorer->memory().device()) {
+    fail(STCA_BUILD_ERROR, engines_.encoder->name(), " and ", engines_.scorer->name(),
+         " keep states in different memories; run both halves on one engine");
+  }
+  encoded_together_ = engines_.encoder->largest_run();
+  encoded_together_.tokens = std::min(encoded_together_.tokens, tokens_together);
+  scored_together_ = engines_.scorer->largest_run();
+  for (std::size_t i = 0; i < manifest().state.size(); ++i) {
+    const StateSpec& spec = manifest().state[i];
+    if (is_offsets(i) || spec.rows_are(tokens_symbol) || spec.rows_are(users_symbol)) continue;
+    // What is neither per token nor per user cannot be parted, nor joined.
+    encoded_together_.requests = scored_together_.requests = 1;
+  }
+  if (door_.stacked()) encoded_together_.requests = scored_together_.requests = 1;
+  std::string format = layout(state_, manifest(), *engines_.encoder, window_);
+  state_kind_ = std::make_shared<StateKind>(StateKind{manifest().weights, std::move(format)});
+}
+
+/// The manifest's contract says that each is there; only the engines' types are their own.
+void Model::find_sources() {
+  const GraphSpec& encoder = engines_.encoder->spec();
+  const GraphSpec& scorer = engines_.scorer->spec();
+  for (const TensorSpec& spec : encoder.inputs) {
+    encoder_inputs_.push_back({false, static_cast<std::size_t>(door_.find(spec.name))});
+  }
+  for (const StateSpec& spec : manifest().state) {
+    state_outputs_.push_back(index_of(encoder.outputs, spec.name).value());
+    state_.push_back(encoder.outputs[state_outputs_.back()]);
+  }
+  for (const TensorSpec& spec : scorer.inputs) {
+    const auto state = index_of(state_, spec.name);
+    if (state && state_[*state].dtype != spec.dtype) {
+      bundle_error(bundle_->path.string(), ": the two engines disagree on the type of '", shown(spec.name),
+                   "'; build both again");
+    }
+    scorer_inputs_.push_back({state.has_value(), state ? *state : static_cast<std::size_t>(door_.find(spec.name))});
+  }
+}
+
+bool Model::is_offsets(std::size_t state) const {
+  const auto& input = manifest().state[state].input;
+  const int i = input ? door_.find(*input) : -1;
+  return i >= 0 && door_.is_offsets(i);
+}
+
+void Model::check_output(const Engine& engine, std::size_t index, const Array& output,
+                         const std::vector<Row>& rows) const {
+  const TensorSpec& spec = engine.spec().outputs[index];
+  bool fits = output.dtype == spec.dtype && output.shape.rank == static_cast<int>(spec.shape.size());
+  for (int i = 0; fits && i < output.shape.rank; ++i) {
+    const Axis& axis = spec.shape[static_cast<std::size_t>(i)];
+    const std::int64_t expected = axis.symbol.empty() ? axis.size : door_.size_of(axis.symbol, rows);
+    fits = expected < 0 || output.shape[i] == expected;  // -1: a size that requests do not decide
+  }
+  if (!fits) {
+    engine_error(shown(engine.name()), " gave ", shown(spec.name), " as ", dtype_name(output.dtype), " ",
+                 output.shape.text(), ", expected ", dtype_name(spec.dtype), " ", spec.shape_text(), " for ",
+                 door_.size_of(tokens_symbol, rows), " tokens, ", door_.targets(rows), " targets, ", rows.size(),
+                 " users; build the engine from this bundle again");
+  }
+}
+
+std::vector<StateCache::State> Model::encode(const std::vector<Row>& rows) const {
+  std::vector<RunSize> sizes;
+  for (const Row& row : rows) sizes.push_back({1, std::max<std::int64_t>(row.tokens, 0), 0});
+  std::vector<StateCache::State> states;
+  std::size_t begin = 0;
+  for (std::size_t end : run_ends(sizes, encoded_together_)) {
+    encode_together(part(rows, begin, end), states);
+    begin = end;
+  }
+  return states;
+}
+
+void Model::encode_together(const std::vector<Row>& rows, std::vector<StateCache::State>& states) const {
+  std::vector<Array> feeds;
+  feeds.reserve(encoder_inputs_.size());
+  for (const Source& source : encoder_inputs_) feeds.push_back(door_.pack(rows, static_cast<int>(source.index)));
+  const std::vector<Array> outputs = engines_.encoder->run(feeds);
+  const auto users = static_cast<std::int64_t>(rows.size());
+  for (std::size_t i : state_outputs_) check_output(*engines_.encoder, i, outputs[i], rows);
+  std::int64_t begin = 0;
+  for (std::int64_t user = 0; user < users; ++user) {
+    auto state = std::make_shared<UserState>();
+    state->tokens = std::max<std::int64_t>(rows[static_cast<std::size_t>(user)].tokens, 0);
+    const std::int64_t end = begin + state->tokens;
+    for (std::size_t i = 0; i < state_.size(); ++i) {
+      const Array& all = outputs[state_outputs_[i]];
+      if (users == 1) {
+        state->tensors.push_back(all);
+      } else if (is_offsets(i)) {
+        state->tensors.push_back(offsets_array(state_[i].dtype, {state->tokens}));
+      } else {  // copied: a view would keep all of them alive, uncounted
+        const bool per_token = state_[i].rows_are(tokens_symbol);
+        const Array part = core::rows(all, per_token ? begin : user, per_token ? end : user + 1);
+        state->tensors.push_back(concatenate(engines_.encoder->memory(), state_[i].name, {&part}));
+      }
+    }
+    begin = end;
+    states.push_back(std::move(state));
+  }
+}
+
+Array Model::join(std::size_t index, const std::vector<StateCache::State>& states) const {
+  if (states.size() == 1) return states[0]->tensors[index];
+  if (is_offsets(index)) {
+    std::vector<std::int64_t> counts;
+    for (const auto& state : states) counts.push_back(state->tokens);
+    return offsets_array(state_[index].dtype, counts);
+  }
+  std::vector<const Array*> parts;
+  for (const auto& state : states) parts.push_back(&state->tensors[index]);
+  return concatenate(engines_.scorer->memory(), state_[index].name, parts);
+}
+
+Array Model::score(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const {
+  if (rows.size() == 1) return score_together(states, rows);
+  std::vector<RunSize> sizes;
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    sizes.push_back({1, states[i]->tokens, std::max<std::int64_t>(rows[i].targets, 0)});
+  }
+  const std::vector<std::size_t> ends = run_ends(sizes, scored_together_);
+  if (ends.size() == 1) return score_together(states, rows);
+  std::vector<Array> scores;
+  std::size_t begin = 0;
+  for (std::size_t end : ends) {
+    scores.push_back(score_together(part(states, begin, end), part(rows, begin, end)));
+    begin = end;
+  }
+  std::vector<const Array*> parts;
+  for (const Array& array : scores) parts.push_back(&array);
+  return concatenate(Memory::host(), "scores", parts);
+}
+
+Array Model::score_together(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const {
+  if (door_.targets(rows) == 0) return no_scores();  // of a batch whose other requests have some
+  std::vector<Array> feeds;
+  feeds.reserve(scorer_inputs_.size());
+  for (const Source& source : scorer_inputs_) {
+    feeds.push_back(source.state ? join(source.index, states) : door_.pack(rows, static_cast<int>(source.index)));
+  }
+  const std::vector<Array> outputs = engines_.scorer->run(feeds);
+  const std::int64_t targets = door_.targets(rows);
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    check_output(*engines_.scorer, i, outputs[i], rows);
+    if (outputs[i].shape[0] != (targets < 0 ? outputs[0].shape[0] : targets)) {
+      engine_error(shown(engines_.scorer->name()), " gave ", shown(engines_.scorer->spec().outputs[i].name),
+                   " of shape ", outputs[i].shape.text(), " for ", targets < 0 ? outputs[0].shape[0] : targets,
+                   " targets; a model gives one row of scores for each");
+    }
+    if (check_finite_) check_scores(*engines_.scorer, engines_.scorer->spec().outputs[i], outputs[i]);
+  }
+  return scores_of(outputs);
+}
+
+Array Model::no_scores() const {
+  std::vector<Array> outputs;
+  for (const TensorSpec& spec : engines_.scorer->spec().outputs) {
+    Shape shape{0};
+    for (std::size_t i = 1; i < spec.shape.size(); ++i) {
+      shape[shape.rank++] = std::max<std::int64_t>(spec.shape[i].size, 0);
+    }
+    outputs.push_back(make_array(Memory::host(), spec.dtype, shape).array);
+  }
+  return scores_of(outputs);
+}
+
+StateCache::State Model::extend(const UserState& old, const UserState& fresh) const {
+  const std::int64_t total = old.tokens + fresh.tokens;
+  auto state = std::make_shared<UserState>();
+  state->tokens = std::min(total, window_.value_or(total));
+  const std::int64_t dropped = total - state->tokens;
+  for (std::size_t i = 0; i < state_.size(); ++i) {
+    if (is_offsets(i)) {
+      state->tensors.push_back(offsets_array(state_[i].dtype, {state->tokens}));
+    } else if (state_[i].rows_are(tokens_symbol)) {
+      // Cut before joining, so that only what is kept is copied, once.
+      const Array kept = rows(old.tensors[i], std::min(dropped, old.tokens), old.tokens);
+      const Array added = rows(fresh.tensors[i], std::max<std::int64_t>(0, dropped - old.tokens), fresh.tokens);
+      state->tensors.push_back(concatenate(engines_.encoder->memory(), state_[i].name, {&kept, &added}));
+    } else {
+      state->tensors.push_back(old.tensors[i]);
+    }
+  }
+  return state;
+}
+
+}  // namespace stca::core

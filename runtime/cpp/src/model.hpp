@@ -1,0 +1,72 @@
+// One bundle with its engines: what is computed, and in which runs.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bundle.hpp"
+#include "engine.hpp"
+#include "request.hpp"
+#include "state.hpp"
+
+namespace stca::core {
+
+/// One loaded bundle; immutable, so that a swap is one assignment and running requests finish on what they began.
+class Model {
+ public:
+  /// The bundle at `path`, whatever may be put in its place meanwhile. `served`, unless it is null, is of the bundle
+  /// whose place it shall take. Throws BundleError, BuildError.
+  static std::shared_ptr<const Model> load(const std::string& path, const Options& options, const Manifest* served);
+  Model(std::shared_ptr<const Bundle> bundle, const Options& options);
+
+  const std::shared_ptr<const Bundle>& bundle() const { return bundle_; }
+  const Manifest& manifest() const { return bundle_->manifest; }
+  const Door& door() const { return door_; }
+
+  const Engine& engine(bool encoder) const { return encoder ? *engines_.encoder : *engines_.scorer; }
+  const Engines& engines() const { return engines_; }
+  const std::shared_ptr<const StateKind>& state_kind() const { return state_kind_; }
+  StateKey key(std::string user, std::string version) const {
+    return {std::move(user), std::move(version), state_kind_};
+  }
+
+  /// Runs the user encoder on one user's admitted inputs.
+  StateCache::State encode(const Row& row) const { return encode(std::vector<Row>{row})[0]; }
+  /// The same for several users, those with short histories together.
+  std::vector<StateCache::State> encode(const std::vector<Row>& rows) const;
+  /// Runs the target scorer for several users, all at once where it can; `rows` hold their request and target inputs.
+  Array score(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const;
+  /// Scores of no target.
+  Array no_scores() const;
+  /// The state of both histories one after the other, its oldest tokens dropped beyond the window.
+  StateCache::State extend(const UserState& old, const UserState& fresh) const;
+
+ private:
+  /// Where a graph's input comes from: a state tensor, or an input of the request.
+  struct Source {
+    bool state;
+    std::size_t index;
+  };
+  void find_sources();
+  bool is_offsets(std::size_t state) const;
+  void encode_together(const std::vector<Row>& rows, std::vector<StateCache::State>& states) const;
+  Array score_together(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const;
+  Array join(std::size_t index, const std::vector<StateCache::State>& states) const;
+  void check_output(const Engine& engine, std::size_t index, const Array& output, const std::vector<Row>& rows) const;
+
+  std::shared_ptr<const Bundle> bundle_;
+  Engines engines_;
+  std::optional<std::int64_t> window_;  // the longest history that the bundle and both engines serve
+  Door door_;
+  std::shared_ptr<const StateKind> state_kind_;
+  std::vector<Source> encoder_inputs_, scorer_inputs_;
+  std::vector<std::size_t> state_outputs_;  // of each state tensor, which output of the user encoder it is
+  std::vector<TensorSpec> state_;           // in the encoder's own types
+  bool check_finite_;
+  /// The most of one run of each half.
+  RunSize encoded_together_, scored_together_;
+};
+
+}  // namespace stca::core

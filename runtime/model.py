@@ -1,0 +1,328 @@
+"""One loaded bundle: its two engines, and how users' states and scores go through them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+
+from stca.arrays import Array, all_finite
+from stca.bundle import Bundle
+from stca.contract import as_built, check_engine
+from stca.errors import EngineError, RequestError
+from stca.manifest import HALVES, TARGETS, TOKENS, USERS, Manifest, StateSpec
+from stca.runtime.deadline import NEVER, Deadline
+from stca.runtime.engine import Engine, OnnxRuntimeEngine, scores_of
+from stca.runtime.engine_choice import Choice, best_engine, open_engines, own_graphs
+from stca.runtime.machine import processors
+from stca.runtime.options import Options
+from stca.runtime.request import Door
+from stca.runtime.room import Room
+from stca.runtime.state import StateArray, StateKey, UserState, join
+from stca.tensorrt_flavours import largest_sizes
+
+# Most history tokens of several users encoded in one run. A run has a price of its own, and so have the copies that
+# part users encoded together: on a CPU they break even at a few hundred tokens. `benchmarks/misses.py` measures it.
+_TOKENS_TOGETHER: Final = 256
+
+
+@dataclass(frozen=True)
+class Model:
+    """One loaded bundle; immutable, so that a swap is one assignment and running requests finish on what they began.
+
+    `window` is the longest history that the bundle and its engines serve.
+    """
+
+    manifest: Manifest
+    door: Door
+    encoder: Engine
+    scorer: Engine
+    format: str
+    choice: Choice
+    window: int | None
+    check_finite: bool = True
+    threads: int | None = None
+
+    @classmethod
+    def load(cls, bundle: Bundle, options: Options) -> Model:
+        manifest = bundle.manifest
+        if options.onnxruntime is not None:
+            choice = own_graphs("options for ONNX Runtime were given, and it runs the bundle's own graphs")
+        elif options.engine == "graphs":
+            choice = own_graphs()
+        else:
+            choice = best_engine(manifest, only=options.engine, precision=options.precision, gpu=options.gpu)
+        engines = open_engines(
+            bundle, choice, threads=options.threads, onnxruntime=options.onnxruntime, gpu=options.gpu
+        )
+        for half, engine in engines.items():
+            entry = choice.entries.get(half)
+            promised = as_built(manifest, half, choice.precision, requests=entry.requests if entry else None)
+            check_engine(half, promised, *engine.signature(), may_leave_out=engine.may_leave_out)
+        layout = ";".join(f"{s.name}:{s.dtype}:{','.join(map(str, s.shape))}" for s in manifest.state)
+        # Equal weights do not make equal states: what the encoder computes, for which window, and in what, counts too.
+        encoder = manifest.files[manifest.graphs["user_encoder"].file]["sha256"]
+        limits = [_limits(choice, half)[TOKENS] for half in HALVES]
+        limits += [] if manifest.max_history is None else [manifest.max_history]
+        window = None if min(limits) == sys.maxsize else min(limits)
+        layout += f";{encoder};window:{window};{choice.flavour} {choice.precision}"
+        door = Door(
+            dataclasses.replace(manifest, max_history=window),
+            truncate=options.truncate,
+            max_targets=options.max_targets,
+        )
+        encoder_, scorer = engines["user_encoder"], engines["target_scorer"]
+        return cls(manifest, door, encoder_, scorer, layout, choice, window, options.check_finite, options.threads)
+
+    @property
+    def side_by_side(self) -> int:
+        """How many calls compute at once before they slow each other down."""
+        on_cpu = isinstance(self.encoder, OnnxRuntimeEngine) and self.threads is not None
+        return max(1, processors() // self.threads) if on_cpu and self.threads else 1
+
+    def key(self, user: Hashable, version: Hashable) -> StateKey:
+        """What a state is kept under; both are plain values, as `Door.key_of` makes them."""
+        return StateKey(user, version, self.manifest.weights, self.format)
+
+    def encode(self, users: Sequence[Mapping[str, Array]], deadline: Deadline = NEVER) -> list[UserState]:
+        """Run the user encoder on users' admitted inputs, on those with short histories together.
+
+        Raises:
+            EngineError: when it fails.
+            DeadlineError, CancelledError: between runs, when the states are not wanted any more.
+        """
+        if not users:
+            return []
+        per_token = [n for n in self.door.names("user") if self.door.inputs[n].shape[:1] == (TOKENS,)]
+        tokens = [len(arrays[per_token[0]]) if per_token else 0 for arrays in users]
+        limits = _limits(self.choice, "user_encoder")
+        limits[TOKENS] = min(limits[TOKENS], _TOKENS_TOGETHER)
+        if not all(self._is_offsets(s) or s.shape[:1] in ((TOKENS,), (USERS,)) for s in self.manifest.state):
+            limits[USERS] = 1  # what is neither per token nor per user cannot be parted
+        if self.door.stacked:
+            limits[USERS] = 1
+        states: list[UserState] = []
+        for run in _runs([{USERS: 1, TOKENS: n} for n in tokens], limits):
+            deadline.check()
+            states += self._encode(users[run], tokens[run])
+        return states
+
+    def _encode(self, users: Sequence[Mapping[str, Array]], tokens: Sequence[int]) -> list[UserState]:
+        feeds = self._pack(users)
+        out = self.encoder.run({s.name: feeds[s.name] for s in self.manifest.graphs["user_encoder"].inputs})
+        self._check_rows(out, sum(tokens), len(users))
+        if len(users) == 1:
+            return [UserState(out, tokens[0])]
+        ends = np.cumsum(tokens)
+        return [
+            UserState({s.name: self._part(s, out[s.name], i, end - n, end) for s in self.manifest.state}, n)
+            for i, (n, end) in enumerate(zip(tokens, ends.tolist(), strict=True))
+        ]
+
+    def _check_rows(self, state: Mapping[str, StateArray], tokens: int, users: int) -> None:
+        """A row for each token, and for each user: a row too many would be the next user's."""
+        rows = {USERS: users} if self.door.offsets else {}  # without them, B is whatever the model means by it
+        if any(s.scope == "user" and s.shape[:1] == (TOKENS,) for s in self.door.inputs.values()):
+            rows[TOKENS] = tokens
+        for spec in self.manifest.state:
+            wanted = rows.get(str(spec.shape[0])) if spec.shape and not self._is_offsets(spec) else None
+            if wanted is not None and (made := state[spec.name].shape[0]) != wanted:
+                raise EngineError(
+                    f"the user encoder gave {made} rows of {spec.name!r} for {wanted}; export the model anew"
+                )
+
+    def _part(self, spec: StateSpec, rows: StateArray, user: int, begin: int, end: int) -> StateArray:
+        """One user's rows of a state tensor of several, copied: a view would keep all of them alive, uncounted."""
+        if self._is_offsets(spec):
+            return np.array([0, end - begin], spec.dtype)
+        return rows[begin:end].copy() if spec.shape[:1] == (TOKENS,) else rows[user : user + 1].copy()
+
+    def score(
+        self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]], deadline: Deadline = NEVER
+    ) -> list[Array]:
+        """Run the target scorer for several users, all at once where it can.
+
+        Args:
+            states: of each user.
+            rows: their request and target inputs.
+            deadline: looked at before each run, which raises what it says.
+        """
+        deadline.check()
+        if len(states) == 1:
+            return self._score(states, rows)
+        if self.door.stacked:
+            runs: Iterator[slice] = (slice(i, i + 1) for i in range(len(states)))
+        else:
+            runs = _runs(self._sizes(states, rows), _limits(self.choice, "target_scorer"))
+        scores: list[Array] = []
+        for run in runs:
+            deadline.check()
+            scores += self._score(states[run], rows[run])
+        return scores
+
+    def _sizes(self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]]) -> list[dict[str, int]]:
+        """What each request adds to a run of the target scorer."""
+        targets = next((n for n, s in self.door.offsets.items() if s.scope == "target"), None)
+        return [
+            {USERS: 1, TOKENS: s.tokens, TARGETS: int(r[targets][-1]) if targets else 0}
+            for s, r in zip(states, rows, strict=True)
+        ]
+
+    def _score(self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]]) -> list[Array]:
+        if all(self.targets(row) == 0 for row in rows):  # of a batch whose other requests have some
+            return [self.none() for _ in rows]
+        feeds: dict[str, StateArray] = {**self._pack(rows)}
+        if len(states) == 1:
+            if self._shared:
+                self._check_shared(states[0], rows[0])
+            feeds |= states[0].tensors
+        else:
+            tokens = np.cumsum([0, *(s.tokens for s in states)])
+            for spec in self.manifest.state:
+                parts = [s.tensors[spec.name] for s in states]
+                feeds[spec.name] = tokens.astype(spec.dtype) if self._is_offsets(spec) else join(parts)
+        outputs = self.scorer.run({n: feeds[n] for n in self._taken})
+        specs = self.manifest.graphs["target_scorer"].outputs
+        scores = scores_of([outputs[s.name] for s in specs])
+        self._check_count(scores, rows)
+        if self.check_finite and not all_finite(scores):
+            wrong = next(s.name for s in specs if not np.isfinite(outputs[s.name]).all())
+            raise EngineError(
+                f"output {wrong!r} of the target scorer is not finite for {int((~np.isfinite(scores)).sum())} of "
+                f"{scores.size} scores; look for overflow or for NaN in the weights, or load with check_finite=False"
+            )
+        if len(states) == 1:
+            return [scores]
+        targets = next(n for n, s in self.door.offsets.items() if s.scope == "target")
+        return np.split(scores, np.cumsum([r[targets][-1] for r in rows])[:-1])
+
+    # What each request would find in the manifest again.
+
+    @cached_property
+    def _taken(self) -> tuple[str, ...]:
+        """Inputs of the target scorer."""
+        return tuple(s.name for s in self.manifest.graphs["target_scorer"].inputs)
+
+    @cached_property
+    def _shared(self) -> tuple[tuple[str, str, int, str, int], ...]:
+        """Sizes of states that other inputs have too: the size, the state and its axis, the input and its."""
+        others = [s for s in self.door.inputs.values() if s.scope != "user"]
+        known = {n: (s.name, axis) for s in others for axis, n in enumerate(s.shape)}
+        sizes = [(n, s.name, axis) for s in self.manifest.state for axis, n in enumerate(s.shape)]
+        return tuple((n, *of, *known[n]) for n, *of in sizes if isinstance(n, str) and n in known)  # type: ignore[misc]
+
+    @cached_property
+    def _counted(self) -> tuple[str, int] | None:
+        """A target input and its axis with as many places as there are scores; None where either is fixed."""
+        if not isinstance(next(iter(self.manifest.graphs["request"].outputs[0].shape), 0), str):
+            return None
+        shapes = {n: self.door.inputs[n].shape for n in self.door.names("target")}
+        return self._counting or next(((n, 0) for n, of in shapes.items() if isinstance(next(iter(of), 0), str)), None)
+
+    def _check_shared(self, state: UserState, row: Mapping[str, Array]) -> None:
+        """Sizes that a state shares with the other inputs: where a user's rows are copies for targets, say."""
+        for n, made, axis, name, at in self._shared:
+            if (has := row[name].shape[at]) != (kept := state.tensors[made].shape[axis]):
+                raise RequestError(
+                    f"{name}: has shape {list(row[name].shape)}, with {n} = {has}; the user's inputs had {kept}"
+                )
+
+    def _check_count(self, scores: Array, rows: Sequence[Mapping[str, Array]]) -> None:
+        """As many scores as targets: a model may broadcast one user to several, or read one row alone."""
+        name, axis = self._counted or ("", 0)
+        if name and len(scores) != (targets := sum(row[name].shape[axis] for row in rows)):
+            raise EngineError(
+                f"the model gave {len(scores)} scores for {targets} targets ({name}); give each target a row of every "
+                "input, or export the model anew"
+            )
+
+    def _pack(self, rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+        """Admitted inputs of several requests as one ragged batch."""
+        if len(rows) == 1:
+            return dict(rows[0])
+        return {
+            name: np.cumsum([0, *(r[name][-1] for r in rows)]).astype(first.dtype)
+            if name in self.door.offsets
+            else np.concatenate([r[name] for r in rows])
+            for name, first in rows[0].items()
+        }
+
+    @cached_property
+    def _counting(self) -> tuple[str, int] | None:
+        """An input and its axis with a place for each target: of the size with that meaning, or that of the scores."""
+        specs = [self.door.inputs[n] for n in self.door.names("target")]
+        rows = self.manifest.graphs["target_scorer"].outputs[0].shape[:1]
+        for size in (TARGETS, *(n for n in rows if isinstance(n, str))):
+            if counting := next((s for s in specs if size in s.shape), None):
+                return counting.name, counting.shape.index(size)
+        return None
+
+    def targets(self, row: Mapping[str, Array]) -> int | None:
+        """How many targets a request has; None where the model's inputs do not say."""
+        if self._counting is not None:
+            name, axis = self._counting
+            return int(row[name].shape[axis])
+        sizes = {row[n].shape[:1] for n in self.door.names("target")}
+        return next(iter(sizes))[0] if len(sizes) == 1 and () not in sizes else None
+
+    def none(self) -> Array:
+        """Scores of no target."""
+        specs = self.manifest.graphs["request"].outputs
+        return scores_of([np.zeros((0, *(n for n in s.shape if isinstance(n, int))), s.dtype) for s in specs])
+
+    def _is_offsets(self, spec: StateSpec) -> bool:
+        """Whether a state tensor says where each user's tokens begin: then it is made anew, not cut or joined."""
+        return spec.input in self.door.offsets
+
+    def extend(self, old: UserState, new: UserState) -> tuple[UserState, int]:
+        """The state of both histories one after the other, its oldest tokens dropped beyond the window; and how many
+        bytes were written for it.
+        """
+        total = old.tokens + new.tokens
+        kept = total if self.window is None else min(total, self.window)
+        tensors = dict(old.tensors)
+        for spec in self.manifest.state:
+            if self._is_offsets(spec):
+                tensors[spec.name] = np.array([0, kept], dtype=spec.dtype)
+        names = [spec.name for spec in self.manifest.state if spec.shape[:1] == (TOKENS,)]
+        dropped = total - kept
+        if dropped >= old.tokens or not names:  # none of the old ones is left
+            fresh = {n: new.tensors[n][max(0, dropped - old.tokens) :] for n in names}
+            return UserState(tensors | fresh, kept), sum(x.nbytes for x in fresh.values())
+        rows = {n: x for n in names if isinstance(x := new.tensors[n], np.ndarray)}
+        earlier = {n: x[dropped:] for n in names if isinstance(x := old.tensors[n], np.ndarray)}
+        if len(rows) < len(names) or len(earlier) < len(names):
+            tensors |= {n: join([old.tensors[n][dropped:], new.tensors[n]]) for n in names}
+            return UserState(tensors, kept), sum(tensors[n].nbytes for n in names)
+        room, end, written = old.room, old.end, sum(x.nbytes for x in rows.values())
+        if room is None or not room.take(end, new.tokens):
+            room, end = Room(earlier, new.tokens), kept - new.tokens
+            room.take(end, new.tokens)
+            written += sum(x.nbytes for x in earlier.values())
+        return UserState(tensors | room.write(end, rows, kept), kept, None, room, end + new.tokens), written
+
+
+def _limits(choice: Choice, half: str) -> dict[str, int]:
+    """How much one run of a half's engine takes: requests, history tokens, targets."""
+    entry = choice.entries.get(half)
+    limits = {USERS: entry.requests if entry and entry.requests else sys.maxsize}
+    largest = largest_sizes(entry.profiles if entry else ())
+    return limits | {dim: largest.get(dim, sys.maxsize) for dim in (TOKENS, TARGETS)}
+
+
+def _runs(sizes: Sequence[Mapping[str, int]], limits: Mapping[str, int]) -> Iterator[slice]:
+    """Neighbours that go through an engine together: as many as the limits let, and at least one."""
+    begin, total = 0, dict.fromkeys(limits, 0)
+    for i, size in enumerate(sizes):
+        if i > begin and any(total[dim] + n > limits[dim] for dim, n in size.items()):
+            yield slice(begin, i)
+            begin, total = i, dict.fromkeys(limits, 0)
+        for dim, n in size.items():
+            total[dim] += n
+    if begin < len(sizes):
+        yield slice(begin, len(sizes))

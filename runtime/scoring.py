@@ -1,0 +1,76 @@
+"""Requests that passed the door, one or several together: their users' states, then their scores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from stca.arrays import Array
+from stca.runtime.deadline import Deadline
+from stca.runtime.model import Model
+from stca.runtime.turns import Turns
+from stca.runtime.user_states import Found, UserStates
+
+
+class Answer(NamedTuple):
+    """Scores, and how they came about.
+
+    Attributes:
+        scores: `(targets, tasks)`, as `Session.score` gives them.
+        hits: for each request whether its user's state was kept, or being made for another request already.
+        seconds: of the stages `check`, `encode` and `score`, those that ran.
+    """
+
+    scores: Array
+    hits: tuple[bool, ...]
+    seconds: Mapping[str, float]
+
+
+class Asked(NamedTuple):
+    """A request that passed the door: its model, its state or history, its request and target inputs."""
+
+    model: Model
+    found: Found
+    row: Mapping[str, Array]
+
+    @property
+    def cost(self) -> int:
+        """Tokens and targets."""
+        found, targets = self.found, self.model.targets(self.row) or 0
+        if found.state is not None:
+            return found.state.tokens + targets
+        return max((len(x) for x in (found.history or {}).values() if x.ndim), default=0) + targets
+
+
+class Scoring:
+    """Computes answers.
+
+    Args:
+        states: where users' states come from.
+        turns: who computes when.
+    """
+
+    def __init__(self, states: UserStates, turns: Turns) -> None:
+        self._states, self._turns = states, turns
+
+    def answer(self, asked: Sequence[Asked], wanted: Deadline) -> list[Answer]:
+        """Of each, its scores, whether its state was there, and how long the stages took for all together."""
+        model, began = asked[0].model, time.perf_counter()
+        self._turns.enter()
+        try:
+            states, hits = self._states.complete(model, [one.found for one in asked], wanted)
+            encoded = time.perf_counter()
+            scores = model.score(states, [one.row for one in asked], wanted)
+        finally:
+            self._turns.leave()
+        seconds = {"encode": encoded - began, "score": time.perf_counter() - encoded}
+        return [Answer(own, (hit,), seconds) for own, hit in zip(scores, hits, strict=True)]
+
+    def answer_several(self, asked: Sequence[Asked], wanted: Deadline) -> list[Answer]:
+        """As `answer`, of callers who came together: before and after a swap, perhaps."""
+        answers: dict[int, Answer] = {}
+        for model in dict.fromkeys(id(one.model) for one in asked):
+            places = [i for i, one in enumerate(asked) if id(one.model) == model]
+            answers |= zip(places, self.answer([asked[i] for i in places], wanted), strict=True)
+        return [answers[i] for i in range(len(asked))]

@@ -1,0 +1,146 @@
+"""Where the state of a request's user comes from: it is kept, another call makes it, or this one does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+from numpy.typing import ArrayLike
+
+from stca.arrays import Array
+from stca.errors import HistoryNeededError, RequestError
+from stca.runtime.client_values import quoted
+from stca.runtime.deadline import Deadline
+from stca.runtime.flights import Flights
+from stca.runtime.model import Model
+from stca.runtime.request import Door
+from stca.runtime.state import StateKey, UserState
+from stca.runtime.store import JOINED, StateStore
+
+
+class Found(NamedTuple):
+    """What a look-up gave for one request.
+
+    Attributes:
+        key: what its state is kept under; None where nothing is kept.
+        state: the kept one, or None.
+        history: the admitted user inputs, where there is no such state; None where another call is making it.
+        came: where the state was, or why it is not kept.
+    """
+
+    key: StateKey | None
+    state: UserState | None
+    history: Mapping[str, Array] | None
+    came: str = ""
+
+
+class UserStates:
+    """Finds states and makes those that are missing, each once. Safe to share between threads.
+
+    Args:
+        store: where they are kept.
+        check_versions: refuse a history that is sent with the version of another one that is kept.
+    """
+
+    def __init__(self, store: StateStore, *, check_versions: bool = False) -> None:
+        self._store, self._check_versions = store, check_versions
+        self._flights = Flights()
+
+    def find(self, model: Model, inputs: Mapping[str, ArrayLike], user: Hashable, version: Hashable) -> Found:
+        """The state kept for this version of a user's history, or else the history, checked.
+
+        Raises:
+            RequestError: when an input is wrong; HistoryNeededError where neither is there.
+        """
+        others = model.door.names("request", "target")
+        sent = {n: x for n, x in inputs.items() if n not in others}
+        user, version = plain_key(user, version)
+        if user is None:
+            return Found(None, None, model.door.admit(sent, "user"))
+        if version is None:
+            arrays = model.door.admit(sent, "user")
+            key = model.key(user, model.door.digest(arrays))
+            held, came = self._store.look_up(key)
+            return Found(key, held, arrays, came)
+        key = model.key(user, version)
+        held, came = self._store.look_up(key)
+        if held is None and not sent and model.door.names("user"):
+            if not self._flights.under_way(key):
+                raise _history_needed(key)
+            return Found(key, None, None, came)
+        if held is not None and self._check_versions and sent:
+            self._check_version(model, key, held, model.door.admit(sent, "user"))
+        return Found(key, held, None if held is not None else model.door.admit(sent, "user"), came)
+
+    def _check_version(self, model: Model, key: StateKey, held: UserState, sent: Mapping[str, Array]) -> None:
+        if held.history not in (None, model.door.digest(sent)):
+            raise RequestError(
+                f"user {quoted(key.user)}: the history sent is not the one that is kept as version "
+                f"{quoted(key.version)}; give each history a version of its own"
+            )
+
+    def complete(
+        self, model: Model, found: Sequence[Found], deadline: Deadline
+    ) -> tuple[list[UserState], tuple[bool, ...]]:
+        """Of each request, the kept state or a new one, and whether there was one to be had; a user with several
+        requests in the batch is encoded once.
+        """
+        at_hand = Counter(one.came for one in found if one.state is not None)
+        self._store.count(at_hand, {})
+        if at_hand.total() == len(found):
+            return [one.state for one in found if one.state is not None], (True,) * len(found)
+        states, own = self._made(model, found, deadline, lambda begun: self._store.count({}, begun))
+        misses: set[StateKey] = set()
+        hits = []
+        for key, held, *_ in found:
+            hits.append(key is not None and (held is not None or key not in own or key in misses))
+            if key is not None and held is None and key in own:
+                misses.add(key)
+        if joined := sum(hits) - at_hand.total():
+            self._store.count({JOINED: joined}, {})
+        return states, tuple(hits)
+
+    def make_ahead(self, model: Model, found: Found, deadline: Deadline) -> bool:
+        """Make the state before a request asks for it; whether it is kept."""
+        self._made(model, [found], deadline, lambda begun: self._store.count_made(warmed=sum(begun.values())))
+        return found.key is not None and self._store.memory.get(found.key) is not None
+
+    def _made(
+        self, model: Model, found: Sequence[Found], deadline: Deadline, count: Callable[[Mapping[str, int]], None]
+    ) -> tuple[list[UserState], set[StateKey | int]]:
+        """Each one's state, and which were encoded by this call; `count` is told of encodings
+        when they begin, by why there was no state."""
+        missing: dict[StateKey | int, Found] = {}
+        for place, one in enumerate(found):
+            if one.state is None:
+                missing.setdefault(place if one.key is None else one.key, one)
+
+        def encode(those: Sequence[Found]) -> list[UserState]:
+            users = [one.history for one in those if one.history is not None]
+            if len(users) < len(those):  # another call was making it, and failed
+                raise _history_needed(next(one.key for one in those if one.history is None and one.key is not None))
+            count(Counter(one.came for one in those if one.key is not None))
+            states = model.encode(users, deadline)
+            if not self._check_versions:
+                return states
+            return [dataclasses.replace(s, history=model.door.digest(u)) for s, u in zip(states, users, strict=True)]
+
+        fresh, own = self._flights.encode(missing, encode, self._store.put, self._store.memory.get, deadline)
+        return [held or fresh[place if key is None else key] for place, (key, held, *_) in enumerate(found)], own
+
+    def forget(self, user: Hashable) -> bool:
+        """Drop the user's state, and let no encoding of it that is under way be kept; False when there was neither."""
+        return self._flights.forget(user, self._store.forget)
+
+
+def _history_needed(key: StateKey) -> HistoryNeededError:
+    return HistoryNeededError(
+        f"user {quoted(key.user)}: no state of version {quoted(key.version)} is kept; send the user inputs"
+    )
+
+
+def plain_key(user: Hashable, version: Hashable) -> tuple[Hashable, Hashable]:
+    """Both, as plain values that can be looked up."""
+    return Door.key_of("user", user), Door.key_of("version", version)
