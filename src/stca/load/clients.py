@@ -1,0 +1,175 @@
+"""Who answers: a session in this process, or a server behind a URL."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import json
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from stca.arrays import Array
+from stca.errors import StcaError, UsageError
+from stca.manifest import Manifest
+from stca.runtime import Deadline, Request, Session
+from stca.serve.http_body import HEADER_LENGTH
+from stca.serve.tensors import DATATYPES
+
+
+class Answered(NamedTuple):
+    """What came of a request: `ok` or an error's code, and whether the user's state was there."""
+
+    code: str
+    hit: bool = False
+
+
+class Client(Protocol):
+    """Answers requests; safe to share between threads."""
+
+    manifest: Manifest
+
+    def score(self, user: str, version: int, inputs: Mapping[str, Array], deadline_ms: float | None) -> Answered:
+        """Ask for scores."""
+        ...
+
+    def append(self, user: str, version: int, after: int, events: Mapping[str, Array]) -> bool:
+        """Add new events to a kept state; whether one was there."""
+        ...
+
+    def store(self) -> dict[str, Any]:
+        """What the state store counted; empty where it cannot be asked."""
+        ...
+
+
+class InProcess:
+    """A session in this process."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self.manifest = session, session.manifest
+
+    def score(self, user: str, version: int, inputs: Mapping[str, Array], deadline_ms: float | None) -> Answered:
+        """See `Client.score`."""
+        deadline = None if deadline_ms is None else Deadline(deadline_ms / 1e3)
+        try:
+            return Answered("ok", self._session.answer(Request(inputs, user, version), deadline=deadline).hits[0])
+        except StcaError as e:
+            return Answered(e.code)
+
+    def append(self, user: str, version: int, after: int, events: Mapping[str, Array]) -> bool:
+        """See `Client.append`."""
+        return self._session.append(user, events, version, after=after)
+
+    def store(self) -> dict[str, Any]:
+        """See `Client.store`."""
+        return dataclasses.asdict(self._session.stats())
+
+
+class Behind:
+    """A server that speaks the Open Inference Protocol over HTTP, with `manifest` besides, as `stca serve` does.
+
+    Args:
+        url: `http://HOST:PORT`, or with `/v2/models/NAME` behind it.
+        admin: `http://HOST:PORT` of the admin port, for events; None sends whole histories instead.
+
+    Raises:
+        UsageError: when no such server answers, or it serves several models and none is named.
+    """
+
+    def __init__(self, url: str, admin: str | None = None) -> None:
+        self._local = threading.local()
+        self._at, path = _address(url)
+        self._admin = None if admin is None else _address(admin)[0]
+        if not path:
+            names = {m["name"] for m in self._asked("/v2/repository/index")}
+            if len(names) != 1:
+                raise UsageError(f"{url}: serves {', '.join(sorted(names))}; add /v2/models/NAME to the URL")
+            path = f"/v2/models/{names.pop()}"
+        self._path = path
+        self.manifest = Manifest.from_json(json.dumps(self._asked(f"{path}/manifest")))
+
+    def score(self, user: str, version: int, inputs: Mapping[str, Array], deadline_ms: float | None) -> Answered:
+        """See `Client.score`."""
+        parameters = {"user": user, "version": version, "binary_data_output": True}
+        parameters |= {} if deadline_ms is None else {"deadline_ms": deadline_ms}
+        status, told = self._post(self._at, f"{self._path}/infer", inputs, parameters)
+        return Answered("ok", told["parameters"]["hit"]) if status == 200 else Answered(told["code"])
+
+    def append(self, user: str, version: int, after: int, events: Mapping[str, Array]) -> bool:
+        """See `Client.append`."""
+        given = {"user": user, "version": version, "after": after}
+        return bool(self.change("append", given, events).get("kept"))
+
+    def store(self) -> dict[str, Any]:
+        """See `Client.store`."""
+        return {}
+
+    def change(
+        self, what: str, parameters: Mapping[str, Any], inputs: Mapping[str, Array] | None = None
+    ) -> dict[str, Any]:
+        """Ask the admin port for a change, `append`, `forget`, `warm` or `swap`.
+
+        Args:
+            what: the change.
+            parameters, inputs: of it, as `docs/serving.md` has them.
+
+        Returns:
+            What came of it; nothing when it was refused, or there is no admin port.
+        """
+        if self._admin is None:
+            return {}
+        status, told = self._post(self._admin, f"{self._path}/{what}", inputs or {}, parameters)
+        return dict(told) if status == 200 else {}
+
+    def _asked(self, path: str) -> Any:
+        status, told = self._sent(self._at, "GET", path, None, {})
+        if status != 200:
+            raise UsageError(f"http://{self._at[0]}:{self._at[1]}{path}: {told['code']}; is that a server of stca?")
+        return told
+
+    def _post(
+        self, at: tuple[str, int], path: str, inputs: Mapping[str, Array], parameters: Mapping[str, Any]
+    ) -> tuple[int, Any]:
+        head, data = [], []
+        for name, x in inputs.items():
+            data.append(np.ascontiguousarray(x).tobytes())
+            head.append(
+                {
+                    "name": name,
+                    "datatype": DATATYPES[x.dtype.name],
+                    "shape": list(x.shape),
+                    "parameters": {"binary_data_size": len(data[-1])},
+                }
+            )
+        text = json.dumps({"inputs": head, "parameters": parameters}).encode()
+        return self._sent(at, "POST", path, b"".join([text, *data]), {HEADER_LENGTH: str(len(text))})
+
+    def _sent(
+        self, at: tuple[str, int], method: str, path: str, body: bytes | None, headers: dict[str, str]
+    ) -> tuple[int, Any]:
+        """Status and JSON; 0 and the code `connection` where none is to be had."""
+        kept = self._local.__dict__.setdefault("connections", {})  # of this thread
+        if at not in kept:
+            kept[at] = http.client.HTTPConnection(*at, timeout=60)
+        connection: http.client.HTTPConnection = kept[at]
+        try:
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            text = answer.read()
+            return answer.status, json.loads(text[: int(answer.headers.get(HEADER_LENGTH, len(text)))])
+        except (OSError, http.client.HTTPException, ValueError):
+            connection.close()
+            return 0, {"code": "connection"}
+
+
+def _address(url: str) -> tuple[tuple[str, int], str]:
+    parts = urlsplit(url)
+    try:
+        if parts.scheme != "http" or not parts.hostname:
+            raise ValueError
+        return (parts.hostname, parts.port or 80), parts.path.rstrip("/")
+    except ValueError:
+        raise UsageError(f"{url!r:.80}: is no URL of a server; write http://HOST:PORT") from None

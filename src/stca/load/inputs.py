@@ -1,0 +1,66 @@
+"""The values of a trace's requests: random, valid for the model, and the same each time they are asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import numpy as np
+
+from stca import probe
+from stca.arrays import Array
+from stca.manifest import OFFSETS, TOKENS, Manifest
+
+# Drawn histories are kept for so many users; others are drawn again when they return.
+_USERS_KEPT = 512
+
+
+class Inputs:
+    """Inputs of a model's users and targets. Safe to share between threads.
+
+    Args:
+        manifest: of the bundle.
+        most: events of the longest history that is asked for.
+        seed: of the values.
+    """
+
+    def __init__(self, manifest: Manifest, most: int, seed: int) -> None:
+        specs = [s for s in manifest.graphs["request"].inputs if s.shape != (OFFSETS,)]
+        self._user = [s for s in specs if s.scope == "user"]
+        self._rest = [s for s in specs if s.scope != "user"]
+        self._growing = [s.name for s in self._user if s.shape[:1] == (TOKENS,)]
+        self._most, self._window, self._least = most, manifest.max_history, max(1, manifest.min_history or 0)
+        self._seed = seed
+        self._kept: OrderedDict[tuple[int, int], dict[str, Array]] = OrderedDict()
+        self._lock = threading.Lock()
+        self.appendable = manifest.appendable
+
+    def user(self, user: int, tokens: int) -> dict[str, Array]:
+        """A user's inputs, with the most recent events that the model takes of a history of so many."""
+        if not self._growing:  # of a fixed length: another one with each event
+            return self._drawn(user, tokens)
+        tokens = min(max(tokens, self._least), self._most)
+        begin = 0 if self._window is None else max(0, tokens - self._window)
+        whole = self._drawn(user, 0)
+        return {n: x[begin:tokens] if n in self._growing else x for n, x in whole.items()}
+
+    def events(self, user: int, tokens: int, events: int) -> dict[str, Array]:
+        """The last `events` of a user's history of `tokens`."""
+        whole = self._drawn(user, 0)
+        return {n: whole[n][max(0, tokens - events) : tokens] for n in self._growing}
+
+    def targets(self, targets: int, number: int) -> dict[str, Array]:
+        """A request's targets, and what it has of its own."""
+        return probe.single(self._rest, 1, targets, np.random.default_rng((self._seed, 1, number)))
+
+    def _drawn(self, user: int, version: int) -> dict[str, Array]:
+        with self._lock:
+            if (found := self._kept.get((user, version))) is not None:
+                self._kept.move_to_end((user, version))
+                return found
+        made = probe.single(self._user, self._most, 1, np.random.default_rng((self._seed, 0, user, version)))
+        with self._lock:
+            self._kept[user, version] = made
+            while len(self._kept) > _USERS_KEPT:
+                self._kept.popitem(last=False)
+        return made

@@ -1,0 +1,218 @@
+"""A trace run against whoever answers: each request at its time, whatever became of those before it."""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from stca.errors import UsageError
+from stca.load.clients import Answered, Client
+from stca.load.inputs import Inputs
+from stca.load.traffic import Arrival
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What came of a trace.
+
+    Attributes:
+        scenario: `server`, requests at their times; or `offline`, all at once, as fast as they are answered.
+        seconds: from the first arrival to the last answer.
+        requests, offered_per_second: as the trace has them.
+        answered_per_second: those with scores. goodput_per_second: those of them within the deadline.
+        latency_ms: of those with scores, from the moment they were to be sent: p50, p95, p99, mean, max.
+        codes: how often each code came; `ok` are scores.
+        hits, misses: of those with scores. resent: requests sent again with their history.
+        appended, not_appended: arrivals of events, by whether there was a state to append them to.
+        late_ms: how much later than at their time requests were sent, p99, as all connections were busy; part of the
+            latency.
+        left: arrivals left out for want of time.
+        store: what the state store counted, where it is in this process.
+    """
+
+    scenario: str
+    seconds: float
+    requests: int
+    offered_per_second: float
+    answered_per_second: float
+    goodput_per_second: float
+    deadline_ms: float | None
+    latency_ms: dict[str, float]
+    codes: dict[str, int]
+    hits: int
+    misses: int
+    resent: int
+    appended: int
+    not_appended: int
+    late_ms: float
+    left: int = 0
+    store: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Tally:
+    """What threads found out; each appends, which needs no lock."""
+
+    latencies: list[tuple[float, Answered]] = field(default_factory=list)
+    late: list[float] = field(default_factory=list)
+    resent: list[int] = field(default_factory=list)
+    appended: list[bool] = field(default_factory=list)
+    errors: list[BaseException] = field(default_factory=list)
+
+
+class _Users:
+    """Asks as a client does that keeps histories itself: without them, as long as the server has the state."""
+
+    def __init__(self, client: Client, inputs: Inputs, deadline_ms: float | None, tally: _Tally) -> None:
+        self._client, self._inputs, self._deadline_ms, self._tally = client, inputs, deadline_ms, tally
+        self._seen: set[int] = set()
+
+    def event(self, arrival: Arrival) -> None:
+        if not self._inputs.appendable:
+            return
+        events = self._inputs.events(arrival.user, arrival.tokens, arrival.events)
+        before = arrival.tokens - arrival.events
+        self._tally.appended.append(self._client.append(str(arrival.user), arrival.tokens, before, events))
+
+    def request(self, arrival: Arrival, number: int) -> Answered:
+        user, rest = str(arrival.user), self._inputs.targets(arrival.targets, number)
+        if arrival.user in self._seen:
+            found = self._client.score(user, arrival.tokens, rest, self._deadline_ms)
+            if found.code != "history_needed":
+                return found
+            self._tally.resent.append(1)
+        found = self._client.score(
+            user, arrival.tokens, {**self._inputs.user(arrival.user, arrival.tokens), **rest}, self._deadline_ms
+        )
+        if found.code == "ok":
+            self._seen.add(arrival.user)
+        return found
+
+
+def run(
+    client: Client,
+    inputs: Inputs,
+    trace: Sequence[Arrival],
+    *,
+    connections: int,
+    deadline_ms: float | None = None,
+    offline: bool = False,
+    seconds: float | None = None,
+) -> LoadReport:
+    """Send a trace's requests.
+
+    Args:
+        client: who answers.
+        inputs: where values come from.
+        trace: in the order of its times.
+        connections: requests under way at a time, at most; each waits in its thread.
+        deadline_ms: sent along, and what goodput counts by.
+        offline: send each as soon as a connection is free, and do not wait for its time.
+        seconds: leave out what is not begun by then; None for nothing.
+    """
+    tally = _Tally()
+    users = _Users(client, inputs, deadline_ms, tally)
+    began = time.monotonic()
+    end = None if seconds is None else began + seconds
+
+    def one(number: int, arrival: Arrival) -> None:
+        due = time.monotonic() if offline else began + arrival.at
+        time.sleep(max(0.0, due - time.monotonic()))
+        if not arrival.targets:
+            users.event(arrival)
+            return
+        tally.late.append(time.monotonic() - due)
+        answered = users.request(arrival, number)
+        tally.latencies.append((time.monotonic() - due, answered))
+
+    left = _on_threads(one, enumerate(trace), connections, tally, end)
+    if tally.errors:
+        raise tally.errors[0]
+    took, scenario = time.monotonic() - began, "offline" if offline else "server"
+    return dataclasses.replace(_report(tally, trace, took, deadline_ms, scenario), left=left, store=client.store())
+
+
+def _on_threads(
+    one: Callable[[int, Arrival], None],
+    work: Iterable[tuple[int, Arrival]],
+    threads: int,
+    tally: _Tally,
+    end: float | None,
+) -> int:
+    """Each thread takes the next arrival when it is through with its last one; how many are left."""
+    waiting: queue.SimpleQueue[tuple[int, Arrival]] = queue.SimpleQueue()
+    for item in work:
+        waiting.put(item)
+
+    def take() -> None:
+        while not tally.errors and (end is None or time.monotonic() < end):
+            try:
+                one(*waiting.get_nowait())
+            except queue.Empty:
+                return
+            except BaseException as e:
+                tally.errors.append(e)
+
+    started = [threading.Thread(target=take, daemon=True) for _ in range(threads)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    return waiting.qsize()
+
+
+def _report(
+    tally: _Tally, trace: Sequence[Arrival], seconds: float, deadline_ms: float | None, scenario: str
+) -> LoadReport:
+    ok = np.array([took for took, answered in tally.latencies if answered.code == "ok"]) * 1e3
+    hits = sum(answered.hit for _, answered in tally.latencies)
+    in_time = len(ok) if deadline_ms is None else int((ok <= deadline_ms).sum())
+    told = {f"p{p}": float(np.percentile(ok, p)) for p in (50, 95, 99)} if ok.size else {}
+    told |= {"mean": float(ok.mean()), "max": float(ok.max())} if ok.size else {}
+    span = max((a.at for a in trace), default=0.0) or seconds
+    asked = len(tally.latencies)
+    return LoadReport(
+        scenario=scenario,
+        seconds=round(seconds, 3),
+        requests=asked,
+        offered_per_second=round(asked / (seconds if scenario == "offline" else span), 2),
+        answered_per_second=round(len(ok) / seconds, 2),
+        goodput_per_second=round(in_time / seconds, 2),
+        deadline_ms=deadline_ms,
+        latency_ms={n: round(x, 3) for n, x in told.items()},
+        codes=dict(Counter(answered.code for _, answered in tally.latencies)),
+        hits=hits,
+        misses=len(ok) - hits,
+        resent=len(tally.resent),
+        appended=sum(tally.appended),
+        not_appended=len(tally.appended) - sum(tally.appended),
+        late_ms=round(float(np.percentile(tally.late, 99)) * 1e3, 3) if tally.late else 0.0,
+    )
+
+
+def capacity(client: Client, inputs: Inputs, trace: Sequence[Arrival], connections: int, seconds: float) -> float:
+    """Requests a second that are answered when as many are sent as are, by the time the first users have come back.
+
+    Args:
+        client, inputs, trace: as of `run`; a long trace, which is begun twice, the second time where the first ended.
+        connections: requests under way at a time.
+        seconds: how long is measured, after as long again that is not.
+
+    Raises:
+        UsageError: when none was answered.
+    """
+    first = run(client, inputs, trace, connections=connections, offline=True, seconds=seconds)
+    rest = trace[len(trace) - first.left :]
+    found = run(client, inputs, rest or trace, connections=connections, offline=True, seconds=seconds)
+    if not found.answered_per_second:
+        codes = ", ".join(found.codes) or "none"
+        raise UsageError(f"no request was answered within {seconds:g} s (codes: {codes}); ask for less, or longer")
+    return found.answered_per_second

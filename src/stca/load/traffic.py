@@ -1,0 +1,147 @@
+"""A trace: when which user asks for how many targets, and when new events of theirs arrive. Values come later."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stca import typed_json
+from stca.errors import UsageError
+
+# Most entries of a trace: an hour at 1,000 requests a second.
+_MOST: int = 1 << 22
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What happens at one moment.
+
+    Attributes:
+        at: seconds since the trace began.
+        user: whose number.
+        targets: to score; 0 where new events of the user arrive instead.
+        tokens: events of the user's history from now on.
+        events: how many of them are new.
+    """
+
+    at: float
+    user: int
+    targets: int
+    tokens: int
+    events: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What a trace is drawn from.
+
+    Attributes:
+        users: how many there are.
+        zipf: how much more often the frequent ones return: the k-th user's share falls with k to this power; 0 is all
+            alike.
+        history: fewest and most events of a user at the beginning, drawn evenly over their logarithm.
+        targets: fewest and most targets of a request, drawn evenly.
+        events: mean number of new events of a user between two of their requests.
+        spike: every how many seconds the rate rises, for how many seconds, and to how many times itself; None never.
+        seed: of all that is drawn.
+
+    Raises:
+        UsageError: naming what is out of its range.
+    """
+
+    users: int = 1000
+    zipf: float = 1.0
+    history: tuple[int, int] = (100, 2000)
+    targets: tuple[int, int] = (100, 300)
+    events: float = 1.0
+    spike: tuple[float, float, float] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("history", "targets"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high:
+                raise UsageError(f"{name}: is {low},{high}, expected the fewest, from 1 on, and the most")
+        if self.users < 1 or not 0 <= self.zipf <= 10 or not 0 <= self.events <= 1e6:
+            raise UsageError("users must be at least 1, zipf from 0 to 10, events from 0 to a million")
+
+    def trace(self, rate: float, seconds: float) -> list[Arrival]:
+        """Requests as a Poisson process, and events between them, in the order in which they come.
+
+        Args:
+            rate: requests a second, but for spikes.
+            seconds: how long.
+
+        Raises:
+            UsageError: when that are too many.
+        """
+        if rate * seconds > _MOST:
+            raise UsageError(f"{rate:g} requests a second for {seconds:g} s are more than {_MOST}; ask for fewer")
+        rng = np.random.default_rng(self.seed)
+        shares = 1.0 / np.arange(1, self.users + 1) ** self.zipf
+        low, high = np.log(self.history)
+        tokens = np.exp(rng.uniform(low, high, self.users)).round().astype(int)
+        last = np.full(self.users, -1.0)
+        made: list[Arrival] = []
+        times = list(self._times(rate, seconds, rng))
+        for at, user in zip(times, rng.choice(self.users, len(times), p=shares / shares.sum()).tolist(), strict=True):
+            if last[user] >= 0 and (new := int(rng.poisson(self.events))):
+                tokens[user] += new
+                made.append(Arrival(rng.uniform(last[user], at), user, 0, int(tokens[user]), new))
+            made.append(Arrival(at, user, int(rng.integers(self.targets[0], self.targets[1] + 1)), int(tokens[user])))
+            last[user] = at
+        return sorted(made, key=lambda a: a.at)
+
+    def _times(self, rate: float, seconds: float, rng: np.random.Generator) -> Iterator[float]:
+        """Arrivals at the highest rate, of which as many are left out as the rate is lower."""
+        every, long, factor = self.spike or (seconds, 0.0, 1.0)
+        most = rate * max(1.0, factor)
+        at = rng.exponential(1 / most)
+        while at < seconds:
+            now = rate * (factor if at % every < long else 1.0)
+            if rng.uniform() * most < now:
+                yield at
+            at += rng.exponential(1 / most)
+
+
+def write_trace(file: str, trace: Sequence[Arrival]) -> None:
+    """Keep a trace as JSON, an arrival a line."""
+    lines = [json.dumps(dataclasses.asdict(arrival)) for arrival in trace]
+    Path(file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_trace(file: str) -> list[Arrival]:
+    """A trace that was kept, or recorded elsewhere.
+
+    Raises:
+        UsageError: when it cannot be read, or naming the line that is no arrival.
+    """
+    made: list[Arrival] = []
+    try:
+        for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+            if line.strip():
+                made.append(typed_json.as_type(_Line, typed_json.parse(line), f"line {number}").arrival())
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise UsageError(f"{file}: {getattr(e, 'strerror', None) or e}; each line is one arrival as JSON") from e
+    if not made:
+        raise UsageError(f"{file}: has no arrivals")
+    return sorted(made, key=lambda a: a.at)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """An arrival in a file; new events may be left out."""
+
+    at: float
+    user: int
+    targets: int
+    tokens: int
+    events: int | None = None
+
+    def arrival(self) -> Arrival:
+        return Arrival(self.at, self.user, self.targets, self.tokens, self.events or 0)

@@ -1,0 +1,270 @@
+"""The bundles that a server serves, by name and version, and what may be asked of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stca.arrays import Array
+from stca.errors import RequestError, UsageError
+from stca.manifest import OFFSETS, TensorSpec
+from stca.runtime import Request, Session
+from stca.runtime.client_values import quoted
+from stca.serve.errors import NotFoundError, UnavailableError
+from stca.serve.inference import (
+    AppendParameters,
+    ForgetParameters,
+    InferRequest,
+    InferResponse,
+    ScoreParameters,
+    SwapParameters,
+    WarmParameters,
+    parameters,
+)
+from stca.serve.tensors import DATATYPES
+from stca.serve.work import Call
+
+
+@dataclass
+class Durations:
+    """How often something happened, and how long it took in all."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self.ns += int(seconds * 1e9)
+
+
+@dataclass
+class Statistics:
+    """What the protocol's statistics tell of a model; names are the protocol's."""
+
+    success: Durations = field(default_factory=Durations)
+    fail: Durations = field(default_factory=Durations)
+    queue: Durations = field(default_factory=Durations)
+    compute_input: Durations = field(default_factory=Durations)
+    compute_infer: Durations = field(default_factory=Durations)
+    compute_output: Durations = field(default_factory=Durations)
+    cache_hit: Durations = field(default_factory=Durations)
+    cache_miss: Durations = field(default_factory=Durations)
+
+
+class Served:
+    """One bundle under a name and a version. Its methods may run on any thread.
+
+    Args:
+        name, version: as clients ask for it.
+        bundle: its directory.
+    """
+
+    def __init__(self, name: str, version: str, bundle: str) -> None:
+        self.name, self.version, self.bundle = name, version, bundle
+        self.loaded: Session | None = None
+        self.inferences = self.last_ms = 0
+        self.statistics = Statistics()
+        self._lock = threading.Lock()
+
+    @property
+    def session(self) -> Session:
+        """The session that serves it.
+
+        Raises:
+            UnavailableError: while it is being loaded.
+        """
+        if self.loaded is None:
+            raise UnavailableError(f"model {quoted(self.name)} is being loaded; try again later")
+        return self.loaded
+
+    def infer(self, request: InferRequest, call: Call) -> InferResponse:
+        """Scores of one request.
+
+        Raises:
+            StcaError: as `Session.score`, and when the deadline passed or the client went away.
+        """
+        given = parameters(ScoreParameters, request.parameters)
+        call.expire_in(given.seconds)
+        session = self.session
+        outputs = session.manifest.graphs["request"].outputs
+        if unknown := set(request.outputs) - {o.name for o in outputs}:
+            raise RequestError(
+                f"output {quoted(min(unknown))}: the model gives {', '.join(o.name for o in outputs):.600}"
+            )
+        decoded = time.monotonic()
+        answer = session.answer(Request(request.inputs, given.user, given.version), deadline=call.deadline)
+        ended = time.monotonic()
+        scores = by_output(answer.scores, outputs)
+        wanted = {name: scores[name] for name in request.outputs or scores}
+        with self._lock:
+            counted = self.statistics
+            counted.queue.add(call.begun - call.arrived)
+            counted.compute_input.add(decoded - call.begun)
+            counted.compute_infer.add(ended - decoded)
+            counted.compute_output.add(time.monotonic() - ended)
+            (counted.cache_hit if answer.hits[0] else counted.cache_miss).add(ended - decoded)
+            self.inferences += 1
+            self.last_ms = time.time_ns() // 1_000_000
+        return InferResponse(self.name, self.version, wanted, answer.hits[0], request.id)
+
+    def count(self, ok: bool, seconds: float) -> None:
+        """Count a request that was answered, with scores or with an error."""
+        with self._lock:
+            (self.statistics.success if ok else self.statistics.fail).add(seconds)
+
+    def change(self, what: str, request: InferRequest, call: Call) -> dict[str, Any]:
+        """A change of a user's state or of the bundle, of `CHANGES`, and what came of it."""
+        return CHANGES[what](self, request, call)
+
+    def metadata(self) -> dict[str, Any]:
+        """The model as the protocol describes it; offsets are made by the runtime, so no client sends them."""
+        graph = self.session.manifest.graphs["request"]
+        inputs = [s for s in graph.inputs if s.shape != (OFFSETS,)]
+        return {
+            "name": self.name,
+            "versions": [self.version],
+            "platform": "stca",
+            "inputs": [_told(s) for s in inputs],
+            "outputs": [_told(s) for s in graph.outputs],
+        }
+
+    def config(self) -> dict[str, Any]:
+        """The model as Triton's `config` describes it; user inputs may be left out on a hit."""
+        told = self.metadata()
+        scopes = {s.name: s.scope for s in self.session.manifest.graphs["request"].inputs}
+        inputs, outputs = (
+            [
+                {"name": t["name"], "data_type": f"TYPE_{t['datatype']}", "dims": t["shape"]}
+                | ({"optional": True} if scopes.get(t["name"]) == "user" else {})
+                for t in told[side]
+            ]
+            for side in ("inputs", "outputs")
+        )
+        return {
+            "name": self.name,
+            "platform": "stca",
+            "backend": "stca",
+            "max_batch_size": 0,
+            "input": inputs,
+            "output": outputs,
+        }
+
+    def told_statistics(self) -> dict[str, Any]:
+        """The protocol's statistics, all counts from the start on."""
+        with self._lock:
+            return {
+                "name": self.name,
+                "version": self.version,
+                "last_inference": self.last_ms,
+                "inference_count": self.inferences,
+                "execution_count": self.inferences,
+                "inference_stats": dataclasses.asdict(self.statistics),
+                "batch_stats": [],
+            }
+
+
+def _told(spec: TensorSpec) -> dict[str, Any]:
+    shape = [n if isinstance(n, int) else -1 for n in spec.shape]
+    return {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": shape}
+
+
+def by_output(scores: Array, outputs: Sequence[TensorSpec]) -> dict[str, Array]:
+    """A session's scores `(N_t, tasks)` as the outputs that the model was exported with."""
+    made: dict[str, Array] = {}
+    begin = 0
+    for spec in outputs:
+        row = tuple(n for n in spec.shape[1:] if isinstance(n, int))
+        fixed = len(row) == len(spec.shape) - 1
+        end = begin + math.prod(row) if fixed and len(outputs) > 1 else scores.shape[1]
+        part = scores[:, begin:end].astype(spec.dtype, copy=False)
+        made[spec.name] = part.reshape(len(scores), *row) if fixed else part
+        begin = end
+    return made
+
+
+def _append(served: Served, request: InferRequest, _: Call) -> dict[str, Any]:
+    given = parameters(AppendParameters, request.parameters)
+    return {"kept": served.session.append(given.user, request.inputs, given.version, after=given.after)}
+
+
+def _forget(served: Served, request: InferRequest, _: Call) -> dict[str, Any]:
+    given = parameters(ForgetParameters, request.parameters)
+    return {"forgotten": served.session.forget(given.user)}
+
+
+def _warm(served: Served, request: InferRequest, call: Call) -> dict[str, Any]:
+    given = parameters(WarmParameters, request.parameters)
+    call.expire_in(given.deadline_ms and given.deadline_ms / 1e3)
+    return {"kept": served.session.warm(given.user, request.inputs, given.version, deadline=call.deadline)}
+
+
+def _swap(served: Served, request: InferRequest, _: Call) -> dict[str, Any]:
+    given = parameters(SwapParameters, request.parameters)
+    if given.bundle is None:
+        raise RequestError("parameters: misses 'bundle', the directory of the bundle to serve from now on")
+    served.session.swap(given.bundle)
+    served.bundle = given.bundle
+    return {"weights": served.session.manifest.weights}
+
+
+# What the admin port changes, by the last part of the path.
+CHANGES: Mapping[str, Callable[[Served, InferRequest, Call], dict[str, Any]]] = {
+    "append": _append,
+    "forget": _forget,
+    "warm": _warm,
+    "swap": _swap,
+}
+
+
+class Models:
+    """All bundles of a server.
+
+    Args:
+        bundles: directories by name; a name may go on with `/VERSION`.
+
+    Raises:
+        UsageError: when there is none.
+    """
+
+    def __init__(self, bundles: Mapping[str, str]) -> None:
+        if not bundles:
+            raise UsageError("no bundle is given; name at least one")
+        self._served: dict[str, dict[str, Served]] = {}
+        for label, bundle in bundles.items():
+            name, _, version = label.partition("/")
+            self._served.setdefault(name, {})[version or "1"] = Served(name, version or "1", bundle)
+
+    def __iter__(self) -> Iterator[Served]:
+        return iter([served for versions in self._served.values() for served in versions.values()])
+
+    @property
+    def loaded(self) -> bool:
+        """Whether all can be asked."""
+        return all(served.loaded is not None for served in self)
+
+    def find(self, name: str, version: str = "") -> Served:
+        """A model by its name, of the version asked for or of the last one.
+
+        Raises:
+            NotFoundError: naming those there are.
+        """
+        versions = self._served.get(name)
+        if versions is None:
+            raise NotFoundError(f"model {quoted(name)} is not served; served are {', '.join(self._served):.600}")
+        if version and version not in versions:
+            raise NotFoundError(f"model {name} has no version {quoted(version)}; it has {', '.join(versions):.600}")
+        return versions[version or max(versions, key=lambda v: (len(v), v))]
+
+    def some(self, name: str = "", version: str = "") -> list[Served]:
+        """One by its name; all where no name is given."""
+        return [self.find(name, version)] if name else list(self)
+
+    def index(self) -> list[dict[str, str]]:
+        """Each model's name, version and state."""
+        states = {True: "READY", False: "LOADING"}
+        return [{"name": s.name, "version": s.version, "state": states[s.loaded is not None]} for s in self]

@@ -1,0 +1,166 @@
+"""A server's life: it listens, loads its bundles, serves, and finishes what runs before it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import uvicorn
+from starlette.applications import Starlette
+
+from stca.errors import UsageError
+from stca.runtime import Session
+from stca.serve.grpc_service import grpc_server
+from stca.serve.http_app import Serving, admin_app, clients_app
+from stca.serve.log import told
+from stca.serve.metrics import Metrics
+from stca.serve.models import Models
+from stca.serve.settings import Settings
+from stca.serve.work import Work
+
+# Changes of states and bundles made at a time. Most of them wait: a swap for the disk, a warm for its turn.
+_CHANGES: Final = 4
+
+
+class _Uvicorn(uvicorn.Server):
+    """An HTTP server that leaves signals to whoever runs it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Server:
+    """One process' server. `ports` has where it listens, by `http`, `grpc` and `admin`.
+
+    Args:
+        settings: of it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        models, work = Models(settings.models), Work(settings.jobs, settings.queue)
+        changes, body_limit = Work(_CHANGES, settings.queue), settings.body_mib << 20
+        self.serving = Serving(models, work, changes, Metrics(models, work), body_limit, settings.body_seconds)
+        self.ports: dict[str, int] = {}
+        self._http: list[tuple[_Uvicorn, asyncio.Task[None]]] = []
+        self._grpc: Any = None
+
+    async def start(self) -> None:
+        """Listen, so that health can be asked; then load the bundles and be ready.
+
+        Raises:
+            UsageError: when a port cannot be taken.
+            BundleError, BuildError: when a bundle cannot be loaded.
+        """
+        s = self.settings
+        sockets = {
+            "http": (_bound(s.host, s.http_port, "http-port"), clients_app(self.serving)),
+            "admin": (_bound(s.admin_host, s.admin_port, "admin-port"), admin_app(self.serving)),
+        }
+        self._grpc = grpc_server(self.serving)
+        try:
+            self.ports["grpc"] = self._grpc.add_insecure_port(f"{_bracketed(s.host)}:{s.grpc_port}")
+        except RuntimeError as e:
+            raise UsageError(f"port {s.grpc_port} of {s.host} cannot be taken; choose another with --grpc-port") from e
+        for name, (bound, app) in sockets.items():
+            self.ports[name] = bound.getsockname()[1]
+            self._http.append(self._run(bound, app))
+        await self._grpc.start()
+        told("listening", host=s.host, **self.ports)
+        for served in self.serving.models:
+            label = f"{served.name}/{served.version}"
+            served.loaded = await asyncio.to_thread(Session.load, served.bundle, **s.of_session(label))
+        self.serving.work.open = self.serving.changes.open = True
+        told("ready", models=[f"{m.name}/{m.version}" for m in self.serving.models], workers=s.jobs)
+
+    def _run(self, bound: socket.socket, app: Starlette) -> tuple[_Uvicorn, asyncio.Task[None]]:
+        config = uvicorn.Config(
+            app,
+            http="h11",  # which bounds the length of headers
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=max(1, int(self.settings.drain_seconds)),
+        )
+        server = _Uvicorn(config)
+        return server, asyncio.ensure_future(server.serve([bound]))
+
+    async def drain(self) -> bool:
+        """Refuse what comes and tell that it is not ready, finish what runs, then listen no more.
+
+        Returns:
+            Whether all that ran was finished in time.
+        """
+        running = (self.serving.work, self.serving.changes)
+        for work in running:
+            work.open = False
+        told("draining", running=sum(work.admitted_now for work in running))
+        finished = all(await asyncio.gather(*(work.idle(self.settings.drain_seconds) for work in running)))
+        for work in running:
+            work.close()
+        for server, _ in self._http:
+            server.should_exit = True
+        await asyncio.gather(*(task for _, task in self._http), self._grpc.stop(1.0))
+        for served in self.serving.models:
+            if served.loaded is not None and finished:
+                served.loaded.close()
+        told("ended", finished=finished)
+        return finished
+
+
+async def serve(settings: Settings, ready: Callable[[Server], None]) -> bool:
+    """Serve until SIGTERM or SIGINT; a second one ends at once.
+
+    Args:
+        settings: of the server.
+        ready: told when all bundles are loaded.
+
+    Returns:
+        Whether all that ran was finished.
+
+    Raises:
+        UsageError, BundleError, BuildError: as `Server.start`.
+    """
+    server, stop = Server(settings), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    starting = asyncio.ensure_future(server.start())
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            ready(server)
+            await stopping
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        stopping.cancel()
+        starting.cancel()
+        finished = await server.drain()
+    return finished
+
+
+def _bound(host: str, port: int, option: str) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        bound = socket.create_server((host, port), family=family, backlog=1024)
+        # Connections inherit it: else the second part of an answer waits some 40 ms for the client's word on the first.
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return bound
+    except OSError as e:
+        raise UsageError(f"port {port} of {host} cannot be taken ({e.strerror}); choose another with --{option}") from e
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

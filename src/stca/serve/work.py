@@ -1,0 +1,153 @@
+"""What the server computes at once: a bounded number of requests, on as many threads as there are processors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+from stca.errors import CancelledError
+from stca.runtime import Deadline
+from stca.serve.errors import OverloadedError, UnavailableError
+
+T = TypeVar("T")
+# Of the running mean of how long a request is computed, the newest one's part.
+_NEWEST: Final = 0.05
+
+
+class Call:
+    """One request, from its arrival on; `deadline` tells how long it is of use, and whether anyone still waits."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.arrived = self.begun = time.monotonic()
+        self.deadline, self._cancelled = Deadline(seconds), False
+
+    def expire_in(self, seconds: float | None) -> None:
+        """The deadline that the request itself brings, counted from its arrival."""
+        left, known = None if seconds is None else self.arrived + seconds - time.monotonic(), self.deadline.remaining()
+        if left is not None and (known is None or left < known):
+            self.deadline = Deadline(left)
+            if self._cancelled:
+                self.deadline.cancel()
+
+    def cancel(self) -> None:
+        """Nobody waits any more."""
+        self._cancelled = True
+        self.deadline.cancel()
+
+
+class Ticket:
+    """A place among the admitted requests, given back once."""
+
+    def __init__(self, give_back: Callable[[], None]) -> None:
+        self._give_back: Callable[[], None] | None = give_back
+        self.handed_over = False
+
+    def release(self) -> None:
+        if self._give_back is not None:
+            give_back, self._give_back = self._give_back, None
+            give_back()
+
+
+class Work:
+    """Admits requests and computes them on threads. All but the jobs themselves runs on the event loop.
+
+    Args:
+        workers: requests computed at a time.
+        queue: requests that may wait besides, those whose bodies still arrive among them.
+    """
+
+    def __init__(self, workers: int, queue: int) -> None:
+        self.workers, self.limit = workers, workers + queue
+        self.admitted_now = 0
+        self.open = False
+        self._mean = 0.0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._pool = ThreadPoolExecutor(workers, "stca-score")
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[Ticket]:
+        """A place for one request, until its job ends.
+
+        Raises:
+            UnavailableError: when the server is not ready, or ends.
+            OverloadedError: when all places are taken.
+        """
+        if not self.open:
+            raise UnavailableError("the server takes no requests now: it loads its bundles, or ends; try another one")
+        if self.admitted_now >= self.limit:
+            wait = self._mean * self.admitted_now / self.workers
+            error = OverloadedError(f"{self.admitted_now} requests are being computed or wait; try again later")
+            error.retry_after = max(1, math.ceil(wait))
+            raise error
+        self.admitted_now += 1
+        self._idle.clear()
+        ticket = Ticket(self._leave)
+        try:
+            yield ticket
+        finally:
+            if not ticket.handed_over:
+                ticket.release()
+
+    async def run(self, ticket: Ticket, call: Call, job: Callable[[], T], gone: Coroutine[Any, Any, None] | None) -> T:
+        """Compute `job` on a thread.
+
+        A client that goes away takes a waiting job with it; one that runs ends at its next look at the call's deadline.
+
+        Args:
+            ticket: the request's place, kept until the job ends.
+            call: told when nobody waits any more.
+            job: what to compute.
+            gone: ends when the client has gone away; None where that cancels the caller.
+
+        Raises:
+            CancelledError: when the client has gone away.
+            Exception: whatever the job raises.
+        """
+        loop = asyncio.get_running_loop()
+        submitted = self._pool.submit(self._timed, call, job)
+        ticket.handed_over = True
+        submitted.add_done_callback(lambda _: loop.call_soon_threadsafe(ticket.release))
+        future = asyncio.wrap_future(submitted)
+        watch = None if gone is None else asyncio.ensure_future(gone)
+        try:
+            await asyncio.wait([f for f in (future, watch) if f is not None], return_when=asyncio.FIRST_COMPLETED)
+            if not future.done():
+                raise CancelledError("the client went away")
+            return future.result()
+        finally:
+            if watch is not None:
+                watch.cancel()
+            if not future.done():
+                call.cancel()
+                future.cancel()
+
+    async def idle(self, seconds: float) -> bool:
+        """Wait until nothing is computed any more; False when that takes longer than `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        return not self.admitted_now
+
+    def close(self) -> None:
+        """Take nothing more; what runs ends on its own."""
+        self.open = False
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _leave(self) -> None:
+        self.admitted_now -= 1
+        if not self.admitted_now:
+            self._idle.set()
+
+    def _timed(self, call: Call, job: Callable[[], T]) -> T:
+        call.begun = time.monotonic()
+        call.deadline.check()
+        try:
+            return job()
+        finally:
+            took = time.monotonic() - call.begun
+            self._mean += (took - self._mean) * (_NEWEST if self._mean else 1.0)
