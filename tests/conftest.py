@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -35,7 +37,7 @@ def checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
     def save(time: str) -> Path:
         from support import tiny
 
-        from stca.export.checkpoint import save_checkpoint
+        from stca.export.reference.checkpoint import save_checkpoint
 
         file = root / f"{time}.safetensors"
         save_checkpoint(file, tiny.module(tiny.config(time=time)))
@@ -53,8 +55,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory, checkpoint_file: Callable
     def export(time: str, form: str) -> Path:
         from support import tiny
 
-        from stca.export.checkpoint import load_checkpoint
         from stca.export.pipeline import export_checkpoint
+        from stca.export.reference.checkpoint import load_checkpoint
 
         out = root / f"{time}-{form}"
         export_checkpoint(load_checkpoint(checkpoint_file(time)), out, prove=tiny.no_proof, form=form)  # type: ignore[arg-type]
@@ -67,3 +69,19 @@ def exported(tmp_path_factory: pytest.TempPathFactory, checkpoint_file: Callable
 def bundle_dir(exported: Exporter) -> Path:
     """The one most tests use: absorbed, time from the log. Not to be written to."""
     return exported("log", "absorbed")
+
+
+@pytest.fixture
+def other_weights(tmp_path: Path, bundle_dir: Path) -> Path:
+    """The same graphs with every weight a little different."""
+    import safetensors.torch
+
+    from stca.bundle import Bundle, seal, sha256_of
+    from stca.manifest import WEIGHTS
+
+    shutil.copytree(bundle_dir, tmp_path / "other")
+    weights = safetensors.torch.load_file(bundle_dir / WEIGHTS)
+    safetensors.torch.save_file({n: w * 1.1 for n, w in weights.items()}, tmp_path / "other" / WEIGHTS)
+    digest = sha256_of(tmp_path / "other" / WEIGHTS)
+    seal(tmp_path / "other", dataclasses.replace(Bundle.load(bundle_dir).manifest, weights=digest))
+    return tmp_path / "other"

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from stca import probe
-from stca.export.checkpoint import Checkpoint
-from stca.export.config import StcaConfig
-from stca.export.model import Stca
+from stca.checks.verify import prove
 from stca.export.pipeline import export_checkpoint
+from stca.export.reference.checkpoint import Checkpoint
+from stca.export.reference.config import StcaConfig
+from stca.export.reference.module import Stca
 from stca.runtime import Request, Session
-from stca.verify import prove
 
 HERE = Path(__file__).parent
 CONFIG = StcaConfig(

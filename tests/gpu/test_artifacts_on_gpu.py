@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import attention_cases
 
-from stca.plugins import aot, ptx_launch
+from stca.plugins import aot, driver, ptx_launch
 from stca.plugins.devices import device_for
 from stca.plugins.launch import launches
 from stca.plugins.tiling import PORTABLE_SHARED_LIMIT, Plan, Sizes
@@ -38,7 +38,7 @@ def launch(case: attention_cases.Case, parts: int, sm: int, shared_limit: int) -
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_own_artifacts(case: attention_cases.Case, parts: int) -> None:
-    sm = aot.artifact_sm(ptx_launch.device_sm())
+    sm = aot.artifact_sm(driver.device_sm())
     attention_cases.check(case, launch(case, parts, sm, PORTABLE_SHARED_LIMIT))
 
 
@@ -48,6 +48,6 @@ def test_portable_artifacts(case: attention_cases.Case) -> None:
 
 
 def test_more_shared_memory_than_the_default_limit() -> None:
-    sm = aot.artifact_sm(ptx_launch.device_sm())
+    sm = aot.artifact_sm(driver.device_sm())
     case = attention_cases.Case(attention_cases.Layout("large-tile", (300,), (2000,)), 2, 1, 256, 256, "bfloat16")
     attention_cases.check(case, launch(case, 2, sm, device_for(sm).shared_limit))

@@ -110,6 +110,7 @@ LAYOUTS = (
     PADDED,
     Layout("padded-empty", (2, 3, 1), (24, 24, 24), (0, 23, 0)),
     Layout("padded-block", (2, 2), (48, 48), (32, 33)),
+    Layout("padded-alone", (3,), (40,), (29,)),
     Layout("one-token-each", (1, 1, 1, 1, 1), (1, 1, 1, 1, 1)),
 )
 # More requests than the kernel looks at in one go.

@@ -113,7 +113,7 @@ def small_plan(case: Case) -> Plan:
         stages=2,
     )
     many_requests = len(case.layout.targets) > 100
-    return Plan(tile, splits=1 if many_requests else (1, 2, 3)[pick // 6 % 3], seconds=0.0)
+    return Plan(tile, parts=1 if many_requests else (1, 2, 3)[pick // 6 % 3], seconds=0.0)
 
 
 def interpreted(case: Case, interpreter: Interpreter, source: Path = KERNELS) -> Tensor:

@@ -18,7 +18,7 @@ class FakeCuda:
     def __init__(self, sm=89, fail=None):
         self.sm, self.fail, self.log, self.largest = sm, fail or {}, [], 1 << 40
         self.memory, self.pinned, self.graphs, self.streams = {}, {}, [], 0
-        self.queue, self.captured = [], None
+        self.queue, self.captured, self.device, self.devices, self.error = [], None, 0, 1, 0
 
     def __getattribute__(self, name):
         if not name.startswith("cuda") or hasattr(FakeCuda, name):
@@ -27,6 +27,7 @@ class FakeCuda:
         def call(*args):
             self.log.append(name)
             if name in self.fail:
+                self.error = 2
                 return (Failure(self.fail[name]),)
             if "alloc" in name.lower() and args[0] > self.largest:
                 return (Failure("cudaErrorMemoryAllocation"),)
@@ -40,24 +41,41 @@ class FakeCuda:
         """What nobody has given back yet."""
         return len(self.memory), len(self.pinned), len(self.graphs), self.streams
 
-    def submit(self, work):
-        (self.captured if self.captured is not None else self.queue).append(work)
+    def submit(self, work, stream=77):
+        assert self.device == self.devices - 1, "not on the GPU that was asked for"
+        (self.captured if stream == 78 and self.captured is not None else self.queue).append(work)
 
     def allocate(self, where, size):
-        block = (ctypes.c_uint8 * size).from_buffer(bytearray(b"\xee" * size))
+        assert self.device == self.devices - 1, "not on the GPU that was asked for"
+        raw = bytearray(b"\xee" * (size + 256))  # CUDA's memory begins at multiples of 256
+        start = -ctypes.addressof((ctypes.c_uint8 * 1).from_buffer(raw)) % 256
+        block = (ctypes.c_uint8 * size).from_buffer(raw, start)
         where[ctypes.addressof(block)] = block
         return ctypes.addressof(block)
 
+    def _cudaGetDeviceCount(self):
+        return self.devices
+
+    def _cudaGetDevice(self):
+        return self.device
+
+    def _cudaSetDevice(self, device):
+        self.device = device
+
+    def _cudaGetLastError(self):
+        self.error = 0
+
     def _cudaDeviceGetAttribute(self, attribute, device):
+        assert device == self.devices - 1
         return divmod(self.sm, 10)[attribute]
 
     def _cudaStreamCreateWithFlags(self, flags):
         assert flags == self.cudaStreamNonBlocking
         self.streams += 1
-        return 77
+        return 79 - self.streams  # 78, for what is recorded, then 77
 
     def _cudaStreamDestroy(self, stream):
-        assert stream == 77
+        assert stream in (77, 78)
         self._cudaStreamSynchronize(stream)
         self.streams -= 1
 
@@ -93,13 +111,13 @@ class FakeCuda:
         return any(block <= address and address + size <= block + len(x) for block, x in self.memory.items())
 
     def _cudaMemcpyAsync(self, target, source, size, kind, stream):
-        assert stream == 77
+        assert stream in (77, 78)
         assert (self.on_device(source, size), self.on_device(target, size)) == (kind != 1, kind != 2)
-        self.submit(lambda: ctypes.memmove(target, source, size))
+        self.submit(lambda: ctypes.memmove(target, source, size), stream)
 
     def _cudaMemsetAsync(self, address, value, size, stream):
         assert self.on_device(address, size)
-        self.submit(lambda: ctypes.memset(address, value, size))
+        self.submit(lambda: ctypes.memset(address, value, size), stream)
 
     def _cudaStreamSynchronize(self, stream):
         for work in self.queue:
@@ -107,6 +125,7 @@ class FakeCuda:
         self.queue.clear()
 
     def _cudaStreamBeginCapture(self, stream, mode):
+        assert stream == 78
         assert not self.queue
         self.captured = []
 
@@ -135,3 +154,22 @@ class Failure(int):
         made = int.__new__(cls, 2)
         made.name = name
         return made
+
+
+# Of a stand-in for the library.
+IO_MODE = SimpleNamespace(INPUT="input", OUTPUT="output")
+
+
+def tensors_of(inputs, outputs):
+    """What a library's engine says of itself, `(name, dtype, shape)` each; sizes by name vary."""
+    words = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
+    told = {}
+    for mode, specs in (("input", inputs), ("output", outputs)):
+        told |= {n: (mode, words.get(d, d.upper()), s) for n, d, s in specs}
+    return {
+        "num_io_tensors": len(told),
+        "get_tensor_name": list(told).__getitem__,
+        "get_tensor_mode": lambda name: told[name][0],
+        "get_tensor_dtype": lambda name: SimpleNamespace(name=told[name][1]),
+        "get_tensor_shape": lambda name: [-1 if isinstance(n, str) else n for n in told[name][2]],
+    }

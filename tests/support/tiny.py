@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stca.bundle import TensorSpec
+from stca.manifest import TensorSpec
 
 if TYPE_CHECKING:
-    from stca.export.config import StcaConfig
-    from stca.export.model import Stca
+    from stca.export.reference.config import StcaConfig
+    from stca.export.reference.module import Stca
 
 Array = NDArray[Any]
 
@@ -24,7 +24,7 @@ MAX_HISTORY = 32
 
 def config(**changes: Any) -> StcaConfig:
     """The tiny config, with some of its values changed."""
-    from stca.export.config import StcaConfig
+    from stca.export.reference.config import StcaConfig
 
     values: dict[str, Any] = {
         "items": 97,
@@ -50,7 +50,7 @@ def module(of: StcaConfig, seed: int = 0) -> Stca:
     """A model none of whose parameters is at a neutral value: no bias is 0, no norm's weight 1."""
     import torch
 
-    from stca.export.model import Stca
+    from stca.export.reference.module import Stca
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +22,9 @@ from support.errors import nothing_or_one_line, one_line
 from support.tiny import contents
 
 import stca.bundle as bundle_module
-from stca.bundle import (
-    FORMAT_VERSION,
-    MANIFEST,
-    WEIGHTS,
-    Bundle,
-    GraphSpec,
-    Manifest,
-    StateSpec,
-    TensorSpec,
-    seal,
-    sha256_of,
-    writing,
-)
-from stca.errors import BundleError
+from stca.bundle import Bundle, seal, sha256_of, writing
+from stca.errors import BuildError, BundleError
+from stca.manifest import FORMAT_VERSION, MANIFEST, WEIGHTS, EngineEntry, GraphSpec, Manifest, StateSpec, TensorSpec
 
 FILES = {"request.onnx": b"whole", "user_encoder.onnx": b"first half", "target_scorer.onnx": b"", WEIGHTS: b"\0\1\2\3"}
 GOLDEN_FILES = Path(__file__).parents[1] / "golden"
@@ -160,12 +151,63 @@ def test_truncated_and_grown(root, name):
             Bundle.load(root)
 
 
+def test_a_manifest_without_an_end_is_not_read_to_it(root, tmp_path):
+    os.truncate(root / MANIFEST, 1 << 40)  # takes no place on the disk; read whole, it would take a terabyte of memory
+    with one_line(BundleError, MANIFEST, "16 MiB"):
+        Bundle.load(root)
+    with one_line(BundleError, MANIFEST, "16 MiB"):
+        bundle_module.sign(root, tmp_path / "key")
+    write(root)  # a damaged bundle is replaced
+    assert Bundle.load(root)
+
+
 def test_a_manifest_cut_short_anywhere(root):
     text = (root / MANIFEST).read_bytes()
     for length in range(0, len(text) - 1, 7):
         (root / MANIFEST).write_bytes(text[:length])
         with one_line(BundleError, MANIFEST):
             Bundle.load(root)
+
+
+def touched(root):
+    """As another process would leave it that writes the same bundle again and again."""
+    (root / WEIGHTS).write_bytes((root / WEIGHTS).read_bytes())
+
+
+def test_what_fails_while_the_bundle_is_replaced_is_told(root):
+    calls = []
+
+    def use(found):
+        calls.append(found.path)
+        shutil.copy2(root / WEIGHTS, root.parent / "new")
+        os.replace(root.parent / "new", root / WEIGHTS)
+        raise BuildError("the engine does not fit")
+
+    with one_line(BuildError, "the engine does not fit"):
+        bundle_module.opened(root, use, tries=20)
+    assert calls[0] == root
+    assert calls[-1] != root
+
+
+def test_a_copy_that_is_written_to_is_read_again(root):
+    calls = []
+
+    def use(found):
+        calls.append(found.path)
+        if len(calls) < 6:
+            touched(found.path)
+        return len(calls)
+
+    assert bundle_module.opened(root, use) == 6
+    assert calls[5].parent != root.parent
+
+
+def test_the_last_error_is_told_where_a_bundle_is_never_at_rest(root, monkeypatch):
+    numbers = itertools.count()
+    monkeypatch.setattr(bundle_module, "_identity", lambda *_: next(numbers))
+    (root / WEIGHTS).unlink()
+    with one_line(BundleError, "replaced faster", WEIGHTS, "is missing"):
+        bundle_module.opened(root, lambda found: found, tries=5)
 
 
 @pytest.mark.parametrize("name", [MANIFEST, *FILES])
@@ -189,16 +231,72 @@ def test_an_extra_directory(root):
 
 
 @pytest.mark.parametrize("name", [MANIFEST, *FILES])
-@pytest.mark.parametrize("kind", ["symlink", "dangling", "directory", "fifo"])
+@pytest.mark.parametrize("kind", ["dangling", "circle", "directory", "fifo"])
 def test_a_file_that_is_no_plain_file(tmp_path, root, name, kind):
-    """The same bytes through a link may be other bytes by the time they are used; reading a pipe would never end."""
+    """Reading a pipe, say, would never end."""
     (root / name).rename(tmp_path / "elsewhere")
     if kind == "fifo":
         os.mkfifo(root / name)
     elif kind == "directory":
         (root / name).mkdir()
     else:
-        (root / name).symlink_to(tmp_path / ("elsewhere" if kind == "symlink" else "nowhere"))
+        (root / name).symlink_to(root / name if kind == "circle" else tmp_path / "nowhere")
+    with one_line(BundleError, name):
+        Bundle.load(root)
+
+
+def linked(root, folder, kind):
+    """A bundle whose files are links: as a hub's cache has them, or a Kubernetes volume."""
+    place, real = folder / "linked", folder / "blobs"
+    if kind == "volume":
+        real = folder / "linked" / "..2026_11_26"
+    shutil.copytree(root, real)
+    place.mkdir(exist_ok=True)
+    if kind == "volume":
+        (place / "..data").symlink_to(real.name)
+    for i, file in enumerate(sorted(real.iterdir())):
+        if kind == "volume":
+            (place / file.name).symlink_to(f"..data/{file.name}")
+        else:
+            file.rename(real / f"blob{i}")
+            (place / file.name).symlink_to(f"../blobs/blob{i}")
+    return place
+
+
+@pytest.mark.parametrize("kind", ["hub", "volume"])
+def test_a_bundle_of_links(tmp_path, root, kind):
+    """What the links lead to is held against the manifest, and changes of it are seen."""
+    place = linked(root, tmp_path, kind)
+    assert Bundle.load(place).manifest == Bundle.load(root).manifest
+    before = bundle_module._identity(place)
+    with bundle_module._copy(place) as copied:
+        assert Bundle.load(copied).manifest == Bundle.load(root).manifest
+        assert not any(p.is_symlink() for p in copied.iterdir())
+    assert bundle_module._identity(place) != ()
+    target = (place / "request.onnx").resolve()
+    target.write_bytes(target.read_bytes()[:-1] + b"?")
+    assert bundle_module._identity(place) != before
+    with one_line(BundleError, "request.onnx", "changed"):
+        Bundle.load(place)
+
+
+def test_a_volume_that_shows_another_version(tmp_path, root):
+    """Kubernetes replaces `..data` in one step; every file is another one then."""
+    place = linked(root, tmp_path, "volume")
+    before = bundle_module._identity(place)
+    shutil.copytree(place / "..2026_11_26", place / "..2026_11_27")
+    (place / "..data_tmp").symlink_to("..2026_11_27")
+    (place / "..data_tmp").rename(place / "..data")
+    assert bundle_module._identity(place) != before
+    Bundle.load(place)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.onnx", "..", "..data", "/etc/hostname", "sub/x.onnx"])
+def test_a_manifest_names_no_file_outside(tmp_path, root, name):
+    manifest = Bundle.load(root).manifest
+    (tmp_path / "elsewhere.onnx").write_bytes(b"x")
+    files = {**manifest.files, name: {"sha256": sha256_of(tmp_path / "elsewhere.onnx"), "bytes": 1}}
+    (root / MANIFEST).write_text(dataclasses.replace(manifest, files=files).to_json())
     with one_line(BundleError, name):
         Bundle.load(root)
 
@@ -327,7 +425,8 @@ def test_a_missing_field_is_named(place):
         inner = inner[key]
     del inner[place[-1]]
     optional = place[0] in ("model", "split", "parity", "producer") and len(place) > 1
-    if optional or place[-1] in ("scope", "limit", "input"):
+    scoped = place[-1] == "scope" and place[:3] != ("graphs", "request", "inputs")
+    if optional or scoped or place[-1] in ("limit", "input"):
         Manifest.from_json(json.dumps(raw))
     else:
         with one_line(BundleError, place[-1]):
@@ -386,7 +485,7 @@ def test_no_commit_no_change(tmp_path, root):
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "without exchange"])
 def test_replacing(tmp_path, root, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(bundle_module, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(bundle_module.folders, "_exchange", lambda a, b: False)
     write(root, {**FILES, "request.onnx": b"new"})
     assert Bundle.load(root).file("request").read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["B"]
@@ -414,6 +513,17 @@ def test_what_is_no_bundle_is_not_replaced(tmp_path, there):
         write(target)
     assert contents(tmp_path) == before
     assert os.listdir(tmp_path) == ["B"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "thesis", "old.onnx/notes.json", "weights.safetensors.bak"])
+def test_a_bundle_with_someones_file_in_it_is_not_replaced(root, name):
+    """The manifest alone does not make a directory ours to replace: what else lies there may be precious."""
+    (root / name).parent.mkdir(exist_ok=True)
+    (root / name).write_text("precious")
+    before = contents(root)
+    with one_line(BundleError, str(root)):
+        write(root)
+    assert contents(root) == before
 
 
 def test_a_linked_target(tmp_path, root):
@@ -465,11 +575,11 @@ import stca.bundle as b
 moment, target = sys.argv[1:]
 die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 if moment == "before the swap":
-    b._put = die
+    b.folders.put = die
 if moment == "after the swap":
     b.shutil.rmtree = die
 if moment == "between two renames":
-    b._exchange = lambda *_: False
+    b.folders._exchange = lambda *_: False
     rename, count = os.rename, []
     def second_dies(*a):
         count.append(a)
@@ -553,7 +663,7 @@ def test_without_locks_nothing_is_taken_for_left_behind(tmp_path, root, monkeypa
     def no_locks(directory):
         raise OSError("no locks here")
 
-    monkeypatch.setattr(bundle_module, "_lock", no_locks)
+    monkeypatch.setattr(bundle_module.folders, "lock", no_locks)
     (tmp_path / ".B.abcdefgh.tmp").mkdir()
     write(root, {**FILES, "request.onnx": b"new"})
     assert Bundle.load(root).file("request").read_bytes() == b"new"
@@ -573,6 +683,107 @@ def test_a_place_inside_a_bundle_is_none(bundle_dir: Path) -> None:
 
 def test_an_engine_whose_file_is_not_there(bundle_dir: Path, tmp_path: Path) -> None:
     root = shutil.copytree(bundle_dir, tmp_path / "B")
-    seal(root, dataclasses.replace(Bundle.load(root).manifest, engines=({"file": "gone.plan"},)))
+    seal(
+        root,
+        dataclasses.replace(Bundle.load(root).manifest, engines=(EngineEntry.of({**ENGINE, "file": "gone.plan"}),)),
+    )
     with one_line(BundleError, "'gone.plan'", "build the engine again"):
         Bundle.load(root)
+
+
+def test_a_file_that_another_bundle_shares_keeps_its_mode(root, tmp_path):
+    shared = root / "request.onnx"
+    shared.chmod(0o644)
+    before = os.umask(0o077)
+    try:
+        with writing(tmp_path / "C") as (work, commit):
+            for name, data in FILES.items():
+                if name == shared.name:
+                    os.link(shared, work / name)
+                else:
+                    (work / name).write_bytes(data)
+            made = commit(manifest(sha256_of(work / WEIGHTS)))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o644
+    assert stat.S_IMODE((made.path / "user_encoder.onnx").stat().st_mode) == 0o600
+
+
+def test_what_killed_processes_left_in_the_temporary_folder_goes_with_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    script = (
+        "import os, signal, stca.bundle as b\n"
+        "with b.scratch('stca-engines') as work: print(work, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    killed = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    left = Path(killed.stdout.strip())
+    assert left.is_dir()
+    with bundle_module.scratch("stca-engines") as first:
+        assert not left.exists()
+        with bundle_module.scratch("stca-engines") as second:
+            assert {first, second} == set(tmp_path.iterdir())  # those in use stay
+    assert not list(tmp_path.iterdir())
+
+
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+ENGINE = {
+    "graph": "user_encoder", "file": "user_encoder.plan", "flavour": "tensorrt", "precision": "fp16", "version": "11",
+    "sm": 89, "requests": 1, "profiles": [{"N_h": [1, 8, 8]}], "padded": ["N_h"], "refit": "none",
+    "inputs": [{"name": "x", "dtype": "int64", "shape": ["N_h"]}], "memory": {"weights": 8}, "seconds": 1.5,
+}  # fmt: skip
+
+
+def with_engine(**change: object) -> str:
+    raw = json.loads(json.dumps(GOLDEN))
+    raw["engines"] = [{n: x for n, x in {**ENGINE, **change}.items() if x != "left out"}]
+    return json.dumps(raw)
+
+
+def test_an_engine_is_read_and_written_as_it_is():
+    made = Manifest.from_json(with_engine())
+    assert made.engines[0] == EngineEntry.of(ENGINE)
+    assert made.engines[0].profiles == ({"N_h": (1, 8, 8)},)
+    assert Manifest.from_json(made.to_json()) == made
+
+
+def test_an_engine_of_an_earlier_release_is_read_by_todays_words():
+    key = {"name": "user_encoder", "graph": "a" * 64, "attention": "fused", "sm": 89}
+    entry = Manifest.from_json(with_engine(attention="fused", key=key, outputs=["state"])).engines[0]
+    assert entry.lowering == "fused"
+    assert entry.key == {"graph": "user_encoder", "graph_sha256": "a" * 64, "lowering": "fused", "sm": 89}
+    assert entry.outputs == ()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((name, "left out") for name in ("graph", "file", "flavour", "precision")),
+        ("graph", "request"),
+        ("file", ["user_encoder.plan"]),
+        ("sm", "89"),
+        ("requests", "x"),
+        ("requests", 0),
+        ("profiles", "N_h"),
+        ("profiles", [{"N_h": [1, 8]}]),
+        ("profiles", [{"N_h": [9, 8, 8]}]),
+        ("profiles", [{"N_h": "1-8"}]),
+        ("inputs", ["x"]),
+        ("inputs", [{"name": "x", "dtype": "int65", "shape": []}]),
+        ("padded", ["N_t"]),
+        ("memory", []),
+        ("seconds", "1"),
+        ("key", None),
+        ("more", 1),
+    ],
+)
+def test_a_malformed_engine_is_refused_when_loading(field, value):
+    with one_line(BundleError, field):
+        Manifest.from_json(with_engine(**{field: value}))
+
+
+def test_no_engines_entry_that_is_no_object_loads():
+    for value in (None, 3, "x", [1]):
+        with one_line(BundleError, "engine"):
+            Manifest.from_json(json.dumps({**GOLDEN, "engines": [value]}))

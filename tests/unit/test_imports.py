@@ -15,19 +15,28 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "stca"
 ROOMS = ("plugins", "export", "calibration", "runtime", "examples")
 
-# root ← plugins ← export ← calibration; root, plugins ← runtime. The root's leaves (errors, types, the artifact, the
-# table of TensorRT's flavours) see only each other; its other modules are the checks and the command line, which see
-# everything.
-LEAVES = frozenset({"errors", "types", "typed_json", "bundle", "probe", "tensorrt_flavours", "__init__"})
-MAY_IMPORT = {
-    "plugins": {"leaves", "plugins"},
-    "export": {"leaves", "plugins", "export"},
-    "calibration": {"leaves", "plugins", "export", "calibration"},
-    "runtime": {"leaves", "plugins", "runtime"},
-    "examples": {"leaves", "plugins", "export", "calibration", "examples"},
-    "leaves": {"leaves"},
-    "checks": {"leaves", "checks", *ROOMS},
+# A module's layer is the folder it lies in: the first below `stca`, and inside a room the second, where a rule names
+# it. What lies in `stca` itself is the ground. Each layer sees itself and those named here; nothing else.
+MODEL = frozenset({"ground", "plugins", "export"})
+MAY_IMPORT: dict[str, frozenset[str]] = {
+    "ground": frozenset(),
+    "plugins": frozenset({"ground"}),
+    "runtime": frozenset({"ground", "plugins"}),
+    "export": MODEL,
+    "export/analysis": frozenset({"ground", "plugins"}),
+    "export/passes": frozenset({"ground", "plugins", "export/analysis"}),
+    "export/reference": frozenset({"ground", "plugins"}),
+    "calibration": MODEL,
+    "examples": MODEL | {"calibration", "runtime", "checks"},
+    "checks": MODEL | {"runtime"},
+    "engines": MODEL | {"runtime", "checks"},
+    "serve": frozenset({"ground", "plugins", "runtime"}),
+    "load": frozenset({"ground", "plugins", "runtime", "serve"}),
+    "report": MODEL | {"runtime", "checks", "examples"},
+    "commands": MODEL | {"runtime", "calibration", "examples", "checks", "engines", "report", "serve", "load"},
 }
+# What `python -m stca` runs: a door, not ground.
+DOOR = ("__main__",)
 
 
 def modules() -> list[Path]:
@@ -44,11 +53,10 @@ def _packages_of_the_root() -> list[Path]:
     return [f for p in SOURCE.iterdir() if p.is_dir() and p.name not in ROOMS for f in p.rglob("*.py")]
 
 
-def place(parts: tuple[str, ...]) -> str:
-    """Which layer a module is of, by its path below `stca` (`("export", "model")`)."""
-    if parts and parts[0] in ROOMS:
-        return parts[0]
-    return "leaves" if not parts or parts[0] in LEAVES else "checks"
+def layer(parts: tuple[str, ...]) -> str:
+    """The layer of a module by its path below `stca`: `("export", "analysis", "cut")` is of `export/analysis`."""
+    names = ["/".join(parts[:n]) for n in (2, 1) if (SOURCE / Path(*parts[:n])).is_dir()]
+    return next((n for n in names if n in MAY_IMPORT), "ground")
 
 
 def imported(file: Path) -> list[tuple[int, tuple[str, ...]]]:
@@ -69,14 +77,25 @@ def imported(file: Path) -> list[tuple[int, tuple[str, ...]]]:
 
 
 def violations(file: Path) -> list[str]:
-    mine = place(file.relative_to(SOURCE).with_suffix("").parts)
-    wrong = {(line, name) for line, name in imported(file) if place(name) not in MAY_IMPORT[mine]}
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    wrong = {x for x in imported(file) if not may_import(layer(parts), layer(x[1])) and parts != DOOR}
     return [f"{file.relative_to(SOURCE)}:{line} imports stca.{'.'.join(name)}" for line, name in sorted(wrong)]
+
+
+def may_import(mine: str, other: str) -> bool:
+    """Whether one layer may import another; to those outside of a room its folders are the room."""
+    return other == mine or not MAY_IMPORT[mine].isdisjoint({other, other.split("/")[0]})
 
 
 def test_every_module_is_looked_at():
     names = {str(p.relative_to(SOURCE)) for p in modules()}
-    assert {"bundle.py", "cli.py", "export/model.py", "plugins/spec.py", "runtime/session.py"} <= names
+    assert {
+        "bundle.py",
+        "commands/export.py",
+        "export/analysis/cut.py",
+        "plugins/spec.py",
+        "runtime/session.py",
+    } <= names
     assert len(names) > 20
 
 
@@ -99,24 +118,32 @@ def test_the_rule_can_fail(tmp_path, monkeypatch):
     """The checker itself, on modules that break the rule in each way a module can."""
     monkeypatch.setattr(sys.modules[__name__], "SOURCE", tmp_path)
     cases = {
-        "runtime/a.py": "from stca.export.model import Stca",
-        "runtime/b.py": "import stca.verify",
-        "runtime/c.py": "def f():\n    from stca import cli",
-        "runtime/d.py": "from ..export import model",
+        "runtime/a.py": "from stca.export.pipeline import resolve",
+        "runtime/b.py": "import stca.checks.verify",
+        "runtime/c.py": "def f():\n    from stca import commands",
+        "runtime/d.py": "from ..export import pipeline",
         "plugins/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import stca.runtime",
         "export/a.py": "import stca.calibration.ranges as r",
+        "export/analysis/a.py": "from stca.export.passes.lower import lower",
+        "export/passes/a.py": "from stca.export import pipeline",
+        "checks/a.py": "from stca.engines import build",
         "bundle.py": "from stca.runtime import Session",
-        "probe.py": "from stca import verify",
+        "probe.py": "from stca.checks import verify",
     }
+    for folder in MAY_IMPORT:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     for name, text in cases.items():
-        file = tmp_path / name
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(text)
-        assert violations(file), name
-    (tmp_path / "cli.py").write_text("from stca import verify\nfrom stca.export import pipeline\nimport stca.runtime")
-    assert not violations(tmp_path / "cli.py")
-    (tmp_path / "runtime" / "e.py").write_text("from stca.bundle import Bundle\nfrom . import state\nimport numpy")
-    assert not violations(tmp_path / "runtime" / "e.py")
+        (tmp_path / name).write_text(text)
+        assert violations(tmp_path / name), name
+    allowed = {
+        "commands/a.py": "from stca.checks import verify\nfrom stca.export import pipeline\nimport stca.runtime",
+        "runtime/e.py": "from stca.bundle import Bundle\nfrom . import state\nimport numpy",
+        "export/passes/b.py": "from stca.export.analysis.scope import scopes",
+        "export/b.py": "from stca.export.passes import lower\nfrom stca import probe",
+    }
+    for name, text in allowed.items():
+        (tmp_path / name).write_text(text)
+        assert not violations(tmp_path / name), name
 
 
 def test_ruff_refuses_imports_of_bare_rooms(tmp_path):
@@ -169,3 +196,17 @@ def test_the_public_names_of_the_runtime():
     assert {"load", "score", "append", "forget", "swap"} <= set(dir(stca.runtime.Session))
     for name in stca.runtime.__all__:
         assert getattr(stca.runtime, name).__doc__
+
+
+def test_choosing_engines_loads_no_compiler_of_kernels(bundle_dir):
+    """A server looks at the machine and ranks engines; what builds kernels and engines has no part in that."""
+    script = (
+        "import sys; from stca.runtime import Session; from stca.runtime.engine_choice import Machine; "
+        "from stca.backends import BACKENDS; Machine.here(); [b.server() for b in BACKENDS.values()]; "
+        "Session.load(sys.argv[1], threads=1); print(*sorted(m for m in sys.modules if m.startswith('stca.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(bundle_dir)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.split()
+    assert not [m for m in loaded if m.startswith(("stca.engines", "stca.export", "stca.checks"))]
+    assert {m for m in loaded if m.startswith("stca.plugins.")} <= {"stca.plugins.driver"}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stca import probe
-from stca.bundle import TensorSpec
+from stca.manifest import TensorSpec
 
 SPECS = (
     TensorSpec("history_item", "int64", ("N_h",), "user", 1000),

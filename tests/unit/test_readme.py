@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from stca import cli
-from stca.demo import shipped_checkpoint
+from stca import commands as cli
+from stca.report.demo import shipped_checkpoint
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
@@ -54,6 +54,24 @@ def test_the_five_calls(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(scores, np.ndarray)
     assert scores.shape == (3, 2)
     assert np.isfinite(scores).all()
+
+
+def test_the_server(folder: Path) -> None:
+    """The request of curl is a miss without a history, and a hit once Triton's client has brought it."""
+    pytest.importorskip("tritonclient.grpc")
+    from support.serving import running
+
+    code = next(block for block in blocks("python") if "tritonclient" in block)
+    history = next(block for block in blocks("python") if "Session.load" in block)
+    request = next(block for block in blocks("sh") if "/infer" in block).split("-d '")[1].split("'")[0].encode()
+    names: dict[str, object] = {}
+    exec(re.sub(r"(?ms)^from.*?checks every file's digest$|^scores = .*", "", history), names)
+    with running(folder / "bundle") as server:
+        assert server.http("/v2/models/ranker/infer", request)[0] == 409
+        exec(code.replace("localhost:8001", f"127.0.0.1:{server.ports['grpc']}"), names)
+        status, _, told = server.http("/v2/models/ranker/infer", request)
+    assert (status, told["parameters"]["hit"]) == (200, True)
+    np.testing.assert_allclose(np.reshape(told["outputs"][0]["data"], (3, 2)), names["scores"], 1e-6)
 
 
 def test_ones_own_module(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_command_says_what_is_wrong_in_one_line(
     files: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for argv, message in (
-        (["u.data"], "expected three paths"),
+        (["a", "b", "c", "d"], "expected ml-100k.zip"),
         ([str(tmp_path / "none"), *map(str, files[1:])], "cannot be read"),
         ([*map(str, files[:2]), str(tmp_path)], "cannot be written"),
     ):
@@ -70,3 +71,29 @@ def test_command_says_what_is_wrong_in_one_line(
         error = capsys.readouterr().err
         assert message in error
         assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_source_as_it_is_given_away(files: tuple[Path, Path, Path], tmp_path: Path, packed: bool) -> None:
+    ratings, items, out = files
+    source = tmp_path / "ml-100k"
+    source.mkdir()
+    for file in (ratings, items):
+        file.rename(source / file.name)
+    if packed:
+        with zipfile.ZipFile(tmp_path / "ml-100k.zip", "w") as z:
+            for name in ("README", "u.data", "u.item"):
+                z.writestr(f"ml-100k/{name}", (source / name).read_bytes() if name != "README" else b"")
+        source = tmp_path / "ml-100k.zip"
+    assert main([str(source), str(out)]) == 0
+    assert out.read_text().count("\n") == 4
+
+
+def test_help_and_a_file_that_is_no_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0
+    assert "ml-100k.zip" in capsys.readouterr().out
+    (tmp_path / "junk.zip").write_bytes(b"junk")
+    assert main([str(tmp_path / "junk.zip"), str(tmp_path / "out.tsv")]) == 2
+    assert "cannot be read" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import stca.examples
 from stca.examples.train.evaluate import EVALUATION_SEED, auc
 from stca.examples.train.train import score_with
 from stca.examples.train.world import World, generate
-from stca.export.checkpoint import Checkpoint, load_checkpoint
+from stca.export.reference.checkpoint import Checkpoint, load_checkpoint
 
 FILE = Path(next(iter(stca.examples.__path__))) / "checkpoints" / "stca_demo.safetensors"
 

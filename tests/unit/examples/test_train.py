@@ -13,8 +13,8 @@ from stca.examples.train.log import Log
 from stca.examples.train.sampler import LengthSampler
 from stca.examples.train.train import TrainOptions, attend_to_alike, fit, model_config, score_with, tensors
 from stca.examples.train.world import GeneratedLog, World, WorldConfig, generate
-from stca.export.checkpoint import load_checkpoint
-from stca.export.model import Stca
+from stca.export.reference.checkpoint import load_checkpoint
+from stca.export.reference.module import Stca
 
 OPTIONS = TrainOptions(steps=20, requests=8, targets=32, lengths=LengthSampler(shortest=16, longest=128))
 

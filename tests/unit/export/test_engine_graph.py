@@ -11,10 +11,11 @@ import pytest
 from onnx import numpy_helper, parser
 from support.errors import one_line
 
-from stca.bundle import WEIGHTS, Bundle
+from stca.bundle import Bundle
 from stca.errors import BuildError, ExportError
 from stca.export.engine_graph import engine_graph, estimate_memory, read_graph
 from stca.export.weights import externalize
+from stca.manifest import WEIGHTS
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_not_a_model(bundle):
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_saved_graph_is_the_graph(bundle, tmp_path, precision):
     state = [s.name for s in bundle.manifest.state]
-    graph = engine_graph(bundle.file("target_scorer"), state=state, precision=precision, attention="decomposed")
+    graph = engine_graph(bundle.file("target_scorer"), state=state, precision=precision, lowering="decomposed")
     saved = onnx.load(graph.save(tmp_path / "x.onnx"))
     true = {t.name: numpy_helper.to_array(t).tobytes() for t in graph.complete().graph.initializer}
     assert {t.name: numpy_helper.to_array(t).tobytes() for t in saved.graph.initializer} == true

@@ -9,16 +9,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from graphs import SIZES, Case, attention_graph, cases, packed_feeds
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
+from support.graphs import SIZES, Case, attention_graph, cases, packed_feeds
 
 import stca.export.split as split_module
 from stca.errors import SplitError
-from stca.export.cost import DEFAULT_WORKLOAD
-from stca.export.scope import Scope, infer_scopes
+from stca.export.analysis.cost import DEFAULT_WORKLOAD
+from stca.export.analysis.scope import Scope, infer_scopes
 from stca.export.split import Split, check_postconditions, joined_equals_whole, split
 
 FLOPS_PER_BYTE = (0.125, 1.0, 16.0, 1000.0)
@@ -361,6 +361,10 @@ def test_wrong_options_are_refused(options, message: str) -> None:
     ("body", "message"),
     [
         ("h = RandomNormalLike (user_x) y = Concat <axis: int = 0> (h, target_x)", "'make_h' .* draws random numbers"),
+        (
+            "n = RandomNormal <shape: ints = [1, 8]> () u = Add (user_x, n) y = Concat <axis: int = 0> (u, target_x)",
+            "'make_n' .* draws random numbers",
+        ),
         ("h = Exp (user_y) y = Concat <axis: int = 0> (h, target_x)", "the model is not valid ONNX: .*user_y"),
         ("h = Exp (user_x) y = NoSuchOp (h, target_x)", "the model is not valid ONNX: .*NoSuchOp"),
     ],

@@ -12,11 +12,12 @@ from support.errors import one_line
 from torch import nn
 
 from stca import probe
-from stca.bundle import Bundle, TensorSpec
+from stca.bundle import Bundle
 from stca.errors import ExportError
-from stca.export.checkpoint import load_checkpoint
+from stca.export.reference.checkpoint import load_checkpoint
 from stca.export.to_onnx import RequestModel, to_request_graph
 from stca.export.weights import offsets
+from stca.manifest import TensorSpec
 from stca.plugins import onnx_function
 from stca.runtime import OnnxRuntimeEngine
 
@@ -251,3 +252,9 @@ def test_the_operator_needs_its_lengths_to_be_exported():
     offsets_spec = TensorSpec("target_offsets", "int32", ("B_plus_1",), "target")
     with one_line(ExportError, "history_lengths"):
         to_request_graph(RequestModel(WithoutLengths(), (ROWS, offsets_spec)))
+
+
+def test_a_limit_is_of_ids():
+    mask = TensorSpec("mask", "float32", ("N_h",), "user", limit=2)
+    with one_line(ExportError, "'mask' is float32", "leave the limit out"):
+        to_request_graph(RequestModel(nn.Identity(), (mask, ROWS)))

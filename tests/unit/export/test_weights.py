@@ -15,9 +15,9 @@ import safetensors.torch
 from onnx import TensorProto, helper, numpy_helper
 from support.errors import one_line
 
-from stca.bundle import WEIGHTS
 from stca.errors import ExportError
 from stca.export.weights import externalize, offsets
+from stca.manifest import WEIGHTS
 
 
 def graph(**weights):
@@ -126,3 +126,10 @@ def test_offsets_are_those_of_the_format(tmp_path):
 def test_a_graph_without_weights(tmp_path):
     externalize([graph(ids=np.arange(3))], tmp_path)
     assert safetensors.numpy.load_file(tmp_path / WEIGHTS) == {}
+
+
+def test_a_name_that_safetensors_keeps_for_itself(tmp_path):
+    weight = numpy_helper.from_array(np.ones((2, 2), np.float32), "__metadata__")
+    graph = helper.make_graph([], "g", [], [], [weight])
+    with one_line(ExportError, "'__metadata__'", "another"):
+        externalize([helper.make_model(graph)], tmp_path)

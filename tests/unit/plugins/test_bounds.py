@@ -158,12 +158,12 @@ def surroundings(x: Tensor) -> Tensor:
 
 
 def attend(
-    tensors: list[Tensor], structure: list[Tensor], splits: int, interpreter: Interpreter, source: Path = KERNELS
+    tensors: list[Tensor], structure: list[Tensor], parts: int, interpreter: Interpreter, source: Path = KERNELS
 ) -> list[Tensor]:
     """`attend_kernel` alone, on tensors between NaN and offsets between plausible offsets; returns its outputs."""
     floats = [guarded(x, float("nan")) for x in tensors]
     integers = [guarded(x, 3) for x in structure]
-    plan = Plan(PLAN.tile, splits, 0.0)
+    plan = Plan(PLAN.tile, parts, 0.0)
     (step, *_) = launch.launches(*floats, *integers, 0.25, plan, torch.empty_like(tensors[0]), upcast=True)
     first = 6 + 3
     outputs = [guarded(torch.zeros_like(x), 7.0) for x in step.arguments[first:] if isinstance(x, Tensor)]
@@ -176,11 +176,11 @@ def stays_inside(outputs: list[Tensor]) -> bool:
     return all(x.isfinite().all() for x in outputs) and all((surroundings(x) == 7.0).all() for x in outputs)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("wrong", WRONG)
-def test_the_kernel_touches_only_the_tensors(wrong: str, splits: int, interpreter: Interpreter) -> None:
+def test_the_kernel_touches_only_the_tensors(wrong: str, parts: int, interpreter: Interpreter) -> None:
     *structure, _ = WRONG[wrong]
-    assert stays_inside(attend(rows(), int32(*structure), splits, interpreter))
+    assert stays_inside(attend(rows(), int32(*structure), parts, interpreter))
 
 
 NO_REQUEST = "    if n_requests == 0:  # then there are no offsets to read\n        return\n"

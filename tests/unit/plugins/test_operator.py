@@ -95,9 +95,7 @@ def test_the_table_catches(mutation: str, interpreter: Interpreter, tmp_path: Pa
     mutant = tmp_path / "mutant.py"
     mutant.write_text(KERNELS.read_text().replace(right, wrong))
     # Split, ragged, with an empty request and a padded one: every mutant shows in cases of this layout.
-    cases = [
-        case for case in INTERPRETED if case.layout.name == "three" and attention_forms.small_plan(case).splits > 1
-    ]
+    cases = [case for case in INTERPRETED if case.layout.name == "three" and attention_forms.small_plan(case).parts > 1]
     caught = []
     for case in cases[:3]:
         check(case, attention_forms.interpreted(case, interpreter))

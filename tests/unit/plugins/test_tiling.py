@@ -28,18 +28,17 @@ SHAPES = [
     targets=st.lists(st.integers(0, 70), min_size=1, max_size=20),
     group=st.integers(1, 16),
     block=st.sampled_from([16, 32, 64, 128]),
+    parts=st.integers(1, 4),
 )
-def test_every_row_of_a_ragged_batch_has_exactly_one_tile(targets: list[int], group: int, block: int) -> None:
-    """The kernel's arithmetic, in Python: which segment a tile serves, and from which row."""
-    offsets = [sum(targets[:b]) for b in range(len(targets) + 1)]
-    starts = [offsets[b] * group // block + b for b in range(len(targets))]
-    tiles = offsets[-1] * group // block + len(targets)
-    covered = []
-    for tile in range(tiles):
-        segment = sum(start <= tile for start in starts[1:])
-        first = (tile - starts[segment]) * block
-        covered += [(segment, row) for row in range(first, min(first + block, targets[segment] * group))]
-    assert sorted(covered) == [(b, row) for b, m in enumerate(targets) for row in range(m * group)]
+def test_the_grid_has_a_tile_for_every_row_of_a_ragged_batch(
+    targets: list[int], group: int, block: int, parts: int
+) -> None:
+    """No request shares a tile with another, so each may need one more than its rows fill; not two."""
+    shape, tile = Shape(group, 1, 64, 64, "float32"), Tile(block, 16, 64, 64, 4, 2)
+    tiles, columns, layers = aot.attend_grid(sum(targets), len(targets), shape, tile, parts)
+    needed = sum(-(-m * group // block) for m in targets)
+    assert needed <= tiles <= needed + len(targets)
+    assert (columns, layers) == (1, parts)
 
 
 @pytest.mark.parametrize("sm", ARTIFACT_SMS)
@@ -55,10 +54,10 @@ def test_every_supported_shape_has_a_plan(shape: Shape, sm: int) -> None:
 
 def test_few_tiles_are_split_and_many_are_not() -> None:
     device = device_for(90)
-    assert tiling.choose(PROJECTED, Sizes(8, 10_000, 1), device).splits > 1
-    assert tiling.choose(PROJECTED, Sizes(300, 10_000, 1), device).splits > 1
-    assert tiling.choose(PROJECTED, Sizes(300 * 64, 10_000 * 64, 64), device).splits == 1
-    assert tiling.choose(PROJECTED, Sizes(300, 16, 1), device).splits == 1
+    assert tiling.choose(PROJECTED, Sizes(8, 10_000, 1), device).parts > 1
+    assert tiling.choose(PROJECTED, Sizes(300, 10_000, 1), device).parts > 1
+    assert tiling.choose(PROJECTED, Sizes(300 * 64, 10_000 * 64, 64), device).parts == 1
+    assert tiling.choose(PROJECTED, Sizes(300, 16, 1), device).parts == 1
 
 
 def test_rows_of_a_tile_follow_the_number_of_targets() -> None:
@@ -83,7 +82,7 @@ def test_a_measured_plan_overrules_the_model(tmp_path: Path, monkeypatch: pytest
         "shape": dataclasses.asdict(PROJECTED),
         "sizes": dataclasses.asdict(sizes),
         "tile": dataclasses.asdict(second.tile),
-        "splits": 3,
+        "parts": 3,
         "seconds": 1e-5,
     }
     table = tmp_path / "tiles.json"
@@ -92,7 +91,7 @@ def test_a_measured_plan_overrules_the_model(tmp_path: Path, monkeypatch: pytest
     tiling._choose.cache_clear()
     try:
         plan = tiling.choose(PROJECTED, Sizes(300, 10_000, 1), device)
-        assert (plan.tile, plan.splits, plan.measured) == (second.tile, 3, True)
+        assert (plan.tile, plan.parts, plan.measured) == (second.tile, 3, True)
         assert not tiling.choose(PROJECTED, Sizes(8, 10_000, 1), device).measured
     finally:
         tiling._choose.cache_clear()

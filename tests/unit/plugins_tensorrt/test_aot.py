@@ -45,7 +45,7 @@ def test_every_sm_assembles_and_takes_only_what_tensorrt_passes(sm: int) -> None
 
 def test_tile_the_model_puts_first_assembles_without_spills_where_the_head_is_wide() -> None:
     sizes = Sizes(targets=300, tokens=10_000, requests=1)
-    (tile,) = aot.best_tiles(TIED, 0.1, sizes, splits=2, sm=90, shared_limit=PORTABLE_SHARED_LIMIT, count=1)
+    (tile,) = aot.best_tiles(TIED, 0.1, sizes, parts=2, sm=90, shared_limit=PORTABLE_SHARED_LIMIT, count=1)
     artifact = aot.compile_attend(TIED, tile, 90, 0.1, split=True)
     assert artifact.shared <= PORTABLE_SHARED_LIMIT
     assert aot.assemble(artifact).spill_stores == 0
@@ -127,7 +127,7 @@ def test_ptxas_complaint_becomes_the_error() -> None:
 
 
 def test_command_is_run_as_a_module() -> None:
-    command = [sys.executable, "-m", "stca.plugins.aot", "--help"]
+    command = [sys.executable, "-m", "stca.plugins.artifacts", "--help"]
     assert "--out DIR" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

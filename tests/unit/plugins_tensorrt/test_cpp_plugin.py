@@ -93,7 +93,7 @@ class TestBuildSaysWhatItNeeds:
         (tmp_path / "cuda.h").touch()
         done = cmake(SOURCES, tmp_path / "build", TENSORRT_INCLUDE_DIR=tmp_path, CUDA_INCLUDE_DIR=tmp_path)
         assert done.returncode != 0
-        assert "python -m stca.plugins.aot --out DIR" in " ".join(done.stderr.split())
+        assert "python -m stca.plugins.artifacts --out DIR" in " ".join(done.stderr.split())
 
 
 @needs_headers

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from stca.errors import BuildError
-from stca.plugins import aot, ptx_launch
+from stca.plugins import aot, driver, ptx_launch
 
 ARTIFACT = aot.Artifact("k", "", "sm_80", 128, 0, ("u64", "u64", "u32", "u64"))
 
@@ -33,10 +33,10 @@ def test_wrong_count_alignment_or_range_is_refused() -> None:
 
 
 SCRIPT = """
-from stca.plugins import aot, ptx_launch
+from stca.plugins import aot, driver, ptx_launch
 ptx = ".visible .entry k(\\n.param .u64 a,\\n.param .u64 b,\\n.param .u32 c,\\n.param .u64 d\\n)\\n{}"
 artifact = aot.Artifact("k", ptx, "sm_90a", 128, 60000, ("u64", "u64", "u32", "u64"))
-print("sm", ptx_launch.device_sm())
+print("sm", driver.device_sm())
 ptx_launch.LoadedKernel(artifact).launch((5, 6, 7), [16, 32], [-3], [48], stream=0)
 try:
     ptx_launch.LoadedKernel(aot.Artifact("k", "text", "sm_90a", 128, 0, ()))
@@ -48,7 +48,7 @@ except Exception as error:
 # What TensorRT would be told to launch for a history in three parts, first as it is expected, then as it is launched.
 OPERATOR = """
 import torch
-from stca.plugins import aot, launch, ptx_launch
+from stca.plugins import aot, driver, launch, ptx_launch
 from stca.plugins.tiling import Plan, Tile
 query, key, out = torch.zeros(5, 2, 64), torch.zeros(40, 1, 64), torch.zeros(5, 2, 64)
 structure = [torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 5], [0, 30, 40], [30, 10])]
@@ -62,7 +62,7 @@ for name, grid, *arguments in (
     text = ",".join(str(x) if isinstance(x, int) else f"p{x.data_ptr()}" for x in arguments)
     print(f"launch {name} grid={grid} arguments={text}", flush=True)
 shape = launch.shape_of(query, key, key)
-ptx_launch.run(steps, ptx_launch.load(shape, plan, aot.artifact_sm(ptx_launch.device_sm()), 0.125))
+ptx_launch.run(steps, ptx_launch.load(shape, plan, aot.artifact_sm(driver.device_sm()), 0.125))
 """
 
 
@@ -103,4 +103,4 @@ def test_launch_reaches_the_driver_as_it_was_given(recording_driver: dict[str, s
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a driver")
 def test_machine_without_a_driver_says_so() -> None:
     with pytest.raises(BuildError, match=r"no NVIDIA driver on this machine|pip install cuda-bindings"):
-        ptx_launch.device_sm()
+        driver.device_sm()

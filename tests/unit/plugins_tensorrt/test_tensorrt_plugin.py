@@ -271,7 +271,7 @@ class TestErrors:
 
         plugin.settings.sm = None
         plugin._this_gpu.cache_clear()
-        monkeypatch.setattr("stca.plugins.ptx_launch.device_sm", no_gpu)
+        monkeypatch.setattr("stca.plugins.driver.device_sm", no_gpu)
         self.refuse("for which GPU. Set stca.plugins.tensorrt_plugin.settings.sm, as no NVIDIA driver")
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from onnx import numpy_helper, parser
 from support import tiny
-from unit.export.graphs import cases
+from support.graphs import cases
 
 from stca.bundle import Bundle
 from stca.errors import StcaError
@@ -87,7 +87,8 @@ def _split(text: str, out: Path, **scopes: str) -> Bundle:
     read = {name for node in model.graph.node for name in node.input}
     model.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), n) for n, v in values.items() if n in read)
     onnx.save(model, out / "model.onnx")
-    return split_onnx(out / "model.onnx", scopes, out / "bundle", prove=tiny.no_proof)  # type: ignore[arg-type]
+    cut = CutOptions(free=False)  # attention stays as it is spelled
+    return split_onnx(out / "model.onnx", scopes, out / "bundle", prove=tiny.no_proof, cut=cut)  # type: ignore[arg-type]
 
 
 def _keys(graph: Condensed) -> set[tuple[str, int | str]]:

@@ -93,7 +93,8 @@ def test_a_run_that_fails_says_on_what(model, inputs):
 @pytest.mark.parametrize("rows", [0, 1, 4])
 def test_several_outputs_are_columns_of_one_score(rows):
     a, b = np.arange(rows, dtype=np.float32), np.ones((rows, 2), np.float32)
-    assert scores_of([a]) is a
+    assert np.shares_memory(scores_of([b]), b) == bool(rows)  # the only output is not copied
+    assert np.array_equal(scores_of([a]), a[:, None])
     both = scores_of([a, b])
     assert both.shape == (rows, 3)
     assert np.array_equal(both[:, 0], a)
@@ -115,3 +116,14 @@ def test_many_threads_at_once(model):
     for t in threads:
         t.join()
     assert not problems
+
+
+def test_an_onnx_runtime_that_can_end_the_process_is_refused(model, monkeypatch):
+    monkeypatch.setattr("onnxruntime.__version__", "1.31.1")
+    with one_line(BuildError, "1.31.1", "install onnxruntime 1.32"):
+        OnnxRuntimeEngine(model)
+
+
+def test_a_single_number_is_no_row_of_scores():
+    with pytest.raises(EngineError, match="one number for all targets"):
+        scores_of([np.ones((3, 1)), np.float32(1).reshape(())])

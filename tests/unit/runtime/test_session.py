@@ -9,19 +9,21 @@ import threading
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from support import tiny
 from support.errors import one_line
 
 from stca import probe
-from stca.bundle import HALVES, WEIGHTS, Bundle, seal, sha256_of
-from stca.errors import BuildError, BundleError, RequestError
-from stca.export.model import request_inputs
+from stca.bundle import Bundle, seal
+from stca.errors import BuildError, BundleError, HistoryNeededError, RequestError
 from stca.export.pipeline import export_module
+from stca.export.reference.module import request_inputs
 from stca.export.to_onnx import RequestModel
+from stca.manifest import HALVES, WEIGHTS, EngineEntry
 from stca.runtime import OnnxRuntimeEngine, Request, RequestBatch, Session
-from stca.runtime.session import _Model
+from stca.runtime.model import Model
+from stca.runtime.state import cost_of
+from stca.runtime.swap import check_swap
 
 FORMS = (("log", "absorbed"), ("log", "projected"), ("delta", "projected"))
 HISTORY = ("history_item", "history_action", "history_category", "history_time", "history_gap")
@@ -34,11 +36,6 @@ def session(request, exported):
     return Session.load(exported(*request.param), threads=1)
 
 
-@pytest.fixture
-def log_session(bundle_dir):
-    return Session.load(bundle_dir, threads=1)
-
-
 def ask(session, tokens=9, targets=4, seed=0):
     return probe.single(session.manifest.graphs["request"].inputs, tokens, targets, np.random.default_rng(seed))
 
@@ -49,6 +46,10 @@ def events(inputs, rows):
 
 def without_user(inputs):
     return {n: x for n, x in inputs.items() if not n.startswith(("history_", "user_"))}
+
+
+def user_only(inputs):
+    return {n: x for n, x in inputs.items() if n not in without_user(inputs)}
 
 
 def counts(session):
@@ -64,7 +65,7 @@ def packed(session, requests):
 
 
 def test_scores_are_the_models(session, checkpoint_file):
-    from stca.export.checkpoint import load_checkpoint
+    from stca.export.reference.checkpoint import load_checkpoint
 
     time = "delta" if "request_time" in {s.name for s in session.manifest.graphs["request"].inputs} else "log"
     module = load_checkpoint(checkpoint_file(time)).build().double()
@@ -94,9 +95,9 @@ def test_a_hit_needs_no_user_inputs_when_the_version_is_known(session):
     inputs = ask(session)
     expected = session.score(Request(inputs, user="u", version=7))
     assert np.array_equal(session.score(Request(without_user(inputs), user="u", version=7)), expected)
-    with one_line(RequestError, "'u'", "8", "send the user inputs"):
+    with one_line(HistoryNeededError, "'u'", "8", "send the user inputs"):
         session.score(Request(without_user(inputs), user="u", version=8))
-    with one_line(RequestError, "'v'", "7"):
+    with one_line(HistoryNeededError, "'v'", "7"):
         session.score(Request(without_user(inputs), user="v", version=7))
     with one_line(RequestError, "history_item", "missing"):
         session.score(Request(without_user(inputs), user="u"))
@@ -148,7 +149,7 @@ def test_few_targets_and_no_history(session, targets):
         scores = session.score(Request(inputs, user="u"))
         assert scores.shape == (targets, 2)
         assert np.isfinite(scores).all()
-    assert counts(session) == (1, 1)
+    assert counts(session) == ((1, 1) if targets else (0, 0)), "for no targets nobody is encoded"
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def test_misses_of_a_batch_are_encoded_together(session, encoded):
     session.score(Request(requests[3], user=3))
     scores = session.score(RequestBatch(packed(session, requests), users=users))
     assert encoded == [[tiny.MAX_HISTORY], [9, 0, 5, 1]], "a hit is not encoded, a user with two requests once"
-    assert counts(session) == (1, 5)
+    assert counts(session) == (2, 4)
     for user in (0, 1, 4):  # what is kept is a state of this user alone, as if encoded alone
         session.score(Request(requests[user], user="alone"))
         mine, alone = kept(session, user), kept(session, "alone")
@@ -224,7 +225,7 @@ def test_misses_of_a_batch_are_encoded_together(session, encoded):
 
 
 def test_long_histories_are_encoded_alone(session, encoded, monkeypatch):
-    monkeypatch.setattr("stca.runtime.session._TOKENS_TOGETHER", 14)
+    monkeypatch.setattr("stca.runtime.model._TOKENS_TOGETHER", 14)
     sizes = (9, 5, 1, 15, 0, 14, 2, 12)
     requests = [ask(session, n, 2, i) for i, n in enumerate(sizes)]
     got = session.score(RequestBatch(packed(session, requests)))
@@ -235,12 +236,23 @@ def test_long_histories_are_encoded_alone(session, encoded, monkeypatch):
 @pytest.mark.parametrize(("most", "runs"), [(1, [[9], [5], [1], [0]]), (3, [[9, 5, 1], [0]]), (None, [[9, 5, 1, 0]])])
 def test_an_engine_gets_no_more_requests_than_it_serves(session, encoded, most, runs):
     model = session._model
-    choice = dataclasses.replace(model.choice, entries={half: {"requests": most} for half in HALVES})
+    entry = EngineEntry(graph="", file="", flavour="onnxruntime", precision="fp32", requests=most)
+    choice = dataclasses.replace(model.choice, entries=dict.fromkeys(HALVES, entry))
     session._model = dataclasses.replace(model, choice=choice)
     requests = [ask(session, n, 2, i) for i, n in enumerate((9, 5, 1, 0))]
     got = session.score(RequestBatch(packed(session, requests)))
     assert encoded == runs
     np.testing.assert_allclose(got, np.concatenate([session.score(Request(r)) for r in requests]), **ROUNDING)
+
+
+def test_states_that_cannot_be_parted_are_made_one_by_one(session, encoded):
+    """A tensor with neither a row for each token nor one for each user does not say whose its rows are."""
+    model = session._model
+    whole = [dataclasses.replace(s, shape=("rows", *s.shape[1:])) for s in model.manifest.state if s.input is None]
+    manifest = dataclasses.replace(model.manifest, state=tuple(whole))
+    session._model = dataclasses.replace(model, manifest=manifest)
+    session._model.encode([session._model.door.admit(user_only(ask(session, n, 2, n)), "user") for n in (3, 2)])
+    assert encoded == [[3], [2]]
 
 
 def test_a_batch_of_none(session):
@@ -255,7 +267,7 @@ def test_a_batch_of_none(session):
 
 def kept(session, user):
     """The kept state's tensors."""
-    return session._cache.find(user)[1].tensors
+    return session._store.find(user)[1].tensors
 
 
 @pytest.mark.parametrize("cuts", [(5, 9), (0, 9), (1, 2, 3, 9), (9, 9), (4, 4, 9)], ids=str)
@@ -363,7 +375,7 @@ def test_append_wants_an_events_inputs_and_no_others(session):
     for given, words in wrong:
         with one_line(RequestError, *words):
             session.append("u", given, version=1)
-    assert session._cache.find("u")[0].version == 0
+    assert session._store.find("u")[0].version == 0
     assert all(np.array_equal(x, kept(session, "u")[n]) for n, x in before.items())
 
 
@@ -391,7 +403,7 @@ def test_concurrent_appends_lose_no_event(log_session, monkeypatch):
     """Two appends to one user at once: the state that claims the later version must have both events in it."""
     session, inputs = log_session, ask(log_session)
     session.score(Request({**inputs, **events(inputs, slice(0, 7))}, user="u", version=7))
-    encode, first = _Model.encode, []
+    encode, first = Model.encode, []
 
     def overtaken(self, arrays):
         if not first:  # while the first append encodes, a second one comes and goes
@@ -399,7 +411,7 @@ def test_concurrent_appends_lose_no_event(log_session, monkeypatch):
             session.append("u", events(inputs, slice(7, 8)), version=8)
         return encode(self, arrays)
 
-    monkeypatch.setattr(_Model, "encode", overtaken)
+    monkeypatch.setattr(Model, "encode", overtaken)
     done = session.append("u", events(inputs, slice(8, 9)), version=9)
     monkeypatch.undo()
     expected = session.score(Request(inputs))
@@ -411,13 +423,13 @@ def test_concurrent_appends_lose_no_event(log_session, monkeypatch):
 def test_an_append_under_way_does_not_bring_back_a_forgotten_user(log_session, monkeypatch):
     session, inputs = log_session, ask(log_session)
     session.score(Request(inputs, user="u", version=0))
-    encode = _Model.encode
+    encode = Model.encode
 
     def forgotten(self, arrays):
         session.forget("u")
         return encode(self, arrays)
 
-    monkeypatch.setattr(_Model, "encode", forgotten)
+    monkeypatch.setattr(Model, "encode", forgotten)
     session.append("u", events(inputs, slice(0, 1)), version=1)
     assert session.stats().users == 0
 
@@ -432,14 +444,14 @@ def test_forget(session):
     assert session.forget("u")
     assert not session.forget("u")
     assert (session.stats().users, session.stats().bytes) == (0, 0)
-    with one_line(RequestError, "'u'"):
+    with one_line(HistoryNeededError, "'u'"):
         session.score(Request(without_user(inputs), user="u", version=1))
 
 
-def state_bytes(session, tokens):
-    session.score(Request(ask(session, tokens), user="measure"))
-    size = session._cache.find("measure")[1].nbytes
-    session.forget("measure")
+def state_bytes(session, tokens, version=None):
+    session.score(Request(ask(session, tokens), user="u", version=version))
+    size = session.stats().bytes
+    session.forget("u")
     return size
 
 
@@ -451,7 +463,8 @@ def test_the_budget_is_kept_by_forgetting_the_least_recent(bundle_dir):
         session.score(Request(inputs[u], user=u))
     session.score(Request(inputs[0], user=0))  # 1 is now the least recent
     session.score(Request(inputs[3], user=3))
-    assert (session.stats().users, session.stats().bytes, session.stats().evictions) == (3, 3 * size, 1)
+    assert (session.stats().users, session.stats().evictions) == (3, 1)
+    assert session.stats().bytes == sum(cost_of(*session._store.find(u)) for u in (0, 2, 3)) <= 3 * size
     before = counts(session)
     session.score(Request(inputs[0], user=0))
     session.score(Request(inputs[1], user=1))
@@ -476,7 +489,7 @@ def test_over_budget_is_served_and_not_kept(bundle_dir, budget):
 
 
 def test_a_user_who_outgrows_the_budget_is_let_go(bundle_dir):
-    size = state_bytes(Session.load(bundle_dir, threads=1), 9)
+    size = state_bytes(Session.load(bundle_dir, threads=1), 9, version=1)
     session = Session.load(bundle_dir, threads=1, cache_bytes=size)
     inputs = ask(session)
     session.score(Request(inputs, user="u", version=1))
@@ -558,24 +571,13 @@ def test_bundles_that_cannot_be_loaded(tmp_path, bundle_dir, log_session):
 # --- swap -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def other_weights(tmp_path, bundle_dir):
-    """The same graphs with every weight a little different."""
-    shutil.copytree(bundle_dir, tmp_path / "other")
-    weights = safetensors.torch.load_file(bundle_dir / WEIGHTS)
-    safetensors.torch.save_file({n: w * 1.1 for n, w in weights.items()}, tmp_path / "other" / WEIGHTS)
-    digest = sha256_of(tmp_path / "other" / WEIGHTS)
-    seal(tmp_path / "other", dataclasses.replace(Bundle.load(bundle_dir).manifest, weights=digest))
-    return tmp_path / "other"
-
-
 def test_a_swap_to_other_weights_forgets_all_states(log_session, other_weights, bundle_dir):
     session, inputs = log_session, ask(log_session)
     before = session.score(Request(inputs, user="u", version=1))
     session.swap(other_weights)
     assert session.manifest.weights == Bundle.load(other_weights).manifest.weights
     assert (session.stats().users, session.stats().bytes) == (0, 0)
-    with one_line(RequestError, "'u'"):
+    with one_line(HistoryNeededError, "'u'"):
         session.score(Request(without_user(inputs), user="u", version=1))
     after = session.score(Request(inputs, user="u", version=1))
     assert not np.allclose(before, after, **ROUNDING)
@@ -612,7 +614,7 @@ def test_a_swap_to_a_shorter_window_keeps_no_state_longer_than_it(log_session, b
     shutil.copytree(bundle_dir, tmp_path / "short")
     seal(tmp_path / "short", dataclasses.replace(Bundle.load(bundle_dir).manifest, max_history=5))
     log_session.swap(tmp_path / "short")
-    with one_line(RequestError):
+    with one_line(HistoryNeededError):
         log_session.score(Request(without_user(inputs), user="u", version=1))
 
 
@@ -625,7 +627,9 @@ def changed_request(manifest, name, **changes):
         return tuple(s for s in kept if changes or s.name != name)
 
     whole = dataclasses.replace(graph, inputs=edit(graph.inputs), outputs=edit(graph.outputs))
-    return dataclasses.replace(manifest, graphs={**manifest.graphs, "request": whole})
+    scorer = manifest.graphs["target_scorer"]
+    scorer = dataclasses.replace(scorer, outputs=edit(scorer.outputs))
+    return dataclasses.replace(manifest, graphs={**manifest.graphs, "request": whole, "target_scorer": scorer})
 
 
 @pytest.mark.parametrize(
@@ -637,7 +641,6 @@ def changed_request(manifest, name, **changes):
         ("request_device", {"scope": "target"}, ("'request_device'", "scope target", "scope request")),
         ("scores", {"dtype": "float16"}, ("output", "float16 [*, 2]", "float32 [*, 2]")),
         ("scores", {"shape": ("N_t", 3)}, ("output", "float32 [*, 3]", "float32 [*, 2]")),
-        ("scores", {"shape": ("m", 2)}, None),
         ("history_item", {"limit": 10**6}, None),
     ],
     ids=str,
@@ -654,6 +657,10 @@ def test_a_swap_to_other_inputs_or_scores_is_refused(log_session, bundle_dir, tm
         with one_line(BundleError, "other", *words):
             log_session.swap(tmp_path / "other")
     assert np.array_equal(log_session.score(Request(without_user(inputs), user="u", version=1)), expected)
+
+
+def test_sizes_of_scores_may_have_other_names(log_session):
+    check_swap("other", log_session.manifest, changed_request(log_session.manifest, "scores", shape=("m", 2)))
 
 
 def test_a_swap_between_models_of_which_one_takes_more(exported):
@@ -679,17 +686,17 @@ def test_a_swap_to_another_depth_and_width(log_session, tmp_path):
 def test_a_request_under_way_finishes_on_the_bundle_it_began_with(log_session, other_weights, monkeypatch):
     session, inputs = log_session, ask(log_session)
     expected = session.score(Request(inputs))
-    encode = _Model.encode
+    encode = Model.encode
 
-    def swapped(self, arrays):
-        state = encode(self, arrays)
+    def swapped(self, arrays, *more):
+        state = encode(self, arrays, *more)
         monkeypatch.undo()
         session.swap(other_weights)
         return state
 
-    monkeypatch.setattr(_Model, "encode", swapped)
+    monkeypatch.setattr(Model, "encode", swapped)
     assert np.array_equal(session.score(Request(inputs, user="u", version=1)), expected)
-    # The state it then kept is one of the old weights: it must not be found.
+    assert session.stats().users == 0, "a state of the old weights would only be in the way"
     now = session.score(Request(inputs, user="u", version=1))
     assert np.array_equal(now, Session.load(other_weights, threads=1).score(Request(inputs)))
 

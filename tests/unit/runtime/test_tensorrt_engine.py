@@ -7,6 +7,7 @@ forgets to stage, copy or synchronise gives wrong numbers here too. What it cann
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import threading
 import weakref
@@ -15,38 +16,36 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from support.errors import one_line
-from support.fake_cuda import FakeCuda
+from support.fake_cuda import IO_MODE, FakeCuda, tensors_of
 
+import stca.runtime.tensorrt_engine
 from stca.errors import BuildError, EngineError, RequestError
+from stca.manifest import EngineEntry
 from stca.runtime.cuda_device import Device, join_on_device
-from stca.runtime.tensorrt_engine import (
-    TensorRTEngine,
-    bucket,
-    check_fit,
-    choose_profile,
-    explain_refusal,
-    sizes_of,
-)
+from stca.runtime.tensorrt_engine import TensorRTEngine
+from stca.runtime.tensorrt_plan import bucket, check_fit, choose_profile, explain_refusal, sizes_of
 
-ENTRY = {
-    "graph": "target_scorer",
-    "file": "target_scorer.tensorrt-rtx.sm89.bf16.plan",
-    "flavour": "tensorrt-rtx",
-    "version": "1.7.1.116",
-    "sm": 89,
-    "precision": "bf16",
-    "requests": 1,
-    "profiles": [{"N_h": [1, 8, 8], "N_t": [1, 4, 4]}, {"N_h": [9, 64, 64], "N_t": [1, 4, 4]}],
-    "inputs": [
-        {"name": "state", "dtype": "bfloat16", "shape": ["N_h", 2]},
-        {"name": "offsets", "dtype": "int32", "shape": [2]},
-        {"name": "target", "dtype": "int64", "shape": ["N_t"]},
-    ],
-    "outputs": [
-        {"name": "scores", "dtype": "float32", "shape": ["N_t", 2]},
-        {"name": "echo", "dtype": "bfloat16", "shape": ["N_h", 2]},
-    ],
-}
+ENTRY = EngineEntry.of(
+    {
+        "graph": "target_scorer",
+        "file": "target_scorer.tensorrt-rtx.sm89.bf16.plan",
+        "flavour": "tensorrt-rtx",
+        "version": "1.7.1.116",
+        "sm": 89,
+        "precision": "bf16",
+        "requests": 1,
+        "profiles": [{"N_h": [1, 8, 8], "N_t": [1, 4, 4]}, {"N_h": [9, 64, 64], "N_t": [1, 4, 4]}],
+        "inputs": [
+            {"name": "state", "dtype": "bfloat16", "shape": ["N_h", 2]},
+            {"name": "offsets", "dtype": "int32", "shape": [2]},
+            {"name": "target", "dtype": "int64", "shape": ["N_t"]},
+        ],
+        "outputs": [
+            {"name": "scores", "dtype": "float32", "shape": ["N_t", 2]},
+            {"name": "echo", "dtype": "bfloat16", "shape": ["N_h", 2]},
+        ],
+    }
+)
 
 
 class FakeTensorRT:
@@ -56,11 +55,13 @@ class FakeTensorRT:
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
     LayerInformationFormat = SimpleNamespace(JSON=1)
+    TensorIOMode = IO_MODE
 
     class ILogger:
         INTERNAL_ERROR, ERROR, WARNING = range(3)
 
     def __init__(self, cuda, says=None, scratch=64, fails=False):
+        self.inputs, self.outputs = ([tuple(t.values()) for t in ts] for ts in (ENTRY.inputs, ENTRY.outputs))
         self.cuda, self.says, self.scratch, self.fails = cuda, says, scratch, fails
         self.contexts = weakref.WeakSet()
 
@@ -76,6 +77,7 @@ class FakeTensorRT:
                 create_runtime_config=FakeConfig,
                 create_engine_inspector=lambda: told,
                 device_memory_size_v2=self.scratch,
+                **tensors_of(self.inputs, self.outputs),
             )
 
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
@@ -126,7 +128,7 @@ class FakeContext:
         assert cuda.captured is None or self.settled
         self.settled = True
         tokens, targets, profile = self.shapes["state"][0], self.shapes["target"][0], self.profile
-        low, _, high = ENTRY["profiles"][profile]["N_h"]
+        low, _, high = ENTRY.profiles[profile]["N_h"]
         assert low <= tokens <= high
         context, addresses, scratch = weakref.ref(self), dict(self.addresses), self.scratch
 
@@ -141,11 +143,11 @@ class FakeContext:
             scores[:, 0], scores[:, 1] = view("target", targets, np.int64), view("offsets", 2, np.int32)[1]
             view("echo", 2 * tokens, np.uint16)[:] = view("state", 2 * tokens, np.uint16)
 
-        self.trt.cuda.submit(work)
+        self.trt.cuda.submit(work, stream)
         return not self.trt.fails
 
 
-CAPTURED = {**ENTRY, "flavour": "tensorrt", "file": ENTRY["file"].replace("-rtx", "")}
+CAPTURED = dataclasses.replace(ENTRY, flavour="tensorrt", file=ENTRY.file.replace("-rtx", ""))
 
 
 def make(tmp_path, *, graphs=16, keep=(), device=None, entry=CAPTURED, **fake):
@@ -201,7 +203,7 @@ def test_a_shape_that_comes_again_among_many_that_do_not(tmp_path):
 
 def test_rows_are_added_where_that_changes_nothing(tmp_path):
     """Histories of any length share few graphs. Where the manifest does not say that rows may be added, none are."""
-    engine = make(tmp_path, entry={**CAPTURED, "padded": ["N_h", "N_t"]})
+    engine = make(tmp_path, entry=dataclasses.replace(CAPTURED, padded=["N_h", "N_t"]))
     for tokens in range(65):
         same(engine.run(inputs := request(tokens, 1 + tokens % 4, tokens)), inputs)
     log = engine._device.cuda.log
@@ -212,7 +214,7 @@ def test_rows_are_added_where_that_changes_nothing(tmp_path):
     rest = np.frombuffer((ctypes.c_uint8 * state.bytes({"N_h": 64})).from_address(state.address), np.uint8)
     assert not rest[50 * 4 :].any()
     assert rest[: 50 * 4].any()
-    assert len(make(tmp_path, graphs=0, entry={**CAPTURED, "padded": ["N_h"]})._replays) == 0
+    assert len(make(tmp_path, graphs=0, entry=dataclasses.replace(CAPTURED, padded=["N_h"]))._replays) == 0
 
 
 def test_the_sizes_that_rows_are_filled_up_to():
@@ -240,7 +242,7 @@ def test_all_is_given_back(tmp_path):
         for tokens in (8, 9, 10):
             engine.run(request(tokens, 4, seed))
             engine.run(request(tokens, 4, seed))
-    assert cuda.held == (6, 5, 2, 1)  # five tensors and the scratch memory, two graphs
+    assert cuda.held == (6, 5, 2, 2)  # five tensors and the scratch memory, two graphs
     contexts = engine._context.trt.contexts
     assert len(contexts) == 3
     del engine
@@ -254,7 +256,7 @@ def test_a_state_stays_on_the_gpu(tmp_path):
     cuda = FakeCuda()
     device = Device(cuda=cuda)
     encoder = make(tmp_path, device=device, keep=("echo",))
-    scorer = make(tmp_path, device=device, entry={**CAPTURED, "padded": ["N_h"]})
+    scorer = make(tmp_path, device=device, entry=dataclasses.replace(CAPTURED, padded=["N_h"]))
     held = cuda.held
     for seed, tokens in enumerate((20, 20, 20, 20, 33, 0, 5)):
         inputs = request(tokens, 3, seed)
@@ -397,8 +399,8 @@ def test_threads_take_turns(tmp_path):
 
 def test_the_callers_stream_is_used():
     cuda = FakeCuda()
-    assert Device(5, cuda=cuda).stream == 5
-    assert "cudaStreamCreateWithFlags" not in cuda.log
+    assert Device(stream=5, cuda=cuda).stream == 5
+    assert cuda.log.count("cudaStreamCreateWithFlags") == 1  # the one that graphs are recorded on
 
 
 def test_a_shape_that_cannot_be_captured_runs_without(tmp_path):
@@ -408,19 +410,57 @@ def test_a_shape_that_cannot_be_captured_runs_without(tmp_path):
         same(engine.run(inputs := request(8, 4, seed)), inputs)
     assert device.cuda.log.count("cudaStreamBeginCapture") == 1
     assert not device.cuda.graphs
+    assert device.cuda.error == 0  # else the next call of whoever uses CUDA here would report it
+
+
+def test_the_gpu_that_was_asked_for_is_used_and_the_threads_own_left_current(tmp_path):
+    cuda = FakeCuda()
+    cuda.devices = 3  # the stand-in works on the last one alone
+    engine = make(tmp_path, device=Device(2, cuda=cuda), keep=("echo",))
+    for seed in range(3):
+        kept = engine.run(inputs := request(8, 4, seed))["echo"]
+        assert np.array_equal(join_on_device([kept, kept]).to_host()[:8], inputs["state"])
+        assert cuda.device == 0
+    for index in (3, -1):
+        with one_line(BuildError, f"no GPU {index}", "the last is 2"):
+            Device(index, cuda=cuda)
+
+
+def test_a_long_state_is_read_where_it_lies(tmp_path, monkeypatch):
+    """Copying it would take longer than a graph spares; nor is page-locked memory made for it."""
+    monkeypatch.setattr(stca.runtime.tensorrt_engine, "MOST_COPIED", 16 * 4 - 1)
+    cuda = FakeCuda()
+    device = Device(cuda=cuda)
+    encoder = make(tmp_path, device=device, keep=("echo",))
+    scorer = make(tmp_path, device=device, entry=dataclasses.replace(CAPTURED, padded=["N_h"]), keep=("state", "echo"))
+    for seed in range(3):
+        inputs = request(16, 4, seed)
+        inputs["state"] = encoder.run(inputs)["echo"]
+        before = cuda.log.count("cudaMemcpyAsync")
+        out = scorer.run(inputs)
+        same({**out, "echo": out["echo"].to_host()}, {**inputs, "state": inputs["state"].to_host()})
+        # Offsets and targets in, scores out, the state that this engine makes to its own memory.
+        assert cuda.log.count("cudaMemcpyAsync") - before == 4 + 2
+    assert not scorer._replays
+    assert scorer._context.addresses["state"] == scorer._buffers["state"].address
+    assert "host" not in vars(scorer._buffers["state"])
+    short = request(15, 4)
+    short["state"] = encoder.run(short)["echo"]
+    out = scorer.run(short)
+    same({**out, "echo": out["echo"].to_host()}, {**short, "state": short["state"].to_host()})
 
 
 def test_the_tightest_profile():
     assert choose_profile(ENTRY, {"N_h": 8, "N_t": 1}) == 0
     assert choose_profile(ENTRY, {"N_h": 9, "N_t": 4}) == 1
-    both = {**ENTRY, "profiles": [{"N_h": [1, 64, 64]}, {"N_h": [1, 8, 8]}]}
+    both = dataclasses.replace(ENTRY, profiles=({"N_h": (1, 64, 64)}, {"N_h": (1, 8, 8)}))
     assert choose_profile(both, {"N_h": 3, "N_t": 4}) == 1
     with one_line(RequestError, "N_h is 65", "64"):
         choose_profile(ENTRY, {"N_h": 65, "N_t": 1})
-    with one_line(RequestError, "N_t is 5", "4", ENTRY["file"]):
+    with one_line(RequestError, "N_t is 5", "4", ENTRY.file):
         choose_profile(ENTRY, {"N_h": 5, "N_t": 5})
     with one_line(RequestError, "no profile"):
-        choose_profile({**ENTRY, "profiles": [{"N_h": [4, 8, 8]}]}, {"N_h": 2})
+        choose_profile(dataclasses.replace(ENTRY, profiles=({"N_h": (4, 8, 8)},)), {"N_h": 2})
 
 
 @pytest.mark.parametrize(
@@ -480,7 +520,7 @@ def test_the_wrong_machine():
     ],
 )
 def test_a_plan_the_library_refuses(tmp_path, says, words):
-    with one_line(BuildError, CAPTURED["file"], *words):
+    with one_line(BuildError, CAPTURED.file, *words):
         make(tmp_path, says=says)
     assert len(explain_refusal(ENTRY, [says] * 20).splitlines()) == 1
 
@@ -506,3 +546,24 @@ def test_no_gpu_here():
         assert len(str(e).splitlines()) == 1  # noqa: PT017
     else:
         assert device.sm >= 50
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda trt: trt.inputs.pop(), ("no input 'target'",)),
+        (lambda trt: trt.inputs.append(("more", "int64", ("N_t",))), ("'more'", "says nothing")),
+        (lambda trt: trt.inputs.__setitem__(2, ("target", "int32", ("N_t",))), ("int32", "int64")),
+        (lambda trt: trt.inputs.__setitem__(0, ("state", "bfloat16", ("N_h", 4))), ("4]", "[N_h, 2]")),
+        (lambda trt: trt.outputs.reverse() or trt.outputs.pop(), ("no output 'scores'",)),
+        (lambda trt: trt.outputs.append(("more", "int64", ("N_t",))), ("gives 'more'",)),
+    ],
+)
+def test_a_plan_that_is_not_what_its_entry_says(tmp_path, monkeypatch, change, said):
+    """Buffers are made by the entry: a plan that reads more than it says would read what is not there."""
+    (tmp_path / "p").write_bytes(b"plan")
+    device = Device(cuda=FakeCuda())
+    module = FakeTensorRT(device.cuda)
+    change(module)
+    with one_line(BuildError, ENTRY.file, "stca build", *said):
+        TensorRTEngine(tmp_path / "p", ENTRY, device, module=module)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
+import itertools
 import shutil
 import weakref
 from types import SimpleNamespace
@@ -16,14 +17,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from support.errors import one_line
-from support.fake_cuda import FakeCuda
+from support.fake_cuda import IO_MODE, FakeCuda, tensors_of
 
 import stca.runtime.cuda_device
 import stca.runtime.engine_choice
 import stca.runtime.tensorrt_engine
 from stca import probe
 from stca.bundle import Bundle, seal
-from stca.errors import RequestError
+from stca.checks.bench import bench
+from stca.errors import BundleError, RequestError
+from stca.manifest import EngineEntry
 from stca.runtime import OnnxRuntimeEngine, Request, RequestBatch, Session
 from stca.runtime.cuda_device import DeviceArray
 from stca.runtime.engine_choice import Machine
@@ -37,6 +40,7 @@ class FakeTensorRT:
 
     __version__ = VERSION
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
+    TensorIOMode = IO_MODE
 
     class ILogger:
         INTERNAL_ERROR, ERROR = range(2)
@@ -48,8 +52,9 @@ class FakeTensorRT:
         def deserialize(plan):
             run = OnnxRuntimeEngine(self.root / plan.decode(), threads=1)
             specs = Bundle.load(self.root).manifest.graphs[plan.decode().removesuffix(".onnx")]
+            told = tensors_of(*([(s.name, s.dtype, s.shape) for s in ts] for ts in (specs.inputs, specs.outputs)))
             return SimpleNamespace(
-                create_execution_context=lambda _: FakeContext(run, specs, self.cuda), device_memory_size_v2=64
+                create_execution_context=lambda _: FakeContext(run, specs, self.cuda), device_memory_size_v2=64, **told
             )
 
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
@@ -84,7 +89,7 @@ class FakeContext:
                 spec = next(s for s in self.specs.outputs if s.name == name)
                 self.memory(spec, x.shape)[...] = x
 
-        self.cuda.submit(work)
+        self.cuda.submit(work, stream)
         return True
 
     def memory(self, spec, shape):
@@ -119,7 +124,7 @@ def bundle(bundle_dir, tmp_path):
             "inputs": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in graph.inputs],
             "outputs": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in graph.outputs],
         }
-        entries.append(entry)
+        entries.append(EngineEntry.of(entry))
     seal(root, dataclasses.replace(manifest, engines=tuple(entries)))
     return root
 
@@ -128,11 +133,11 @@ def bundle(bundle_dir, tmp_path):
 def cuda(bundle, monkeypatch):
     made = FakeCuda(SM)
     real = stca.runtime.cuda_device.Device
-    monkeypatch.setattr(stca.runtime.cuda_device, "Device", lambda: real(cuda=made))
-    monkeypatch.setattr(stca.runtime.cuda_device, "_shared", None)
+    monkeypatch.setattr(stca.runtime.cuda_device, "Device", lambda index: real(index, cuda=made))
+    monkeypatch.setattr(stca.runtime.cuda_device, "_shared", {})
     monkeypatch.setattr(stca.runtime.tensorrt_engine, "load", lambda _: FakeTensorRT(bundle, made))
     here = Machine(SM, {"tensorrt": VERSION})
-    monkeypatch.setattr(stca.runtime.engine_choice.Machine, "here", lambda: here)
+    monkeypatch.setattr(stca.runtime.engine_choice.Machine, "here", lambda gpu: here)
     return made
 
 
@@ -164,7 +169,7 @@ def test_misses_hits_and_appended_events(sessions, cuda):
         same(sessions, Request(inputs, user=i, version=0))
         targets = {n: x for n, x in inputs.items() if n not in of_user}
         same(sessions, Request(targets, user=i, version=0))
-        held = fast._cache.find(i)[1].tensors
+        held = fast._store.find(i)[1].tensors
         assert {n for n, x in held.items() if isinstance(x, DeviceArray)} == {
             s.name for s in fast.manifest.state if s.shape[0] == "N_h"
         }
@@ -229,6 +234,16 @@ def test_a_swap_gives_the_old_engines_back(sessions, bundle, cuda):
     assert fast.stats().misses == 6
 
 
+def test_bench_measures_it_through_the_session(bundle, cuda):
+    report = bench(Bundle.load(bundle), [8, 16], [3], engines=["tensorrt", "graphs"], seconds=0.01, pointwise=False)
+    assert {(r.engine, r.history, r.stage) for r in report.rows} == set(
+        itertools.product(("tensorrt", "graphs"), (8, 16), ("user_encoder", "target_scorer", "miss", "hit"))
+    )
+    assert report.measured["tensorrt"]["target_scorer"] == f"tensorrt {VERSION} (SM {SM}, fp32)"
+    assert not report.absent
+    assert cuda.log.count("cudaGraphLaunch") >= 4 * 5  # what is measured are replays
+
+
 def test_nothing_is_held_after_the_last_session(bundle, cuda):
     session = Session.load(bundle)
     _, made = requests(session, [(9, 3), (3, 2)])
@@ -238,3 +253,23 @@ def test_nothing_is_held_after_the_last_session(bundle, cuda):
     del session
     gc.collect()
     assert cuda.held == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": "other"}, "takes 'other'"),
+        ({"dtype": "float64"}, "float64"),
+        ({"shape": ["N_t", 3]}, "[N_t, 3]"),
+    ],
+)
+def test_plans_are_held_against_the_manifest(bundle, cuda, monkeypatch, change, said):
+    """Both the entry and the plan say the same, and another thing than the half's graph: wrong scores, or none."""
+    manifest = Bundle.load(bundle).manifest
+    scorer = next(e for e in manifest.engines if e.graph == "target_scorer")
+    inputs = [({**t, **change} if t["name"] == "target_item" else t) for t in scorer.inputs]
+    entries = [dataclasses.replace(e, inputs=tuple(inputs)) if e is scorer else e for e in manifest.engines]
+    seal(bundle, dataclasses.replace(manifest, engines=tuple(entries)))
+    monkeypatch.setattr(stca.runtime.tensorrt_engine, "check_plan", lambda *_: None)
+    with one_line(BundleError, "target_scorer", said):
+        Session.load(bundle)

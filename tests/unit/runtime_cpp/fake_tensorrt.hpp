@@ -12,7 +12,7 @@
 
 #include "check.hpp"
 #include "session.hpp"
-#include "sha256.hpp"
+#include "digest.hpp"
 #include "tensorrt_engine.hpp"
 
 /// What was recorded, and whether the contexts it came from are alive.
@@ -342,6 +342,7 @@ struct Plans {
 
   explicit Plans(const std::string& wrong = "") : bundle(std::make_shared<Bundle>(*Bundle::load(STCA_GOLDEN "/log"))) {
     bundle->path = folder.path();
+    bundle->folder = std::make_shared<const Folder>(folder.path());
     for (const char* graph : {"user_encoder", "target_scorer"}) {
       EngineEntry entry;
       entry.graph = graph, entry.flavour = "tensorrt", entry.file = std::string(graph) + ".plan";

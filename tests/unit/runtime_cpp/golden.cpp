@@ -117,20 +117,39 @@ class Runner {
   }
 
   void requests(const Json& test) {
+    stca::Session session = stca::Session::load((folder_ / text_of(test, "bundle")).string(), options_of(test));
+    step_ = 0;
+    for (const Json& step : *test.find("steps")->list()) {
+      expect(step, [&] { perform(session, step); });
+      ++step_, ++steps;
+    }
+  }
+
+  stca::Options options_of(const Json& test) const {
     stca::Options options;
-    options.cache_bytes = static_cast<std::uint64_t>(integer_of(test, "cache_bytes"));
     options.truncate = *test.find("truncate")->boolean();
     options.threads = 1;
     if (engine_ == "toy")
       options.make_engine = toy::maker();
     else
       options.engine = engine_;
+    if (const Json* users = test.find("max_users")) options.max_users = static_cast<std::uint64_t>(*users->integer());
+    if (const Json* seconds = test.find("ttl_seconds")) seconds->number(options.ttl_seconds);
+    const Json* states = test.find("cache_states");
+    options.cache_bytes = states != nullptr ? static_cast<std::uint64_t>(*states->integer()) * bytes_of_state(test)
+                                            : static_cast<std::uint64_t>(integer_of(test, "cache_bytes"));
+    return options;
+  }
+
+  /// What the state of the test's `measured` request takes here: states differ in size between the languages.
+  std::uint64_t bytes_of_state(const Json& test) const {
+    stca::Options options;
+    options.engine = engine_;
     stca::Session session = stca::Session::load((folder_ / text_of(test, "bundle")).string(), options);
-    step_ = 0;
-    for (const Json& step : *test.find("steps")->list()) {
-      expect(step, [&] { perform(session, step); });
-      ++step_, ++steps;
-    }
+    const Json& json = *test.find("measured");
+    const Tensors inputs(*json.find("inputs"));
+    session.score({inputs.list(), text_of(json, "user"), std::nullopt});
+    return session.stats().bytes;
   }
 
   /// Calls `f`; if the step expects an error, it must throw that.
@@ -142,12 +161,22 @@ class Runner {
       if (error != nullptr) wrong("expected an error");
     } catch (const stca::StcaError& e) {
       if (error == nullptr) return wrong("threw ", e.code(), ": ", e.what());
-      if (e.code() != integer_of(*error, "code")) wrong("code ", e.code(), ": ", e.what());
+      if (const Json* text = error->find("text")) return same_error(e, *error, *text->string());
+      // A history that is needed is a request that was refused.
+      const bool refused = e.code() == STCA_HISTORY_NEEDED && integer_of(*error, "code") == STCA_REQUEST_ERROR;
+      if (e.code() != integer_of(*error, "code") && !refused) wrong("code ", e.code(), ": ", e.what());
       for (const Json& part : *error->find("says")->list()) {
         if (!check::contains(e.what(), *part.string())) wrong("\"", e.what(), "\" does not say ", *part.string());
       }
       if (check::contains(e.what(), "\n")) wrong("not one line: ", e.what());
     }
+  }
+
+  void same_error(const stca::StcaError& e, const Json& error, const std::string& text) const {
+    if (stca_code_name(e.code()) != text_of(error, "class") || e.kind() != text_of(error, "kind"))
+      wrong("threw ", stca_code_name(e.code()), " (", e.kind(), "), not ", text_of(error, "class"), ": ", e.what());
+    else if (e.what() != text)
+      wrong("says: ", e.what(), "\n    expected: ", text);
   }
 
   void perform(stca::Session& session, const Json& step) {
@@ -169,6 +198,9 @@ class Runner {
       compare(session.append(text_of(step, "user"), events.list(), text_of(step, "version"),
                              after == nullptr ? std::nullopt : name_of(*after)),
               step);
+    } else if (call == "warm") {
+      const Tensors history(*step.find("history"));
+      compare(session.warm(text_of(step, "user"), history.list(), name_of(*step.find("version"))), step);
     } else if (call == "forget") {
       compare(session.forget(text_of(step, "user")), step);
     } else if (call == "swap") {
@@ -186,12 +218,14 @@ class Runner {
     if (scores.targets() != rows->list()->size())
       return wrong(scores.targets(), " targets, not ", rows->list()->size());
     for (std::size_t t = 0; t < scores.targets(); ++t) {
-      const Json::List& row = *(*rows->list())[t].list();
+      const Json& scored = (*rows->list())[t];  // a row of tasks, or the score of the only one
+      const Json::List row = scored.list() != nullptr ? *scored.list() : Json::List{scored};
       if (scores.tasks() != row.size()) return wrong(scores.tasks(), " tasks, not ", row.size());
       for (std::size_t k = 0; k < row.size(); ++k) {
         double expected = 0;
         row[k].number(expected);
-        if (scores(t, k) != expected) wrong("score [", t, ", ", k, "] is ", scores(t, k), ", not ", expected);
+        if (scores.exact(t, k) != expected)
+          wrong("score [", t, ", ", k, "] is ", scores.exact(t, k), ", not ", expected);
       }
     }
   }
@@ -203,8 +237,10 @@ class Runner {
 
   void compare(const stca::CacheStats& stats, const Json& step) const {
     const std::map<std::string, std::uint64_t> values = {
-        {"hits", stats.hits},   {"misses", stats.misses}, {"evictions", stats.evictions}, {"refused", stats.refused},
-        {"users", stats.users}, {"bytes", stats.bytes},   {"budget", stats.budget}};
+        {"hits", stats.hits},           {"misses", stats.misses},
+        {"evictions", stats.evictions}, {"refused", stats.refused},
+        {"users", stats.users},         {"bytes", stats.bytes},
+        {"budget", stats.budget},       {"state_bytes", stats.state_bytes}, {"warmed", stats.warmed}, {"appends", stats.appends}};
     for (const Json::Member& m : *step.find("stats")->object()) {
       const auto expected = static_cast<std::uint64_t>(*m.value.integer());
       if (values.at(m.name) != expected) wrong(m.name, " is ", values.at(m.name), ", not ", expected);

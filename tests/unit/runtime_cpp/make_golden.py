@@ -18,7 +18,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from stca.bundle import GraphSpec, Manifest, StateSpec, TensorSpec, seal, sha256_of
+from stca.bundle import seal, sha256_of
+from stca.manifest import GraphSpec, Manifest, StateSpec, TensorSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 WINDOW = 6  # max_history of the `log` bundles
@@ -48,6 +49,14 @@ PLAIN_INPUTS = (
     TensorSpec("hour", "int32", (), "request"),
     TensorSpec("candidates", "float32", ("m", 2), "target"),
 )
+# As models come that others exported: a batch axis of 1 before the history's, which must not be empty, and a value with
+# a least one.
+ROWS_INPUTS = (
+    TensorSpec("clicks", "float32", (1, "N_h", 2), "user"),
+    TensorSpec("hour", "int32", (1,), "request", 24, low=1),
+    TensorSpec("candidates", "float32", ("N_t", 2), "target"),
+)
+ROWS_STATE = (StateSpec("state_clicks", "float32", (1, "N_h", 2), 0, "clicks"),)
 PLAIN_STATE = (
     StateSpec("state_clicks", "float32", ("L", 2), 0, "clicks"),
     StateSpec("profile_sum", "float32", (1,), 0),
@@ -75,13 +84,16 @@ def write_bundle(name: str, inputs: Any, state: Any, scores: Any, halves: Any, b
             graph,
             [helper.make_tensor_value_info(s.name, ELEMENT[s.dtype], s.shape) for s in takes],
             [helper.make_tensor_value_info(s.name, ELEMENT[s.dtype], s.shape) for s in gives],
-            [numpy_helper.from_array(np.asarray(x), n) for n, x in constants.items()],
+            [
+                _in_weights(len(weights) - 4) if n == "bias" else numpy_helper.from_array(np.asarray(x), n)
+                for n, x in constants.items()
+            ],
         )
         model = helper.make_model(
             proto, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="stca"
         )
-        onnx.checker.check_model(model, full_check=True)
         (root / f"{graph}.onnx").write_bytes(model.SerializeToString(deterministic=True))
+        onnx.checker.check_model(root / f"{graph}.onnx", full_check=True)
         graphs[graph] = GraphSpec(f"{graph}.onnx", tuple(takes), tuple(gives))
     (root / "request.onnx").write_bytes(b"no runtime reads this one")
     graphs["request"] = GraphSpec("request.onnx", tuple(inputs), scores)
@@ -100,6 +112,14 @@ def write_bundle(name: str, inputs: Any, state: Any, scores: Any, halves: Any, b
             **fields,
         ),
     )
+
+
+def _in_weights(offset: int) -> onnx.TensorProto:
+    """The one number of the weights file, as an exported graph finds it there."""
+    tensor = onnx.TensorProto(name="bias", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", "weights.safetensors"), ("offset", offset), ("length", 4)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
 
 
 def log_halves(first: bool = False) -> Any:
@@ -184,6 +204,23 @@ def plain_halves() -> Any:
     return (encoder, {}), scorer
 
 
+def rows_halves() -> Any:
+    """Encoder and scorer of `rows`: each candidate times the clicks' sum, and the hour."""
+    n = helper.make_node
+
+    def scorer(bias: float) -> Any:
+        nodes = [
+            n("ReduceSum", ["state_clicks", "axes"], ["clicked"], keepdims=0),
+            n("Cast", ["hour"], ["time"], to=TensorProto.FLOAT),
+            n("Mul", ["candidates", "clicked"], ["products"]),
+            n("ReduceSum", ["products", "axis1"], ["dot"], keepdims=0),
+            n("Sum", ["dot", "time", "bias"], ["scores"]),
+        ]
+        return nodes, {"axes": np.int64([0, 1]), "axis1": np.int64([1]), "bias": np.float32([bias])}
+
+    return ([n("Identity", ["clicks"], ["state_clicks"])], {}), scorer
+
+
 # ---- requests -------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +301,10 @@ def events(items: list[int], actions: list[int]) -> dict[str, Any]:
     return {"history_item": tensor("int64", items), "history_action": tensor("int64", actions)}
 
 
+def warm(user: str, history: dict[str, Any], version: str | None, expected: Any) -> dict[str, Any]:
+    return {"call": "warm", "user": user, "history": history, "version": version, **_outcome(expected)}
+
+
 def forget(user: str, expected: bool) -> dict[str, Any]:
     return {"call": "forget", "user": user, "kept": expected}
 
@@ -328,7 +369,25 @@ def good_cases() -> list[Any]:
             "a hit needs no user inputs",
             score(a.inputs(), a.scores(), "ann", "v1"),
             score(a.rest(), a.scores(), "ann", "v1"),
-            stats(hits=1, misses=1, users=1, bytes=size),
+            stats(hits=1, misses=1, users=1, state_bytes=size),
+        ),
+        case(
+            "who is warm is a hit",
+            warm("ann", a.user(), "v1", True),
+            score(a.rest(), a.scores(), "ann", "v1"),
+            warm("ann", {}, "v1", True),
+            append("ann", events([40, 50], [2, 2]), "v2", True),
+            warm("bob", b.inputs(), None, True),
+            score(b.inputs(), b.scores(), "bob"),
+            warm("cid", {}, "v1", refused("cid", "v1", "send the user inputs")),
+            warm("cid", {**a.user(), "history_item": tensor("int64", [-1, 1, 2])}, "v1", refused("history_item", "-1")),
+            stats(hits=2, misses=0, users=2, warmed=2, appends=1),
+        ),
+        case(
+            "what is over the budget is not warm",
+            warm("ann", a.user(), "v1", False),
+            stats(users=0, warmed=1, refused=1),
+            cache_bytes=10,
         ),
         case(
             "a hit does not look at the user inputs",
@@ -341,7 +400,7 @@ def good_cases() -> list[Any]:
             score(longer.inputs(), longer.scores(), "ann", "v2"),
             score(longer.rest(), longer.scores(), "ann", "v2"),
             score(a.rest(), refused("ann", "v1", "send the user inputs"), "ann", "v1"),
-            stats(hits=1, misses=3, users=1, bytes=longer.state_bytes()),
+            stats(hits=1, users=1, state_bytes=longer.state_bytes()),
         ),
         case(
             "without a version the digest of the history is one",
@@ -357,7 +416,7 @@ def good_cases() -> list[Any]:
             score(a.rest(), longer.scores(), "ann", "v2"),
             append("ann", events([60, 70, 80], [0, 0, 1]), "v3", True),
             score(a.rest(), full.scores(), "ann", "v3"),
-            stats(hits=2, misses=1, users=1, bytes=full.state_bytes()),
+            stats(hits=2, misses=1, users=1, state_bytes=full.state_bytes()),
         ),
         case(
             "appending a whole window replaces the history",
@@ -402,17 +461,13 @@ def good_cases() -> list[Any]:
             stats(users=0, bytes=0),
         ),
         case("the window, exactly", score(full.inputs(**events(full.items[2:], full.actions[2:])), full.scores())),
-        case("truncation keeps the most recent", score(full.inputs(), full.scores()), truncate=True),
         case(
-            "least recently used goes first",
-            *(score(a.inputs(), a.scores(), user, "v1") for user in ("ann", "bob")),
-            score(a.rest(), a.scores(), "ann", "v1"),
-            score(a.inputs(), a.scores(), "cat", "v1"),
-            score(a.rest(), a.scores(), "ann", "v1"),
-            score(a.rest(), refused("bob"), "bob", "v1"),
-            stats(hits=2, misses=4, evictions=1, refused=0, users=2, bytes=2 * size, budget=2 * size + 1),
-            cache_bytes=2 * size + 1,
+            "the most recent behind a batch axis",
+            score(_rows([[9, 9], [1, 4], [2, 5]]), [[3 + 3], [3 * 0.5 + 9 * 2 + 3]]),
+            bundle="rows",
+            truncate=True,
         ),
+        case("truncation keeps the most recent", score(full.inputs(), full.scores()), truncate=True),
         case(
             "a state larger than the budget is served and not kept",
             score(a.inputs(), a.scores(), "ann", "v1"),
@@ -475,7 +530,7 @@ def good_cases() -> list[Any]:
             score(b.inputs(), b.scores(), "bob", "v1"),
             batch(packed([a, b, empty]), [*a.scores(), *b.scores(), *empty.scores()], ["ann", "bob", None], ["v1"] * 3),
             score(a.rest(), a.scores(), "ann", "v1"),
-            stats(hits=2, misses=2, users=2, bytes=a.state_bytes() + b.state_bytes()),
+            stats(hits=2, misses=2, users=2, state_bytes=a.state_bytes() + b.state_bytes()),
         ),
         case(
             "users encoded together are kept apart",
@@ -485,7 +540,7 @@ def good_cases() -> list[Any]:
                 ["ann", "eve", "bob", "cat"],
                 ["v1"] * 4,
             ),
-            stats(hits=0, misses=4, users=4, bytes=sum(x.state_bytes() for x in (a, empty, b, longer))),
+            stats(hits=0, misses=4, users=4, state_bytes=sum(x.state_bytes() for x in (a, empty, b, longer))),
             *(score(x.rest(), x.scores(), u, "v1") for x, u in ((b, "bob"), (empty, "eve"), (longer, "cat"))),
             append("ann", events([40, 50], [2, 2]), "v2", True),
             score(a.rest(), longer.scores(), "ann", "v2"),
@@ -495,7 +550,7 @@ def good_cases() -> list[Any]:
         case(
             "a user with two requests in a batch",
             batch(packed([a, b, a]), [*a.scores(), *b.scores(), *a.scores()], ["ann", "bob", "ann"], ["v1"] * 3),
-            stats(hits=0, misses=3, users=2),
+            stats(users=2),
             score(a.rest(), a.scores(), "ann", "v1"),
             score(b.rest(), b.scores(), "bob", "v1"),
         ),
@@ -503,7 +558,7 @@ def good_cases() -> list[Any]:
             "a model without offsets and with two outputs",
             score(_plain(), [[1 + 1 * 4 + 2 * 6 + 3, 3], [1 + 3 + 0.5 * 4, 0.5]], "ann", "v1"),
             score({k: v for k, v in _plain().items() if k in ("hour", "candidates")}, [[20, 3], [6, 0.5]], "ann", "v1"),
-            stats(hits=1, misses=1, users=1, bytes=2 * 2 * 4 + 4),
+            stats(hits=1, misses=1, users=1, state_bytes=2 * 2 * 4 + 4),
             bundle="plain",
         ),
     ]
@@ -512,6 +567,14 @@ def good_cases() -> list[Any]:
 def _no_requests(inputs: dict[str, Any]) -> dict[str, Any]:
     nothing = {name: {**t, "shape": [0, *t["shape"][1:]], "data": []} for name, t in inputs.items()}
     return {**nothing, **{f"{x}_offsets": tensor("int32", [0]) for x in ("history", "target")}}
+
+
+def _rows(clicks: list[list[float]], hour: int = 3) -> dict[str, Any]:
+    return {
+        "clicks": tensor("float32", clicks, [1, len(clicks), 2]),
+        "hour": tensor("int32", [hour]),
+        "candidates": tensor("float32", [[1, 0], [0.5, 2]]),
+    }
 
 
 def _plain(**changes: Any) -> dict[str, Any]:
@@ -584,7 +647,7 @@ def bad_cases() -> list[Any]:
         ("targets differ", a.inputs(target_price=tensor("float32", [[1, 2]])), "target_price", "[1, 2]", "target_item"),
         ("a fixed axis differs", a.inputs(target_price=tensor("float32", [[1]] * 3)), "target_price", "[3, 1]", "2"),
         ("too many axes", a.inputs(target_item=tensor("int64", [[1, 2, 3]])), "target_item", "[1, 3]"),
-        ("too few axes", a.inputs(target_item=tensor("int64", 1)), "target_item", "[]", "[N_t]"),
+        ("too few axes", a.inputs(history_item=tensor("int64", 1)), "history_item", "[]", "[N_h]"),
         ("two users in one request", a.inputs(user_segment=tensor("int64", [1, 2])), "user_segment", "[2]", "1"),
         ("too long", a.inputs(**events([1] * 7, [1] * 7)), "history_item", "7", "6"),
     ]
@@ -636,6 +699,13 @@ def bad_cases() -> list[Any]:
         *(case(name, score(inputs, refused(*says)), bundle="plain") for name, inputs, *says in plain),
         case("too few users", batch(packed([a, b]), refused("users", "1", "2"), ["ann"])),
         case("too many versions", batch(packed([a, b]), refused("versions", "3", "2"), (), ["v1"] * 3)),
+        case(
+            "an empty history of a model that needs one",
+            score(_rows([]), refused("clicks", "0", "at least 1")),
+            bundle="rows",
+        ),
+        case("too low a value", score(_rows([[1, 1]], hour=0), refused("hour", "0", "[1, 23]")), bundle="rows"),
+        case("too long behind a batch axis", score(_rows([[1, 1]] * 3), refused("clicks", "3", "2")), bundle="rows"),
         case("no batches of this model", batch(_plain(), refused("one Request at a time")), bundle="plain"),
         case("no appending to this model", append("ann", {}, "v2", refused("append")), bundle="plain"),
         *(
@@ -692,7 +762,7 @@ def damage_cases() -> list[Any]:
         damage("no manifest", {"op": "remove", "file": "manifest.json"}, says=("manifest.json",)),
         damage("an extra file", {"op": "add", "file": "extra.bin"}, says=("extra.bin", "not in the manifest")),
         damage("a longer file", {"op": "add", "file": "weights.safetensors"}, says=("weights.safetensors", "bytes")),
-        damage("a linked file", {"op": "link", "file": "request.onnx"}, says=("request.onnx", "plain file")),
+        {"name": "a linked file", "bundle": "log", "ops": [{"op": "link", "file": "request.onnx"}]},
         damage("not JSON", edit('"format"', "format"), says=("manifest.json", "JSON")),
         damage("half a manifest", {"op": "cut", "file": "manifest.json", "at": 1000}, says=("manifest.json", "JSON")),
         damage("not UTF-8", {"op": "flip", "file": "manifest.json", "at": 5}, says=("manifest.json",)),
@@ -731,6 +801,8 @@ def damage_cases() -> list[Any]:
 
 
 def main() -> None:
+    import golden_padding  # which takes this module's helpers
+
     shutil.rmtree(GOLDEN, ignore_errors=True)
     scores = (TensorSpec("scores", "float32", ("N_t", 2)),)
     for name, bias in (("log", 0.0), ("log_other_weights", 1000.0)):
@@ -746,6 +818,11 @@ def main() -> None:
     )
     outputs = (TensorSpec("finish", "float32", ("m", 1)), TensorSpec("like", "float32", ("m",)))
     write_bundle("plain", PLAIN_INPUTS, PLAIN_STATE, outputs, plain_halves(), 0.0, appendable=False, max_history=None)
+    one = (TensorSpec("scores", "float32", ("N_t",)),)
+    write_bundle(
+        "rows", ROWS_INPUTS, ROWS_STATE, one, rows_halves(), 0.0, appendable=False, max_history=2, min_history=1
+    )
+    golden_padding.write_bundles()
     (GOLDEN / "cases.json").write_text(cases_text(), encoding="utf-8")
 
 
@@ -755,7 +832,9 @@ def _int32(spec: TensorSpec) -> TensorSpec:
 
 def cases_text() -> str:
     """All cases as JSON, one to a line."""
-    cases = {"cases": [*good_cases(), *bad_cases()], "damages": damage_cases()}
+    import golden_padding
+
+    cases = {"cases": [*good_cases(), *bad_cases(), *golden_padding.cases()], "damages": damage_cases()}
     lines = (f' "{key}": [\n  ' + ",\n  ".join(map(json.dumps, value)) + "\n ]" for key, value in cases.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
 

@@ -8,7 +8,7 @@
 #include "engine.hpp"
 #include "error.hpp"
 #include "json.hpp"
-#include "sha256.hpp"
+#include "digest.hpp"
 
 using namespace stca::core;
 
@@ -85,7 +85,7 @@ TEST(choice_says_what_is_in_the_way) {
   machine.no_gpu = "libcudart.so.13 cannot be loaded";
   CHECK_EQUAL(reason(machine), "there is no GPU here (libcudart.so.13 cannot be loaded)");
   machine.with_tensorrt = false;
-  CHECK_EQUAL(reason(machine), "this library was built without it; rebuild it with -DTENSORRT_INCLUDE_DIR=…");
+  CHECK_EQUAL(reason(machine), "this library was built without it; rebuild it with -DSTCA_TENSORRT_INCLUDE_DIR=…");
 }
 
 TEST(choice_goes_on_to_the_next_pair) {
@@ -159,6 +159,7 @@ TEST(choice_hands_plans_to_the_real_library) {
   const check::TemporaryFolder folder;
   auto bundle = std::make_shared<Bundle>(*Bundle::load(STCA_GOLDEN "/log"));
   bundle->path = folder.path();
+  bundle->folder = std::make_shared<const Folder>(folder.path());
   for (const char* half : {"user_encoder", "target_scorer"}) {
     EngineEntry entry = plan(half, "fp32", machine.sm);
     entry.version = machine.tensorrt, entry.spec = bundle->manifest.graph(half);

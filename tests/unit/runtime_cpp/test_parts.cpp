@@ -3,10 +3,14 @@
 #include <cstring>
 #include <fstream>
 #include <limits>
+#include <thread>
 
 #include "check.hpp"
+#include "digest.hpp"
+#include "error.hpp"
+#include "folder.hpp"
 #include "json.hpp"
-#include "sha256.hpp"
+#include "onnxruntime_interface.hpp"
 #include "state.hpp"
 #include "tensor.hpp"
 #include "visit.hpp"
@@ -120,11 +124,77 @@ TEST(sha256_does_not_depend_on_the_pieces) {
   }
 }
 
-TEST(sha256_of_a_file) {
-  const check::TemporaryFolder folder;
-  std::ofstream(folder.path() / "a") << "abc";
-  CHECK_EQUAL(sha256_of(folder.path() / "a"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
-  CHECK_THROWS(sha256_of(folder.path() / "b"), std::ios_base::failure, "opened");
+TEST(sha1_names_a_history_as_python_does) {
+  Sha1 sha;
+  sha.update("abc");
+  CHECK_EQUAL(sha.hex(), "a9993e364706816aba3e25717850c26c9cd0d89d");
+  Sha1 longer;
+  longer.update(std::string(1000000, 'a'));
+  CHECK_EQUAL(longer.hex(), "34aa973cd4c4daa4f61eeb2bdbad27316534016f");
+}
+
+TEST(folder_stays_the_one_that_was_opened) {
+  const check::TemporaryFolder root;
+  const auto write = [&](const char* folder, const char* text) {
+    std::filesystem::create_directories(root.path() / folder);
+    std::ofstream(root.path() / folder / "a") << text;
+  };
+  write("one", "abc"), write("two", "xyz");
+  const Folder folder(root.path() / "one");
+  const auto bytes = [](const Folder& from) {
+    std::string all;
+    from.read("a", [&](std::string_view piece) { all += piece; });
+    return all;
+  };
+  CHECK_EQUAL(bytes(folder), "abc");
+  CHECK(folder.intact() && folder.in_place());
+  std::filesystem::rename(root.path() / "one", root.path() / "aside");
+  std::filesystem::rename(root.path() / "two", root.path() / "one");
+  CHECK_EQUAL(bytes(folder), "abc");
+  std::ostringstream through;
+  through << std::ifstream(folder.path_of("a")).rdbuf();
+  CHECK_EQUAL(through.str(), "abc");
+  CHECK(folder.intact() && !folder.in_place());
+  write("aside", "abcd");
+  CHECK(!folder.intact());
+  CHECK_THROWS(bytes(folder), Error, "a was changed");
+  CHECK_THROWS(Folder(root.path() / "none"), Error, "no such bundle directory");
+  std::filesystem::create_symlink("a", root.path() / "one" / "b");
+  std::filesystem::create_directory(root.path() / "one" / "..data");
+  std::filesystem::create_symlink("..data", root.path() / "one" / "c");
+  const Folder links(root.path() / "one");
+  CHECK_EQUAL(links.size_of("b"), links.size_of("a"));
+  CHECK_EQUAL(bytes(links), bytes(Folder(root.path() / "one")));
+  CHECK_THROWS(links.size_of("c"), Error, "c is not a plain file");
+  CHECK_EQUAL(links.names().size(), std::size_t{3});
+}
+
+TEST(error_is_one_line_that_leaves_room) {
+  CHECK_EQUAL(std::string(Error(STCA_ERROR, " a\nb\x1b[1m\x7f").what()), "a b\\x1b[1m\\x7f");
+  CHECK_EQUAL(in_quotes("it's \"é\u202e\xff\n"), "'it\\'s \"é\\u202e\\xff\\n'");
+  CHECK_EQUAL(in_quotes("it's"), "\"it's\"");
+  CHECK_EQUAL(in_quotes(std::string(200, 'a')), "'" + std::string(60, 'a') + "'");
+  CHECK_EQUAL(in_quotes(std::string(60, '\\')), "'" + std::string(68, '\\') + "…");
+  CHECK_EQUAL(number_text(70000.0), "70000.0");
+  CHECK_EQUAL(number_text(-0.1f), "-0.1");
+  CHECK_EQUAL(number_text(1e300), "1e+300");
+  CHECK_EQUAL(number_text(1.0e15 + 0.5), "1000000000000000.5");
+  CHECK_EQUAL(shown(std::string(100, 'a')), std::string(100, 'a'));
+  CHECK_EQUAL(shown(std::string(101, 'a')), std::string(100, 'a') + "…");
+  CHECK_EQUAL(shown(std::string(99, 'a') + "ää"), std::string(99, 'a') + "…");
+  CHECK(std::strlen(Error(STCA_ERROR, std::string(1 << 20, 'x')).what()) < 900);
+}
+
+TEST(error_of_an_onnxruntime_that_is_too_old) {
+  check_version("1.32.0");
+  for (const char* version : {"1.31.1", "1.9.0", "2.40.0", "dev"}) CHECK_THROWS(check_version(version), Error, version);
+}
+
+TEST(tensor_visits_throw_for_other_dtypes) {
+  const auto nothing = [](auto) {};
+  CHECK_THROWS(visit_integer(STCA_FLOAT32, nothing), Error, "taken for integers");
+  CHECK_THROWS(visit_integer(STCA_BOOL, nothing), Error, "taken for integers");
+  CHECK_THROWS(visit_floating(STCA_INT64, nothing), Error, "taken for floating point");
 }
 
 TEST(tensor_small_floats_round_to_nearest_even) {
@@ -164,6 +234,8 @@ TEST(tensor_rows_and_concatenation) {
   const std::vector<std::int32_t> expected = {5, 6, 1, 2, 3, 4, 5, 6};
   CHECK(std::memcmp(joined.data, expected.data(), joined.bytes()) == 0);
   const Array narrow{STCA_INT32, {3, 1}, values.data(), nullptr, false};
+  CHECK_THROWS(rows(array, 2, 4), Error, "no rows 2 to 4");
+  CHECK_THROWS(rows(array, -1, 2), Error, "no rows");
   CHECK_THROWS(concatenate(Memory::host(), "x", {&array, &narrow}), std::runtime_error, "x: has rows of shape [3, 1]");
 }
 
@@ -179,10 +251,16 @@ StateCache::State state_of(std::int64_t tokens) {
 const auto kind = std::make_shared<StateKind>(StateKind{"weights", "format"});
 StateKey key_of(const std::string& user, const std::string& version = "v1") { return {user, version, kind}; }
 
+std::uint64_t cost(std::int64_t tokens, const std::string& user = "ann") {
+  return cost_of(key_of(user), *state_of(tokens));
+}
+
+KeepLimits within(std::uint64_t bytes, std::uint64_t users = 0, double seconds = 0) { return {bytes, users, seconds}; }
+
 }  // namespace
 
 TEST(cache_finds_only_the_exact_key) {
-  StateCache cache(1000);
+  StateCache cache(within(10000));
   CHECK(cache.put(key_of("ann"), state_of(5)));
   CHECK(cache.get(key_of("ann")) != nullptr);
   CHECK(cache.get(key_of("ann", "v2")) == nullptr);
@@ -190,35 +268,118 @@ TEST(cache_finds_only_the_exact_key) {
   CHECK(cache.get({"ann", "v1", std::make_shared<StateKind>(StateKind{"other", "format"})}) == nullptr);
   CHECK(cache.get({"ann", "v1", std::make_shared<StateKind>(StateKind{"weights", "format"})}) != nullptr);
   const stca_cache_stats stats = cache.stats();
-  CHECK_EQUAL(stats.hits, 2u);
-  CHECK_EQUAL(stats.misses, 3u);
-  CHECK_EQUAL(stats.bytes, 20u);
+  CHECK_EQUAL(stats.hits, 0u);  // the session counts requests that nothing refuses
+  CHECK_EQUAL(stats.misses, 0u);
+  CHECK_EQUAL(stats.state_bytes, 20u);
+  CHECK_EQUAL(stats.bytes, cost(5));
 }
 
 TEST(cache_keeps_within_its_budget) {
-  StateCache cache(100);
+  const std::uint64_t budget = 3 * cost(10);
+  StateCache cache(within(budget));
   for (int i = 0; i < 50; ++i) {
     CHECK(cache.put(key_of(std::to_string(i % 7)), state_of(i % 11)));
-    CHECK(cache.stats().bytes <= 100);
+    CHECK(cache.stats().bytes <= budget);
   }
-  CHECK(!cache.put(key_of("big"), state_of(26)));
+  CHECK(cache.stats().users >= 3u);
+  const auto large = static_cast<std::int64_t>(budget / 4);
+  CHECK(!cache.put(key_of("big"), state_of(large)));
   CHECK_EQUAL(cache.stats().refused, 1u);
   // A state that is refused still replaces what the user had: that was of an
   // older history.
   CHECK(cache.put(key_of("big"), state_of(25)));
-  CHECK_EQUAL(cache.stats().users, 1u);
-  CHECK(!cache.put(key_of("big"), state_of(26)));
+  CHECK(!cache.put(key_of("big"), state_of(large)));
+  CHECK(!cache.find("big"));
+}
+
+TEST(cache_counts_all_that_an_entry_takes) {
+  const std::string name(20000, 'x');
+  CHECK(cost(0, name) > 40000u);  // it is in the cache's two tables
+  CHECK(cost(0) > 300u && cost(0) < 1000u);
+  StateCache cache(within(100000));
+  for (int i = 0; i < 100; ++i) cache.put(key_of(name + std::to_string(i)), state_of(0));
+  CHECK(cache.stats().users < 5u);
+}
+
+TEST(cache_keeps_so_many_users) {
+  StateCache cache(within(1 << 20, 2));
+  for (const char* user : {"ann", "bob"}) cache.put(key_of(user), state_of(1));
+  cache.get(key_of("ann"));
+  cache.put(key_of("cat"), state_of(1));
+  CHECK(cache.find("ann") && !cache.find("bob") && cache.find("cat"));
+  CHECK_EQUAL(cache.stats().evictions, 1u);
+  cache.put(key_of("ann", "v2"), state_of(1));  // in the place of her own
+  CHECK(cache.find("cat").has_value());
+}
+
+TEST(cache_drops_what_is_too_old) {
+  StateCache cache(within(1 << 20, 0, 0.05));
+  cache.put(key_of("ann"), state_of(1));
+  CHECK(cache.get(key_of("ann")) != nullptr);
+  std::this_thread::sleep_for(std::chrono::milliseconds(30));
+  cache.put(key_of("bob"), state_of(1));
+  cache.get(key_of("ann"));  // use does not make it younger
+  std::this_thread::sleep_for(std::chrono::milliseconds(30));
+  CHECK(cache.get(key_of("ann")) == nullptr);
+  CHECK_EQUAL(cache.stats().expired, 1u);
+  std::this_thread::sleep_for(std::chrono::milliseconds(60));
   CHECK_EQUAL(cache.stats().users, 0u);
   CHECK_EQUAL(cache.stats().bytes, 0u);
 }
 
+TEST(cache_lets_one_encode_for_all) {
+  StateCache cache(within(1 << 20));
+  const StateCache::Found first = cache.begin(key_of("ann"), true);
+  CHECK(first.ours && cache.flying(key_of("ann")) && !cache.flying(key_of("ann", "v2")));
+  const StateCache::Found second = cache.begin(key_of("ann"), true);
+  CHECK(!second.ours && second.flight == first.flight);
+  CHECK(!cache.begin(key_of("bob"), false).flight);
+  StateCache::State waited;
+  std::thread waiting([&] { waited = StateCache::wait(second.flight); });
+  const StateCache::State state = state_of(3);
+  cache.land(first.flight, state);
+  waiting.join();
+  CHECK(waited == state && cache.get(key_of("ann")) == state && !cache.flying(key_of("ann")));
+  CHECK_EQUAL(cache.stats().misses, 1u);
+  CHECK_EQUAL(cache.stats().hits, 1u);
+}
+
+TEST(cache_lets_forget_win) {
+  StateCache cache(within(1 << 20));
+  const StateCache::Found old = cache.begin(key_of("ann"), true);
+  CHECK(cache.forget("ann"));
+  const StateCache::Found fresh = cache.begin(key_of("ann"), true);  // is not served with what was forgotten
+  CHECK(fresh.ours && fresh.flight != old.flight);
+  cache.land(old.flight, state_of(3));
+  CHECK(!cache.find("ann"));
+  CHECK(StateCache::wait(old.flight) != nullptr);
+  cache.land(fresh.flight, state_of(4));
+  CHECK_EQUAL(cache.find("ann")->second->tokens, 4);
+}
+
+TEST(cache_serves_one_kind) {
+  StateCache cache(within(1 << 20));
+  const auto other = std::make_shared<StateKind>(StateKind{"other", "format"});
+  cache.serve(kind);
+  CHECK(cache.put(key_of("ann"), state_of(5)));
+  const StateCache::Found late = cache.begin(key_of("bob"), true);
+  cache.serve(std::make_shared<StateKind>(*kind));
+  CHECK(cache.find("ann").has_value());
+  cache.serve(other);
+  cache.land(late.flight,
+             state_of(5));  // encoded before the swap, done after it
+  CHECK(!cache.put(key_of("ann"), state_of(5)));
+  CHECK_EQUAL(cache.stats().users, 0u);
+  CHECK_EQUAL(cache.stats().bytes, 0u);
+  CHECK(cache.put({"ann", "v1", other}, state_of(5)));
+}
+
 TEST(cache_leaves_states_in_use_whole) {
-  StateCache cache(1000);
+  StateCache cache(within(1000));
   cache.put(key_of("ann"), state_of(5));
   const StateCache::State held = cache.get(key_of("ann"));
   CHECK(cache.forget("ann"));
   CHECK(!cache.forget("ann"));
-  cache.clear();
   CHECK_EQUAL(held->tensors[0].bytes(), 20u);
   std::memset(const_cast<void*>(held->tensors[0].data), 0, 20);
 }

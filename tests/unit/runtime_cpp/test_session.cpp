@@ -9,36 +9,10 @@
 #include <thread>
 
 #include "check.hpp"
+#include "log_request.hpp"
 #include "toy_engine.hpp"
 
 namespace {
-
-std::string golden(const std::string& name) { return std::string(STCA_GOLDEN) + "/" + name; }
-
-stca::Options with(stca::MakeEngine make) {
-  stca::Options options;
-  options.make_engine = std::move(make);
-  return options;
-}
-
-/// A request to the `log` bundle and what its inputs borrow.
-struct Log {
-  std::vector<std::int64_t> items{1, 2, 3}, actions{0, 1, 3}, segment{2}, device{1}, targets{7, 999};
-  std::vector<float> profile{0.5f, 1.0f}, prices{1.5f, 2.0f, 0.25f, 0.0f};
-
-  std::vector<stca::Tensor> rest() const {
-    const auto count = static_cast<std::int64_t>(targets.size());
-    return {{"request_device", device}, {"target_item", targets}, {"target_price", prices.data(), {count, 2}}};
-  }
-  std::vector<stca::Tensor> all() const {
-    std::vector<stca::Tensor> inputs = rest();
-    inputs.insert(
-        inputs.end(),
-        {{"history_item", items}, {"history_action", actions}, {"user_segment", segment}, {"user_profile", profile}});
-    return inputs;
-  }
-  float first_score(float bias = 0) const { return 33.5f + bias; }
-};
 
 /// Encodes as the toy does, but scores as `body` does.
 class ScorerOf : public toy::ToyEngine {
@@ -113,7 +87,8 @@ TEST(session_encodes_many_users_in_few_runs) {
     requests.push_back({logs[i].all(), std::to_string(i), "v1"});
   }
   const stca::Scores scores = session.score(requests);
-  CHECK_EQUAL(counters.encoded, 10);  // of 42 users at most: no more than 256 tokens
+  CHECK_EQUAL(counters.encoded,
+              10);  // of 42 users at most: no more than 256 tokens
   CHECK_EQUAL(counters.users, 400);
   const std::size_t targets = scores.targets() / logs.size();
   for (std::size_t i = 1; i < logs.size(); ++i) {
@@ -134,7 +109,7 @@ TEST(session_tells_what_the_bundle_takes) {
   CHECK_EQUAL(std::string(inputs[7].symbol[0]), "N_t");
   CHECK(inputs[7].symbol[1] == nullptr && inputs[7].shape[1] == 2 && inputs[7].shape[0] == -1);
   CHECK_EQUAL(bundle.outputs("user_encoder").size(), 4u);
-  CHECK_EQUAL(bundle.file("request"), golden("log") + "/request.onnx");
+  CHECK(std::filesystem::equivalent(bundle.file("request"), golden("log") + "/request.onnx"));
   CHECK(bundle.file("nothing").empty() && bundle.inputs("nothing").empty());
   CHECK(check::contains(bundle.manifest(), "stca-bundle"));
   stca_tensor_spec spec;
@@ -152,7 +127,8 @@ TEST(session_tells_what_the_bundle_takes) {
 }
 
 TEST(session_tells_which_states_an_engine_can_take) {
-  // The same bundle, but what encodes is another engine: its states are its own.
+  // The same bundle, but what encodes is another engine: its states are its
+  // own.
   int made = 0;
   toy::Counters counters;
   class Named : public toy::ToyEngine {
@@ -186,9 +162,12 @@ TEST(session_needs_an_engine) {
   options.engine = "tensorrt";
 #ifdef STCA_WITH_TENSORRT
   const char* no_tensorrt =
-      "no tensorrt engines that run here: the bundle has none; run `stca build --engine tensorrt`";
+      "no tensorrt engines that run here: the bundle has "
+      "none; run `stca build --engine tensorrt`";
 #else
-  const char* no_tensorrt = "this library was built without TensorRT; rebuild it with -DTENSORRT_INCLUDE_DIR=…";
+  const char* no_tensorrt =
+      "this library was built without TensorRT; rebuild "
+      "it with -DSTCA_TENSORRT_INCLUDE_DIR=…";
 #endif
   CHECK_THROWS(stca::Session(golden("log"), options), stca::BuildError, no_tensorrt);
   const auto none = [](const stca::Bundle&, const std::string&) { return std::unique_ptr<stca::Engine>(); };
@@ -254,7 +233,7 @@ TEST(session_refuses_arrays_that_cannot_be) {
   refused({"target_item", values, -1, 1, {2}}, "dtype number -1");
   refused({"target_item", values, STCA_INT64, 9, {2}}, "has 9 axes");
   refused({"target_item", values, STCA_INT64, -1, {}}, "has -1 axes");
-  refused({"target_item", values, STCA_INT64, 1, {-2}}, "has -2 rows");
+  refused({"target_item", values, STCA_INT64, 1, {-2}}, "no array has this shape");
   refused({"target_item", values, STCA_INT64, 3, {huge, huge, huge}}, "no array has this shape");
   refused({"target_item", values, STCA_INT64, 1, {std::int64_t{1} << 62}}, "no array has this shape");
   refused({"target_item", nullptr, STCA_INT64, 1, {2}}, "no data");
@@ -299,6 +278,7 @@ TEST(session_options_may_grow) {
   stca_options_init_sized(&options, sizeof options + 8);  // a program that knows a longer one
   CHECK_EQUAL(options.size, sizeof options);
   CHECK_EQUAL(options.cuda_graphs, 64);
+  CHECK(options.max_users == 0 && options.ttl_seconds == 0 && options.precision == nullptr);
 }
 
 TEST(session_takes_any_code_from_a_callback) {

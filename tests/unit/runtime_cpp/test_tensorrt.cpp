@@ -1,4 +1,5 @@
-// The TensorRT engine with stand-ins for TensorRT and CUDA: the logic around them, not what they compute.
+// The TensorRT engine with stand-ins for TensorRT and CUDA: the logic around
+// them, not what they compute.
 #include "fake_tensorrt.hpp"
 
 using namespace fake;
@@ -94,7 +95,8 @@ TEST(tensorrt_serves_histories_as_long_as_both_engines_do) {
     change(*plans.bundle);
     Log old(4), more(3), both(7);
     old.items = {1, 2, 3, 4}, more.items = {10, 20, 30}, both.items = {1, 2, 3, 4, 10, 20, 30};
-    const auto latest = [&](std::size_t tokens) {  // what an exact sum over the latest alone comes to
+    const auto latest = [&](std::size_t tokens) {  // what an exact sum over the
+                                                   // latest alone comes to
       float sum = 20 + 7;
       for (std::size_t i = 7 - tokens; i < 7; ++i) sum += static_cast<float>(both.items[i]);
       return sum;
@@ -205,9 +207,13 @@ TEST(tensorrt_says_when_sizes_make_no_sense) {
   refused("a profile has no sizes for B", [](EngineEntry& e) { e.profiles[0]["B"] = {-1, 2}; });
   refused("history_item is larger than any memory",
           [](EngineEntry& e) { e.profiles[0]["N_h"].second = std::int64_t{1} << 60; });
-  refused("no input has the N_x rows of token", [](EngineEntry& e) { e.spec.outputs[0].shape[0].symbol = "N_x"; });
-
   const Plans plans;
+  EngineEntry other = plans.encoder();
+  other.spec.outputs[0].shape[0].symbol = "N_x";
+  CHECK_THROWS(check_sizes(other), Error, "no input has the N_x rows of token");
+  std::swap(plans.encoder(), other);
+  CHECK_THROWS(plans.engines(), Error, "its output 'token' is float32 [N_x, 2], the manifest says float32 [N_h, 2]");
+  std::swap(plans.encoder(), other);
   const Model model = plans.model();
   gpu.fail = "shape";  // nothing must be written where there is no room
   CHECK_THROWS(model.encode(Log(2).row(model.door())), Error, "the plan gives token as [3, 2], not [2, 2]");
@@ -223,23 +229,24 @@ TEST(tensorrt_leaves_threads_their_gpu) {
   for (int i = 0; i < 3; ++i)
     CHECK_EQUAL(at(model.score({model.encode(row), model.encode(row)}, {row, row}), 0), log.first());
   CHECK_EQUAL(gpu.thread, 1);
-  // Bundles are loaded on the thread's GPU. States stay on theirs, so those of another one are not taken for its own.
+  // Bundles are loaded on the thread's GPU. States stay on theirs, so those of
+  // another one are not taken for its own.
   const Model other = plans.model();
   CHECK_EQUAL(other.engine(true).name(), "tensorrt 11.4.0.106 (SM 90, fp32, GPU 1)");
-  CHECK(!(other.state_kind() == model.state_kind()));
+  CHECK(!(*other.state_kind() == *model.state_kind()));
   gpu.thread = 0;
 }
 
 TEST(tensorrt_keeps_apart_states_of_different_engines) {
   const Plans plans;
-  const StateKind kind = plans.model().state_kind();
-  CHECK(kind == plans.model().state_kind());
+  const StateKind kind = *plans.model().state_kind();
+  CHECK(kind == *plans.model().state_kind());
   const auto differs = [&](auto&& change) {
     const Plans changed;
     change(*changed.bundle);
-    return !(changed.model().state_kind() == kind);
+    return !(*changed.model().state_kind() == kind);
   };
-  CHECK(differs([](Bundle& b) { b.manifest.engines[0].precision = "fp16"; }));
+  CHECK(differs([](Bundle& b) { b.manifest.engines[0].precision = "tf32"; }));
   CHECK(differs([](Bundle& b) { b.manifest.engines[0].sm = 80; }));
   CHECK(differs([](Bundle& b) { b.manifest.engines[0].version = "11.5.0.1"; }));
   CHECK(differs([](Bundle& b) { b.manifest.max_history = 5; }));

@@ -42,7 +42,9 @@ class ToyEngine : public stca::Engine {
  public:
   ToyEngine(const stca::Bundle& bundle, std::string graph, Counters* counters)
       : graph_(std::move(graph)),
-        ragged_(bundle.inputs("request")[0].symbol[0] == std::string("N_h")),
+        ragged_(bundle.inputs("request")[0].name == std::string("history_item")),
+        rows_(bundle.inputs("request")[0].rank == 3),
+        padded_(bundle.inputs("request")[0].name == std::string("items")),
         counters_(counters) {
     std::ifstream weights(bundle.path() + "/weights.safetensors", std::ios::binary);
     const std::string bytes{std::istreambuf_iterator<char>(weights), {}};
@@ -59,7 +61,11 @@ class ToyEngine : public stca::Engine {
     const bool encoder = graph_ == "user_encoder";
     if (counters_ != nullptr) ++(encoder ? counters_->encoded : counters_->scored);
     if (counters_ != nullptr && encoder && ragged_) counters_->users += static_cast<int>(feeds.rows("user_segment"));
-    if (ragged_) {
+    if (padded_) {
+      encoder ? encode_padded(feeds, outputs) : score_padded(feeds, outputs);
+    } else if (rows_) {
+      encoder ? copy(feeds["clicks"], 4, outputs, 0) : score_rows(feeds, outputs);
+    } else if (ragged_) {
       encoder ? encode(feeds, outputs) : score(feeds, outputs);
     } else {
       encoder ? encode_plain(feeds, outputs) : score_plain(feeds, outputs);
@@ -131,6 +137,40 @@ class ToyEngine : public stca::Engine {
     }
   }
 
+  void score_rows(const Feeds& feeds, stca::Outputs& outputs) const {
+    float clicked[2] = {0, 0};
+    for (std::int64_t i = 0; i < 2 * feeds["state_clicks"].shape[1]; ++i) {
+      clicked[i % 2] += feeds.data<float>("state_clicks")[i];
+    }
+    const std::int64_t targets = feeds.rows("candidates");
+    auto* out = static_cast<float*>(outputs.allocate(0, {targets}));
+    for (std::int64_t t = 0; t < targets; ++t) {
+      const float* candidate = feeds.data<float>("candidates") + 2 * t;
+      out[t] = candidate[0] * clicked[0] + candidate[1] * clicked[1] + bias_ +
+               static_cast<float>(*feeds.data<std::int32_t>("hour"));
+    }
+  }
+
+  static void encode_padded(const Feeds& feeds, stca::Outputs& outputs) {
+    auto* sum = static_cast<float*>(outputs.allocate(0, {1}));
+    *sum = 1000 * static_cast<float>(*feeds.data<std::int32_t>("count"));
+    for (std::int64_t i = 0; i < feeds["items"].shape[1]; ++i) {
+      const float* vector = feeds.data<float>("vectors") + 2 * i;
+      const float real = static_cast<float>(feeds.data<std::int64_t>("items")[i]) * feeds.data<float>("mask")[i];
+      *sum += static_cast<float>(i + 1) * (real + vector[0] + vector[1]);
+    }
+  }
+
+  void score_padded(const Feeds& feeds, stca::Outputs& outputs) const {
+    const std::int64_t targets = feeds.rows("item");
+    auto* out = static_cast<float*>(outputs.allocate(0, {targets, 1}));
+    for (std::int64_t t = 0; t < targets; ++t) {
+      const float* price = feeds.data<float>("price") + 2 * t;
+      const auto item = static_cast<float>(feeds.data<std::int64_t>("item")[t]);
+      out[t] = item + price[0] + price[1] + *feeds.data<float>("sum") + bias_;
+    }
+  }
+
   /// A normal float16 number or zero, all the golden requests use.
   static float half(std::uint16_t bits) {
     const int exponent = (bits >> 10) & 31;
@@ -140,7 +180,7 @@ class ToyEngine : public stca::Engine {
   }
 
   std::string graph_;
-  bool ragged_;
+  bool ragged_, rows_, padded_;
   Counters* counters_;
   float bias_ = 0;
 };

@@ -1,0 +1,248 @@
+"""`python tests/fuzz/replay.py`: random calls of the Python session, recorded with their results and made in C++.
+
+The calls are those of `tests/fuzz/calls.py`, of several bundles and settings of a session, each as far as a C++ program
+could make it. Scores, errors with their text, and statistics must be the same. `--out` keeps the calls as one file,
+which `stca_golden FOLDER FILE --engine onnxruntime` replays. Exit codes: 0 all the same, 1 something was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from calls import DTYPES, Fuzzer, hostile
+from cpp import fuzz
+
+from stca import probe
+from stca.arrays import Array
+from stca.errors import StcaError
+from stca.runtime import Request, RequestBatch, Session
+from stca.runtime.client_values import MOST_VALUES
+
+OTHERS = ("log_other_weights", "log_other_limits", "log_other_dtype", "log_other_scores")
+MOST_AXES = 8  # of a tensor in C++
+
+
+class NotInCpp(Exception):
+    """A call that no C++ program could make: a value without a dtype, say, or a user that is no text."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A bundle of the golden ones, and how a session of it is loaded.
+
+    Attributes:
+        bundle: its name.
+        others: bundles that the session is swapped to, or that it must refuse.
+        states: a budget of so many states in place of `cache_bytes`: the languages' states differ in size.
+        keep: requests that can be kept, and little else; each user's state has the same size.
+    """
+
+    bundle: str
+    others: Sequence[str] = ()
+    cache_bytes: int = 1 << 30
+    states: int | None = None
+    max_users: int | None = None
+    ttl_seconds: float | None = None
+    truncate: bool = False
+    keep: bool = False
+
+
+SETTINGS = (
+    Setting("log"),
+    Setting("log", OTHERS),
+    Setting("log", max_users=2, truncate=True),
+    Setting("log", cache_bytes=0),
+    Setting("log", ttl_seconds=1e-9),
+    Setting("log", ttl_seconds=1e9, max_users=1),
+    Setting("plain"),
+    Setting("rows", truncate=True),
+    Setting("rows", max_users=3),
+    Setting("padded_left"),
+    Setting("padded_right", truncate=True),
+    Setting("exact"),
+    Setting("padded_left", states=3, keep=True),
+    Setting("padded_right", states=1, keep=True),
+)
+
+
+class Recorder:
+    """A session that notes each call and how it ended, for C++ to do the same."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.steps: list[dict[str, Any]] = []
+        self.manifest = session.manifest
+
+    def score(self, request: Request | RequestBatch) -> Array:
+        if isinstance(request, RequestBatch):
+            call = "score_batch"
+            labels: Any = {n: [_text(x) for x in _list(getattr(request, n))] for n in ("users", "versions")}
+        elif isinstance(request, Request):
+            call = "score"
+            labels = {n: _text(getattr(request, n)) for n in ("user", "version")}
+        else:
+            raise NotInCpp
+        step = {"call": call, "request": {"inputs": _tensors(request.inputs), **labels}}
+        scores: Array = self._noted(step, "scores", lambda: self._session.score(request))
+        return scores
+
+    def append(self, user: Any, events: Any, version: Any, *, after: Any = None) -> bool:
+        step = {"call": "append", "user": _name(user), "events": _tensors(events), "version": _name(version)}
+        step["after"] = _text(after)
+        return bool(self._noted(step, "kept", lambda: self._session.append(user, events, version, after=after)))
+
+    def warm(self, user: Any, history: Any, version: Any) -> bool:
+        step = {"call": "warm", "user": _name(user), "history": _tensors(history), "version": _text(version)}
+        return bool(self._noted(step, "kept", lambda: self._session.warm(user, history, version)))
+
+    def forget(self, user: Any) -> bool:
+        return bool(self._noted({"call": "forget", "user": _name(user)}, "kept", lambda: self._session.forget(user)))
+
+    def swap(self, bundle: Path) -> None:
+        self._noted({"call": "swap", "bundle": bundle.name}, None, lambda: self._session.swap(bundle))
+
+    def stats(self) -> None:
+        """Note what is kept and was done, without the bytes that each language's objects take."""
+        kept = dataclasses.asdict(self._session.stats())
+        names = ("hits", "misses", "evictions", "refused", "users", "state_bytes", "warmed", "appends")
+        self.steps.append({"call": "stats", "stats": {n: kept[n] for n in names}})
+
+    def _noted(self, step: dict[str, Any], result: str | None, call: Callable[[], Any]) -> Any:
+        try:
+            made = call()
+        except StcaError as e:
+            self.steps.append(step | {"error": {"class": type(e).__name__, "kind": e.code, "text": str(e)}})
+            raise
+        value = made.tolist() if isinstance(made, np.ndarray) else made
+        self.steps.append(step | ({} if result is None else {result: value}))
+        return made
+
+
+def _list(labels: Any) -> Sequence[Any]:
+    if not isinstance(labels, list | tuple):
+        raise NotInCpp
+    return labels
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else _name(value)
+
+
+def _name(value: Any) -> str:
+    if type(value) is not str or "\0" in value:
+        raise NotInCpp
+    return value
+
+
+def _tensors(inputs: Any) -> dict[str, Any]:
+    if not isinstance(inputs, Mapping):
+        raise NotInCpp
+    return {_name(name): _tensor(value) for name, value in inputs.items()}
+
+
+def _tensor(value: Any) -> dict[str, Any]:
+    if isinstance(value, np.ma.MaskedArray):
+        raise NotInCpp
+    try:
+        x = np.asarray(value)
+    except Exception:
+        raise NotInCpp from None
+    if x.dtype not in DTYPES or not x.dtype.isnative or x.ndim > MOST_AXES:
+        raise NotInCpp
+    if x.size > MOST_VALUES:  # refused before it is looked at
+        return {"dtype": str(x.dtype), "shape": list(x.shape), "data": []}
+    data = [v if abs(v) < 1 << 63 else str(v) for v in x.ravel().tolist()]  # JSON has no NaN, and C++ no longer numbers
+    return {"dtype": str(x.dtype), "shape": list(x.shape), "data": data}
+
+
+class Caller(Fuzzer):
+    """The fuzzer's calls that C++ can make, of users whose names are text."""
+
+    def __init__(self, seed: int, setting: Setting, session: Session, alone: Mapping[Path, Session | None]) -> None:
+        users = ("ann", "bob", "cat", "dan")
+        if not setting.keep:
+            users += ("", "é\n", "it's", "x" * 80, "a\"'")
+        bad = [*(x for x in hostile() if _is_made(x)), "\u202e", "é\x85", "ü" * 65, "\\'", 1e38, -70000.5, 1e16]
+        super().__init__(seed, session, alone, users, bad)
+        self._keep = setting.keep
+
+    def _kinds(self, rng: random.Random) -> Callable[[random.Random], str]:
+        return rng.choice((self._right, self._right, self._batch, self._forget)) if self._keep else super()._kinds(rng)
+
+
+def _is_made(value: Any) -> bool:
+    try:
+        _tensor(value) if type(value) is not str else _name(value)
+    except NotInCpp:
+        return False
+    return True
+
+
+def record(seed: int, rounds: int, folder: Path = fuzz.GOLDEN) -> dict[str, Any]:
+    """`rounds` random calls, parted among all settings, as cases of the golden file's form."""
+    each = -(-rounds // len(SETTINGS))
+    return {"cases": [_case(seed, s, range(i * each, (i + 1) * each), folder) for i, s in enumerate(SETTINGS)]}
+
+
+def _case(seed: int, setting: Setting, numbers: range, folder: Path) -> dict[str, Any]:
+    load = {"truncate": setting.truncate, "threads": 1}
+    alone: dict[Path, Session | None] = {}
+    for name in (setting.bundle, *setting.others):
+        served = name in (setting.bundle, *OTHERS[:2])
+        alone[folder / name] = Session.load(folder / name, cache_bytes=0, **load) if served else None
+    kept = {"max_users": setting.max_users, "ttl_seconds": setting.ttl_seconds}
+    case = {"name": f"recorded {numbers.start}", "bundle": setting.bundle, "truncate": setting.truncate}
+    case |= {n: x for n, x in kept.items() if x is not None}
+    case |= {"cache_bytes": setting.cache_bytes} if setting.states is None else {"cache_states": setting.states}
+    budget = setting.cache_bytes
+    if setting.states is not None:
+        case["measured"], budget = _measured(folder / setting.bundle, setting.states)
+    recorder = Recorder(Session.load(folder / setting.bundle, cache_bytes=budget, **kept, **load))
+    caller = Caller(seed, setting, recorder, alone)
+    for number in numbers:
+        try:
+            caller.round(number)
+        except NotInCpp:
+            continue
+        if number % 8 == 0:
+            recorder.stats()
+    recorder.stats()
+    return {**case, "steps": recorder.steps}
+
+
+def _measured(path: Path, states: int) -> tuple[dict[str, Any], int]:
+    """A request whose kept state is as large as any other, and the budget of so many states in Python."""
+    session = Session.load(path, threads=1)
+    specs = session.manifest.graphs["request"].inputs
+    inputs = probe.single(specs, 1, 1, np.random.default_rng(0))
+    session.score(Request(inputs, "ann"))
+    return {"inputs": _tensors(inputs), "user": "ann", "version": None}, session.stats().bytes * states
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Record, build and replay; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=20_000, help="calls, some of several in a row (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("calls.json"), help="the recorded calls (%(default)s)")
+    parser.add_argument("--build", type=Path, default=Path("build/fuzz-cpp"), help="where to build (%(default)s)")
+    args = parser.parse_args(argv)
+    lines = ",\n".join(map(json.dumps, record(args.seed, args.rounds)["cases"]))
+    args.out.write_text(f'{{"cases": [\n{lines}\n]}}\n', encoding="utf-8")
+    program = fuzz.build(args.build, "stca_golden")
+    command = [str(program), str(fuzz.GOLDEN), str(args.out), "--engine", "onnxruntime"]
+    return subprocess.run(command, env=fuzz.environment(), check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""What a graph takes is found by running it, whatever makes it so, and at whatever a run may cost its process."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from stca.errors import SplitError
+from stca.export import asking
+from stca.export.asking import ask
+from stca.manifest import TensorSpec
+
+ITEM = TensorSpec("item", "int64", ("N_t",), "target", 50)
+
+
+@pytest.fixture
+def of(tmp_path):
+    """What is accepted by nodes over `weights` that make `score`."""
+
+    def run(inputs, nodes, max_history=None, **weights):
+        kinds = {"int64": TensorProto.INT64, "int32": TensorProto.INT32, "float32": TensorProto.FLOAT}
+        values = [helper.make_tensor_value_info(s.name, kinds[s.dtype], s.shape) for s in inputs]
+        out = [helper.make_tensor_value_info("score", TensorProto.FLOAT, None)]
+        constants = [numpy_helper.from_array(np.asarray(w), n) for n, w in weights.items()]
+        made = helper.make_graph(
+            [helper.make_node(*n[:3], **(n[3] if n[3:] else {})) for n in nodes], "g", values, out, constants
+        )
+        model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        onnx.save(model, tmp_path / "m.onnx")
+        return ask(tmp_path / "m.onnx", inputs, max_history)
+
+    return run
+
+
+def table(rows, width=4):
+    return np.random.default_rng(0).standard_normal((rows, width)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "limit"),
+    [
+        ([], 33),
+        ([("Add", ["history", "three"], ["ids"])], 30),
+        ([("Mul", ["history", "three"], ["ids"])], 11),
+        (
+            [
+                ("Cast", ["history"], ["f"], {"to": TensorProto.FLOAT}),
+                ("Cast", ["f"], ["ids"], {"to": TensorProto.INT64}),
+            ],
+            33,
+        ),
+        ([("Mod", ["history", "three"], ["ids"])], None),
+    ],
+)
+def test_the_range_of_ids_by_whatever_way_they_reach_their_table(of, nodes, limit):
+    history = TensorSpec("history", "int64", (1, "N_h"), "user")
+    ids = "ids" if nodes else "history"
+    ends = [("Gather", ["table", ids], ["x"]), ("ReduceSum", ["x"], ["score"])]
+    found = of((history, ITEM), [*nodes, *ends], table=table(33), three=np.int64(3))
+    assert found.inputs[0].limit == limit
+    assert found.inputs[1] == ITEM, "what is known is not asked"
+    assert (found.min_history, found.max_history) == (None, None)
+
+
+def test_a_length_is_at_least_one_and_at_most_the_history(of):
+    history = TensorSpec("history", "float32", (1, 12, 2), "user")
+    length = TensorSpec("length", "int64", (1,), "user")
+    nodes = [
+        ("Sub", ["length", "one"], ["last"]),
+        ("Gather", ["history", "last"], ["x"], {"axis": 1}),
+        ("ReduceSum", ["x"], ["score"]),
+    ]
+    found = of((history, length, ITEM), nodes, one=np.int64(1))
+    assert (found.inputs[1].low, found.inputs[1].limit) == (1, 13)
+
+
+def test_a_declared_length_too(of):
+    history = TensorSpec("history", "float32", (1, 12, 2), "user")
+    length = TensorSpec("length", "int64", (1,), "user", limit=13)
+    nodes = [
+        ("Sub", ["length", "one"], ["last"]),
+        ("Gather", ["history", "last"], ["x"], {"axis": 1}),
+        ("ReduceSum", ["x"], ["score"]),
+    ]
+    found = of((history, length, ITEM), nodes, one=np.int64(1))
+    assert (found.inputs[1].low, found.inputs[1].limit) == (1, 13)
+
+
+def test_an_id_that_scores_like_the_last_is_no_length(of):
+    """Rows of a table may be equal, as those of a padding id and of one that was never trained are."""
+    history = TensorSpec("history", "int64", (1, "N_h"), "user", limit=33)
+    rows = table(33)
+    rows[0] = rows[-1]
+    found = of((history, ITEM), [("Gather", ["table", "history"], ["x"]), ("ReduceSum", ["x"], ["score"])], table=rows)
+    assert found.inputs[0].low is None
+
+
+def test_positions_say_how_long_a_history_may_be(of):
+    history = TensorSpec("history", "float32", (1, "N_h", 2), "user")
+    nodes = [
+        ("Shape", ["history"], ["size"], {"start": 1, "end": 2}),
+        ("Squeeze", ["size"], ["n"]),
+        ("Range", ["zero", "n", "one"], ["places"]),
+        ("Gather", ["positions", "places"], ["p"]),
+        ("Add", ["history", "p"], ["x"]),
+        ("ReduceSum", ["x"], ["score"]),
+    ]
+    weights = {"zero": np.int64(0), "one": np.int64(1), "positions": table(200, 2)}
+    assert of((history, ITEM), nodes, **weights).max_history == 200
+    assert of((history, ITEM), nodes, 50, **weights).max_history == 50
+
+
+def test_a_mean_over_nothing_needs_an_event(of):
+    history = TensorSpec("history", "float32", (1, "N_h", 2), "user")
+    found = of((history, ITEM), [("ReduceMean", ["history", "axis"], ["score"])], axis=np.int64([1]))
+    assert found.min_history == 1
+
+
+def test_a_padded_history_without_an_event_is_no_range_of_ids(of):
+    """A mean over the places that are not 0: a 0 among them is padding, zeros alone have no mean."""
+    history = TensorSpec("history", "int64", (1, 4), "user", limit=33)
+    nodes = [
+        ("Cast", ["history"], ["ids"], {"to": TensorProto.FLOAT}),
+        ("Sign", ["ids"], ["kept"]),
+        ("ReduceSum", ["kept"], ["count"]),
+        ("Gather", ["table", "history"], ["x"]),
+        ("ReduceSum", ["x"], ["sum"]),
+        ("Div", ["sum", "count"], ["score"]),
+    ]
+    found = of((history, ITEM), nodes, table=table(33))
+    assert (found.inputs[0].low, found.min_history) == (None, 1)
+
+
+def test_the_two_best_events_need_two(of):
+    history = TensorSpec("history", "float32", (1, "N_h"), "user")
+    nodes = [("TopK", ["history", "two"], ["best", "where"]), ("ReduceSum", ["best"], ["score"])]
+    assert of((history, ITEM), nodes, two=np.int64([2])).min_history == 2
+
+
+def test_a_run_that_kills_its_process_is_an_answer(of, monkeypatch):
+    """As ONNX Runtime 1.31 does of a batched matrix product without rows."""
+    history = TensorSpec("history", "float32", (1, "N_h", 2), "user")
+    run = asking.Child.run
+
+    def deadly(self, feeds, by):
+        if feeds["history"].shape[1] == 0:
+            self._process = self._process or self._start()
+            self._process.kill()
+        return run(self, feeds, by)
+
+    monkeypatch.setattr(asking.Child, "run", deadly)
+    found = of((history, ITEM), [("ReduceSum", ["history"], ["score"])])
+    assert (found.min_history, found.max_history) == (1, None)
+
+
+def test_a_model_that_takes_nothing_is_refused_with_what_was_said(of):
+    history = TensorSpec("history", "float32", (1, "N_h", 2), "user")
+    with pytest.raises(SplitError, match=r"fails on a request of 5 events and 3 targets, .*Reshape") as e:
+        of((history, ITEM), [("Reshape", ["history", "shape"], ["score"])], shape=np.int64([7]))
+    assert "\n" not in str(e.value)
+    assert "onnxruntime_src" not in str(e.value)
+
+
+def test_a_number_that_is_a_size_is_asked_small_before_large(of, monkeypatch):
+    monkeypatch.setattr(asking, "_SECONDS", 10.0)
+    rows = TensorSpec("rows", "int64", (1,), "user")
+    history = TensorSpec("history", "float32", (1, "N_h", 2), "user")
+    nodes = [  # rows x rows x rows numbers
+        ("Concat", ["rows", "rows", "rows"], ["shape"], {"axis": 0}),
+        ("Expand", ["number", "shape"], ["grid"]),
+        ("ReduceSum", ["grid"], ["total"]),
+        ("Cast", ["item"], ["item_float"], {"to": TensorProto.FLOAT}),
+        ("ReduceSum", ["history"], ["events"]),
+        ("Sum", ["item_float", "total", "events"], ["score"]),
+    ]
+    (found, *_) = of([rows, history, ITEM], nodes, number=np.float32(1)).inputs
+    assert 64 <= found.limit < 1 << 20

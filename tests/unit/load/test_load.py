@@ -1,0 +1,146 @@
+"""Traces as users' traffic is, latencies from the moment a request was due, and a run against each kind of answerer."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.errors import one_line
+from support.serving import running
+
+from stca import commands
+from stca.bundle import Bundle
+from stca.errors import UsageError
+from stca.load.clients import Answered, Behind, InProcess
+from stca.load.inputs import Inputs
+from stca.load.run import capacity, run
+from stca.load.traffic import Arrival, Traffic, read_trace, write_trace
+from stca.runtime import Session
+
+
+def requests(trace: list[Arrival]) -> list[Arrival]:
+    return [a for a in trace if a.targets]
+
+
+def test_traffic_is_as_it_was_asked_for():
+    trace = Traffic(users=50, zipf=1.0, targets=(3, 7), history=(10, 40), events=2.0, seed=1).trace(200.0, 50.0)
+    asked = requests(trace)
+    assert [a.at for a in trace] == sorted(a.at for a in trace)
+    assert len(asked) == pytest.approx(10_000, rel=0.05)
+    gaps = np.diff([a.at for a in asked])
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.05)  # as of a Poisson process
+    counts = np.bincount([a.user for a in asked], minlength=50)
+    assert counts[0] / counts[9] == pytest.approx(10, rel=0.3)
+    assert {a.targets for a in asked} == {3, 4, 5, 6, 7}
+    known: dict[int, int] = {}
+    for a in trace:
+        assert a.tokens - a.events == known.get(a.user, a.tokens)
+        known[a.user] = a.tokens
+    between = len(asked) - len(known)
+    assert sum(a.events for a in trace) / between == pytest.approx(2.0, rel=0.05)
+    assert Traffic(users=50, seed=1).trace(10, 10) == Traffic(users=50, seed=1).trace(10, 10)
+
+
+def test_spikes_raise_the_rate_for_their_time():
+    trace = requests(Traffic(users=1, spike=(10.0, 2.0, 3.0)).trace(100.0, 100.0))
+    within = sum(a.at % 10 < 2 for a in trace)
+    assert within == pytest.approx(100 * 0.2 * 300, rel=0.1)
+    assert len(trace) - within == pytest.approx(100 * 0.8 * 100, rel=0.1)
+
+
+def test_a_trace_comes_back_from_its_file(tmp_path):
+    file = str(tmp_path / "trace.jsonl")
+    trace = Traffic(users=5).trace(20.0, 5.0)
+    write_trace(file, trace)
+    assert read_trace(file) == trace
+    for text, word in (("{", "line"), ('{"at": 1}', "user"), ('{"at": 1, "user": -1}', "user"), ("", "no arrivals")):
+        Path(file).write_text(text)
+        with one_line(UsageError, file):
+            read_trace(file)
+        assert word
+    for wrong in ({"history": (5, 2)}, {"users": 0}, {"zipf": -1.0}):
+        with one_line(UsageError):
+            Traffic(**wrong)  # type: ignore[arg-type]
+
+
+class Stalls:
+    """Answers at once, but for one pause in which it answers nobody."""
+
+    def __init__(self, manifest: Any) -> None:
+        self.manifest, self._began, self._lock = manifest, time.monotonic(), threading.Lock()
+
+    def score(self, user: str, version: int, inputs: Mapping[str, Any], deadline_ms: float | None) -> Answered:
+        with self._lock:
+            now = time.monotonic() - self._began
+            time.sleep(0.5 - now if 0.1 < now < 0.5 else 0)
+        return Answered("ok", True)
+
+    def append(self, *_: object) -> bool:
+        return True
+
+    def store(self) -> dict[str, Any]:
+        return {}
+
+
+def test_requests_that_had_to_wait_count_from_when_they_were_due(bundle_dir):
+    """100 requests over a second, all answered within no time but for a pause of 0.4 s: 40 of them waited."""
+    manifest = Bundle.load(bundle_dir).manifest
+    trace = [Arrival(i / 100, 0, 1, 5) for i in range(100)]
+    found = run(Stalls(manifest), Inputs(manifest, 5, 0), trace, connections=1, deadline_ms=100.0)
+    assert found.requests == 100
+    assert found.latency_ms["p95"] > 250  # a client that measured from its own sending would see one slow request
+    assert found.goodput_per_second < found.answered_per_second
+    assert found.late_ms > 250
+
+
+def test_against_a_session_every_request_is_scored(bundle_dir):
+    session = Session.load(bundle_dir, threads=1)
+    trace = Traffic(users=6, targets=(1, 4), history=(3, 20), events=1.0).trace(200.0, 1.0)
+    inputs = Inputs(session.manifest, max(a.tokens for a in trace), 0)
+    found = run(InProcess(session), inputs, trace, connections=2, offline=True)
+    assert found.codes == {"ok": len(requests(trace))}
+    assert found.hits + found.misses == found.requests
+    assert found.hits > found.requests / 2
+    assert found.appended > 0
+    assert found.store["misses"] == found.misses
+    without = InProcess(Session.load(bundle_dir, threads=1, cache_bytes=0))
+    assert run(without, inputs, trace, connections=1, offline=True).hits == 0
+
+
+def test_against_a_server_as_against_a_session(bundle_dir):
+    with running(bundle_dir) as server:
+        url, admin = (f"http://127.0.0.1:{server.ports[p]}" for p in ("http", "admin"))
+        client = Behind(url, admin)
+        trace = Traffic(users=4, targets=(1, 4), history=(3, 20), events=1.0).trace(100.0, 1.0)
+        inputs = Inputs(client.manifest, max(a.tokens for a in trace), 0)
+        found = run(client, inputs, trace, connections=3, offline=True)
+        assert found.codes == {"ok": len(requests(trace))}
+        assert found.appended > 0
+        assert server.served.session.stats().misses == found.misses
+        assert capacity(client, inputs, trace, 2, 0.1) > 0
+        with one_line(UsageError, "other"):
+            Behind(f"{url}/v2/models/other")
+    with one_line(UsageError):
+        Behind(url)
+    for wrong in ("ftp://a", "http://", "http://a:b"):
+        with one_line(UsageError):
+            Behind(wrong)
+
+
+def test_the_command_reports(bundle_dir, tmp_path, capsys):
+    record = tmp_path / "trace.jsonl"
+    options = ["--seconds", "0.5", "--history", "3,20", "--targets", "1,4", "--users", "5"]
+    command = ["load", str(bundle_dir), *options, "--rate", "60", "--deadline-ms", "500"]
+    assert commands.main([*command, "--compare", "--json", "--record", str(record)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["load"]["requests"] == told["without_store"]["requests"] == len(requests(read_trace(str(record))))
+    assert commands.main(["load", str(bundle_dir), "--trace", str(record), "--scenario", "offline"]) == 0
+    assert "offline scenario" in capsys.readouterr().out
+    assert commands.main(["load", str(bundle_dir), *options]) == 0
+    assert commands.main(["load", "http://127.0.0.1:1", "--compare"]) == 2

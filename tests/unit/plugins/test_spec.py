@@ -1,0 +1,72 @@
+"""One declaration of the operator's arguments; every implementation takes those, in that order."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from stca.plugins import kernels, launch, onnx_function, reference, spec, torch_op
+
+NAMES = [a.name for a in spec.ARGUMENTS]
+CPP = Path(spec.__file__).parent / "cpp"
+
+
+def _parameters(function: object) -> list[str]:
+    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+
+def test_the_torch_schema():
+    arguments = torch.ops.stca.target_history_attention.default._schema.arguments
+    assert [a.name for a in arguments] == [*NAMES, spec.SCALE]
+    assert [str(a.type) for a in arguments] == ["Tensor"] * 5 + ["Optional[Tensor]", "float"]
+
+
+def test_the_onnx_schema_and_function_body():
+    schema = onnx_function.schema()
+    assert [i.name for i in schema.inputs] == NAMES
+    assert [o.name for o in schema.outputs] == [spec.RESULT.name]
+    body = onnx_function.functions()[-1]
+    assert (list(body.input), list(body.output), list(body.attribute)) == (NAMES, [spec.RESULT.name], [spec.SCALE])
+
+
+@pytest.mark.parametrize(
+    "function", [torch_op.eager, launch.target_history_attention, reference.target_history_attention]
+)
+def test_python_functions(function):
+    assert sorted(_parameters(function)) == sorted([*NAMES, spec.SCALE])
+    assert [p for p in _parameters(function) if p != spec.SCALE] == NAMES
+
+
+def test_the_kernel_takes_them_in_order():
+    source = inspect.getsource(inspect.getmodule(kernels) or kernels)
+    taken = re.findall(r"^    (\w+),", source[source.index("def attend_kernel") :], flags=re.MULTILINE)
+    assert [n for n in taken if n in NAMES][: len(NAMES)] == NAMES
+
+
+def test_the_cpp_plugin():
+    source = (CPP / "plugin.cc").read_text(encoding="utf-8")
+
+    def listed(constant: str) -> list[str]:
+        found = re.search(rf"{constant}\[kINPUTS\]\s*=\s*\{{([^}}]*)\}}", source)
+        assert found, constant
+        return [x.strip().strip('"') for x in found[1].split(",")]
+
+    assert listed("kINPUT_NAMES") == NAMES
+    assert listed("kRANKS") == [str(len(a.shape)) for a in spec.ARGUMENTS]
+    assert f"kINPUTS = {len(NAMES)};" in source
+    assert f'kNAME = "{spec.OP_NAME}"' in source
+    assert f'kNAMESPACE = "{spec.DOMAIN}"' in source
+
+
+def test_the_contract_says_what_each_argument_looks_like():
+    """Each size that is compared in `check_shapes` is named in the declaration, so that the two cannot part."""
+    sizes = dict(zip(["N_t", "N_h", "H", "H_k", "D", "D_v", "B + 1", "B"], [5, 7, 4, 1, 8, 6, 3, 2], strict=True))
+    shapes = {a.name: tuple(sizes[n] for n in a.shape) for a in spec.ARGUMENTS}
+    spec.check_shapes(*shapes.values())
+    for name, shape in shapes.items():
+        with pytest.raises(ValueError, match=name if name != "query" else "query|key"):
+            spec.check_shapes(*((*shape, 1) if n == name else s for n, s in shapes.items()))

@@ -1,0 +1,61 @@
+"""Encodings that several calls share, and what becomes of them when a call ends where nobody expects it."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+
+import pytest
+
+import stca.runtime.flights
+from stca.runtime.flights import Flights
+from stca.runtime.state import StateKey, UserState
+
+KEYS = [StateKey(user, 1, "w", "f") for user in "ab"]
+
+
+def interrupted_at(line: int, call) -> bool:
+    """Run `call` with a KeyboardInterrupt at the n-th line that it runs of the module; whether there is such a line."""
+    lines = 0
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if frame.f_code.co_filename != stca.runtime.flights.__file__:
+            return None
+        if linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip().startswith("with "):
+            return trace  # Python itself lets no interrupt between a body and the unlocking after it
+        lines += event == "line"
+        if lines == line and event == "line":
+            lines += 1
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_whoever_is_interrupted_leaves_nobody_waiting():
+    for line in range(1, 1000):
+        flights, kept = Flights(), {}
+
+        def encode(flights=flights, kept=kept):
+            return flights.encode(dict.fromkeys(KEYS), lambda xs: [UserState({}, 0) for _ in xs], kept.__setitem__)
+
+        if not interrupted_at(line, encode):
+            break
+        assert not any(map(flights.under_way, KEYS)), f"line {line}"
+        assert set(encode()[0]) == set(KEYS)
+    assert 10 < line < 200
+
+
+def test_a_state_that_was_kept_meanwhile_is_not_made_again():
+    state = UserState({}, 0)
+    made, own = Flights().encode({KEYS[0]: None}, lambda _: pytest.fail("encoded"), lambda *_: None, lambda _: state)
+    assert made[KEYS[0]] is state
+    assert not own

@@ -1,0 +1,181 @@
+"""Overload, deadlines, clients that go away, the end of a server: requests are computed, or told why not."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from support.serving import DATATYPES, Held, Running, body_of, running
+
+from stca import probe
+from stca.runtime import Request
+from stca.serve.messages import SERVICE, message
+
+
+@pytest.fixture
+def held(bundle_dir) -> Iterator[tuple[Running, Held]]:
+    """A server of one worker and two places to wait, whose scores wait."""
+    with running(bundle_dir, workers=1, queue=2) as made:
+        made.served.loaded = session = Held(made.served.loaded)
+        try:
+            yield made, session
+        finally:
+            session.go.set()
+
+
+def some(server: Running) -> dict[str, Any]:
+    specs = server.served.session.manifest.graphs["request"].inputs
+    return probe.single(specs, 5, 3, np.random.default_rng(0))
+
+
+def until(true: Any) -> None:
+    for _ in range(400):
+        if true():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to that")
+
+
+def message_of(inputs: dict[str, Any]) -> bytes:
+    made = message("ModelInferRequest")(model_name="ranker")
+    for name, x in inputs.items():
+        made.inputs.add(name=name, datatype=DATATYPES[x.dtype.name], shape=x.shape)
+        made.raw_input_contents.append(x.tobytes())
+    return bytes(made.SerializeToString())
+
+
+def test_more_than_the_queue_takes_is_refused_at_once_and_the_rest_served(held):
+    server, session = held
+    inputs, work = some(server), server.server.serving.work
+    with ThreadPoolExecutor(3) as clients:
+        waiting = [clients.submit(server.infer, inputs) for _ in range(3)]
+        until(lambda: work.admitted_now == 3)
+        status, headers, told = server.infer(inputs)
+        assert (status, told["code"]) == (429, "overloaded")
+        assert int(headers["Retry-After"]) >= 1
+        with (
+            grpc.insecure_channel(f"127.0.0.1:{server.ports['grpc']}") as channel,
+            pytest.raises(grpc.RpcError) as caught,
+        ):
+            channel.unary_unary(f"/{SERVICE}/ModelInfer")(message_of(inputs), timeout=20)
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert {"stca-code", "retry-after"} <= {k for k, _ in caught.value.trailing_metadata()}
+        assert server.http("/v2/health/ready")[0] == 200  # which no queue delays
+        session.go.set()
+        assert [w.result()[0] for w in waiting] == [200, 200, 200]
+    until(lambda: work.admitted_now == 0)
+    assert server.infer(inputs)[0] == 200
+
+
+def test_a_request_whose_deadline_passed_is_not_computed(held):
+    server, session = held
+    inputs = some(server)
+    with ThreadPoolExecutor(3) as clients:
+        first = clients.submit(server.infer, inputs)
+        assert session.began.acquire(timeout=10)
+        late = clients.submit(server.infer, inputs, deadline_ms=20)
+        later = clients.submit(server.infer, inputs, timeout=20_000)
+        until(lambda: server.server.serving.work.admitted_now == 3)
+        time.sleep(0.05)
+        session.go.set()
+        assert first.result()[0] == 200
+        for one in (late, later):
+            status, _, told = one.result()
+            assert (status, told["code"]) == (504, "deadline")
+    assert session.calls == 1
+
+
+def test_a_client_that_goes_away_takes_its_work_along(held):
+    server, session = held
+    inputs = some(server)
+    with ThreadPoolExecutor(1) as clients:
+        first = clients.submit(server.infer, inputs)
+        assert session.began.acquire(timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", server.ports["http"])
+        connection.request("POST", "/v2/models/ranker/infer", json.dumps(body_of(inputs)))
+        until(lambda: server.server.serving.work.admitted_now == 2)
+        with grpc.insecure_channel(f"127.0.0.1:{server.ports['grpc']}") as channel:
+            call = channel.unary_unary(f"/{SERVICE}/ModelInfer").future(message_of(inputs))
+            until(lambda: server.server.serving.work.admitted_now == 3)
+            connection.close()
+            call.cancel()
+            until(lambda: server.server.serving.work.admitted_now == 1)
+        session.go.set()
+        assert first.result()[0] == 200
+    assert session.calls == 1
+    text = server.http("/metrics")[2].decode()
+    assert text.count('code="cancelled"') == 2
+
+
+def test_draining_tells_that_it_is_not_ready_and_finishes_what_runs(held):
+    server, session = held
+    inputs = some(server)
+    with ThreadPoolExecutor(2) as clients:
+        running_ = clients.submit(server.infer, inputs)
+        assert session.began.acquire(timeout=10)
+        ended = clients.submit(server.stop)
+        until(lambda: not server.server.serving.work.open)
+        assert server.http("/v2/health/live")[0] == 200
+        assert server.http("/v2/health/ready")[0] == 503
+        assert server.http("/v2/models/ranker/ready")[0] == 503
+        status, headers, told = server.infer(inputs)
+        assert (status, told["code"]) == (503, "unavailable")
+        assert headers["Retry-After"]
+        session.go.set()
+        assert running_.result()[0] == 200
+        assert ended.result()
+    with pytest.raises(ConnectionRefusedError):
+        server.http("/v2/health/live")
+
+
+def test_an_engine_that_fails_is_told_and_a_bug_is_hidden_from_clients(held, caplog):
+    server, session = held
+    session.go.set()
+    inputs = some(server)
+
+    def broken(_: Request, **more: Any) -> Any:
+        raise ZeroDivisionError("ann's secret")
+
+    session.answer = broken  # type: ignore[method-assign]
+    status, _, told = server.infer(inputs)
+    assert (status, told["code"]) == (500, "internal")
+    assert "secret" not in json.dumps(told)
+    del session.answer
+    assert server.infer(inputs)[0] == 200
+
+
+def test_a_swap_under_traffic_fails_no_request_and_mixes_no_scores(bundle_dir, other_weights):
+    with running(bundle_dir) as server:
+        inputs, stop = some(server), threading.Event()
+        found: list[list[float]] = []
+
+        def ask(user: int) -> None:
+            while not stop.is_set():
+                status, _, told = server.infer(inputs, user=user, version=1)
+                assert status == 200
+                found.append(told["outputs"][0]["data"])
+
+        with ThreadPoolExecutor(3) as clients:
+            asking = [clients.submit(ask, user) for user in range(2)]
+            for bundle in (other_weights, bundle_dir, other_weights):
+                swap = {"parameters": {"bundle": str(bundle)}}
+                status, _, told = server.http("/v2/models/ranker/swap", swap, port="admin")
+                assert (status, set(told)) == (200, {"weights"})
+                count = len(found)
+                until(lambda count=count: len(found) > count + 4)
+            stop.set()
+            [a.result() for a in asking]
+        now = np.ravel(server.served.session.score(Request(inputs)))
+        server.served.session.swap(bundle_dir)
+        before = np.ravel(server.served.session.score(Request(inputs)))
+        which = {int(np.argmin([np.abs(f - before).max(), np.abs(f - now).max()])) for f in found}
+        assert which == {0, 1}
+        assert all(min(np.abs(f - before).max(), np.abs(f - now).max()) < 1e-5 for f in found)
