@@ -5,7 +5,7 @@
 For each GPU and shape, 1, 8, 32 and 300 targets over 10,000 tokens, with the GPU's own shared memory and within 48 KiB,
 the model's pick is compiled and assembled, each distinct kernel once. Prints the two tables of docs/attention.md; the
 JSON has every kernel. It takes about 20 minutes on one core. `--shipped DIR` compiles nothing and prints the table of
-docs/tensorrt_plugin.md from what `python -m stca.plugins.aot --out DIR` wrote.
+docs/tensorrt_plugin.md from what `python -m stca.plugins.artifacts --out DIR` wrote.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def main() -> None:
         return
     kernels: dict[tuple[int, Shape, tiling.Tile, bool], dict[str, Any]] = {}
     for sm, shape, targets, portable, plan in picks(args.sm or ARTIFACT_SMS):
-        key = (sm, shape, plan.tile, plan.splits > 1)
+        key = (sm, shape, plan.tile, plan.parts > 1)
         if key not in kernels:
             kernels[key] = {"sm": sm, **dataclasses.asdict(shape), **_compiled(*key), "picked": []}
             print(len(kernels), json.dumps(kernels[key]), file=sys.stderr, flush=True)
-        kernels[key]["picked"].append({"targets": targets, "portable": portable, "splits": plan.splits})
+        kernels[key]["picked"].append({"targets": targets, "portable": portable, "parts": plan.parts})
         if args.out:
             rows = ",\n ".join(map(json.dumps, kernels.values()))
             head = json.dumps({"triton": triton.__version__, "tokens": TOKENS})
@@ -112,7 +112,7 @@ def shown(kernels: list[dict[str, Any]]) -> str:
                     tile = f"{k['block_m']} × {k['block_n']}{part}, {k['warps']}, {k['stages']}"
                     sizes = f"{form}{', within 48 KiB' * portable} | {targets} × 10k"
                     used = f"{k['registers']} | {round(k['shared'] / 1024)} KiB"
-                    lines.append(f"| {sizes} | {tile} | {pick['splits']} | {used} |")
+                    lines.append(f"| {sizes} | {tile} | {pick['parts']} | {used} |")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from stca.bench import machine
+from stca.checks.bench import machine
 from stca.plugins import launch, torch_op
 from stca.plugins.interpret import Interpreter
 from stca.plugins.reference import target_history_attention as reference
@@ -105,17 +105,17 @@ def _parity() -> dict[str, Any]:
         return {"skipped": "Triton is not installed"}
     checks = []
     with Interpreter() as interpreter:
-        for form, dtype, splits in (
-            (form, dtype, splits)
+        for form, dtype, parts in (
+            (form, dtype, parts)
             for form in ("projected", "absorbed")
             for dtype in (torch.bfloat16, torch.float16, torch.float32)
-            for splits in (1, 3)
+            for parts in (1, 3)
         ):
             query, key, value = _tensors(form, 64, 4, 77, 9, dtype)
             structure = _structure(query, key)
             depth = query.shape[2]
             out = torch.full_like(query[:, :, : value.shape[2]], float("nan"))
-            plan = Plan(Tile(16, 16, depth, depth, 4, 2), splits, 0.0)
+            plan = Plan(Tile(16, 16, depth, depth, 4, 2), parts, 0.0)
             steps = launch.launches(query, key, value, *structure, depth**-0.5, plan, out, upcast=True)
             launch.run_interpreted(steps, interpreter)
             wide = [x.double().numpy() for x in (query, key, value)]
@@ -123,7 +123,7 @@ def _parity() -> dict[str, Any]:
             theirs = float(np.abs(_torch_sdpa(query, key, value)().double().numpy() - truth).max())
             error = float(np.abs(out.double().numpy() - truth).max())
             allowed = 2 * theirs + torch.finfo(dtype).eps * float(np.abs(truth).max())
-            name = f"{form} {dtype} splits {splits}"
+            name = f"{form} {dtype} parts {parts}"
             checks.append({"case": name, "error": error, "allowed": allowed, "passed": error <= allowed})
     return {"triton": triton.__version__, "passed": all(check["passed"] for check in checks), "checks": checks}
 

@@ -18,8 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from stca.bench import machine
-from stca.bundle import WEIGHTS, GraphSpec, Manifest, StateSpec, TensorSpec, sha256_of, writing
+from stca.bundle import sha256_of, writing
+from stca.checks.bench import machine
+from stca.manifest import WEIGHTS, GraphSpec, Manifest, StateSpec, TensorSpec
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 USER = (

@@ -25,10 +25,10 @@ def export(out: Path, width: int, heads: int, layers: int, expansion: int) -> in
     """A projected bundle with random weights; returns its number of parameters."""
     import torch
 
-    from stca.export.checkpoint import Checkpoint
-    from stca.export.config import Field, StcaConfig
-    from stca.export.model import Stca
     from stca.export.pipeline import export_checkpoint
+    from stca.export.reference.checkpoint import Checkpoint
+    from stca.export.reference.config import Field, StcaConfig
+    from stca.export.reference.module import Stca
 
     torch.manual_seed(0)
     config = StcaConfig(
@@ -54,8 +54,8 @@ def export(out: Path, width: int, heads: int, layers: int, expansion: int) -> in
 def command(bundle: Path, sm: int, precision: str, cache: Path) -> tuple[list[dict[str, Any]], float, float]:
     """`build` in a fresh process, as a user has it: its result, seconds in all, and peak memory in MB."""
     code = (
-        "import json, sys; from pathlib import Path; from stca.build import Workload, build\n"
-        "from stca.engine_cache import EngineCache\n"
+        "import json, sys; from pathlib import Path; from stca.engines.build import Workload, build\n"
+        "from stca.engines.cache import EngineCache\n"
         "bundle, sm, precision, cache = sys.argv[1:]\n"
         "workload, kept = Workload(history_max=10_240, targets_max=512), EngineCache(Path(cache))\n"
         "asked = {'sm': int(sm), 'precision': precision, 'workload': workload, 'cache': kept}\n"
@@ -92,7 +92,7 @@ def main() -> None:
             file=sys.stderr,
         )
         rows = []
-        print("| precision | graph | attention | engine, MB | build, s | command, s | again, s | peak memory, MB |")
+        print("| precision | graph | lowering | engine, MB | build, s | command, s | again, s | peak memory, MB |")
         print("|---|---|---|---|---|---|---|---|")
         for precision in ("fp32", "fp16", "bf16"):
             built, total, peak = command(out, args.sm, precision, Path(scratch, "cache"))
@@ -100,7 +100,7 @@ def main() -> None:
             assert [r["cache"] for r in built] == ["miss"] * 2
             assert [r["cache"] for r in again] == ["hit"] * 2
             for r in built:
-                cells = [precision, r["graph"], r["attention"] or "–", f"{r['bytes'] / 1e6:.0f}", f"{r['seconds']:.2f}"]
+                cells = [precision, r["graph"], r["lowering"] or "–", f"{r['bytes'] / 1e6:.0f}", f"{r['seconds']:.2f}"]
                 print("| " + " | ".join([*cells, f"{total:.1f}", f"{hit:.2f}", f"{peak:.0f}"]) + " |", flush=True)
                 rows.append({**r, "command_seconds": total, "hit_seconds": hit, "peak_mb": peak})
         print(json.dumps({"parameters": parameters, "sm": args.sm, "engines": rows}))

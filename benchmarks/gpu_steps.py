@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stca import bench, probe
-from stca.export.config import StcaConfig
-from stca.export.model import Stca, request_inputs
+from stca import probe
+from stca.checks import bench
+from stca.export.reference.config import StcaConfig
+from stca.export.reference.module import Stca, request_inputs
 
 GPU = torch.cuda.is_available()
 FORMS: tuple[Literal["projected", "absorbed"], ...] = ("projected", "absorbed")
@@ -89,7 +90,7 @@ def tensorrt_rtx() -> Iterator[dict[str, Any]]:
             "build": [bundle, *engine, *sm, "--precision", "bf16", "--no-cache"],
             "verify": [bundle, *engine],
         }.items():
-            line = [sys.executable, "-m", "stca.cli", name, *words, "--json"]
+            line = [sys.executable, "-m", "stca", name, *words, "--json"]
             done = subprocess.run(line, capture_output=True, text=True, check=False)
             answer = json.loads(done.stdout) if done.stdout.strip() else done.stderr.strip()[-500:]
             said[name] = {"exit": done.returncode, "said": answer}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import dataclasses
 import json
 import os
 import tempfile
@@ -23,13 +22,14 @@ from typing import Any
 
 import numpy as np
 
-import stca.runtime.session
+import stca.runtime.model
 from stca import probe
-from stca.bench import machine
-from stca.bundle import HALVES, Bundle
-from stca.demo import shipped_checkpoint
-from stca.export.checkpoint import load_checkpoint
+from stca.bundle import Bundle
+from stca.checks.bench import machine
 from stca.export.pipeline import export_checkpoint
+from stca.export.reference.checkpoint import load_checkpoint
+from stca.manifest import HALVES, EngineEntry
+from stca.report.demo import shipped_checkpoint
 from stca.runtime import Request, Session
 from stca.runtime.cuda_device import Device
 from stca.runtime.tensorrt_engine import TensorRTEngine
@@ -56,9 +56,16 @@ class Cuda:
         self.__dict__[name] = call
         return call
 
+    def cudaGetDeviceCount(self) -> tuple[int, int]:
+        return 0, 1
+
+    def cudaGetDevice(self) -> tuple[int, int]:
+        self.calls += 1
+        return 0, 0
+
     def cudaMalloc(self, size: int) -> tuple[int, int]:
-        self._memory.append((ctypes.c_uint8 * size)())
-        return 0, ctypes.addressof(self._memory[-1])
+        self._memory.append((ctypes.c_uint8 * (size + 256))())
+        return 0, -(-ctypes.addressof(self._memory[-1]) // 256) * 256
 
     def cudaHostAlloc(self, size: int, _: int) -> tuple[int, int]:
         return self.cudaMalloc(size)
@@ -100,7 +107,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = load_checkpoint(shipped_checkpoint())
         bundle = export_checkpoint(checkpoint, Path(folder, "B"), prove=lambda *_: {"passed": True})
-        stca.runtime.session.open_engines = lambda b, *_, **__: _engines(b, cuda, args.history, args.targets)
+        stca.runtime.model.open_engines = lambda b, *_, **__: _engines(b, cuda, args.history, args.targets)
         session = Session.load(bundle.path, engine="graphs")
     specs = session.manifest.graphs["request"].inputs
     whole = probe.single(specs, args.history, args.targets, np.random.default_rng(0))
@@ -120,7 +127,7 @@ def main() -> None:
     result = {
         "history": args.history,
         "targets": args.targets,
-        "state_bytes": session.stats().bytes,
+        "state_bytes": session.stats().state_bytes,
         "machine": {**machine(1), "load": os.getloadavg()[0]},
         "microseconds": round(float(np.median(rounds)), 1),
         "fastest_round": round(min(rounds), 1),
@@ -146,12 +153,12 @@ def _engines(bundle: Bundle, cuda: Cuda, history: int, targets: int) -> dict[str
             "precision": "fp32",
             "requests": 1,
             "profiles": [{d: [1, n, n] for d, n in largest.items() if any(d in t.shape for t in graph.inputs)}],
-            "inputs": [dataclasses.asdict(t) for t in graph.inputs],
-            "outputs": [dataclasses.asdict(t) for t in graph.outputs],
+            "inputs": [{"name": t.name, "dtype": t.dtype, "shape": t.shape} for t in graph.inputs],
+            "outputs": [{"name": t.name, "dtype": t.dtype, "shape": t.shape} for t in graph.outputs],
         }
         entry["padded"] = [d for d in ("N_h", "N_t") if d in entry["profiles"][0]]
-        keep = [s.name for s in bundle.manifest.state] if half == "user_encoder" else ()
-        engines[half] = TensorRTEngine(bundle.file(half), entry, device, keep=keep, module=Library)
+        keep = [s.name for s in bundle.manifest.state]
+        engines[half] = TensorRTEngine(bundle.file(half), EngineEntry.of(entry), device, keep=keep, module=Library)
     return engines
 
 

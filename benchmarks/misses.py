@@ -21,23 +21,23 @@ from typing import Any
 import numpy as np
 import torch
 
-import stca.runtime.session
+import stca.runtime.model
 from stca import probe
-from stca.bench import machine
 from stca.bundle import Bundle
-from stca.export.checkpoint import Checkpoint
-from stca.export.config import Field, StcaConfig
-from stca.export.model import Stca
+from stca.checks.bench import machine
+from stca.checks.verify import prove
 from stca.export.pipeline import export_checkpoint
+from stca.export.reference.checkpoint import Checkpoint
+from stca.export.reference.config import Field, StcaConfig
+from stca.export.reference.module import Stca
 from stca.runtime import RequestBatch, Session
-from stca.verify import prove
 
 
 def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
-        bundle = _export(args, Path(folder))
+        bundle = random_bundle(args, Path(folder))
         session = Session.load(bundle.path, threads=args.threads, cache_bytes=1 << 40)
         split = bundle.manifest.split
         result = {
@@ -47,7 +47,7 @@ def main() -> None:
             "config": bundle.manifest.model["config"],
             "mflop_per_token": (split["user_work"] - split["recomputed_work"]) / split["workload"]["N_h"] / 1e6,
             "state_bytes_per_token": split["bytes_per_token"],
-            "together": stca.runtime.session._TOKENS_TOGETHER,
+            "together": stca.runtime.model._TOKENS_TOGETHER,
             "rows": [_row(session, users, tokens, args) for users, tokens in args.batches],
         }
     text = json.dumps(result, indent=1)
@@ -75,7 +75,8 @@ def _arguments() -> argparse.Namespace:
     return p.parse_args()
 
 
-def _export(args: argparse.Namespace, folder: Path) -> Bundle:
+def random_bundle(args: argparse.Namespace, folder: Path) -> Bundle:
+    """A model of the size in `args` with random weights, for histories as long as the longest of `args.batches`."""
     torch.manual_seed(0)
     category = Field("category", 100)
     config = StcaConfig(
@@ -105,21 +106,21 @@ def _row(session: Session, users: int, tokens: int, args: argparse.Namespace) ->
     batch = RequestBatch(inputs, users=range(users), versions=[0] * users)
 
     def score(limit: int) -> tuple[float, float]:
-        stca.runtime.session._TOKENS_TOGETHER = limit  # type: ignore[misc]
+        stca.runtime.model._TOKENS_TOGETHER = limit  # type: ignore[misc]
         for user in batch.users:
             session.forget(user)
         start = time.perf_counter(), time.process_time()
         session.score(batch)
         return time.perf_counter() - start[0], time.process_time() - start[1]
 
-    own = stca.runtime.session._TOKENS_TOGETHER
+    own = stca.runtime.model._TOKENS_TOGETHER
     limits = {0: "one at a time", **{n: f"up to {n} tokens" for n in args.limits}}
     times: dict[int, list[tuple[float, float]]] = {limit: [] for limit in limits}
     for _ in range(args.rounds):
         for limit, measured in times.items():
             score(limit)  # so that each way finds the memory as it leaves it
             measured.append(score(limit))
-    stca.runtime.session._TOKENS_TOGETHER = own  # type: ignore[misc]
+    stca.runtime.model._TOKENS_TOGETHER = own  # type: ignore[misc]
     row: dict[str, Any] = {"users": users, "tokens": tokens, "rounds": args.rounds}
     for which, name in enumerate(("clock", "processor")):
         best = {limits[limit]: min(t[which] for t in measured) * 1e3 for limit, measured in times.items()}

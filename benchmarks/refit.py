@@ -34,11 +34,11 @@ def main() -> None:
 
     import torch
 
-    from stca.export.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-    from stca.export.config import Field, StcaConfig
-    from stca.export.model import Stca
+    from stca.engines.refit import refit
     from stca.export.pipeline import export_checkpoint
-    from stca.refit import refit
+    from stca.export.reference.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+    from stca.export.reference.config import Field, StcaConfig
+    from stca.export.reference.module import Stca
 
     torch.set_num_threads(args.threads)
     print(f"{os.cpu_count()} cores, {args.threads} threads, load {os.getloadavg()[0]:.1f}")

@@ -26,14 +26,14 @@ import numpy as np
 import torch
 
 from stca import probe
-from stca.bench import bench, machine, measure
 from stca.bundle import Bundle
-from stca.export.checkpoint import load_checkpoint, save_checkpoint
-from stca.export.config import Field, StcaConfig
-from stca.export.model import Stca
+from stca.checks.bench import bench, machine, measure
+from stca.checks.verify import prove
 from stca.export.pipeline import export_checkpoint
+from stca.export.reference.checkpoint import load_checkpoint, save_checkpoint
+from stca.export.reference.config import Field, StcaConfig
+from stca.export.reference.module import Stca
 from stca.runtime import OnnxRuntimeEngine, Request, Session
-from stca.verify import prove
 
 
 def main() -> None:

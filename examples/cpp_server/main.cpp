@@ -9,11 +9,17 @@
 //
 // Values are row by row. The engine `none` computes nothing and scores zero: for trying the protocol without a library.
 #include <arpa/inet.h>
+#include <poll.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cerrno>
 #include <charconv>
+#include <chrono>
+#include <csignal>
 #include <cstring>
 #include <iostream>
 #include <list>
@@ -35,7 +41,7 @@ class NoEngine : public stca::Engine {
     for (std::size_t i = 0; i < gives_.size(); ++i) {
       std::vector<std::int64_t> shape(gives_[i].shape, gives_[i].shape + gives_[i].rank);
       std::size_t bytes = stca_dtype_bytes(gives_[i].dtype);
-      for (int a = 0; a < gives_[i].rank; ++a) {
+      for (std::size_t a = 0; a < shape.size(); ++a) {
         if (gives_[i].symbol[a] != nullptr) shape[a] = sizes[gives_[i].symbol[a]];
         bytes *= static_cast<std::size_t>(shape[a]);
       }
@@ -84,6 +90,7 @@ class Tensors {
 std::string answer(stca::Session& session, const std::string& line) try {
   std::istringstream words(line);
   std::ostringstream out;
+  out.precision(9);
   std::string verb, user, version;
   if (words >> verb; verb == "score" || verb == "append") {
     words >> user >> version;
@@ -99,26 +106,121 @@ std::string answer(stca::Session& session, const std::string& line) try {
     out << "ok " << session.bundle().weights();
   } else if (verb == "stats") {
     const stca::CacheStats s = session.stats();
-    out << "ok hits " << s.hits << " misses " << s.misses << " users " << s.users << " bytes " << s.bytes;
+    out << "ok hits " << s.hits << " misses " << s.misses << " users " << s.users << " bytes " << s.state_bytes;
   } else {
     out << "error " << STCA_REQUEST_ERROR << ' ' << verb << ": expected score, append, forget, swap or stats";
   }
   return out.str();
 } catch (const stca::StcaError& e) {
   return "error " + std::to_string(e.code()) + " " + e.what();
+} catch (const std::exception& e) {
+  return "error " + std::to_string(STCA_INTERNAL_ERROR) + " " + e.what();
 }
 
-void serve(stca::Session& session, int connection) {
-  std::string pending;
-  char buffer[1 << 16];
-  for (ssize_t n; (n = read(connection, buffer, sizeof buffer)) > 0 && pending.size() < (1 << 20);) {
-    pending.append(buffer, static_cast<std::size_t>(n));
-    for (std::size_t end; (end = pending.find('\n')) != std::string::npos; pending.erase(0, end + 1)) {
-      const std::string reply = answer(session, pending.substr(0, end)) + "\n";
-      send(connection, reply.data(), reply.size(), MSG_NOSIGNAL);
+/// Connections, each with a thread of its own: no more than `most`, none that is silent for longer than `seconds`.
+class Connections {
+ public:
+  static constexpr std::size_t most = 64;
+  static constexpr int seconds = 30;
+
+  explicit Connections(stca::Session& session) : session_(session) {}
+  Connections(const Connections&) = delete;
+  Connections& operator=(const Connections&) = delete;
+  ~Connections() {  // when the server ends: what is under way is answered, and nothing more is read
+    for (auto& one : all_) shutdown(one.socket, SHUT_RD);
+    for (auto& one : all_) end(one);
+  }
+
+  /// Gives back the descriptors and threads of connections that ended.
+  void clear() {
+    for (auto one = all_.begin(); one != all_.end();) one->done ? (end(*one), one = all_.erase(one)) : ++one;
+  }
+
+  void add(int socket) {
+    const timeval limit{seconds, 0};
+    setsockopt(socket, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+    setsockopt(socket, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
+    if (all_.size() >= most) {
+      reply(socket, "error 0 busy: " + std::to_string(most) + " connections are open; try again later");
+      close(socket);
+      return;
+    }
+    One& one = all_.emplace_back(socket);
+    try {
+      one.thread = std::thread([this, &one] { serve(one); });
+    } catch (const std::system_error&) {  // no thread to be had: this client goes, the others stay
+      close(socket);
+      all_.pop_back();
     }
   }
-  close(connection);
+
+ private:
+  struct One {
+    explicit One(int s) : socket(s) {}
+    int socket;
+    std::atomic<bool> done{false};
+    std::thread thread;
+  };
+
+  static void end(One& one) {
+    one.thread.join();
+    close(one.socket);
+  }
+  static bool reply(int socket, std::string line) {
+    line += '\n';
+    for (std::size_t sent = 0; sent < line.size();) {
+      const ssize_t n = send(socket, line.data() + sent, line.size() - sent, MSG_NOSIGNAL);
+      if (n <= 0) return false;
+      sent += static_cast<std::size_t>(n);
+    }
+    return true;
+  }
+  void serve(One& one) try {
+    constexpr std::size_t longest = 1 << 20;
+    std::string pending;
+    std::vector<char> buffer(1 << 16);
+    bool open = true;
+    for (ssize_t n; open && (n = read(one.socket, buffer.data(), buffer.size())) > 0;) {
+      pending.append(buffer.data(), static_cast<std::size_t>(n));
+      for (std::size_t end; open && (end = pending.find('\n')) != std::string::npos; pending.erase(0, end + 1))
+        open = reply(one.socket, answer(session_, pending.substr(0, end)));
+      if (pending.size() > longest) open = reply(one.socket, "error 8 line: is longer than 1 MiB") && false;
+    }
+    shutdown(one.socket, SHUT_RDWR);
+    one.done = true;
+  } catch (const std::exception&) {  // out of memory: this client goes, the others stay
+    shutdown(one.socket, SHUT_RDWR);
+    one.done = true;
+  }
+
+  stca::Session& session_;
+  std::list<One> all_;
+};
+
+volatile std::sig_atomic_t stopped = 0;
+
+/// Takes connections until SIGINT or SIGTERM. Where the process is out of descriptors, it waits until some are free.
+int take(int listener, stca::Session& session) {
+  Connections connections(session);
+  for (const auto stop : {SIGINT, SIGTERM}) {
+    struct sigaction action{};
+    action.sa_handler = [](int) { stopped = 1; };  // without SA_RESTART, so that poll returns
+    sigaction(stop, &action, nullptr);
+  }
+  while (stopped == 0) {
+    connections.clear();  // here, since a process without a free descriptor takes nobody
+    pollfd waiting{listener, POLLIN, 0};
+    if (poll(&waiting, 1, 1000) <= 0) continue;
+    const int connection = accept(listener, nullptr, nullptr);
+    if (connection >= 0) {
+      connections.add(connection);
+    } else if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    } else if (errno != EINTR && errno != ECONNABORTED && errno != EAGAIN) {
+      return std::perror("cannot accept connections"), 1;
+    }
+  }
+  return 0;
 }
 
 int main(int argc, char** argv) try {
@@ -137,13 +239,12 @@ int main(int argc, char** argv) try {
   address.sin_family = AF_INET;
   address.sin_port = htons(port);
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  const int listener = socket(AF_INET, SOCK_STREAM, 0);
+  const int listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
   auto* raw = reinterpret_cast<sockaddr*>(&address);
   if (bind(listener, raw, size) != 0 || listen(listener, 64) != 0) return std::perror("cannot listen"), 1;
   getsockname(listener, raw, &size);
   std::cout << "127.0.0.1:" << ntohs(address.sin_port) << ", engine " << session.engine("target_scorer") << std::endl;
-  for (int connection; (connection = accept(listener, nullptr, nullptr)) >= 0;)
-    std::thread(serve, std::ref(session), connection).detach();
-} catch (const stca::StcaError& e) {
+  return take(listener, session);
+} catch (const std::exception& e) {
   return std::cerr << e.what() << "\n", 1;
 }

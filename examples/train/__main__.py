@@ -23,8 +23,8 @@ from stca.examples.train.logfile import read_log
 from stca.examples.train.sampler import LengthSampler
 from stca.examples.train.train import TrainOptions, attend_to_alike, fit, model_config, score_with
 from stca.examples.train.world import World, generate
-from stca.export.checkpoint import save_checkpoint
-from stca.export.model import Stca
+from stca.export.reference.checkpoint import save_checkpoint
+from stca.export.reference.module import Stca
 
 TRAINING_KEY = "stca.training"
 AUC_KEY = "stca.auc"

@@ -1,5 +1,6 @@
-"""`python -m stca.examples.train.movielens u.data u.item OUT.tsv`: MovieLens-100K as a log for `--log`.
+"""`python -m stca.examples.train.movielens ml-100k.zip OUT.tsv`: MovieLens-100K as a log for `--log`.
 
+The source is what GroupLens gives away: the archive `ml-100k.zip` or the folder in it, or the two files read from it.
 `u.data` has a rating a line, `user item rating timestamp` with tabs between. `u.item` has a film a line, in Latin-1
 with `|` between: five cells, the first of them the item, then one 0 or 1 per genre. The rating becomes the action and
 the first of a film's genres its category; the ratings keep their order.
@@ -7,8 +8,12 @@ the first of a film's genres its category; the ratings keep their order.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import sys
+import tempfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -79,15 +84,48 @@ def _lines(path: str | os.PathLike[str], delimiter: str, count: int) -> Iterator
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert; returns the exit code: 0 done, 2 bad usage or input."""
-    paths = sys.argv[1:] if argv is None else list(argv)
+    p = argparse.ArgumentParser(
+        prog="python -m stca.examples.train.movielens",
+        description="MovieLens-100K as a log for python -m stca.examples.train --log",
+        allow_abbrev=False,
+    )
+    p.add_argument("source", nargs="+", help="ml-100k.zip, or the folder ml-100k, or the two files u.data and u.item")
+    p.add_argument("out", metavar="OUT.tsv", help="the log to write")
+    args = p.parse_args(argv)
     try:
-        if len(paths) != 3:
-            raise StcaError("expected three paths: u.data u.item OUT.tsv")
-        convert(*paths)
+        with _files(args.source) as (ratings, items):
+            convert(ratings, items, args.out)
     except StcaError as e:
         print(f"stca.examples.train.movielens: {e}", file=sys.stderr)
         return e.exit_code
     return 0
+
+
+@contextlib.contextmanager
+def _files(source: Sequence[str]) -> Iterator[tuple[Path, Path]]:
+    """Paths of `u.data` and `u.item`: as given, in a folder, or taken out of an archive."""
+    if len(source) == 2:
+        yield Path(source[0]), Path(source[1])
+    elif len(source) > 2:
+        raise StcaError("expected ml-100k.zip, a folder, or the two files u.data and u.item, then OUT.tsv")
+    elif Path(source[0]).is_dir():
+        yield Path(source[0]) / "u.data", Path(source[0]) / "u.item"
+    else:
+        with tempfile.TemporaryDirectory() as work:
+            for name in ("u.data", "u.item"):
+                (Path(work) / name).write_bytes(_member(source[0], name))
+            yield Path(work) / "u.data", Path(work) / "u.item"
+
+
+def _member(archive: str, name: str) -> bytes:
+    try:
+        with zipfile.ZipFile(archive) as z:
+            found = [n for n in z.namelist() if n.rpartition("/")[2] == name]
+            if not found:
+                raise StcaError(f"{archive}: holds no {name}; expected GroupLens's ml-100k.zip")
+            return z.read(found[0])
+    except (OSError, zipfile.BadZipFile) as e:
+        raise StcaError(f"{archive}: cannot be read ({e}); expected ml-100k.zip, or the folder in it") from e
 
 
 if __name__ == "__main__":

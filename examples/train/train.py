@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from stca.arrays import Progress
 from stca.errors import StcaError
 from stca.examples.train.evaluate import ScoreFn
 from stca.examples.train.log import Inputs, Log
 from stca.examples.train.sampler import LengthSampler, training_batches
-from stca.export.config import Field, StcaConfig
-from stca.export.model import CrossAttention, Projection, Stca
-from stca.types import Progress
+from stca.export.reference.config import Field, StcaConfig
+from stca.export.reference.module import CrossAttention, Projection, Stca
 
 # Standard deviation the tables start with. What says which events are alike must stand out from what says what
 # happened in them, and both from the time: see `attend_to_alike`.
