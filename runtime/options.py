@@ -91,9 +91,9 @@ class Options:
                 _refuse(name, getattr(self, name), "text or None")
         if not isinstance(self.state_folder, str | os.PathLike | None) or self.state_folder == "":
             _refuse("state_folder", self.state_folder, "a folder's path or None")
-        for name in ("ttl_seconds", "batch_seconds"):
+        for name, shortest in (("ttl_seconds", math.ulp(0.0)), ("batch_seconds", 0.0)):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+                object.__setattr__(self, name, _seconds(name, getattr(self, name), shortest))
         if not isinstance(self.onnxruntime, OnnxRuntimeOptions | None):
             _refuse("onnxruntime", self.onnxruntime, "OnnxRuntimeOptions or None")
         if self.onnxruntime is not None and self.engine not in (None, "graphs"):
@@ -121,14 +121,14 @@ def _whole(name: str, value: Any, least: int, most: int) -> int:
     return number
 
 
-def _seconds(name: str, value: Any) -> float:
+def _seconds(name: str, value: Any, least: float) -> float:
     number = None if isinstance(value, bool | str | bytes) else value
     try:
         number = math.nan if number is None else float(number)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not 0 < number < math.inf:
-        _refuse(name, value, "seconds above 0, or None")
+    if not least <= number < math.inf:
+        _refuse(name, value, f"seconds {'above' if least else 'from'} 0, or None")
     return number
 
 

@@ -43,7 +43,8 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        models, work = Models(settings.models), Work(settings.jobs, settings.queue)
+        models = Models(settings.models)
+        work = Work(settings.jobs, settings.queue, gathered=settings.batch_tokens > 0)
         changes, body_limit = Work(_CHANGES, settings.queue), settings.body_mib << 20
         self.serving = Serving(models, work, changes, Metrics(models, work), body_limit, settings.body_seconds)
         self.ports: dict[str, int] = {}
