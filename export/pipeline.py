@@ -31,6 +31,7 @@ from stca.export.outputs import lay_out_by_target, name_rows, score_axes
 from stca.export.padding import PadOptions, padding_of, unpacked
 from stca.export.passes.rules import View
 from stca.export.passes.sequences import without_sequences
+from stca.export.passes.squeezes import name_squeezed_axes
 from stca.export.passes.whole_slices import drop_whole_slices
 from stca.export.reference.checkpoint import Checkpoint
 from stca.export.reference.config import StcaConfig
@@ -228,6 +229,7 @@ def _request_graph(
     drop_unused(graph)
     specs = with_ranges(graph, specs, cut.ids)
     specs = with_one_batch(graph, of_one_request(graph, specs), progress) if cut.lift else specs
+    name_squeezed_axes(graph, specs)
     facts: dict[str, Any] = {}
     name_rows(graph.graph, specs)
     axes = score_axes(graph.graph, specs)
@@ -317,7 +319,7 @@ def _write(
             takes = ask(asked, request.specs, max_history)
         if asked.stem not in models:
             asked.unlink()
-        padded = padding_of(work / "request.onnx", known, takes.inputs, cut.pad)
+        padded = padding_of(work / "request.onnx", known, takes, cut.pad)
         graphs = {name: _graph_spec(name, model, padded.inputs) for name, model in models.items()}
         manifest = Manifest(
             model=source,
