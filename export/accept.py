@@ -21,6 +21,7 @@ from stca.export.analysis import operators
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, any_sizes, without_weights
 from stca.export.analysis.ranges import Range, input_ranges
 from stca.export.analysis.scope import Dataflow, label, walk
+from stca.export.tables import Large
 from stca.manifest import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, TensorSpec
 from stca.plugins import onnx_function
 
@@ -28,8 +29,12 @@ from stca.plugins import onnx_function
 _OLDEST_IR, _NEWEST_IR = 4, 13
 
 
-def load_onnx(file: str | os.PathLike[str]) -> onnx.ModelProto:
+def load_onnx(file: str | os.PathLike[str], large: Large | None = None) -> onnx.ModelProto:
     """Read a model with its weights, refusing external data outside the model's own directory.
+
+    Args:
+        file: the model.
+        large: takes the weights that are to be kept out of it; None for none.
 
     Raises:
         SplitError: when there is no such file, it is no ONNX model, or its weights are missing or elsewhere.
@@ -50,6 +55,8 @@ def load_onnx(file: str | os.PathLike[str]) -> onnx.ModelProto:
                     f"{path}: weight {tensor.name!r} lies outside the model's directory; move it beside it"
                 )
     try:
+        if large is not None:
+            large.hollow_external(model, home)
         onnx.load_external_data_for_model(model, str(home))
         onnx.checker.check_model(without_weights(model))
     except Exception as e:

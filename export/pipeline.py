@@ -5,41 +5,40 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import onnx
 from torch import nn
 
 import stca
 from stca.arrays import Progress
 from stca.bundle import Bundle, place_for, seal, sha256_of, writing
-from stca.errors import ExportError, SplitError
+from stca.errors import SplitError
 from stca.export.accept import drop_unused, load_onnx, name_history, nominal_sizes, refuse_unservable, with_ranges
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured
 from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE
 from stca.export.analysis.marks import marks
 from stca.export.analysis.rows import Rows
 from stca.export.asking import Accepted, ask
+from stca.export.files import askable, finish, spec_of
 from stca.export.freeing import RULES, freed_and_proven
 from stca.export.lifting import lifted_and_proven
 from stca.export.modules import adapted
 from stca.export.one_batch import of_one_request, with_one_batch
 from stca.export.outputs import lay_out_by_target, name_rows, score_axes
-from stca.export.padding import PadOptions, padding_of, unpacked
+from stca.export.padding import Found, PadOptions, padding_of, unpacked
 from stca.export.passes.rules import View
 from stca.export.passes.sequences import without_sequences
-from stca.export.passes.squeezes import name_squeezed_axes
 from stca.export.passes.whole_slices import drop_whole_slices
 from stca.export.reference.checkpoint import Checkpoint
 from stca.export.reference.config import StcaConfig
 from stca.export.reference.module import AttentionForm, request_inputs
-from stca.export.split import StateTensor, inlined, split
+from stca.export.split import Split, StateTensor, inlined, split
 from stca.export.state import not_one_users, why_not_appendable
+from stca.export.tables import DEFAULT_ABOVE, Large, Left, leave, stand_ins
 from stca.export.to_onnx import RequestModel, to_request_graph
-from stca.export.weights import externalize
 from stca.manifest import (
     OFFSETS,
     POINTWISE,
@@ -71,6 +70,7 @@ class CutOptions:
         pad: how histories are padded, where asking the model does not tell.
         lift: whether a batch axis that users and targets share is parted.
         free: whether rules rewrite the graph to free user work.
+        tables_above: embedding tables of more bytes leave the graphs; None for none.
     """
 
     workload: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict(DEFAULT_WORKLOAD))
@@ -79,6 +79,7 @@ class CutOptions:
     pad: PadOptions = dataclasses.field(default_factory=PadOptions)
     lift: bool = True
     free: bool = True
+    tables_above: int | None = DEFAULT_ABOVE
 
 
 def choose_form(config: StcaConfig, targets: int) -> AttentionForm:
@@ -156,10 +157,11 @@ def export_module(
     """
     place_for(out)
     progress("tracing the request graph")
-    model = adapted(model)
-    graph = to_request_graph(model, progress)
+    cut, model = cut or CutOptions(), adapted(model)
+    large = Large(cut.tables_above)
+    graph = to_request_graph(model, progress, large)
     proof = lambda bundle: prove(bundle, model.module)  # noqa: E731
-    return _write(graph, model.inputs, out, proof, source, attention, max_history, cut or CutOptions(), progress)
+    return _write(graph, model.inputs, large, out, proof, source, attention, max_history, cut, progress)
 
 
 def split_onnx(
@@ -184,16 +186,18 @@ def split_onnx(
     """
     place_for(out)
     progress("reading the model")
-    graph = load_onnx(file)
+    cut = cut or CutOptions()
+    large = Large(cut.tables_above)
+    graph = load_onnx(file, large)
     unknown = [name for name in scopes if name not in {i.name for i in graph.graph.input}]
     if unknown:
         names = ", ".join(i.name for i in graph.graph.input)
         raise SplitError(f"the model has no input {unknown[0]!r}; its inputs are {names}")
-    specs = tuple(dataclasses.replace(_spec(i), scope=scopes.get(i.name)) for i in graph.graph.input)
+    specs = tuple(dataclasses.replace(spec_of(i), scope=scopes.get(i.name)) for i in graph.graph.input)
     if any((n.domain, n.op_type) == (DOMAIN, OP_NAME) for n in graph.graph.node):
         onnx_function.attach(graph)
     proof = lambda bundle: prove(bundle, None)  # noqa: E731
-    return _write(graph, specs, out, proof, {"kind": "onnx"}, None, max_history, cut or CutOptions(), progress)
+    return _write(graph, specs, large, out, proof, {"kind": "onnx"}, None, max_history, cut, progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +211,7 @@ class _Request:
         workload: nominal size of each symbolic dimension.
         measured: shapes of values as runs showed them.
         asked: the graph before the rules, to ask what the model takes: they may leave out what refuses a request.
+        left: the tables that left; stand-ins are in their place.
         facts: for the split's report.
     """
 
@@ -216,36 +221,45 @@ class _Request:
     workload: Mapping[str, int]
     measured: Measured
     asked: onnx.ModelProto
+    left: Left
     facts: Mapping[str, Any]
     notes: tuple[str, ...]
 
 
 def _request_graph(
-    graph: onnx.ModelProto, specs: tuple[TensorSpec, ...], cut: CutOptions, progress: Progress
+    graph: onnx.ModelProto,
+    specs: tuple[TensorSpec, ...],
+    large: Large,
+    folder: Path,
+    cut: CutOptions,
+    progress: Progress,
 ) -> _Request:
-    """Through the door, to request level, and past the rules that free user work."""
+    """Through the door, to request level, and past the rules that free user work; tables go to `folder`."""
     without_sequences(graph)
     drop_whole_slices(graph)
     drop_unused(graph)
     specs = with_ranges(graph, specs, cut.ids)
+    left = Left()
+    if large.contents:
+        graph = inlined(graph)
+        left = leave(graph, large, folder, progress)
     specs = with_one_batch(graph, of_one_request(graph, specs), progress) if cut.lift else specs
-    name_squeezed_axes(graph, specs)
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"tables": left.verdicts} if left.verdicts else {}
     name_rows(graph.graph, specs)
     axes = score_axes(graph.graph, specs)
     if lay_out_by_target(graph, axes):
         facts["score_axes"] = {o.name: axis for o, axis in zip(graph.graph.output, axes, strict=True)}
-    refuse_unservable(graph, specs, [_spec(o) for o in graph.graph.output])
+    refuse_unservable(graph, specs, [spec_of(o) for o in graph.graph.output])
     specs, history = name_history(graph, specs)
-    pointwise, asked = None, cut.workload
+    pointwise, sized = None, cut.workload
     notes: tuple[str, ...] = ()
     if lifted := lifted_and_proven(inlined(graph), specs, progress) if cut.lift else None:
         pointwise = graph if lifted.shared else None
         graph, specs = lifted.model, lifted.inputs
-        asked = {n: size for n, size in asked.items() if n != lifted.rows or n == TARGETS}
+        sized = {n: size for n, size in sized.items() if n != lifted.rows or n == TARGETS}
         facts["lifted"] = {"rows": lifted.rows, "decisions": dict(lifted.decisions)}
         notes = (f"lifted to request level: {lifted.rows} is one row for the user and {TARGETS} for the targets",)
-    given = {TOKENS if n == history else n: size for n, size in asked.items()}
+    given = {TOKENS if n == history else n: size for n, size in sized.items()}
     workload, assumed = nominal_sizes(graph.graph, specs, given)
     if history != TOKENS:
         assumed = {f"{history} (the history)": workload[TOKENS], **assumed}
@@ -260,9 +274,8 @@ def _request_graph(
     before = graph
     if any(v.why is None for v in freed.verdicts):
         graph, measured = freed.model, _measured(freed.model, specs)
-    return _Request(
-        graph, specs, pointwise, workload, measured, before if pointwise is not None else graph, facts, notes
-    )
+    asked = before if pointwise is not None else graph
+    return _Request(graph, specs, pointwise, workload, measured, asked, left, facts, notes)
 
 
 def _measured(graph: onnx.ModelProto, specs: Sequence[TensorSpec]) -> Measured:
@@ -283,6 +296,7 @@ def _scopes(specs: Sequence[TensorSpec]) -> dict[str, Scope]:
 def _write(
     graph: onnx.ModelProto,
     specs: tuple[TensorSpec, ...],
+    large: Large,
     out: str | os.PathLike[str],
     prove: Callable[[Bundle], Mapping[str, Any]],
     source: Mapping[str, Any],
@@ -291,36 +305,20 @@ def _write(
     cut: CutOptions,
     progress: Progress,
 ) -> Bundle:
-    request = _request_graph(graph, specs, cut, progress)
-    progress("splitting by dataflow")
-    halves = split(
-        request.graph,
-        _scopes(request.specs),
-        workload=request.workload,
-        flops_per_byte=cut.flops_per_byte,
-        never=lambda model, of: not_one_users(model, of, request.specs),
-        measured=request.measured,
-        verbatim=request.pointwise is not None,
-    )
-    obstacle = why_not_appendable(halves, request.specs)
-    notes = [*halves.report.notes, *request.notes]
-    if obstacle is not None:
-        notes.append(f"new events cannot be appended to a state: {obstacle}")
     with writing(out) as (work, commit):
+        request = _request_graph(graph, specs, large, work, cut, progress)
+        progress("splitting by dataflow")
+        halves = _halves(request, cut)
+        obstacle = why_not_appendable(halves, request.specs)
+        notes = [*halves.report.notes, *request.notes]
+        if obstacle is not None:
+            notes.append(f"new events cannot be appended to a state: {obstacle}")
         progress("writing the bundle")
         models = {"request": request.graph, "user_encoder": halves.user_encoder, "target_scorer": halves.target_scorer}
         if request.pointwise is not None:
             models[POINTWISE] = request.pointwise
-        known = marks(request.graph) if unpacked(request.specs) else {}
-        asked = _saved(models, request.asked, work)
-        takes = Accepted(request.specs, None, max_history)
-        if source["kind"] != "stca":  # whose config says it all
-            progress("asking the graph what it takes")
-            takes = ask(asked, request.specs, max_history)
-        if asked.stem not in models:
-            asked.unlink()
-        padded = padding_of(work / "request.onnx", known, takes, cut.pad)
-        graphs = {name: _graph_spec(name, model, padded.inputs) for name, model in models.items()}
+        takes, padded = _answers(request, source, max_history, cut, work, progress)
+        graphs = finish(models, request.left.tables, padded.inputs, work)
         manifest = Manifest(
             model=source,
             weights=sha256_of(work / WEIGHTS),
@@ -335,51 +333,47 @@ def _write(
             split={**halves.report.as_dict(), **request.facts, "notes": [*notes, *padded.told]},
             parity={},
             producer={"stca": stca.__version__, "onnx": onnx.__version__},
+            tables=request.left.tables or None,
         )
         parity = prove(seal(work, manifest))
         return commit(dataclasses.replace(manifest, parity=parity))
+
+
+def _halves(request: _Request, cut: CutOptions) -> Split:
+    return split(
+        request.graph,
+        _scopes(request.specs),
+        workload=request.workload,
+        flops_per_byte=cut.flops_per_byte,
+        never=lambda model, of: not_one_users(model, of, request.specs) | stand_ins(model),
+        measured=request.measured,
+        verbatim=request.pointwise is not None,
+    )
+
+
+def _answers(
+    request: _Request,
+    source: Mapping[str, Any],
+    max_history: int | None,
+    cut: CutOptions,
+    work: Path,
+    progress: Progress,
+) -> tuple[Accepted, Found]:
+    """What the request graph takes, and how its histories are padded, found by asking it."""
+    takes = Accepted(request.specs, None, max_history)
+    histories = unpacked(request.specs)
+    if source["kind"] == "stca" and not histories and cut.pad == PadOptions():
+        return takes, Found(None, takes.inputs)  # its config says it all
+    with askable(request.graph, request.asked, work) as (graph, before):
+        if source["kind"] != "stca":
+            progress("asking the graph what it takes")
+            takes = ask(before, request.specs, max_history)
+        return takes, padding_of(graph, marks(request.graph) if histories else {}, takes.inputs, cut.pad)
 
 
 def _state_spec(t: StateTensor) -> StateSpec:
     return StateSpec(t.name, t.dtype, t.shape, t.bytes_per_token, t.value if t.verbatim else None)
 
 
-def _saved(models: Mapping[str, onnx.ModelProto], asked: onnx.ModelProto, folder: Path) -> Path:
-    """Write the models and their weights; returns the file of `asked`, the request graph as it was before the rules."""
-    files = dict(models) if asked is models["request"] else {**models, "asked": asked}
-    externalize(files.values(), folder)
-    for name, model in files.items():
-        onnx.save(model, folder / f"{name}.onnx")
-        _check_file(folder / f"{name}.onnx")
-    return folder / ("request.onnx" if asked is models["request"] else "asked.onnx")
-
-
-def _graph_spec(name: str, model: onnx.ModelProto, known: Sequence[TensorSpec]) -> GraphSpec:
-    by_name = {s.name: s for s in known}
-    own = [_spec(i) for i in model.graph.input]  # the pointwise graph has other shapes than the request graph
-    inputs = tuple(dataclasses.replace(by_name.get(i.name, i), shape=i.shape) for i in own)
-    return GraphSpec(f"{name}.onnx", inputs, tuple(_spec(o) for o in model.graph.output))
-
-
-def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    kind = value.type.tensor_type
-    if kind.elem_type == onnx.TensorProto.UNDEFINED:
-        raise SplitError(f"{value.name!r} is no tensor of a known type; requests and scores are tensors")
-    dims: Iterable[Any] = kind.shape.dim
-    shape = tuple(
-        d.dim_value if d.HasField("dim_value") else d.dim_param or f"{value.name}_{axis}" for axis, d in enumerate(dims)
-    )
-    return TensorSpec(value.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name, shape)
-
-
 def _precision(graph: GraphSpec) -> str:
     return graph.outputs[0].dtype
-
-
-def _check_file(file: Path) -> None:
-    """ONNX's full checker and strict shape inference on the file as it will be read, external weights and all."""
-    try:
-        onnx.checker.check_model(str(file), full_check=True)
-        onnx.shape_inference.infer_shapes(onnx.load(file, load_external_data=False), check_type=True, strict_mode=True)
-    except Exception as e:
-        raise ExportError(f"{file.name}: fails ONNX's own check: {' '.join(str(e).split())[:300]}") from e

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from stca.arrays import Progress
 from stca.errors import ExportError
+from stca.export.tables import Large
 from stca.export.untraceable import by_older_exporter, plain_bags, why_untraceable
 from stca.manifest import OFFSETS, SCOPES, TARGETS, TOKENS, USERS, TensorSpec
 from stca.plugins import onnx_function, torch_op  # noqa: F401  # which registers the op in torch
@@ -76,12 +77,15 @@ def check_inputs(model: RequestModel) -> None:
         names.add(spec.name)
 
 
-def to_request_graph(model: RequestModel, progress: Progress = lambda _: None) -> onnx.ModelProto:
+def to_request_graph(
+    model: RequestModel, progress: Progress = lambda _: None, large: Large | None = None
+) -> onnx.ModelProto:
     """Export `model` to ONNX, function bodies of the operator included, symbolic sizes named as in its inputs.
 
     Args:
         model: whose module takes one dict of named tensors.
         progress: told when torch's newer exporter cannot trace the model and the older one can.
+        large: takes the weights that are to be kept out of the graph; None for none.
 
     Raises:
         ExportError: when torch cannot trace the module or ONNX has no operator for a part of it.
@@ -118,7 +122,7 @@ def to_request_graph(model: RequestModel, progress: Progress = lambda _: None) -
         made = onnx_ir.from_proto(scripted)
     if (outputs := len(made.graph.outputs)) != len(model.outputs):
         raise ExportError(f"the model has {outputs} outputs, {len(model.outputs)} are named; name each of them")
-    graph = _tidy(made)
+    graph = _tidy(made, large or Large())
     _name_sizes(graph, model.inputs)
     _name_attention(graph)
     onnx_function.attach(graph)
@@ -175,7 +179,7 @@ def _translate(
     )
 
 
-def _tidy(model: onnx_ir.Model) -> onnx.ModelProto:
+def _tidy(model: onnx_ir.Model, large: Large) -> onnx.ModelProto:
     """Remove what the exporter repeats. Weights are not folded or renamed: they stay the checkpoint's."""
     passes = Sequential(
         ir_passes.NameFixPass(),  # a value may have an input's name, `cat` say
@@ -185,7 +189,18 @@ def _tidy(model: onnx_ir.Model) -> onnx.ModelProto:
         ir_passes.RemoveUnusedOpsetsPass(),
         ir_passes.ClearMetadataAndDocStringPass(),
     )
-    tidied = onnx_ir.to_proto(passes(model).model)
+    tidy = passes(model).model
+    kept_out: dict[str, onnx_ir.TensorProtocol] = {}
+    for name, value in tidy.graph.initializers.items():
+        weight = value.const_value
+        if weight is not None and large.takes(weight.dtype.value, weight.shape.numpy()):
+            kept_out[name] = weight
+            kind, shape = weight.dtype, onnx_ir.Shape(weight.shape.numpy())
+            value.const_value = onnx_ir.ExternalTensor("", 0, weight.nbytes, kind, name=name, shape=shape)
+    tidied = onnx_ir.to_proto(tidy)
+    for tensor in tidied.graph.initializer:
+        if tensor.name in kept_out:
+            large.hollow(tensor, kept_out[tensor.name].numpy())
     _make_branch_outputs(tidied.graph)
     return tidied
 

@@ -9,6 +9,7 @@ from stca.runtime.scoring import Answer
 from stca.runtime.session import Session
 from stca.runtime.state import UserState
 from stca.runtime.store import StoreStats
+from stca.runtime.tables import RowSource
 
 __all__ = [
     "Answer",
@@ -18,6 +19,7 @@ __all__ = [
     "OnnxRuntimeOptions",
     "Request",
     "RequestBatch",
+    "RowSource",
     "Session",
     "StateCache",
     "StoreStats",

@@ -17,13 +17,14 @@ from stca.contract import as_built, check_engine
 from stca.errors import EngineError, RequestError
 from stca.manifest import HALVES, TARGETS, TOKENS, USERS, Manifest, StateSpec
 from stca.runtime.deadline import NEVER, Deadline
-from stca.runtime.engine import Engine, OnnxRuntimeEngine, scores_of
+from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, best_engine, open_engines, own_graphs
 from stca.runtime.machine import processors
 from stca.runtime.options import Options
 from stca.runtime.request import Door
 from stca.runtime.room import Room
 from stca.runtime.state import StateArray, StateKey, UserState, join
+from stca.runtime.tables import on_cpu, sources, with_tables
 from stca.tensorrt_flavours import largest_sizes
 
 # Most history tokens of several users encoded in one run. A run has a price of its own, and so have the copies that
@@ -60,13 +61,16 @@ class Model:
         engines = open_engines(
             bundle, choice, threads=options.threads, onnxruntime=options.onnxruntime, gpu=options.gpu
         )
+        rows = sources(bundle, options.tables)
+        engines = {half: with_tables(bundle, half, engine, rows) for half, engine in engines.items()}
         for half, engine in engines.items():
             entry = choice.entries.get(half)
             promised = as_built(manifest, half, choice.precision, requests=entry.requests if entry else None)
             check_engine(half, promised, *engine.signature(), may_leave_out=engine.may_leave_out)
         layout = ";".join(f"{s.name}:{s.dtype}:{','.join(map(str, s.shape))}" for s in manifest.state)
         # Equal weights do not make equal states: what the encoder computes, for which window, and in what, counts too.
-        encoder = manifest.files[manifest.graphs["user_encoder"].file]["sha256"]
+        graph = manifest.graphs["user_encoder"]
+        encoder = ";".join(manifest.files[file]["sha256"] for file in (graph.file, graph.ids) if file)
         limits = [_limits(choice, half)[TOKENS] for half in HALVES]
         limits += [] if manifest.max_history is None else [manifest.max_history]
         window = None if min(limits) == sys.maxsize else min(limits)
@@ -82,8 +86,7 @@ class Model:
     @property
     def side_by_side(self) -> int:
         """How many calls compute at once before they slow each other down."""
-        on_cpu = isinstance(self.encoder, OnnxRuntimeEngine) and self.threads is not None
-        return max(1, processors() // self.threads) if on_cpu and self.threads else 1
+        return max(1, processors() // self.threads) if self.threads and on_cpu(self.encoder) else 1
 
     def key(self, user: Hashable, version: Hashable) -> StateKey:
         """What a state is kept under; both are plain values, as `Door.key_of` makes them."""
@@ -117,8 +120,7 @@ class Model:
         out = self.encoder.run({s.name: feeds[s.name] for s in self.manifest.graphs["user_encoder"].inputs})
         self._check_rows(out, sum(tokens), len(users))
         if len(users) == 1:
-            # A copy: ONNX Runtime keeps the memory of its outputs for later runs, even that of states that went.
-            return [UserState({n: x.copy() if isinstance(x, np.ndarray) else x for n, x in out.items()}, tokens[0])]
+            return [UserState(out, tokens[0])]
         ends = np.cumsum(tokens)
         return [
             UserState({s.name: self._part(s, out[s.name], i, end - n, end) for s in self.manifest.state}, n)

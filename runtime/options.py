@@ -8,11 +8,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 from stca.errors import UsageError
 from stca.runtime.client_values import quoted
 from stca.signature import Key
+
+if TYPE_CHECKING:
+    from stca.runtime.tables import RowSource
 
 # An execution provider, or one with its options.
 Provider: TypeAlias = str | tuple[str, Mapping[str, Any]]
@@ -69,6 +72,7 @@ class Options:
     batch_tokens: int
     onnxruntime: OnnxRuntimeOptions | None
     gpu: int
+    tables: Mapping[str, RowSource] | None
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -91,9 +95,12 @@ class Options:
                 _refuse(name, getattr(self, name), "text or None")
         if not isinstance(self.state_folder, str | os.PathLike | None) or self.state_folder == "":
             _refuse("state_folder", self.state_folder, "a folder's path or None")
-        for name, shortest in (("ttl_seconds", math.ulp(0.0)), ("batch_seconds", 0.0)):
+        for name in ("ttl_seconds", "batch_seconds"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _seconds(name, getattr(self, name), shortest))
+                object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+        given = {} if self.tables is None else self.tables
+        if not isinstance(given, Mapping) or not all(callable(getattr(x, "rows", None)) for x in given.values()):
+            _refuse("tables", self.tables, "objects with rows(ids), by the tables' names, or None")
         if not isinstance(self.onnxruntime, OnnxRuntimeOptions | None):
             _refuse("onnxruntime", self.onnxruntime, "OnnxRuntimeOptions or None")
         if self.onnxruntime is not None and self.engine not in (None, "graphs"):
@@ -121,14 +128,14 @@ def _whole(name: str, value: Any, least: int, most: int) -> int:
     return number
 
 
-def _seconds(name: str, value: Any, least: float) -> float:
+def _seconds(name: str, value: Any) -> float:
     number = None if isinstance(value, bool | str | bytes) else value
     try:
         number = math.nan if number is None else float(number)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not least <= number < math.inf:
-        _refuse(name, value, f"seconds {'above' if least else 'from'} 0, or None")
+    if not 0 < number < math.inf:
+        _refuse(name, value, "seconds above 0, or None")
     return number
 
 

@@ -16,10 +16,10 @@ from stca.arrays import Array
 from stca.bundle import Bundle, opened
 from stca.errors import EngineError, RequestError, UsageError
 from stca.manifest import TOKENS, Manifest
-from stca.runtime.batching import ALONE, Batcher, Runs
+from stca.runtime.batching import Batcher
 from stca.runtime.client_values import mapping_of, quoted
 from stca.runtime.deadline import Deadline, Wanted
-from stca.runtime.engine import Engine, OnnxRuntimeEngine
+from stca.runtime.engine import Engine
 from stca.runtime.machine import mark_after_fork
 from stca.runtime.model import Model
 from stca.runtime.options import OnnxRuntimeOptions, Options
@@ -28,6 +28,7 @@ from stca.runtime.scoring import Answer, Asked, Scoring
 from stca.runtime.state import LOG
 from stca.runtime.store import StateStore, StoreStats
 from stca.runtime.swap import check_swap
+from stca.runtime.tables import RowSource, on_cpu
 from stca.runtime.turns import Turns
 from stca.runtime.user_states import UserStates, plain_key
 from stca.signature import Key
@@ -48,8 +49,7 @@ class Session:
         self._swapping = threading.Lock()
         self._batcher: Batcher[Asked, Answer] | None = None
         if options.batch_seconds is not None:
-            run, places = self._scoring.answer_several, model.side_by_side
-            self._batcher = Batcher(run, options.batch_tokens, options.batch_seconds, places)
+            self._batcher = Batcher(self._scoring.answer_several, options.batch_tokens, options.batch_seconds)
         self.forked = self._closed = False
         mark_after_fork(self)
 
@@ -75,6 +75,7 @@ class Session:
         batch_tokens: int = 1024,
         onnxruntime: OnnxRuntimeOptions | None = None,
         gpu: int = 0,
+        tables: Mapping[str, RowSource] | None = None,
     ) -> Session:
         """Load a bundle, checking every file of it.
 
@@ -98,13 +99,14 @@ class Session:
             state_folder: of files in which states outlive memory and the process, for engines on a CPU. It is this
                 session's own until that is closed; None keeps states in memory alone.
             state_folder_bytes: most bytes of files in it.
-            batch_seconds: compute requests together that find no processor free (processors / `threads` compute at a
-                time). So many seconds a request waits for others even where one is; 0 for not at all. None computes
-                each request by itself, at once.
+            batch_seconds: how long a request waits for others to be computed with it; None computes each by itself.
             batch_tokens: most history tokens and targets of requests that are computed together. A request of so many
-                is computed by itself, and no smaller one waits for it.
+                alone waits for nobody, and nobody for it.
             onnxruntime: execution providers and settings of ONNX Runtime, which then runs the bundle's own graphs.
             gpu: number of the GPU for TensorRT's engines, as CUDA counts those that this process may see.
+            tables: your own source of rows, a parameter server say, by the name of a table that left the graphs (`stca
+                inspect` has them); the others, and all of them with None, are looked up in the bundle's files. States
+                that are kept hold the rows of their time.
 
         Raises:
             UsageError: when an option is not of the kind or in the range above.
@@ -129,11 +131,12 @@ class Session:
             batch_tokens=batch_tokens,
             onnxruntime=onnxruntime,
             gpu=gpu,
+            tables=tables,
         )
         began = time.perf_counter()
         model = opened(bundle, lambda found: Model.load(found, options), trusted=trusted)
         LOG.info("loaded %s", _told(bundle, model, began))
-        if options.state_folder is not None and not isinstance(model.encoder, OnnxRuntimeEngine):
+        if options.state_folder is not None and not on_cpu(model.encoder):
             raise UsageError(f"state_folder: is for engines on a CPU, not {model.encoder.name}; leave it out")
         store = StateStore.of(
             options.cache_bytes,
@@ -182,9 +185,8 @@ class Session:
         found = [self._states.find(model, r.inputs, r.user, r.version) for r in requests]
         checked = time.perf_counter() - began
         asked = [Asked(model, one, row) for one, row in zip(found, rows, strict=True)]
-        if self._batcher is not None and len(asked) == 1:
-            cost = asked[0].cost if model.door.ragged and asked[0].ready else ALONE
-            answers = [self._batcher.call(asked[0], cost, wanted)]
+        if self._batcher is not None and len(asked) == 1 and model.door.ragged:
+            answers = [self._batcher.call(asked[0], asked[0].cost, wanted)]
         else:
             answers = self._scoring.answer(asked, wanted)
         scores = [answer.scores for answer in answers]
@@ -363,10 +365,6 @@ class Session:
                 "this process was forked after Session.load, and engines' threads stay behind; load the session in the "
                 "child, or start children with the spawn method"
             )
-
-    def runs(self) -> dict[int, Runs]:
-        """Where `batch_seconds` was given: how often so many requests were computed together, and for how long."""
-        return {} if self._batcher is None else self._batcher.runs()
 
     def stats(self) -> StoreStats:
         """What the state store holds and did."""

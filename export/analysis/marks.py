@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from stca.export.analysis import operators
 from stca.export.analysis.cost import without_weights
 from stca.export.analysis.integers import fold_integers, known_integers
-from stca.export.analysis.scope import attribute, walk
+from stca.export.analysis.scope import attribute, is_stand_in, walk
 
 _HANDS_ON = (operators.VIEWS | operators.MOVES | {"Identity", "Cast"}) - {"Concat"}
 _COMPARES = {"Equal": 0, "Greater": 0, "GreaterOrEqual": -1, "Less": 0, "LessOrEqual": 0}
@@ -48,7 +48,9 @@ def _followed(
     compared: int | None = None
     for node in nodes:
         read = [n for n in node.input if n in names]
-        if node.op_type in _HANDS_ON and node.input and node.input[0] in names:
+        if is_stand_in(node) and node.input[0] in names:
+            names.update(node.output)
+        elif node.op_type in _HANDS_ON and node.input and node.input[0] in names:
             names.update(node.output)
             if node.op_type == "Cast" and attribute(node, "to", 0) == onnx.TensorProto.BOOL and compared is None:
                 compared = 0

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import onnx
 
@@ -78,6 +78,15 @@ def reads(node: onnx.NodeProto) -> tuple[str, ...]:
             local.update(inner.output)
         names.update(dict.fromkeys(value.name for value in body.output if value.name not in local))
     return tuple(names)
+
+
+# How the constant is called by whose rest ids are brought into the rows of a table's stand-in.
+STAND_IN: Final = "stca_stand_in"
+
+
+def is_stand_in(node: onnx.NodeProto) -> bool:
+    """Whether a node brings ids into the rows of a stand-in, see `stca.export.tables`."""
+    return node.op_type == "Mod" and node.input[1].startswith(STAND_IN)
 
 
 def label(node: onnx.NodeProto) -> str:

@@ -21,11 +21,11 @@ from typing import TypeVar
 
 from stca import folders
 from stca.errors import BuildError, BundleError
-from stca.manifest import FORMAT, MANIFEST, MOST_BYTES, WEIGHTS, FileEntry, Manifest, is_sealed
+from stca.manifest import FORMAT, MANIFEST, MOST_BYTES, WEIGHTS, FileEntry, Manifest, is_sealed, weights_version
 from stca.signature import SIGNATURE, Key, check_signature, signature_of
 
 # What a bundle's files end in; a directory with anything else is not replaced by a bundle.
-_SUFFIXES = (".json", ".onnx", ".safetensors", ".plan", ".weights", ".sig")
+_SUFFIXES = (".json", ".onnx", ".safetensors", ".plan", ".weights", ".sig", ".rows", ".digests")
 # How often a bundle that is being replaced is read where it lies.
 _PATIENCE = 3
 T = TypeVar("T")
@@ -162,7 +162,7 @@ def _manifest_of(root: Path) -> bytes:
 
 def _check_files(root: Path, manifest: Manifest) -> None:
     present = {*_names(root)} - {SIGNATURE}
-    named = {MANIFEST, *manifest.files}
+    named = {MANIFEST, *manifest.names}
     if missing := sorted(named - present):
         raise BundleError(f"{root}: {missing[0]!r} is missing; copy the bundle again or export it anew")
     if extra := sorted(present - named):
@@ -170,8 +170,8 @@ def _check_files(root: Path, manifest: Manifest) -> None:
             f"{root}: {extra[0]!r} is not in the manifest; remove it, or copy the bundle again if that is another one's"
         )
     for graph in manifest.graphs.values():
-        if graph.file not in manifest.files:
-            raise BundleError(f"{root}: graph file {graph.file!r} is not among the manifest's files; export it anew")
+        if missing := [name for name in (graph.file, graph.ids) if name and name not in manifest.files]:
+            raise BundleError(f"{root}: graph file {missing[0]!r} is not among the manifest's files; export it anew")
     for engine in manifest.engines:
         if engine.file not in manifest.files:
             raise BundleError(
@@ -188,8 +188,21 @@ def _check_files(root: Path, manifest: Manifest) -> None:
             raise BundleError(
                 f"{root}: {name} was changed (SHA-256 {digest[:12]}…, expected {entry['sha256'][:12]}…); copy it again"
             )
-    if WEIGHTS in manifest.files and manifest.files[WEIGHTS]["sha256"] != manifest.weights:
+    for table in manifest.tables or ():
+        if table.digests not in manifest.files or table.file in manifest.files:
+            raise BundleError(f"{root}: the digests of table {table.name!r} are not pinned; export the bundle anew")
+        from stca import tables  # which needs numpy; a bundle without any does not
+
+        mapped = tables.TableFile(root, table)
+        if table.bytes <= tables.CHECKED_AT_LOAD:
+            mapped.check()
+    if WEIGHTS in manifest.files and _weights_version(manifest) != manifest.weights:
         raise BundleError(f"{root}: the weights' version is not the digest of {WEIGHTS}; export the bundle anew")
+
+
+def _weights_version(manifest: Manifest) -> str:
+    digests = [manifest.files[t.digests]["sha256"] for t in manifest.tables or ()]
+    return weights_version(manifest.files[WEIGHTS]["sha256"], digests)
 
 
 def _names(root: str | os.PathLike[str]) -> list[str]:
@@ -198,13 +211,18 @@ def _names(root: str | os.PathLike[str]) -> list[str]:
 
 
 def seal(root: Path, manifest: Manifest) -> Bundle:
-    """Write `manifest` into the directory `root` with the digests of the files that lie there."""
+    """Write `manifest` into the directory `root` with the digests of the files that lie there, and with the weights'
+    version that they make; tables have digests of their own.
+    """
+    apart = {MANIFEST, SIGNATURE, *(t.file for t in manifest.tables or ())}
     files = {
         p.name: FileEntry(sha256=sha256_of(p), bytes=p.stat().st_size)
         for p in sorted(root.iterdir())
-        if p.name not in (MANIFEST, SIGNATURE)
+        if p.name not in apart
     }
     sealed = dataclasses.replace(manifest, files=files)
+    if sealed.tables:
+        sealed = dataclasses.replace(sealed, weights=_weights_version(sealed))
     (root / MANIFEST).write_text(sealed.to_json(), encoding="utf-8")
     return Bundle(root, sealed)
 

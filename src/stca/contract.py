@@ -33,6 +33,8 @@ from stca.manifest import (
 _KNOWN: Final = frozenset({TOKENS, TARGETS, USERS, OFFSETS})
 # More under the first axis is no row of a request or a state.
 _LARGEST_ROW: Final = 1 << 30
+# More are no table's: ids have 64 bits, and offsets of bytes too.
+_MOST_ROWS: Final = 1 << 40
 # Real ones have some hundreds.
 _MOST_TENSORS: Final = 2000
 
@@ -65,6 +67,7 @@ def check_contract(manifest: Manifest) -> None:
         if spec.limit is not None and spec.dtype.startswith(("float", "bfloat")):
             raise ValueError(f"input {spec.name!r} is {spec.dtype} and has a limit of ids")
     _check_halves(manifest, given)
+    _check_tables(manifest)
     for entry in manifest.engines:
         check_entry(entry)
     if (twice := _twice(manifest.state)) is not None:
@@ -78,6 +81,34 @@ def check_contract(manifest: Manifest) -> None:
                     "each target"
                 )
     _check_scores(manifest.graphs["request"].outputs, manifest.graphs["target_scorer"].outputs)
+
+
+def _check_tables(manifest: Manifest) -> None:
+    """Tables that can be files of their sizes, and look-ups of tables that there are by ids that there are."""
+    tables = {t.name: t for t in manifest.tables or ()}
+    if len(tables) != len(manifest.tables or ()):
+        raise ValueError("tables: two have one name")
+    for table in tables.values():
+        where = f"table {table.name!r:.80}"
+        if table.dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"{where}: dtype is {table.dtype!r:.60}, expected float32, float16 or bfloat16")
+        if not 0 < table.rows < _MOST_ROWS or not 0 < table.row_bytes <= _LARGEST_ROW:
+            raise ValueError(f"{where}: has the shape [{table.rows}, {table.width}], which is no table's")
+        if not 0 < table.block_rows <= _LARGEST_ROW or table.block_rows & (table.block_rows - 1):
+            raise ValueError(f"{where}: block_rows is {table.block_rows}, expected a power of two")
+        for file in (table.file, table.digests):
+            if file in ("", ".", "..") or "/" in file or "\\" in file:
+                raise ValueError(f"{where}: {file!r:.80} is no name of a file in the bundle")
+    for name, graph in manifest.graphs.items():
+        inputs = {s.name for s in graph.inputs}
+        for lookup in graph.lookups or ():
+            what = f"graphs.{name}: rows {lookup.rows!r:.80}"
+            if lookup.table not in tables:
+                raise ValueError(f"{what} are of table {lookup.table!r:.80}, which the bundle does not have")
+            if lookup.rows in inputs:
+                raise ValueError(f"{what} have the name of an input")
+            if lookup.ids not in inputs and graph.ids is None:
+                raise ValueError(f"{what} are looked up by {lookup.ids!r:.80}, which is no input")
 
 
 def check_entry(entry: EngineEntry) -> None:

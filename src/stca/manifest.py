@@ -17,7 +17,7 @@ from stca import typed_json
 from stca.errors import BundleError
 
 FORMAT = "stca-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -28,7 +28,9 @@ _NO_DIGEST = "0" * 64
 # Real ones have tens of kilobytes and some ten files.
 MOST_BYTES, _MOST_FILES = 16 << 20, 10_000
 # Fields that came after the first bundles were written.
-_ADDED = frozenset({"low", "length_of", "min_history", "padding", "provider", "fused_layers"})
+_ADDED = frozenset(
+    {"low", "length_of", "min_history", "padding", "provider", "fused_layers", "tables", "lookups", "ids"}
+)
 HALVES = ("user_encoder", "target_scorer")
 GRAPHS = ("request", *HALVES)
 # The graph as it was exported, where the request graph was lifted from one with a batch axis for users and targets.
@@ -124,12 +126,74 @@ class StateSpec:
 
 
 @dataclass(frozen=True)
+class TableSpec:
+    """An embedding table that left the graphs: rows that the runtime looks up.
+
+    Attributes:
+        name: of the weight that it was.
+        file: its rows, one after the other, little-endian, and nothing else.
+        digests: a file of the SHA-256 of each block of rows, 32 bytes each; the last block may be shorter.
+        dtype: of the file's elements: `float32`, `float16` or `bfloat16`. Rows are looked up as float32.
+        rows, width: its shape.
+        block_rows: rows of a block, a power of two.
+    """
+
+    name: str
+    file: str
+    digests: str
+    dtype: str
+    rows: int
+    width: int
+    block_rows: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in the file."""
+        return self.width * ITEM_BYTES[self.dtype]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return self.rows * self.row_bytes
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks it has."""
+        return -(-self.rows // self.block_rows)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Rows that a graph's file takes as an input, in place of the ids that its inputs have.
+
+    Attributes:
+        rows: the input of the file, float32, of the ids' shape and one axis more.
+        table: name of the table.
+        ids: an input of the graph or, where they are computed, an output of its `ids` graph.
+    """
+
+    rows: str
+    table: str
+    ids: str
+
+
+@dataclass(frozen=True)
 class GraphSpec:
-    """An ONNX file of the bundle and what goes in and out of it."""
+    """An ONNX file of the bundle and what goes in and out of it.
+
+    Attributes:
+        file: its name.
+        inputs, outputs: where there are look-ups, the file takes their rows besides, and lacks inputs that were ids
+            alone.
+        lookups: None where no table left the graph.
+        ids: an ONNX file that computes ids from the inputs; None where all ids are inputs.
+    """
 
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    lookups: tuple[Lookup, ...] | None = None
+    ids: str | None = None
 
 
 class FileEntry(TypedDict):
@@ -208,7 +272,7 @@ class Manifest:
 
     Attributes:
         model: `{"kind": "stca", "config": {…}}`, `{"kind": "callable", "name": …}` or `{"kind": "onnx"}`.
-        weights: the weights' version, the SHA-256 of the weights file.
+        weights: the weights' version: the SHA-256 of the weights file or, where tables left, `weights_version`.
         precision: dtype of the floating-point graph.
         attention: `projected` or `absorbed` where the operator is used, else None.
         graphs: `request`, `user_encoder` and `target_scorer`; `pointwise` too where `request` was lifted from it.
@@ -219,7 +283,8 @@ class Manifest:
         padding: the histories that are not packed; None where there is none.
         split: the cut's report. parity: the report of the export's own checks. producer: versions that made it.
         engines: what `build` added.
-        files: name → `{"sha256", "bytes"}` for every file but the manifest.
+        tables: embedding tables that left the graphs; None where there is none.
+        files: name → `{"sha256", "bytes"}` for every file but the manifest and the tables' rows.
     """
 
     model: Mapping[str, Any]
@@ -236,7 +301,13 @@ class Manifest:
     min_history: int | None = None
     padding: tuple[Padding, ...] | None = None
     engines: tuple[EngineEntry, ...] = ()
+    tables: tuple[TableSpec, ...] | None = None
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        """Every file of the bundle but the manifest."""
+        return {*self.files, *(t.file for t in self.tables or ())}
 
     @property
     def cached(self) -> float:
@@ -247,7 +318,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest as JSON: `format`, `version`, `digest`, then the fields."""
-        head = {"format": FORMAT, "version": FORMAT_VERSION, "digest": _NO_DIGEST}
+        version = FORMAT_VERSION if self.tables else 1  # which older readers read, too
+        head = {"format": FORMAT, "version": version, "digest": _NO_DIGEST}
         fields = dataclasses.asdict(self, dict_factory=_present)
         text = json.dumps({**head, **fields}, indent=1, allow_nan=False) + "\n"
         return text.replace(_NO_DIGEST, _digest_of(text), 1)
@@ -398,6 +470,16 @@ def _check_account(manifest: Manifest) -> None:
     typed_json.as_type(tuple[str, ...], notes, "split: notes")
     for one in typed_json.as_type(tuple[Mapping[str, Any], ...], dependencies, "split: request_dependencies"):
         typed_json.as_type(str, one.get("text"), "split: request_dependencies: text")
+
+
+def weights_version(weights: str, digests: Sequence[str]) -> str:
+    """What names a bundle's weights.
+
+    Args:
+        weights: SHA-256 of the weights file, hex.
+        digests: of the digests file of each table that left the graphs, in order.
+    """
+    return _digest_of("\n".join([weights, *digests])) if digests else weights
 
 
 def _digest_of(text: str) -> str:

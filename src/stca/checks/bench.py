@@ -27,7 +27,8 @@ from stca.bundle import Bundle
 from stca.checks.row_by_row import pointwise_feeds
 from stca.errors import BuildError, RequestError
 from stca.manifest import HALVES, OFFSETS, POINTWISE, TensorSpec
-from stca.runtime import OnnxRuntimeEngine, OnnxRuntimeOptions, Request, Session
+from stca.runtime import Engine, OnnxRuntimeEngine, OnnxRuntimeOptions, Request, Session
+from stca.runtime.tables import with_tables
 
 GRAPHS = "graphs"  # the bundle's own, which need no build
 # Targets of which the pointwise baseline is measured; its cost is proportional to them, and shown scaled to all.
@@ -145,7 +146,9 @@ def bench(
     first = next(iter(sessions))
     names = dict(sessions[first].engines)
     baseline = {
-        n: OnnxRuntimeEngine(bundle.file(n), threads=threads) for n in bundle.manifest.graphs if n not in HALVES
+        n: with_tables(bundle, n, OnnxRuntimeEngine(bundle.file(n), threads=threads))
+        for n in bundle.manifest.graphs
+        if n not in HALVES
     }
     names |= {name: engine.name for name, engine in baseline.items()} if pointwise else {}
     rng = np.random.default_rng(0)
@@ -302,7 +305,7 @@ def _baseline_targets(bundle: Bundle, history: int, targets: int) -> int:
 
 
 def _pointwise(
-    engines: Mapping[str, OnnxRuntimeEngine], bundle: Bundle, inputs: dict[str, Any], targets: int
+    engines: Mapping[str, Engine], bundle: Bundle, inputs: dict[str, Any], targets: int
 ) -> Callable[[], object]:
     """What serves `targets` without request-level batching.
 

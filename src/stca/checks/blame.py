@@ -27,6 +27,7 @@ from stca.export.analysis.scope import label
 from stca.export.engine_graph import EngineGraph, engine_graph
 from stca.export.passes.precision import Precision
 from stca.export.passes.to_double import to_double
+from stca.runtime.tables import Lookups
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 
@@ -150,8 +151,9 @@ def _feeds(bundle: Bundle, graph: str, tokens: int, targets: int, seed: int) -> 
     feeds: dict[str, Array] = probe.pack(specs, [probe.single(specs, tokens, targets, np.random.default_rng(seed))])
     if graph == "target_scorer":
         encoder = engine_graph(bundle.file("user_encoder"), state=[s.name for s in bundle.manifest.state]).complete()
-        feeds |= _runner(to_double(encoder), [o.name for o in encoder.graph.output], exact=True)(feeds)
-    return feeds
+        given = Lookups(bundle, "user_encoder").complete(feeds)
+        feeds |= _runner(to_double(encoder), [o.name for o in encoder.graph.output], exact=True)(given)
+    return Lookups(bundle, graph).complete(feeds)
 
 
 def _runner(model: onnx.ModelProto, names: Sequence[str], *, exact: bool) -> Run:

@@ -23,6 +23,7 @@ from stca.manifest import HALVES, OFFSETS, TARGETS, TOKENS, GraphSpec, TensorSpe
 from stca.runtime import OnnxRuntimeEngine
 from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, open_engines
+from stca.runtime.tables import Lookups, with_tables
 from stca.tensorrt_flavours import largest_sizes
 
 if TYPE_CHECKING:
@@ -54,20 +55,23 @@ def check_graphs(
     Raises:
         BuildError: when a score differs by more than float32 can explain.
     """
-    own = {half: OnnxRuntimeEngine(bundle.file(half), threads=1, literal=True) for half in HALVES}
+    own = {half: _literal(bundle, half, bundle.file(half)) for half in HALVES}
     state = [s.name for s in bundle.manifest.state]
     form: Literal["function", "fused", "decomposed"] = "function" if lowering == "plugin" else lowering
     lowered = {}
     for half in HALVES:
         graph = engine_graph(bundle.file(half), state=state, lowering=form, one_request=one_request)
-        lowered[half] = OnnxRuntimeEngine(graph.save(folder / f"{half}.check.onnx"), threads=1, literal=True)
+        lowered[half] = _literal(bundle, half, graph.save(folder / f"{half}.check.onnx"))
     _check_lowering(bundle, own, lowered)
     return {half: _paddable(bundle, lowered, half) for half in HALVES}
 
 
-def _check_lowering(
-    bundle: Bundle, own: Mapping[str, OnnxRuntimeEngine], lowered: Mapping[str, OnnxRuntimeEngine]
-) -> None:
+def _literal(bundle: Bundle, half: str, file: Path) -> Engine:
+    """What runs a half's graph, or one made of it, as it stands."""
+    return with_tables(bundle, half, OnnxRuntimeEngine(file, threads=1, literal=True))
+
+
+def _check_lowering(bundle: Bundle, own: Mapping[str, Engine], lowered: Mapping[str, Engine]) -> None:
     specs = bundle.manifest.graphs["request"].inputs
     for tokens in dict.fromkeys(max(n, bundle.manifest.min_history or 0) for n in (0, 1, 9)):
         given = probe.pack(specs, [probe.single(specs, tokens, 3, np.random.default_rng(tokens))])
@@ -85,7 +89,7 @@ def _check_lowering(
                 )
 
 
-def _paddable(bundle: Bundle, engines: Mapping[str, OnnxRuntimeEngine], half: str) -> list[str]:
+def _paddable(bundle: Bundle, engines: Mapping[str, Engine], half: str) -> list[str]:
     """Dimensions of a half that may be longer than its offsets say, shown by rows of random values there."""
     specs, graph = bundle.manifest.graphs["request"].inputs, bundle.manifest.graphs[half]
     longest = min(12, bundle.manifest.max_history or 12)
@@ -104,7 +108,7 @@ def _paddable(bundle: Bundle, engines: Mapping[str, OnnxRuntimeEngine], half: st
 
 def _ignores_more(
     bundle: Bundle,
-    engine: OnnxRuntimeEngine,
+    engine: Engine,
     graph: GraphSpec,
     values: Mapping[str, Array],
     dim: str,
@@ -125,7 +129,7 @@ def _ignores_more(
     return all(_same(less[name][:n], more[name][:n]) for name, n in counted.items())
 
 
-def _run_halves(engines: Mapping[str, OnnxRuntimeEngine], feeds: Mapping[str, Array]) -> dict[str, Array]:
+def _run_halves(engines: Mapping[str, Engine], feeds: Mapping[str, Array]) -> dict[str, Array]:
     """All of a request's values: its inputs, its state and its scores."""
     values = dict(feeds)
     for half in HALVES:
@@ -133,8 +137,8 @@ def _run_halves(engines: Mapping[str, OnnxRuntimeEngine], feeds: Mapping[str, Ar
     return values
 
 
-def _of(engine: OnnxRuntimeEngine, values: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: values[name] for name in engine.inputs}
+def _of(engine: Engine, values: Mapping[str, Array]) -> dict[str, Array]:
+    return {spec.name: values[spec.name] for spec in engine.signature()[0]}
 
 
 def _same(a: Array, b: Array) -> bool:
@@ -201,6 +205,7 @@ def verify_engine(
     tolerance = Tolerance.of(yardstick.max_abs, reference, EPS[precision])
     progress(f"engines: {choice.flavour} {precision}")
     engines = engines or open_engines(bundle, choice, threads=1)
+    engines = {half: with_tables(bundle, half, engine) for half, engine in engines.items()}
     values = [_run_pair(bundle, engines, f) for f in feeds]
     name = f"{choice.flavour} {precision}"
     found = compare(name, against, values, reference, sizes, EPS[precision], tolerance)
@@ -250,5 +255,5 @@ def _run_pair(bundle: Bundle, engines: Mapping[str, Engine], feeds: Mapping[str,
 
 def _run_typed(bundle: Bundle, feeds: Sequence[Mapping[str, Array]], precision: str) -> list[Array]:
     graph = engine_graph(bundle.file("request"), state=(), precision=cast(Any, precision))
-    runner = evaluator(graph.complete())
-    return [scores_of([np.asarray(x) for x in runner.run(None, dict(f))]) for f in feeds]
+    runner, lookups = evaluator(graph.complete()), Lookups(bundle, "request")
+    return [scores_of([np.asarray(x) for x in runner.run(None, lookups.complete(f))]) for f in feeds]

@@ -15,6 +15,56 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
+# Weights of more bytes are neither copied nor converted: of a table larger than memory, the rows that are looked up.
+LARGE = 1 << 30
+_ATEN = torch.ops.aten
+_EMBEDDING, _SELECT, _INDEX = _ATEN.embedding.default, _ATEN.index_select.default, _ATEN.index.Tensor
+_BAGS = (_ATEN._embedding_bag.default, _ATEN._embedding_bag_forward_only.default)
+
+
+class LargeRows(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While it is on, look-ups in large tables give rows of a type, as if all of the table had it.
+
+    Args:
+        dtype: of the rows; None leaves tables as they are.
+    """
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*_rows_as(func, args, self._dtype), **(kwargs or {}))
+
+
+def _rows_as(func: Any, args: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
+    """The arguments of a look-up in a large table, with the rows that it reads, of that type, as its table."""
+    if dtype is None or not args or not isinstance(args[0], Tensor) or not is_large(args[0]):
+        return args
+    table, *rest = args
+    if func in (_EMBEDDING, *_BAGS):
+        ids = rest[0]
+    elif func is _INDEX and len(rest[0]) == 1:
+        ids = rest[0][0]
+    elif func is _SELECT and rest[0] == 0:
+        ids = rest[1]
+    else:
+        return args
+    unique, inverse = torch.unique(torch.where(ids < 0, ids + len(table), ids), return_inverse=True)
+    rows = table[unique].to(dtype)
+    if func is _SELECT:
+        return rows, 0, inverse
+    if func in (_INDEX, _EMBEDDING):
+        return rows, [inverse] if func is _INDEX else inverse
+    if len(rest) > 7:  # the id that a bag leaves out
+        place = (unique == rest[7]).nonzero()
+        rest[7] = int(place) if rest[7] >= 0 and place.numel() else -1
+    return rows, inverse, *rest[1:]
+
+
+def is_large(tensor: Tensor) -> bool:
+    """Whether a weight is neither copied nor converted as a whole."""
+    return tensor.is_floating_point() and tensor.nbytes > LARGE
 
 
 class InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -25,6 +75,7 @@ class InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if given.get("dtype") in _NARROW:
             given["dtype"] = torch.float64
         args = tuple(torch.float64 if isinstance(x, torch.dtype) and x in _NARROW else x for x in args)
+        args = _rows_as(func, args, torch.float64)
         if func._schema.is_mutable:  # what is written to must stay the caller's own tensor
             return func(*args, **given)
         return _wide(func(*_wide(args), **_wide(given)))
@@ -48,7 +99,15 @@ def _wide(values: Any) -> Any:
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode. Tensors that a module keeps besides its parameters may be results of a computation,
-    which `copy.deepcopy` refuses: they are copied by value."""
+    """A copy in evaluation mode, with the large weights themselves. Tensors that a module keeps besides its parameters
+    may be results of a computation, which `copy.deepcopy` refuses: they are copied by value."""
     kept = [x for part in module.modules() for x in vars(part).values() if isinstance(x, Tensor) and not x.is_leaf]
-    return copy.deepcopy(module, {id(x): x.detach().clone() for x in kept}).eval()
+    large = [x for x in (*module.parameters(), *module.buffers()) if is_large(x)]
+    return copy.deepcopy(module, {id(x): x.detach().clone() for x in kept} | {id(x): x for x in large}).eval()
+
+
+def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module, its weights but the large ones converted in place."""
+    change: Any = module._apply  # for which torch declares no types
+    change(lambda x: x.to(dtype) if x.is_floating_point() and not is_large(x) else x)
+    return module

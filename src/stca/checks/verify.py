@@ -8,7 +8,6 @@ its yardstick, and the same graph in float64 as its reference.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import sys
@@ -26,9 +25,10 @@ from stca.checks.row_by_row import in_pieces, pointwise_feeds, require_alone, so
 from stca.checks.tolerance import TOP_K, StageParity, judged
 from stca.errors import BundleError, ExportError, ParityError
 from stca.manifest import GRAPHS, POINTWISE, WEIGHTS, Manifest
-from stca.runtime import OnnxRuntimeEngine, Request, RequestBatch, Session
+from stca.runtime import Engine, OnnxRuntimeEngine, Request, RequestBatch, Session
 from stca.runtime.engine import scores_of
 from stca.runtime.request import Door
+from stca.runtime.tables import Lookups, RowSource, sources, with_tables
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,6 +117,7 @@ def verify(
     alone = [[probe.pack(specs, [request]) for request in batch] if len(batch) > 1 else [] for batch in batches]
     everything = [*feeds, *(f for fs in alone for f in fs)]
     sizes = [[m for _, m in batch] for batch in asked]
+    rows = sources(bundle)  # once for all stages: each checks the blocks that it looks into
 
     outcomes: list[tuple[str, list[Array]]] = []
     if module is None and manifest.model["kind"] == "stca":
@@ -126,7 +127,7 @@ def verify(
 
         module = ByTarget(module, list(axes.values()))
     if POINTWISE in manifest.graphs:
-        reference_name, reference, outcomes = _of_lifted(bundle, module, feeds, progress)
+        reference_name, reference, outcomes = _of_lifted(bundle, module, feeds, rows, progress)
     elif module is not None:
         progress("float64 reference (torch)")
         reference_name, reference = "float64 torch", run_torch(in_form(module, "projected"), everything, "float64")
@@ -134,19 +135,19 @@ def verify(
         outcomes.append(("torch", run_torch(in_form(module, manifest.attention), feeds)))
     else:
         progress("float64 reference (onnx.reference)")
-        reference_name, reference = "float64 onnx.reference", run_double(bundle, everything)
+        reference_name, reference = "float64 onnx.reference", run_double(bundle, everything, rows=rows)
     _require_apart(reference[: len(feeds)], reference[len(feeds) :], alone)
     reference = reference[: len(feeds)]
     if not np.isfinite(reference[-1]).all():  # to this model, the least integers are no gaps
         outcomes = [(name, scores[:-1]) for name, scores in outcomes]
         asked, batches, feeds, sizes, reference = (x[:-1] for x in (asked, batches, feeds, sizes, reference))  # type: ignore[assignment]
     progress("request graph")
-    engines = {name: OnnxRuntimeEngine(bundle.file(name)) for name in GRAPHS}
+    engines = {name: with_tables(bundle, name, OnnxRuntimeEngine(bundle.file(name)), rows) for name in GRAPHS}
     outcomes.append(("request_graph", [_run(engines["request"], bundle, "request", f) for f in feeds]))
     progress("joined halves")
     outcomes.append(("joined_halves", [_run_joined(engines, bundle, f) for f in feeds]))
     progress("session")
-    session = Session.load(bundle.path, engine="graphs", check_finite=False)
+    session = Session.load(bundle.path, engine="graphs", check_finite=False, tables=rows)
     outcomes.append(("session", [_run_session(session, batch, ragged) for batch in batches]))
 
     for batch, scores in zip(asked, reference, strict=True):
@@ -162,14 +163,18 @@ def verify(
         from stca.checks.plain_sums import plain_error
 
         progress("every sum term after term")
-        results = judge(plain_error(bundle.file("request"), feeds))
+        results = judge(plain_error(bundle.file("request"), [*map(Lookups(bundle, "request", rows).complete, feeds)]))
     return ParityReport(
         all(s.passed for s in results), manifest.weights, manifest.precision, reference_name, tuple(results)
     )
 
 
 def _of_lifted(
-    bundle: Bundle, module: nn.Module | None, feeds: Sequence[Mapping[str, Array]], progress: Progress
+    bundle: Bundle,
+    module: nn.Module | None,
+    feeds: Sequence[Mapping[str, Array]],
+    rows: Mapping[str, RowSource],
+    progress: Progress,
 ) -> tuple[str, list[Array], list[tuple[str, list[Array]]]]:
     """What a lifted bundle is held against: its module, or its graph in float64; some targets of each request alone.
 
@@ -179,8 +184,8 @@ def _of_lifted(
     manifest = bundle.manifest
     if module is None:
         progress("float64 reference (onnx.reference), each target alone")
-        reference = in_pieces(manifest, feeds, some_targets, lambda fs: run_double(bundle, fs))
-        require_alone(manifest, feeds, reference, lambda fs: run_double(bundle, fs, POINTWISE))
+        reference = in_pieces(manifest, feeds, some_targets, lambda fs: run_double(bundle, fs, rows=rows))
+        require_alone(manifest, feeds, reference, lambda fs: run_double(bundle, fs, POINTWISE, rows=rows))
         return "float64 onnx.reference", reference, []
     progress("float64 reference (torch), each target alone")
     reference = run_module(manifest, module, feeds, "float64")
@@ -233,6 +238,8 @@ def rebuild(bundle: Bundle) -> nn.Module:
     """The reference module of a bundle made from a checkpoint, from the bundle's own config and weights."""
     import json
 
+    import torch
+
     from stca.export.reference.checkpoint import Checkpoint, read_tensors
     from stca.export.reference.config import StcaConfig
 
@@ -240,7 +247,11 @@ def rebuild(bundle: Bundle) -> nn.Module:
     form = bundle.manifest.attention
     if form not in ("projected", "absorbed"):
         raise BundleError(f"{bundle.path}: attention is {form!r}; expected projected or absorbed, export it anew")
-    return Checkpoint(config, read_tensors(bundle.path / WEIGHTS)[0]).build(form)  # type: ignore[arg-type]
+    tensors = read_tensors(bundle.path / WEIGHTS)[0]
+    for t in bundle.manifest.tables or ():  # mapped, as a checkpoint's are
+        file, dtype = str(bundle.path / t.file), getattr(torch, t.dtype)
+        tensors[t.name] = torch.from_file(file, size=t.rows * t.width, dtype=dtype).view(t.rows, t.width)
+    return Checkpoint(config, tensors).build(form)  # type: ignore[arg-type]
 
 
 def in_form(module: nn.Module, form: str | None) -> nn.Module:
@@ -260,14 +271,14 @@ def run_torch(module: nn.Module, feeds: Sequence[Mapping[str, Array]], dtype: st
     """Scores of `module` in torch's `dtype` (`float64`, …), None for its own; what numpy lacks comes as float32."""
     import torch
 
-    from stca.checks.in_double import InDouble, copied
+    from stca.checks.in_double import InDouble, LargeRows, converted, copied
     from stca.export.modules import place_in_their_code, said
 
     model = copied(module)
     to = getattr(torch, dtype) if dtype else None
-    model = model.to(to) if to else model
+    model = converted(model, to) if to else model
     out = []
-    with torch.no_grad(), InDouble() if to == torch.float64 else contextlib.nullcontext():
+    with torch.no_grad(), InDouble() if to == torch.float64 else LargeRows(to):
         for f in feeds:
             tensors = {n: torch.from_numpy(np.ascontiguousarray(x)) for n, x in f.items()}
             if to:
@@ -285,15 +296,22 @@ def run_torch(module: nn.Module, feeds: Sequence[Mapping[str, Array]], dtype: st
     return out
 
 
-def run_double(bundle: Bundle, feeds: Sequence[Mapping[str, Array]], graph: str = "request") -> list[Array]:
-    """Scores of one of the bundle's graphs in float64."""
+def run_double(
+    bundle: Bundle,
+    feeds: Sequence[Mapping[str, Array]],
+    graph: str = "request",
+    *,
+    rows: Mapping[str, RowSource] | None = None,
+) -> list[Array]:
+    """Scores of one of the bundle's graphs in float64; `rows` as `stca.runtime.tables.sources` gives them."""
     import onnx
 
     from stca.export.passes.to_double import in_double
 
     run = in_double(onnx.load(bundle.file(graph)))
+    lookups = Lookups(bundle, graph, rows)
     try:
-        runs = [run(f) for f in feeds]
+        runs = [run(lookups.complete(f)) for f in feeds]
     except Exception as e:  # numpy's and its own, of any kind
         raise ParityError(
             f"nothing can prove this bundle: {_node_of(e)}ONNX's reference implementation fails in float64 "
@@ -311,13 +329,13 @@ def _node_of(error: Exception) -> str:
     return f"at node {label(nodes[0])!r} ({nodes[0].op_type}), " if nodes else ""
 
 
-def _run(engine: OnnxRuntimeEngine, bundle: Bundle, graph: str, feeds: Mapping[str, Array]) -> Array:
+def _run(engine: Engine, bundle: Bundle, graph: str, feeds: Mapping[str, Array]) -> Array:
     wanted = [s.name for s in bundle.manifest.graphs[graph].inputs]
     outputs = engine.run({n: feeds[n] for n in wanted})
     return scores_of([outputs[s.name] for s in bundle.manifest.graphs[graph].outputs])
 
 
-def _run_joined(engines: Mapping[str, OnnxRuntimeEngine], bundle: Bundle, feeds: Mapping[str, Array]) -> Array:
+def _run_joined(engines: Mapping[str, Engine], bundle: Bundle, feeds: Mapping[str, Array]) -> Array:
     wanted = [s.name for s in bundle.manifest.graphs["user_encoder"].inputs]
     state = engines["user_encoder"].run({n: feeds[n] for n in wanted})
     return _run(engines["target_scorer"], bundle, "target_scorer", {**feeds, **state})

@@ -34,8 +34,9 @@ def run(args: argparse.Namespace) -> int:
     check_account(m)
     lines = [
         f"{bundle.path}: {m.model['kind']} model, {m.precision}, weights {m.weights[:12]}, "
-        f"{sum(f['bytes'] for f in m.files.values()):,} bytes",
+        f"{sum(f['bytes'] for f in m.files.values()) + sum(t.bytes for t in m.tables or ()):,} bytes",
         *(f"  {name:<24} {f['bytes']:>12,} bytes" for name, f in m.files.items()),
+        *_tables(m),
         *_tensors(m),
         *_state(m),
         *_work(m),
@@ -75,9 +76,25 @@ def _why(m: Manifest) -> list[str]:
     nodes = {*encoder, *report.get("scorer_nodes", ()), *(i.name for i in m.graphs["request"].inputs)}
     if rest := [n for n in lifted if n not in nodes]:
         lines += ["why: values", *(line(n) for n in rest)]
+    if tables := report.get("tables"):
+        lines.append("why: tables that may leave the graphs")
+        lines += [
+            line(v["table"], f"{v['bytes']:,} bytes", f"stays: {v['why']}" if v["why"] else "left the graphs")
+            for v in tables
+        ]
     if rules := report.get("rules"):
         lines.append("why: rules that free user work")
         lines += [line(v["node"], f"{v['rule']}: {v['why'] or 'rewritten'}") for v in rules]
+    return lines
+
+
+def _tables(m: Manifest) -> list[str]:
+    """The tables beside the graphs, and which ids are looked up in each."""
+    lines = ["tables outside the graphs"] if m.tables else []
+    for t in m.tables or ():
+        ids = [f"{one.ids} in {name}" for name, g in m.graphs.items() for one in g.lookups or () if one.table == t.name]
+        lines.append(f"  {t.file:<24} {t.bytes:>12,} bytes  {t.name}: {t.dtype} {dims((t.rows, t.width))}")
+        lines.append(f"    looked up by {', '.join(ids)}")
     return lines
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from stca.backends import BACKENDS
@@ -36,6 +35,14 @@ def size(text: str) -> tuple[str, int]:
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form DIM=N")
     return name, count(n)
+
+
+def bytes_or_off(text: str) -> int | None:
+    if text == "off":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, nor off")
+    return int(text)
 
 
 def pad_value(text: str) -> tuple[str, int]:
@@ -124,6 +131,13 @@ def cut_options(p: argparse.ArgumentParser) -> None:
         help="what padding holds, in all inputs of a history or in one (default: 0)",
     )
     p.add_argument("--max-history", type=count, metavar="N", help="longest history to serve (default: the model's)")
+    p.add_argument(
+        "--tables-above",
+        type=bytes_or_off,
+        default=1 << 30,
+        metavar="BYTES|off",
+        help="embedding tables of more bytes leave the graphs for files of the bundle (default: 1 GiB)",
+    )
     p.add_argument("--no-lift", action="store_true", help="leave a batch axis that users and targets share as it is")
 
 
@@ -134,12 +148,19 @@ def cut(args: argparse.Namespace) -> Any:
 
     workload = {"N_h": args.history, "N_t": args.targets, "B": 1, "B_plus_1": 2, **dict(args.size)}
     pad = PadOptions(args.pad, dict(args.pad_value))
-    return CutOptions(workload, args.flops_per_byte or DEFAULT_FLOPS_PER_BYTE, dict(args.ids), pad, not args.no_lift)
+    return CutOptions(
+        workload,
+        args.flops_per_byte or DEFAULT_FLOPS_PER_BYTE,
+        dict(args.ids),
+        pad,
+        not args.no_lift,
+        tables_above=args.tables_above,
+    )
 
 
-def exported(args: argparse.Namespace, bundle: Bundle, triton_model: Path | None = None) -> int:
+def exported(args: argparse.Namespace, bundle: Bundle) -> int:
     m = bundle.manifest
-    data: dict[str, Any] = {
+    data = {
         "bundle": str(bundle.path),
         "weights": m.weights,
         "parity": m.parity,
@@ -155,9 +176,6 @@ def exported(args: argparse.Namespace, bundle: Bundle, triton_model: Path | None
         *(d["text"] for d in m.split["request_dependencies"]),
         *m.split["notes"],
     ]
-    if triton_model is not None:
-        data["triton_model"] = str(triton_model)
-        lines.append(f"{triton_model}: its README.md says how to run it")
     emit(args, data, "\n".join(lines))
     return 0
 

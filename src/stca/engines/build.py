@@ -193,7 +193,7 @@ def _add(bundle: Bundle, engines: Sequence[tuple[Mapping[str, Any], Path | None]
                 shutil.copyfile(part, (work / entry["file"]).with_suffix(part.suffix))
         gone = {e.file for e in bundle.manifest.engines} - {e.file for e in (*kept, *entries)}
         gone = {part for name in gone for part in (name, str(Path(name).with_suffix(".weights")))}
-        for name in bundle.manifest.files.keys() - gone:
+        for name in bundle.manifest.names - gone:
             if not (work / name).exists():
                 share(bundle.path / name, work / name)
         commit(dataclasses.replace(bundle.manifest, engines=(*kept, *entries)))

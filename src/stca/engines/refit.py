@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from stca.arrays import Progress
+from stca.arrays import Array, Progress
 from stca.bundle import Bundle, seal, sha256_of, writing
 from stca.checks.engines import verify_engine
 from stca.checks.verify import verify
@@ -31,8 +31,9 @@ from stca.errors import BuildError, BundleError, CheckpointError, StcaError
 from stca.export.reference.checkpoint import load_checkpoint, read_tensors
 from stca.export.reference.config import StcaConfig
 from stca.export.weights import offsets
-from stca.manifest import WEIGHTS, EngineEntry, Manifest
+from stca.manifest import WEIGHTS, EngineEntry, Manifest, TableSpec
 from stca.runtime.engine_choice import Choice
+from stca.tables import write_table
 
 # The export proved these graphs at every size; what is new is the weights, and one wrong tensor shows in any request.
 PROBES = (((40, 16),), ((5, 3), (0, 2), (40, 4)))
@@ -76,7 +77,8 @@ def refit(
     target = Path(out) if out is not None else old.path
     cache = trusted(cache, progress)
     progress("reading the checkpoint")
-    tensors, module = _read(old, Path(checkpoint))
+    given, module = _read(old, Path(checkpoint))
+    tensors = _weights(old, given, Path(checkpoint), module)
     with writing(target, replaces=None if out is not None else old.manifest) as (work, commit):
         progress("writing the weights")
         safetensors.torch.save_file(tensors, work / WEIGHTS)
@@ -84,8 +86,11 @@ def refit(
         if offsets(work / WEIGHTS) != offsets(old.path / WEIGHTS):
             raise BundleError(f"{old.path}: its weights lie elsewhere than a fresh export puts them; export it anew")
         for graph in old.manifest.graphs.values():
-            share(old.path / graph.file, work / graph.file)
-        manifest = dataclasses.replace(old.manifest, weights=sha256_of(work / WEIGHTS), engines=(), parity={})
+            for file in (graph.file, *([graph.ids] if graph.ids else [])):
+                share(old.path / file, work / file)
+        tables = tuple(_table(t, given, Path(checkpoint), work) for t in old.manifest.tables or ()) or None
+        weights = sha256_of(work / WEIGHTS)
+        manifest = dataclasses.replace(old.manifest, weights=weights, tables=tables, engines=(), parity={})
         progress("proving parity with the new checkpoint")
         fresh = seal(work, manifest)
         if prove is None:
@@ -111,18 +116,20 @@ def refit(
     return {"weights": done.manifest.weights, "parity": dict(parity), "bundle": str(done.path), "engines": told}
 
 
-def _read(old: Bundle, file: Path) -> tuple[dict[str, Tensor], nn.Module | None]:
-    """What the new weights file holds, in the old one's names, dtypes and shapes; and the checkpoint's own module."""
-    module: nn.Module | None = None
+def _read(old: Bundle, file: Path) -> tuple[Mapping[str, Tensor], nn.Module | None]:
+    """The checkpoint's tensors, and its own module."""
     if old.manifest.model["kind"] == "stca":
         checkpoint = load_checkpoint(file)
         _same_config(old.manifest, checkpoint.config)
         module = checkpoint.build("projected")  # the paper's own form; the weights are the same in each
-        given = module.state_dict()
-    elif file.is_file():
-        given, _ = read_tensors(file)
-    else:
+        return module.state_dict(), module
+    if not file.is_file():
         raise CheckpointError(f"{file}: no such checkpoint file")
+    return read_tensors(file)[0], None
+
+
+def _weights(old: Bundle, given: Mapping[str, Tensor], file: Path, module: nn.Module | None) -> dict[str, Tensor]:
+    """What the new weights file holds, in the old one's names, dtypes and shapes."""
     tensors: dict[str, Tensor] = {}
     with safetensors.safe_open(old.path / WEIGHTS, framework="pt") as held:
         for name in held.keys():  # noqa: SIM118  this is no dict
@@ -130,14 +137,36 @@ def _read(old: Bundle, file: Path) -> tuple[dict[str, Tensor], nn.Module | None]
             if name not in given and (module is not None or dtype.startswith(("I", "U"))):
                 tensors[name] = held.get_tensor(name)  # no parameter but a constant of the graph, as sizes are
                 continue
-            if name not in given:
-                raise CheckpointError(f"{file}: has no tensor {name!r}, which the bundle's graphs use")
-            if list(given[name].shape) != shape:
-                raise CheckpointError(f"{file}: tensor {name!r} is {list(given[name].shape)}, the bundle has {shape}")
-            tensors[name] = given[name].to(_DTYPES[dtype]).contiguous()
-            if module is None and not bool(torch.isfinite(tensors[name]).all()):
-                raise CheckpointError(f"{file}: tensor {name!r} has NaN or infinite values; take an earlier step")
-    return tensors, module
+            tensors[name] = _of_shape(given, name, shape, file).to(_DTYPES[dtype]).contiguous()
+            if module is None:
+                _check_finite(tensors[name], name, file)
+    return tensors
+
+
+def _of_shape(given: Mapping[str, Tensor], name: str, shape: Sequence[int], file: Path) -> Tensor:
+    if name not in given:
+        raise CheckpointError(f"{file}: has no tensor {name!r}, which the bundle's graphs use")
+    if list(given[name].shape) != list(shape):
+        raise CheckpointError(f"{file}: tensor {name!r} is {list(given[name].shape)}, the bundle has {list(shape)}")
+    return given[name]
+
+
+def _check_finite(values: Tensor, name: str, file: Path) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise CheckpointError(f"{file}: tensor {name!r} has NaN or infinite values; take an earlier step")
+
+
+def _table(table: TableSpec, given: Mapping[str, Tensor], file: Path, work: Path) -> TableSpec:
+    """A table with the checkpoint's rows, a block in memory at a time."""
+    tensor = _of_shape(given, table.name, (table.rows, table.width), file)
+
+    def read(begin: int, end: int) -> Array:
+        rows = tensor[begin:end].to(getattr(torch, table.dtype)).contiguous()
+        _check_finite(rows, table.name, file)
+        block: Array = rows.view(torch.uint8).numpy()
+        return block
+
+    return write_table(work, Path(table.file).stem, table.name, table.rows, table.width, table.dtype, read)
 
 
 def _same_config(manifest: Manifest, config: StcaConfig) -> None:

@@ -21,7 +21,7 @@ from stca.bundle import Bundle
 from stca.export.analysis import operators
 from stca.export.analysis.cost import Sizes
 from stca.export.analysis.scope import Scope, reads
-from stca.manifest import ITEM_BYTES, StateSpec
+from stca.manifest import ITEM_BYTES, Lookup, StateSpec
 from stca.plugins.spec import DOMAIN
 
 Side = Literal["user", "target"]
@@ -117,6 +117,14 @@ def condense(bundle: Bundle) -> Condensed:
     return _Joined(bundle).condensed()
 
 
+def ids_of(bundle: Bundle, graph: str, lookup: Lookup) -> list[str]:
+    """The inputs of a graph by which rows are looked up."""
+    spec = bundle.manifest.graphs[graph]
+    if spec.ids is None or lookup.ids in {s.name for s in spec.inputs}:
+        return [lookup.ids]
+    return [v.name for v in onnx.load(bundle.path / spec.ids).graph.input]
+
+
 @dataclass(frozen=True)
 class _Node:
     side: Side
@@ -147,6 +155,9 @@ class _Joined:
                     self.scopes[side, spec.name] = Scope.of(spec.scope)
                 elif spec.name in state:
                     self.alias[side, spec.name] = self.source(("user", spec.name))
+            for lookup in manifest.graphs[graph].lookups or ():  # rows stand where their ids stood
+                ids = [self.source((side, name)) for name in ids_of(bundle, graph, lookup)]
+                self.alias[side, lookup.rows] = max(ids, key=self.scopes.__getitem__)
             for proto in onnx.load(bundle.file(graph), load_external_data=False).graph.node:
                 self._add(side, proto)
 

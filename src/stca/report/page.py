@@ -406,6 +406,7 @@ def made_tables(manifest: Manifest, machine: Row, versions: Mapping[str, str]) -
     names = [*versions, *(n for n in manifest.producer if n not in versions)]
     made = [(n, manifest.producer.get(n, "–"), versions.get(n, "–")) for n in names]
     files = [(n, number(f["bytes"], byte_count), f["sha256"]) for n, f in manifest.files.items()]
+    files += [(t.file, number(t.bytes, byte_count), f"of its blocks, in {t.digests}") for t in manifest.tables or ()]
     return [
         Table("Machine", ("", ""), list(machine.items()), "--"),
         Table("Versions", ("", "made the bundle", "made the figures"), made, "---"),
