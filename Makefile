@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that run the tests; 0 runs them in one, with a debugger if need be.
+WORKERS ?= auto
 READY := $(VENV)/.ready
 # NVIDIA's Python bindings and lean runtime, which tests hold our plugins against, on a CPU too. Without --no-deps they
 # would ask for the whole of TensorRT, which no index has.
@@ -16,7 +18,7 @@ demo: $(READY)
 	$(BIN)/stca demo --out demo-out
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,17 @@ class Served:
         """Bytes that are resident."""
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) << 10
+
+    def cpu_seconds(self) -> float:
+        """Processor time that it took so far, its own and the system's for it."""
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+    def state_bytes(self) -> int:
+        """Bytes of its states, room for rows to come included."""
+        with urllib.request.urlopen(f"{self.admin}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return int(sum(float(line.split()[-1]) for line in lines if line.startswith("stca_state_bytes{")))
 
     def swap(self) -> bool:
         """Replace the bundle by itself; whether that was done."""
@@ -114,14 +127,26 @@ def _told(report: LoadReport) -> dict[str, Any]:
 
 
 def _watched(served: Served, seconds: float, load: Any) -> tuple[LoadReport, dict[str, Any]]:
-    """The run, and the server's memory a third of the time into it and at its end."""
-    at: list[int] = []
-    timer = threading.Timer(seconds / 3, lambda: at.append(served.memory()))
+    """The run, the processors' time that it took, and the server's memory a third of the time into it and at its end:
+    all of it, and what is not accounted for by states.
+    """
+    at: list[tuple[int, int]] = []
+    timer = threading.Timer(seconds / 3, lambda: at.append((served.memory(), served.state_bytes())))
     timer.start()
+    before = served.cpu_seconds(), time.process_time()
     found = load()
+    took = served.cpu_seconds() - before[0], time.process_time() - before[1]
     timer.join()
-    at.append(served.memory())
-    return found, {"memory_bytes": at, "memory_drift": at[1] / at[0] - 1}
+    at.append((served.memory(), served.state_bytes()))
+    (early, early_states), (late, late_states) = at
+    return found, {
+        "server_cpu_seconds": round(took[0], 2),
+        "clients_cpu_seconds": round(took[1], 2),
+        "memory_bytes": [early, late],
+        "state_bytes": [early_states, late_states],
+        "memory_drift": late / early - 1,
+        "memory_drift_beside_states": (late - late_states) / (early - early_states) - 1,
+    }
 
 
 def _swapped(served: Served, load: Any) -> tuple[LoadReport, int]:

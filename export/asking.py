@@ -28,6 +28,8 @@ from stca.manifest import OFFSETS, TOKENS, TensorSpec
 
 # Sizes of the requests asked, and the longest history asked for: that of the longest probe of `stca.checks.verify`.
 _EVENTS, _TARGETS, _LONGEST = 5, 3, 1000
+# Where it runs on none of `_EVENTS`: a model may take a longer history alone, or none.
+_TRIED: Final = (_EVENTS, 1, 0, 20, 80, 320)
 # Integers that are accepted up to here are seconds or counts, and not ids: the range that probes draw from.
 _LARGEST: Final = probe.UNBOUNDED - 1
 _SECONDS = 60.0
@@ -79,7 +81,7 @@ class _Questions:
     def any_request(self, max_history: int | None) -> tuple[dict[str, int], int]:
         """Integers and a number of events on which the graph runs."""
         said = ""
-        for events in dict.fromkeys((min(_EVENTS, max_history or _EVENTS), 1, 0)):
+        for events in dict.fromkeys(min(n, max_history or n) for n in _TRIED):
             for value in (1, 0, 2):
                 base = dict.fromkeys(self.unknown, value)
                 answer = self.answer(base, events)
@@ -124,8 +126,13 @@ class _Questions:
         by = ["onnxruntime", "reference"]
         if isinstance(self.answer(integers, events, "reference"), str):
             by.pop()
-        takes = (n for n in range(events) if not any(isinstance(self.answer(integers, n, b), str) for b in by))
-        return next(takes, events) or None
+
+        def takes(events: int) -> bool:
+            return not any(isinstance(self.answer(integers, events, b), str) for b in by)
+
+        if events > _EVENTS:  # as fewer were refused
+            return _least(takes, _EVENTS, events)
+        return next((n for n in range(events) if takes(n)), events) or None
 
     def range_of(self, spec: TensorSpec, base: Mapping[str, int], events: int) -> TensorSpec:
         """`spec` with the range of its integers: up to the largest that is taken, from 1 where 0 stands for that one.
@@ -176,6 +183,14 @@ def _largest(takes: Callable[[int], bool | None], good: int, bad: int) -> int:
         if taken is None:
             return good
         good, bad = (middle, bad) if taken else (good, middle)
+    return good
+
+
+def _least(takes: Callable[[int], bool], bad: int, good: int) -> int:
+    """The smallest number that is taken, between one that is not and one that is."""
+    while good - bad > 1:
+        middle = (good + bad) // 2
+        bad, good = (bad, middle) if takes(middle) else (middle, good)
     return good
 
 

@@ -12,7 +12,7 @@ import onnx
 from stca import probe
 from stca.arrays import Array, Progress
 from stca.export.analysis.cost import without_weights
-from stca.export.analysis.rows import INTEGERS, below
+from stca.export.analysis.rows import attempts, below
 from stca.export.analysis.scope import label
 from stca.export.passes.batch_norm import NormInLayer
 from stca.export.passes.flat import FlatApart
@@ -133,9 +133,9 @@ def _differs(before: View, after: View, inputs: Sequence[TensorSpec]) -> Differe
     except Exception as e:  # the checker's and the inference's own types
         return Difference("", f"the rewritten graph is no valid ONNX: {' '.join(str(e).split())[:200]}")
     was, now = (in_double(_returning(view.model, names)) for view in (before, after))
-    for integers in INTEGERS:
+    for integers, scale in attempts():
         proven = False
-        for feeds in _requests(below(inputs, integers)):
+        for feeds in _requests(below(inputs, integers), scale):
             try:
                 wanted = was(feeds)
             except Exception:
@@ -157,10 +157,10 @@ def _differs(before: View, after: View, inputs: Sequence[TensorSpec]) -> Differe
     return Difference("", "the model runs with none of the requests that were tried")
 
 
-def _requests(inputs: Sequence[TensorSpec]) -> Iterator[dict[str, Array]]:
+def _requests(inputs: Sequence[TensorSpec], scale: int) -> Iterator[dict[str, Array]]:
     ragged, rng = any(s.shape == (OFFSETS,) for s in inputs), np.random.default_rng(1)
     for batch in _TRIED if ragged else [b for b in _TRIED if len(b) == 1]:
-        requests = [probe.single(inputs, n, m, rng) for n, m in batch]
+        requests = [probe.single(inputs, n * scale, m, rng) for n, m in batch]
         yield probe.pack(inputs, requests)
         if batch == _TRIED[0]:
             yield probe.pack(inputs, [probe.padded(inputs, request, rng) for request in requests])

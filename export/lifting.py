@@ -16,7 +16,7 @@ import onnx
 from stca import probe
 from stca.arrays import Array, Progress
 from stca.errors import SplitError
-from stca.export.analysis.rows import INTEGERS, draw
+from stca.export.analysis.rows import attempts, draw
 from stca.export.analysis.whose_rows import shares_rows
 from stca.export.passes.lift import Lifted, lift
 from stca.export.passes.to_double import distance, in_double
@@ -78,8 +78,10 @@ def _differs(pointwise: onnx.ModelProto, lifted: Lifted) -> str | None:
     for targets, history, some_none in _TRIED if free else [t for t in _TRIED if t[1]]:
         places = np.unique(np.linspace(0, targets - 1, min(targets, _ALONE)).round().astype(int))
         wanted, failed = [], None
-        for integers in INTEGERS:  # an index or a length of which the graph does not tell the limit, perhaps
-            feeds = draw(inputs, {**dict.fromkeys(free, history), TARGETS: targets}, integers)
+        for integers, scale in attempts():  # an index or a length of which the graph does not tell the limit, perhaps
+            if scale > 1 and history < 2:
+                break
+            feeds = draw(inputs, {**dict.fromkeys(free, history * scale), TARGETS: targets}, integers)
             feeds = probe.padded(inputs, feeds, np.random.default_rng(0)) if some_none else feeds
             try:
                 wanted = [one(_row(inputs, feeds, i)) for i in places] if alone else [one(feeds)]

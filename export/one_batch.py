@@ -10,7 +10,7 @@ import onnx
 
 from stca.arrays import Progress
 from stca.errors import SplitError
-from stca.export.analysis.rows import INTEGERS, Everything, draw
+from stca.export.analysis.rows import Everything, attempts, draw
 from stca.export.split import inlined
 from stca.manifest import OFFSETS, TARGETS, USERS, TensorSpec
 from stca.probe import shared_rows
@@ -97,9 +97,9 @@ def _runs(model: onnx.ModelProto, inputs: Sequence[TensorSpec], sizes: Mapping[s
     """Whether the graph runs with these sizes and gives a score for each row of the largest."""
     names = {n for s in inputs for n in s.shape if isinstance(n, str)} - {TARGETS, USERS}
     run = Everything(inlined(model))
-    for integers in INTEGERS:
+    for integers, scale in attempts():
         try:
-            found = run(draw(inputs, {**dict.fromkeys(names, 2 * _ROWS), **sizes}, integers))
+            found = run(draw(inputs, {**dict.fromkeys(names, 2 * _ROWS * scale), **sizes}, integers))
         except SplitError:
             continue
         return all(max(sizes.values()) in found[o.name].shape[:1] for o in model.graph.output if o.name in found)

@@ -18,7 +18,7 @@ import numpy as np
 from stca import probe
 from stca.arrays import Array
 from stca.errors import SplitError
-from stca.export.asking import Child
+from stca.export.asking import Accepted, Child
 from stca.manifest import TOKENS, EventInput, Padding, TensorSpec, packable
 
 Run = Callable[[Mapping[str, Array]], list[Array] | str]
@@ -55,20 +55,23 @@ class Found:
     told: tuple[str, ...] = ()
 
 
-def padding_of(file: Path, known: Mapping[str, int], inputs: Sequence[TensorSpec], options: PadOptions) -> Found:
+def padding_of(file: Path, known: Mapping[str, int], takes: Accepted, options: PadOptions) -> Found:
     """`find_padding` of a graph, asked in a child process.
 
     Args:
         file: of the graph, its weights beside it.
-        known, inputs, options: as `find_padding` takes them.
+        takes: what the graph takes.
+        known, options: as `find_padding` takes them.
     """
-    if not unpacked(inputs) and options == PadOptions():
-        return Found(None, tuple(inputs))
+    if not unpacked(takes.inputs) and options == PadOptions():
+        return Found(None, takes.inputs)
     with contextlib.closing(Child(file)) as child:
-        return find_padding(inputs, options, known, child.run)
+        return find_padding(takes.inputs, options, known, child.run, takes.min_history or 0)
 
 
-def find_padding(inputs: Sequence[TensorSpec], options: PadOptions, known: Mapping[str, int], run: Run) -> Found:
+def find_padding(
+    inputs: Sequence[TensorSpec], options: PadOptions, known: Mapping[str, int], run: Run, least: int = 0
+) -> Found:
     """The histories of a model that are not packed, and how each is padded.
 
     Args:
@@ -76,6 +79,7 @@ def find_padding(inputs: Sequence[TensorSpec], options: PadOptions, known: Mappi
         options: what is known.
         known: the id that means no event, of inputs whose graph tells (`analysis.marks`).
         run: computes the request graph's outputs; text says why it cannot.
+        least: events of the shortest history that the model takes.
 
     Raises:
         SplitError: when `options` speak of a history or an input that the model does not have, or contradict it.
@@ -92,7 +96,7 @@ def find_padding(inputs: Sequence[TensorSpec], options: PadOptions, known: Mappi
     told: list[str] = []
     specs = {s.name: s for s in inputs}
     for events in groups:
-        asked = _Asked(run, inputs, events, options, known)
+        asked = _Asked(run, inputs, events, options, known, least)
         history = asked.padding()
         found.append(history)
         made = history.lengths or any(e.event is not None for e in history.inputs)
@@ -137,6 +141,7 @@ class _Asked:
         events: tuple[EventInput, ...],
         options: PadOptions,
         known: Mapping[str, int],
+        least: int,
     ) -> None:
         self.run, self.options, self.marks = run, options, known
         self.inputs = {s.name: s for s in inputs}
@@ -144,7 +149,8 @@ class _Asked:
         self.events = tuple(
             dataclasses.replace(e, value=options.values.get(e.name, known.get(e.name, common))) for e in events
         )
-        first, second = (probe.single(inputs, _EVENTS, _TARGETS, np.random.default_rng(i)) for i in (0, 1))
+        count = max(_EVENTS, 2 * least)
+        first, second = (probe.single(inputs, count, _TARGETS, np.random.default_rng(i)) for i in (0, 1))
         self.size = first[events[0].name].shape[events[0].axis]
         self.free = isinstance(self.inputs[events[0].name].shape[events[0].axis], str)
         self.first = self._real(first)

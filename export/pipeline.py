@@ -31,6 +31,7 @@ from stca.export.outputs import lay_out_by_target, name_rows, score_axes
 from stca.export.padding import Found, PadOptions, padding_of, unpacked
 from stca.export.passes.rules import View
 from stca.export.passes.sequences import without_sequences
+from stca.export.passes.squeezes import name_squeezed_axes
 from stca.export.passes.whole_slices import drop_whole_slices
 from stca.export.reference.checkpoint import Checkpoint
 from stca.export.reference.config import StcaConfig
@@ -244,6 +245,7 @@ def _request_graph(
         graph = inlined(graph)
         left = leave(graph, large, folder, progress)
     specs = with_one_batch(graph, of_one_request(graph, specs), progress) if cut.lift else specs
+    name_squeezed_axes(graph, specs)
     facts: dict[str, Any] = {"tables": left.verdicts} if left.verdicts else {}
     name_rows(graph.graph, specs)
     axes = score_axes(graph.graph, specs)
@@ -368,7 +370,7 @@ def _answers(
         if source["kind"] != "stca":
             progress("asking the graph what it takes")
             takes = ask(before, request.specs, max_history)
-        return takes, padding_of(graph, marks(request.graph) if histories else {}, takes.inputs, cut.pad)
+        return takes, padding_of(graph, marks(request.graph) if histories else {}, takes, cut.pad)
 
 
 def _state_spec(t: StateTensor) -> StateSpec:

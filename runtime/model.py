@@ -120,7 +120,8 @@ class Model:
         out = self.encoder.run({s.name: feeds[s.name] for s in self.manifest.graphs["user_encoder"].inputs})
         self._check_rows(out, sum(tokens), len(users))
         if len(users) == 1:
-            return [UserState(out, tokens[0])]
+            # A copy: ONNX Runtime keeps the memory of its outputs for later runs, even that of states that went.
+            return [UserState({n: x.copy() if isinstance(x, np.ndarray) else x for n, x in out.items()}, tokens[0])]
         ends = np.cumsum(tokens)
         return [
             UserState({s.name: self._part(s, out[s.name], i, end - n, end) for s in self.manifest.state}, n)

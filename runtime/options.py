@@ -95,9 +95,9 @@ class Options:
                 _refuse(name, getattr(self, name), "text or None")
         if not isinstance(self.state_folder, str | os.PathLike | None) or self.state_folder == "":
             _refuse("state_folder", self.state_folder, "a folder's path or None")
-        for name in ("ttl_seconds", "batch_seconds"):
+        for name, shortest in (("ttl_seconds", math.ulp(0.0)), ("batch_seconds", 0.0)):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+                object.__setattr__(self, name, _seconds(name, getattr(self, name), shortest))
         given = {} if self.tables is None else self.tables
         if not isinstance(given, Mapping) or not all(callable(getattr(x, "rows", None)) for x in given.values()):
             _refuse("tables", self.tables, "objects with rows(ids), by the tables' names, or None")
@@ -128,14 +128,14 @@ def _whole(name: str, value: Any, least: int, most: int) -> int:
     return number
 
 
-def _seconds(name: str, value: Any) -> float:
+def _seconds(name: str, value: Any, least: float) -> float:
     number = None if isinstance(value, bool | str | bytes) else value
     try:
         number = math.nan if number is None else float(number)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not 0 < number < math.inf:
-        _refuse(name, value, "seconds above 0, or None")
+    if not least <= number < math.inf:
+        _refuse(name, value, f"seconds {'above' if least else 'from'} 0, or None")
     return number
 
 

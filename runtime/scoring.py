@@ -35,6 +35,11 @@ class Asked(NamedTuple):
     row: Mapping[str, Array]
 
     @property
+    def ready(self) -> bool:
+        """Whether its state or history is at hand; otherwise it waits for the state that another call makes."""
+        return self.found.state is not None or self.found.history is not None
+
+    @property
     def cost(self) -> int:
         """Tokens and targets."""
         found, targets = self.found, self.model.targets(self.row) or 0

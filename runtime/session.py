@@ -16,7 +16,7 @@ from stca.arrays import Array
 from stca.bundle import Bundle, opened
 from stca.errors import EngineError, RequestError, UsageError
 from stca.manifest import TOKENS, Manifest
-from stca.runtime.batching import Batcher
+from stca.runtime.batching import ALONE, Batcher, Runs
 from stca.runtime.client_values import mapping_of, quoted
 from stca.runtime.deadline import Deadline, Wanted
 from stca.runtime.engine import Engine
@@ -49,7 +49,8 @@ class Session:
         self._swapping = threading.Lock()
         self._batcher: Batcher[Asked, Answer] | None = None
         if options.batch_seconds is not None:
-            self._batcher = Batcher(self._scoring.answer_several, options.batch_tokens, options.batch_seconds)
+            run, places = self._scoring.answer_several, model.side_by_side
+            self._batcher = Batcher(run, options.batch_tokens, options.batch_seconds, places)
         self.forked = self._closed = False
         mark_after_fork(self)
 
@@ -99,9 +100,11 @@ class Session:
             state_folder: of files in which states outlive memory and the process, for engines on a CPU. It is this
                 session's own until that is closed; None keeps states in memory alone.
             state_folder_bytes: most bytes of files in it.
-            batch_seconds: how long a request waits for others to be computed with it; None computes each by itself.
+            batch_seconds: compute requests together that find no processor free (processors / `threads` compute at a
+                time). So many seconds a request waits for others even where one is; 0 for not at all. None computes
+                each request by itself, at once.
             batch_tokens: most history tokens and targets of requests that are computed together. A request of so many
-                alone waits for nobody, and nobody for it.
+                is computed by itself, and no smaller one waits for it.
             onnxruntime: execution providers and settings of ONNX Runtime, which then runs the bundle's own graphs.
             gpu: number of the GPU for TensorRT's engines, as CUDA counts those that this process may see.
             tables: your own source of rows, a parameter server say, by the name of a table that left the graphs (`stca
@@ -185,8 +188,9 @@ class Session:
         found = [self._states.find(model, r.inputs, r.user, r.version) for r in requests]
         checked = time.perf_counter() - began
         asked = [Asked(model, one, row) for one, row in zip(found, rows, strict=True)]
-        if self._batcher is not None and len(asked) == 1 and model.door.ragged:
-            answers = [self._batcher.call(asked[0], asked[0].cost, wanted)]
+        if self._batcher is not None and len(asked) == 1:
+            cost = asked[0].cost if model.door.ragged and asked[0].ready else ALONE
+            answers = [self._batcher.call(asked[0], cost, wanted)]
         else:
             answers = self._scoring.answer(asked, wanted)
         scores = [answer.scores for answer in answers]
@@ -365,6 +369,10 @@ class Session:
                 "this process was forked after Session.load, and engines' threads stay behind; load the session in the "
                 "child, or start children with the spawn method"
             )
+
+    def runs(self) -> dict[int, Runs]:
+        """Where `batch_seconds` was given: how often so many requests were computed together, and for how long."""
+        return {} if self._batcher is None else self._batcher.runs()
 
     def stats(self) -> StoreStats:
         """What the state store holds and did."""

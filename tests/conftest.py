@@ -23,6 +23,19 @@ settings.load_profile("stca")
 Exporter = Callable[[str, str], Path]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a file's tests, and all of C++, in one process each: they share what takes long to make.
+
+    C++ compiles for minutes and therefore starts first.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    items.sort(key=lambda item: item.path.parent.name != "runtime_cpp")
+    for item in items:
+        cpp = item.path.parent.name == "runtime_cpp"
+        item.add_marker(pytest.mark.xdist_group("C++" if cpp else str(item.path)))
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

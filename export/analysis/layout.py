@@ -17,7 +17,7 @@ import onnx
 
 from stca.arrays import Array
 from stca.errors import SplitError
-from stca.export.analysis.rows import INTEGERS, Everything, draw
+from stca.export.analysis.rows import Everything, attempts, draw
 from stca.export.analysis.scope import Dataflow, Scope, attribute
 from stca.manifest import OFFSETS, TARGETS, USERS, TensorSpec
 from stca.manifest import Scope as ScopeName
@@ -62,11 +62,11 @@ def tried(model: onnx.ModelProto, inputs: Mapping[str, Scope | str]) -> tuple[Tr
     others = dict(zip((n for n in names if n not in (TARGETS, OFFSETS, USERS)), _OTHERS, strict=False))
     weights = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     run, error = Everything(model), SplitError("it has no inputs")
-    for integers in INTEGERS:
+    for integers, scale in attempts():
         try:
             made = []
             for i, targets in enumerate(_TARGETS):
-                sizes = {n: pair[i] for n, pair in others.items()} | {TARGETS: targets}
+                sizes = {n: pair[i] * scale for n, pair in others.items()} | {TARGETS: targets}
                 feeds = draw(specs, sizes, integers)
                 made.append(Tried({**weights, **feeds, **run(feeds)}, targets))
             return made[0], made[1]

@@ -28,6 +28,8 @@ _FEW, _MORE = 3, 5
 _SIZES: Final = tuple((6 + i, 10 + 2 * i) for i in range(20))
 # Integers without a limit: whatever a probe makes of them, then what is an index or a length of almost anything.
 INTEGERS: Final = (None, 5, 1)
+# Times the sizes of free histories: a model may pick the events that fit best, and take no fewer than it picks.
+SCALES: Final = (1, 4, 16, 64)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Rows:
 
     def __init__(self, model: onnx.ModelProto, inputs: Sequence[TensorSpec], rows: str) -> None:
         self._model, self._inputs, self._rows = model, inputs, rows
-        self._sizes = dict(zip((n for n in _symbols(inputs) if n != rows), _SIZES, strict=False))
+        self._free = [n for n in _symbols(inputs) if n != rows]
+        self._sizes: dict[str, tuple[int, int]] = {}
         self.axis: dict[str, RowAxis] = {}
         self.why_not: dict[str, str] = {}
         self.mixed: set[str] = set()
@@ -77,7 +80,8 @@ class Rows:
     def _runs(self) -> list[dict[str, Any]]:
         run = Everything(self._model)
         error: SplitError | None = None
-        for integers in INTEGERS:
+        for integers, scale in attempts():
+            self._sizes = {n: (a * scale, b * scale) for n, (a, b) in zip(self._free, _SIZES, strict=False)}
             more = self._feeds(_MORE, 0, integers)
             few = self._take(more, np.arange(_FEW))
             same = self._take(more, np.zeros(_FEW, np.int64))
@@ -128,6 +132,11 @@ class Rows:
         if few == other:
             return few
         return next((n for n, pair in self._sizes.items() if pair == (few, other)), None)
+
+
+def attempts() -> Iterator[tuple[int | None, int]]:
+    """Integers and scales of sizes to try, until a graph runs."""
+    return ((integers, scale) for scale in SCALES for integers in INTEGERS)
 
 
 def draw(inputs: Sequence[TensorSpec], sizes: Mapping[str, int], integers: int | None = None) -> dict[str, Array]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -24,12 +25,16 @@ from cpp import fuzz
 
 from stca import probe
 from stca.arrays import Array
-from stca.errors import StcaError
+from stca.errors import RequestError, StcaError
 from stca.runtime import Request, RequestBatch, Session
+from stca.runtime.cache import REASONS
 from stca.runtime.client_values import MOST_VALUES
+from stca.runtime.store import JOINED, MEMORY
 
 OTHERS = ("log_other_weights", "log_other_limits", "log_other_dtype", "log_other_scores")
 MOST_AXES = 8  # of a tensor in C++
+HITS = (MEMORY, JOINED)
+MISSES = REASONS
 
 
 class NotInCpp(Exception):
@@ -53,6 +58,8 @@ class Setting:
     states: int | None = None
     max_users: int | None = None
     ttl_seconds: float | None = None
+    max_targets: int | None = None
+    check_versions: bool = False
     truncate: bool = False
     keep: bool = False
 
@@ -64,7 +71,9 @@ SETTINGS = (
     Setting("log", cache_bytes=0),
     Setting("log", ttl_seconds=1e-9),
     Setting("log", ttl_seconds=1e9, max_users=1),
+    Setting("log", max_targets=3, check_versions=True),
     Setting("plain"),
+    Setting("plain", max_targets=2),
     Setting("rows", truncate=True),
     Setting("rows", max_users=3),
     Setting("padded_left"),
@@ -114,8 +123,11 @@ class Recorder:
     def stats(self) -> None:
         """Note what is kept and was done, without the bytes that each language's objects take."""
         kept = dataclasses.asdict(self._session.stats())
-        names = ("hits", "misses", "evictions", "refused", "users", "state_bytes", "warmed", "appends")
-        self.steps.append({"call": "stats", "stats": {n: kept[n] for n in names}})
+        names = ("hits", "misses", "evictions", "refused", "expired", "users", "state_bytes", "warmed", "appends")
+        noted = {n: kept[n] for n in names}
+        for kinds, known in (("hits_from", HITS), ("misses_for", MISSES)):
+            noted |= {f"{kinds[: kinds.index('_')]}_{kind}": kept[kinds].get(kind, 0) for kind in known}
+        self.steps.append({"call": "stats", "stats": noted})
 
     def _noted(self, step: dict[str, Any], result: str | None, call: Callable[[], Any]) -> Any:
         try:
@@ -200,19 +212,21 @@ def _case(seed: int, setting: Setting, numbers: range, folder: Path) -> dict[str
     for name in (setting.bundle, *setting.others):
         served = name in (setting.bundle, *OTHERS[:2])
         alone[folder / name] = Session.load(folder / name, cache_bytes=0, **load) if served else None
-    kept = {"max_users": setting.max_users, "ttl_seconds": setting.ttl_seconds}
+    kept = {"max_users": setting.max_users, "ttl_seconds": setting.ttl_seconds, "max_targets": setting.max_targets}
+    kept = {n: x for n, x in kept.items() if x is not None} | {"check_versions": setting.check_versions}
     case = {"name": f"recorded {numbers.start}", "bundle": setting.bundle, "truncate": setting.truncate}
-    case |= {n: x for n, x in kept.items() if x is not None}
+    case |= kept
     case |= {"cache_bytes": setting.cache_bytes} if setting.states is None else {"cache_states": setting.states}
     budget = setting.cache_bytes
     if setting.states is not None:
         case["measured"], budget = _measured(folder / setting.bundle, setting.states)
     recorder = Recorder(Session.load(folder / setting.bundle, cache_bytes=budget, **kept, **load))
     caller = Caller(seed, setting, recorder, alone)
+    refused = RequestError if setting.max_targets else NotInCpp  # what is right otherwise has too many targets
     for number in numbers:
         try:
             caller.round(number)
-        except NotInCpp:
+        except (NotInCpp, refused):
             continue
         if number % 8 == 0:
             recorder.stats()
@@ -245,4 +259,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if os.environ.get("PYTHONHASHSEED") != "0":  # why a state went is remembered in places that follow from hashes
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONHASHSEED": "0"})
     sys.exit(main())

@@ -12,6 +12,8 @@ namespace {
 // Of a batch for a model that has no such input.
 const std::string target_offsets = "target_offsets";
 
+constexpr std::int64_t most_requests = 1 << 14;
+
 using Bounds = std::vector<std::int64_t>;
 
 /// Where each request's rows begin in a batch, and where the last one's end.
@@ -23,6 +25,9 @@ Bounds read_offsets(const std::string& name, Inputs inputs) {
   if (array.shape.rank != 1 || array.shape[0] < 1 || kind_of(array.dtype) != Kind::integer) {
     request_error(name, ": must be a list of at least one integer, got ", dtype_name(array.dtype), " of shape ",
                   array.shape.text());
+  }
+  if (const std::int64_t requests = array.shape[0] - 1; requests > most_requests) {
+    request_error(name, ": tells of ", requests, " requests, the limit is ", most_requests, "; send fewer at once");
   }
   Bounds offsets(array.shape.elements());
   visit_integer(array.dtype, [&](auto type) {

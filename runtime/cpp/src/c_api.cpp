@@ -193,6 +193,7 @@ void stca_options_init_sized(stca_options* options, size_t size) {
   defaults.size = std::min(size, sizeof(stca_options));
   defaults.cache_bytes = std::uint64_t{1} << 30;
   defaults.cuda_graphs = 64;
+  defaults.max_targets = static_cast<std::uint64_t>(most_targets);
   std::memcpy(options, &defaults, defaults.size);
 }
 #undef stca_options_init
@@ -224,7 +225,9 @@ int32_t stca_session_score(stca_session* session, const stca_request* requests, 
 
 int32_t stca_session_score_batch(stca_session* session, const stca_request_batch* batch, stca_scores** scores) {
   return guarded([&] {
-    given(session, "session"), given(scores, "scores"), given(batch, "batch");
+    given(session, "session");
+    given(scores, "scores") = nullptr;
+    given(batch, "batch");
     inputs_of(batch->inputs, batch->input_count, "inputs");
     if (batch->user_count > 0) given(batch->users, "users");
     if (batch->version_count > 0) given(batch->versions, "versions");

@@ -1,6 +1,8 @@
 // What a caller of the C ABI loads a session with: options, and perhaps engines of its own.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "c_api.hpp"
 
@@ -64,11 +66,24 @@ std::size_t whole_fields(std::size_t size) {
   std::size_t whole = first_options_size;
   for (const std::size_t end :
        {offsetof(stca_options, unchecked_scores), offsetof(stca_options, max_users),
-        offsetof(stca_options, ttl_seconds), offsetof(stca_options, precision), sizeof(stca_options)}) {
+        offsetof(stca_options, ttl_seconds), offsetof(stca_options, precision), offsetof(stca_options, max_targets),
+        offsetof(stca_options, check_versions), sizeof(stca_options)}) {
     if (end <= size) whole = end;
   }
   return whole;
 }
+
+/// An option that is a number, between its bounds.
+template <class Number>
+Number whole(const char* name, Number value, Number least, Number most) {
+  if (least <= value && value <= most) return value;
+  const std::string upto = most < std::numeric_limits<std::int64_t>::max() ? " to " + std::to_string(most) : "";
+  fail(STCA_USAGE_ERROR, name, ": is ", value, ", expected a whole number from ", least, upto);
+}
+
+constexpr auto largest = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
+// More threads than any machine's cores are a mistake, and each takes memory.
+constexpr std::int32_t most_threads = 1024;
 
 }  // namespace
 
@@ -83,12 +98,18 @@ Options options_of(const stca_options* given_options) {
     std::memcpy(&o, given_options, whole_fields(given_options->size));
   }
   Options options;
-  options.keep = {o.cache_bytes, o.max_users, o.ttl_seconds};
-  if (!(o.ttl_seconds >= 0)) fail(STCA_USAGE_ERROR, "ttl_seconds is ", o.ttl_seconds, "; give a time from 0 on");
+  options.keep = {whole("cache_bytes", o.cache_bytes, {}, largest), whole("max_users", o.max_users, {}, largest),
+                  o.ttl_seconds};
+  if (!(o.ttl_seconds >= 0) || std::isinf(o.ttl_seconds)) {
+    fail(STCA_USAGE_ERROR, "ttl_seconds: is ", number_text(o.ttl_seconds),
+         ", expected seconds above 0, or 0 for no limit");
+  }
+  options.threads = whole("threads", o.threads, 0, most_threads);
+  options.max_targets = static_cast<std::int64_t>(whole("max_targets", o.max_targets, std::uint64_t{1}, largest));
+  options.check_versions = o.check_versions != 0;
   options.check_finite = o.unchecked_scores == 0;
   options.precision = o.precision == nullptr ? "" : o.precision;
   options.truncate = o.truncate != 0;
-  options.threads = o.threads;
   options.engine = o.engine == nullptr ? "" : o.engine;
   options.cuda_graphs = o.cuda_graphs;
   if (o.make_engine == nullptr) return options;

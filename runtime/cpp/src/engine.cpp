@@ -30,7 +30,7 @@ Machine machine_for(const Manifest& manifest) {
 
 Choice choose(const Manifest& manifest, const std::string& wanted, const std::string& precision) {
   if (!precision.empty() && (wanted.empty() || wanted == "graphs")) {
-    fail(STCA_BUILD_ERROR, "precision ", shown(precision), ": is of a built engine; say which with engine=");
+    fail(STCA_USAGE_ERROR, "precision: ", in_quotes(precision), " is of a built engine; say which with engine=");
   }
   if (wanted == "onnxruntime" && !precision.empty() && precision != "fp32") {
     fail(STCA_BUILD_ERROR, "no onnxruntime ", shown(precision),

@@ -38,10 +38,15 @@ class Engine {
   virtual std::vector<Array> run(const std::vector<Array>& inputs) = 0;
 };
 
+/// Most targets scored together unless a session says otherwise: so many need gigabytes.
+inline constexpr std::int64_t most_targets = 1 << 20;
+
 struct Options {
   KeepLimits keep;
   bool truncate = false;
-  int threads = 0;           ///< 0 leaves it to the engine
+  int threads = 0;           ///< of one request; 0 takes every processor that this process may use
+  std::int64_t max_targets = most_targets;  ///< of a request, or of a batch together
+  bool check_versions = false;  ///< whether a history sent with the version of another one that is kept is an error
   std::string engine;        ///< "tensorrt", "onnxruntime" or "graphs"; empty for the best one that runs here
   std::string precision;     ///< of built engines, "fp32", "bf16" or "fp16"; empty for the fastest
   bool check_finite = true;  ///< whether scores that are not finite are an error

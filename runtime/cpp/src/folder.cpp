@@ -40,9 +40,10 @@ bool Folder::Stamp::operator==(const Stamp& other) const {
 template <class Stat>
 Folder::Stamp Folder::stamp_of(const Stat& status) {
 #ifdef __APPLE__
-  const auto& time = status.st_mtimespec;
+  const auto& time = status.st_ctimespec;
 #else
-  const auto& time = status.st_mtim;
+  // Numbers of removed files are given again, and copies keep the time of their contents: only this one is never set.
+  const auto& time = status.st_ctim;
 #endif
   return {static_cast<std::uint64_t>(status.st_dev), static_cast<std::uint64_t>(status.st_ino),
           static_cast<std::int64_t>(status.st_size), static_cast<std::int64_t>(time.tv_sec),

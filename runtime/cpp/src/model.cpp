@@ -125,7 +125,7 @@ Model::Model(std::shared_ptr<const Bundle> bundle, const Options& options)
     : bundle_(std::move(bundle)),
       engines_(make_engines(bundle_, options)),
       window_(window_of(manifest(), engines_)),
-      door_(manifest(), window_, options.truncate),
+      door_(manifest(), window_, options.truncate, options.max_targets),
       check_finite_(options.check_finite) {
   find_sources();
   if (engines_.encoder->memory().device() != engines_.scorer->memory().device()) {

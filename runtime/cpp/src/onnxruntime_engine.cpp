@@ -9,6 +9,7 @@
 #include "error.hpp"
 #include "library.hpp"
 #include "onnxruntime_interface.hpp"
+#include "process.hpp"
 
 namespace stca::core {
 namespace {
@@ -76,7 +77,7 @@ class OnnxRuntimeEngine final : public Engine {
     check(api().create_session_options(&options));
     const std::unique_ptr<OrtSessionOptions, void (*)(OrtSessionOptions*)> owned(options,
                                                                                  api().release_session_options.call);
-    if (threads > 0) check(api().set_intra_op_num_threads(options, threads));
+    check(api().set_intra_op_num_threads(options, threads > 0 ? threads : processors()));
     // Else the threads of each half go on spinning while the other half computes, and a miss costs twice its halves.
     check(api().add_session_config_entry(options, "session.force_spinning_stop", "1"));
     OrtSession* session = nullptr;

@@ -31,10 +31,13 @@ namespace stca::core {
 inline void check_version(const std::string& version) {
   constexpr int oldest = 32;
   const std::size_t dot = version.find('.');
-  const int minor = dot == std::string::npos ? 0 : std::atoi(version.c_str() + dot + 1);
-  if (version.rfind("1.", 0) == 0 && minor >= oldest) return;
-  fail(STCA_BUILD_ERROR, "ONNX Runtime ", version, " cannot be used, as those before 1.", oldest,
-       " can end the process on a request without events; install a 1.x from 1.", oldest, " on");
+  if (dot == version.npos || std::atoi(version.c_str()) != 1) {
+    fail(STCA_BUILD_ERROR, "ONNX Runtime ", shown(version), " may have another C ABI; install a 1.x from 1.", oldest,
+         " on");
+  }
+  if (std::atoi(version.c_str() + dot + 1) >= oldest) return;
+  fail(STCA_BUILD_ERROR, "ONNX Runtime ", shown(version),
+       " can end the process on a request without events or targets; install onnxruntime 1.", oldest, " or newer");
 }
 
 struct OnnxRuntimeFunctions {

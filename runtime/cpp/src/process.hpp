@@ -1,11 +1,15 @@
-// Which process this is. A session's threads do not live on in a child that was forked.
+// Which process this is, and what it may use. A session's threads do not live on in a child that was forked.
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace stca::core {
 
 /// How often this process was forked from another, counted from the first that asked: another number, another process.
 std::uint64_t process_number();
+
+/// How many processors this process may run on: those it is bound to, and no more than a container's quota.
+int processors(const std::string& quota = "/sys/fs/cgroup/cpu.max");
 
 }  // namespace stca::core

@@ -26,10 +26,11 @@ std::string tuple_text(const Shape& shape) {
 
 }  // namespace
 
-Door::Door(const Manifest& manifest, std::optional<std::int64_t> window, bool truncate)
+Door::Door(const Manifest& manifest, std::optional<std::int64_t> window, bool truncate, std::int64_t max_targets)
     : inputs_(manifest.graph("request").inputs),
       window_(window),
       shortest_(manifest.min_history),
+      max_targets_(max_targets),
       truncate_(truncate) {
   for (std::string_view symbol : known_symbols) symbol_ids_.emplace(symbol, symbol_ids_.size());
   bool tokens = false, targets = false;
@@ -140,7 +141,7 @@ Door::Given Door::sort(Inputs inputs, int scopes, int others) const {
   for (const stca_tensor& tensor : inputs) {
     if (tensor.name == nullptr) request_error("an input has no name");
     const int found = find(tensor.name);
-    if (found < 0) request_error(in_quotes(tensor.name), ": the model has no such input; it takes ", names());
+    if (found < 0) request_error(in_quotes(tensor.name), ": the model has no such input; it takes ", head(names(), 600));
     if (is_offsets(found)) {
       request_error(shown(tensor.name), ": is made by the runtime for a single request; leave it out");
     }
@@ -275,6 +276,7 @@ Array Door::array(std::size_t index, Array raw, Sizes& sizes) const {
     if (bound.size < 0) bound = {raw.shape[i], spec.name.c_str()};
     if (raw.shape[i] == bound.size) {
       if (symbol == static_cast<int>(tokens_id) && !truncate_) check_history(bound);  // before values are looked at
+      if (symbol == static_cast<int>(targets_id)) check_targets(bound.size, spec.name);
       continue;
     }
     const std::string like =
@@ -295,6 +297,12 @@ void Door::check_lengths(const Row& row, const Sizes& sizes) const {
       request_error(inputs_[i].name, ": holds ", most, ", which is more than the ", of.size, " rows of ", of.because);
     }
   }
+}
+
+void Door::check_targets(std::int64_t targets, const std::string& name) const {
+  if (targets <= max_targets_) return;
+  request_error(name, ": has ", targets, " targets, the limit is ", max_targets_,
+                "; send fewer at once, or load the session with max_targets");
 }
 
 void Door::check_history(const Bound& tokens) const {

@@ -47,8 +47,8 @@ struct Row {
 class Door {
  public:
   /// `window`: most tokens of a history, where there is a limit. `truncate`: keep the most recent ones of a longer
-  /// history instead of refusing it.
-  Door(const Manifest& manifest, std::optional<std::int64_t> window, bool truncate);
+  /// history instead of refusing it. `max_targets`: most of a request, or of a batch together.
+  Door(const Manifest& manifest, std::optional<std::int64_t> window, bool truncate, std::int64_t max_targets);
   Door(const Door&) = delete;
   Door& operator=(const Door&) = delete;
 
@@ -69,6 +69,8 @@ class Door {
   std::int64_t size_of(std::string_view symbol, const std::vector<Row>& rows) const;
   /// Targets of all; -1 when the inputs do not say.
   std::int64_t targets(const std::vector<Row>& rows) const;
+  /// Throws RequestError when these are too many targets for a request, or for a batch together.
+  void check_targets(std::int64_t targets, const std::string& name) const;
   bool has_user_inputs() const { return has_user_inputs_; }
   /// Whether any of `inputs` is of scope user, offsets aside.
   bool any_user_input(Inputs inputs) const;
@@ -123,7 +125,7 @@ class Door {
   std::vector<std::vector<int>> symbols_;  // of each input's axes: which symbol, -1 where the size is fixed
   int target_symbol_ = -1;                 // which symbol counts targets, if any does
   std::optional<std::int64_t> window_;
-  std::int64_t shortest_ = 0;  // fewest tokens of a history
+  std::int64_t shortest_ = 0, max_targets_ = 0;  // fewest tokens of a history, most targets
   std::vector<History> histories_;
   std::string unpackable_;  // an input whose rows cannot be told apart in a batch
   bool truncate_ = false, ragged_ = false, stacked_ = false, has_user_inputs_ = false;

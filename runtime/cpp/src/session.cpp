@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <thread>
 #include <utility>
 
 #include "error.hpp"
@@ -13,9 +12,9 @@ namespace stca::core {
 namespace {
 
 /// How many calls compute at once before they slow each other down.
-int places(const Options& options) {
-  const int processors = static_cast<int>(std::thread::hardware_concurrency());
-  return options.threads > 0 ? std::max(1, processors / options.threads) : 1;
+int places(const Model& model, const Options& options) {
+  const bool on_cpu = !model.engines().encoder->memory().device();
+  return on_cpu && options.threads > 0 ? std::max(1, processors() / options.threads) : 1;
 }
 
 }  // namespace
@@ -24,8 +23,8 @@ Session::Session(const std::string& path, Options options)
     : options_(std::move(options)),
       born_(process_number()),
       cache_(std::make_unique<StateCache>(options_.keep)),
-      turns_(places(options_)),
-      model_(Model::load(path, options_, nullptr)) {
+      model_(Model::load(path, options_, nullptr)),
+      turns_(places(*model_, options_)) {
   cache_->serve(model_->state_kind());
 }
 
@@ -77,6 +76,7 @@ struct Session::Pending {
   std::optional<StateKey> key;  // under which the state is kept
   StateCache::State state;
   StateCache::FlightPtr flight;
+  Came came = Came::new_user;
   bool has_history = false, hit = false;
 };
 
@@ -98,6 +98,27 @@ class Session::Leading {
   StateCache& cache_;
 };
 
+/// Hits by what others encode: counted while they wait, and taken back where nothing comes of it.
+class Session::Joining {
+ public:
+  explicit Joining(StateCache& cache) : cache_(cache) {}
+  Joining(const Joining&) = delete;
+  Joining& operator=(const Joining&) = delete;
+  ~Joining() {
+    if (hits_ != 0) cache_.count(Came::joined, -hits_);
+  }
+  void add(std::int64_t hits) {
+    cache_.count(Came::joined, hits);
+    hits_ += hits;
+  }
+  /// All came to something.
+  void done() { hits_ = 0; }
+
+ private:
+  StateCache& cache_;
+  std::int64_t hits_ = 0;
+};
+
 void Session::look_up(const Model& model, Pending& one) {
   const Door& door = model.door();
   const RequestView& request = *one.request;
@@ -109,14 +130,37 @@ void Session::look_up(const Model& model, Pending& one) {
   if (!named) admit_history();
   if (request.user == nullptr) return;
   one.key = model.key(request.user, named ? request.version : door.digest(one.row));
-  one.state = cache_->get(*one.key);
+  StateCache::LookedUp found = cache_->get(*one.key);
+  one.state = std::move(found.state);
+  one.came = found.came;
   one.hit = one.state != nullptr;
+  if (one.hit && named) check_version(model, one);
   if (one.hit || !named) return;
   if (!door.has_user_inputs() || door.any_user_input(request.inputs)) {
     admit_history();
   } else if (!cache_->flying(*one.key)) {
     history_needed(request);
   }
+}
+
+void Session::check_version(const Model& model, const Pending& one) const {
+  const RequestView& request = *one.request;
+  if (!options_.check_versions || !model.door().any_user_input(request.inputs)) return;
+  Row sent;
+  model.door().admit(request.inputs, STCA_USER, STCA_REQUEST | STCA_TARGET, sent);
+  if (one.state->history.empty() || one.state->history == model.door().digest(sent)) return;
+  request_error("user ", in_quotes(request.user), ": the history sent is not the one that is kept as version ",
+                in_quotes(request.version), "; give each history a version of its own");
+}
+
+std::vector<StateCache::State> Session::encode(const Model& model, const std::vector<Row>& rows) const {
+  std::vector<StateCache::State> states = model.encode(rows);
+  for (std::size_t i = 0; options_.check_versions && i < states.size(); ++i) {
+    UserState state = *states[i];
+    state.history = model.door().digest(rows[i]);
+    states[i] = std::make_shared<const UserState>(std::move(state));
+  }
+  return states;
 }
 
 void Session::history_needed(const RequestView& request) {
@@ -131,12 +175,15 @@ Scored Session::score(const Model& model, const std::vector<RequestView>& reques
   std::vector<Pending> pending;
   pending.reserve(requests.size());
   bool any = false;
+  std::int64_t all = 0;
   for (const RequestView& request : requests) {
     Pending& one = pending.emplace_back(Pending{&request, {}, {}, nullptr, nullptr});
     model.door().admit(request.inputs, STCA_REQUEST | STCA_TARGET, STCA_USER, one.row);
     any = any || one.row.targets != 0;
+    all += std::max<std::int64_t>(one.row.targets, 0);
   }
   if (!any) return {model.no_scores(), 0};  // nothing is run, and nobody encoded, for no scores
+  if (requests.size() > 1) model.door().check_targets(all, "targets of all requests");
   for (Pending& one : pending) look_up(model, one);
   const Turns::Turn turn(turns_);
   find_states(model, pending);
@@ -151,9 +198,9 @@ Scored Session::score(const Model& model, const std::vector<RequestView>& reques
   return {model.score(states, rows), hits};
 }
 
-bool Session::find_state(Pending& one, bool ahead) {
+bool Session::find_state(Pending& one) {
   if (!one.key) return true;
-  StateCache::Found found = cache_->begin(*one.key, one.has_history, ahead);
+  StateCache::Found found = cache_->begin(*one.key, one.has_history);
   one.state = std::move(found.state);
   one.flight = std::move(found.flight);
   one.hit = !found.ours;
@@ -162,22 +209,30 @@ bool Session::find_state(Pending& one, bool ahead) {
 }
 
 void Session::find_states(const Model& model, std::vector<Pending>& pending) {
+  const auto at_hand = std::count_if(pending.begin(), pending.end(), [](const Pending& one) { return one.hit; });
+  cache_->count(Came::memory, at_hand);
+  const auto count_encoding = [&](const Pending& one) {
+    if (one.key) cache_->count(one.came, 1);
+  };
+  Joining joining(*cache_);
   std::vector<Pending*> waiting;
   {
     Leading leading(*cache_);
-    const auto at_hand = std::count_if(pending.begin(), pending.end(), [](const Pending& one) { return one.hit; });
-    cache_->count_hits(static_cast<std::size_t>(at_hand));
     for (Pending& one : pending) {
       if (one.state != nullptr) continue;
       if (find_state(one)) {
         leading.pending.push_back(&one);
-      } else if (one.state == nullptr) {
-        waiting.push_back(&one);
+        continue;
       }
+      joining.add(1);
+      if (one.state == nullptr) waiting.push_back(&one);
     }
     std::vector<Row> rows;
-    for (const Pending* one : leading.pending) rows.push_back(one->row);
-    std::vector<StateCache::State> states = model.encode(rows);
+    for (const Pending* one : leading.pending) {
+      count_encoding(*one);
+      rows.push_back(one->row);
+    }
+    std::vector<StateCache::State> states = encode(model, rows);
     for (std::size_t i = 0; i < states.size(); ++i) leading.pending[i]->state = std::move(states[i]);
   }
   // Waiting comes last: whoever waits has nothing left to do that another could be waiting for.
@@ -187,10 +242,13 @@ void Session::find_states(const Model& model, std::vector<Pending>& pending) {
       if (one->state != nullptr) break;
       Leading leading(*cache_);  // that encoding failed; perhaps with what this request brings it does not
       if (!find_state(*one)) continue;
+      joining.add(-1);
       leading.pending.push_back(one);
-      one->state = model.encode(one->row);
+      count_encoding(*one);
+      one->state = encode(model, {one->row})[0];
     }
   }
+  joining.done();
 }
 
 bool Session::append(const std::string& user, Inputs events, const char* version, const char* after) {
@@ -227,20 +285,23 @@ bool Session::warm(const std::string& user, Inputs history, const char* version,
   const Turns::Turn turn(turns_, until);
   while (one.state == nullptr) {
     Leading leading(*cache_);
-    if (find_state(one, true)) {
+    if (find_state(one)) {
       leading.pending.push_back(&one);
-      one.state = model->encode(one.row);
+      cache_->count_warmed();
+      one.state = encode(*model, {one.row})[0];
     } else if (one.state == nullptr) {
       one.state = StateCache::wait(one.flight);
     }
   }
-  return cache_->get(*one.key) != nullptr;
+  return cache_->get(*one.key).state != nullptr;
 }
 
 void Session::swap(const std::string& path) {
   const ModelPtr served = model();
   ModelPtr next = Model::load(path, options_, &served->manifest());
   ModelPtr last;
+  // Else, of two at once, one's model would be served and the other's states kept.
+  const std::lock_guard swapping(swapping_);
   {
     const std::lock_guard lock(mutex_);
     last = std::exchange(model_, next);

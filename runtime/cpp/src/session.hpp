@@ -45,22 +45,27 @@ class Session {
   using ModelPtr = std::shared_ptr<const Model>;
   struct Pending;
   class Leading;
+  class Joining;
   Scored score(const Model& model, const std::vector<RequestView>& requests);
   /// Its state where one is kept, its user inputs where there is none.
   void look_up(const Model& model, Pending& one);
+  /// Where versions are checked, throws RequestError when a history is sent with the version of another one.
+  void check_version(const Model& model, const Pending& one) const;
+  std::vector<StateCache::State> encode(const Model& model, const std::vector<Row>& rows) const;
   /// Gives each its state: a kept one, one that is encoded here, or one that another call encodes.
   void find_states(const Model& model, std::vector<Pending>& pending);
   /// Whether the state is to be encoded here; if not, it is there, or there is a flight to wait for.
-  bool find_state(Pending& one, bool ahead = false);
+  bool find_state(Pending& one);
   [[noreturn]] static void history_needed(const RequestView& request);
   void check_process() const;
 
   const Options options_;
   const std::uint64_t born_;  // in which process
   std::unique_ptr<StateCache> cache_;
-  Turns turns_;
-  mutable std::mutex mutex_;
   ModelPtr model_;
+  Turns turns_;
+  mutable std::mutex mutex_;  // of model_
+  std::mutex swapping_;
 };
 
 }  // namespace stca::core

@@ -28,7 +28,7 @@ std::size_t cost_of(const StateKey& key, const UserState& state) {
   std::size_t sum = block(2 * pointer + sizeof(StateKey) + sizeof(StateCache::State) + 6 * pointer) +
                     block(2 * pointer + sizeof(std::string)) + block(3 * pointer + sizeof(std::string)) + 2 * pointer +
                     block(shared_count + sizeof(UserState)) + block(state.tensors.capacity() * sizeof(Array));
-  sum += 3 * text(key.user) + text(key.version);
+  sum += 3 * text(key.user) + text(key.version) + text(state.history);
   for (const Array& tensor : state.tensors)
     sum += block(tensor.bytes() == 0 ? 1 : tensor.bytes()) + block(shared_count);
   return sum;
@@ -41,16 +41,28 @@ StateCache::State StateCache::held(const StateKey& key) {
   return found->second->state;
 }
 
-StateCache::State StateCache::get(const StateKey& key) {
+double StateCache::seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+StateCache::LookedUp StateCache::get(const StateKey& key) {
   Order dropped;
   const std::lock_guard lock(mutex_);
   expire(dropped);
-  return held(key);
+  if (State state = held(key)) return {std::move(state), Came::memory};
+  const auto found = by_user_.find(key.user);
+  if (found == by_user_.end()) return {nullptr, gone_.why(key.user)};
+  return {nullptr, *found->second->key.kind == *key.kind ? Came::version : Came::weights};
 }
 
-void StateCache::count_hits(std::size_t hits) {
+void StateCache::count(Came came, std::int64_t requests) {
   const std::lock_guard lock(mutex_);
-  hits_ += hits;
+  counts_[static_cast<std::size_t>(came)] += static_cast<std::uint64_t>(requests);
+}
+
+void StateCache::count_warmed() {
+  const std::lock_guard lock(mutex_);
+  ++warmed_;
 }
 
 bool StateCache::flying(const StateKey& key) const {
@@ -62,22 +74,16 @@ bool StateCache::flying(const StateKey& key) const {
   return false;
 }
 
-StateCache::Found StateCache::begin(const StateKey& key, bool can_encode, bool ahead) {
+StateCache::Found StateCache::begin(const StateKey& key, bool can_encode) {
   Order dropped;
   const std::lock_guard lock(mutex_);
   expire(dropped);
-  if (State state = held(key)) {
-    hits_ += ahead ? 0 : 1;
-    return {std::move(state), nullptr, false};
-  }
+  if (State state = held(key)) return {std::move(state), nullptr, false};
   const auto [begin, end] = flights_.equal_range(key.user);
   for (auto flight = begin; flight != end; ++flight) {
-    if (!(flight->second->key == key)) continue;
-    hits_ += ahead ? 0 : 1;
-    return {nullptr, flight->second, false};
+    if (flight->second->key == key) return {nullptr, flight->second, false};
   }
   if (!can_encode) return {};
-  ++(ahead ? warmed_ : misses_);
   return {nullptr, flights_.emplace(key.user, std::make_shared<Flight>(key))->second, true};
 }
 
@@ -85,6 +91,7 @@ void StateCache::land(const FlightPtr& flight, State state) {
   Order dropped;
   {
     const std::lock_guard lock(mutex_);
+    expire(dropped);
     const auto [begin, end] = flights_.equal_range(flight->key.user);
     for (auto other = begin; other != end; ++other) {
       if (other->second != flight) continue;
@@ -121,15 +128,17 @@ bool StateCache::keep(StateKey key, State state, const State& instead_of, Order&
   if (found != by_user_.end()) remove(found->second, dropped);
   if (bytes > limits_.bytes) {
     ++refused_;
+    gone_.note(key.user, Came::too_large);
     return false;
   }
   while (bytes_ + bytes > limits_.bytes || (limits_.users > 0 && order_.size() >= limits_.users)) {
+    gone_.note(order_.front().key.user, Came::evicted);
     remove(order_.begin(), dropped);
     ++evictions_;
   }
   ages_.push_back(key.user);
   state_bytes_ += state->bytes();
-  order_.push_back({std::move(key), std::move(state), bytes, Clock::now(), std::prev(ages_.end())});
+  order_.push_back({std::move(key), std::move(state), bytes, clock_(), std::prev(ages_.end())});
   bytes_ += bytes;
   by_user_.emplace(order_.back().key.user, std::prev(order_.end()));
   appends_ += instead_of != nullptr ? 1 : 0;
@@ -149,6 +158,7 @@ bool StateCache::forget(const std::string& user) {
   Order dropped;
   const std::lock_guard lock(mutex_);
   expire(dropped);
+  gone_.forget(user);
   const auto [begin, end] = flights_.equal_range(user);
   for (auto flight = begin; flight != end; ++flight) flight->second->forgotten = true;
   const bool under_way = begin != end;
@@ -169,10 +179,11 @@ void StateCache::remove(Order::iterator held, Order& dropped) {
 
 void StateCache::expire(Order& dropped) {
   if (limits_.seconds <= 0 || ages_.empty()) return;
-  const auto now = Clock::now();
+  const double now = clock_();
   while (!ages_.empty()) {
     const auto oldest = by_user_.find(ages_.front())->second;
-    if (std::chrono::duration<double>(now - oldest->since).count() < limits_.seconds) return;
+    if (now < oldest->since + limits_.seconds) return;
+    gone_.note(oldest->key.user, Came::expired);
     remove(oldest, dropped);
     ++expired_;
   }
@@ -184,6 +195,7 @@ void StateCache::serve(const std::shared_ptr<const StateKind>& kind) {
   const bool same = kind_ != nullptr && *kind_ == *kind;
   kind_ = kind;
   if (same) return;
+  for (const Held& held : order_) gone_.note(held.key.user, Came::weights);
   dropped.swap(order_);
   by_user_.clear();
   ages_.clear();
@@ -194,8 +206,28 @@ stca_cache_stats StateCache::stats() {
   Order dropped;
   const std::lock_guard lock(mutex_);
   expire(dropped);
-  return {hits_, misses_, evictions_, refused_, order_.size(), bytes_, limits_.bytes, expired_, state_bytes_,
-          warmed_, appends_};
+  stca_cache_stats stats{};
+  stats.hits_memory = counted(Came::memory);
+  stats.hits_joined = counted(Came::joined);
+  stats.misses_new_user = counted(Came::new_user);
+  stats.misses_version = counted(Came::version);
+  stats.misses_expired = counted(Came::expired);
+  stats.misses_evicted = counted(Came::evicted);
+  stats.misses_weights = counted(Came::weights);
+  stats.misses_too_large = counted(Came::too_large);
+  stats.hits = stats.hits_memory + stats.hits_joined;
+  stats.misses = stats.misses_new_user + stats.misses_version + stats.misses_expired + stats.misses_evicted +
+                 stats.misses_weights + stats.misses_too_large;
+  stats.evictions = evictions_;
+  stats.refused = refused_;
+  stats.users = order_.size();
+  stats.bytes = bytes_;
+  stats.budget = limits_.bytes;
+  stats.expired = expired_;
+  stats.state_bytes = state_bytes_;
+  stats.warmed = warmed_;
+  stats.appends = appends_;
+  return stats;
 }
 
 }  // namespace stca::core

@@ -1,9 +1,11 @@
 // User states and where they are kept between requests.
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -12,6 +14,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "gone.hpp"
 #include "tensor.hpp"
 
 namespace stca::core {
@@ -37,6 +40,8 @@ struct StateKey {
 struct UserState {
   std::vector<Array> tensors;
   std::int64_t tokens = 0;
+  /// Digest of the user inputs it was made of, where versions are checked and nothing was appended.
+  std::string history;
 
   /// Bytes of all tensors.
   std::size_t bytes() const;
@@ -59,6 +64,14 @@ class StateCache {
   using State = std::shared_ptr<const UserState>;
   class Flight;
   using FlightPtr = std::shared_ptr<Flight>;
+  /// Seconds that only grow.
+  using Clock = std::function<double()>;
+
+  /// A state, or null and why it is not kept, as far as that is remembered.
+  struct LookedUp {
+    State state;
+    Came came = Came::memory;
+  };
 
   /// What is there for a key: its state; or an encoding of it that is under way; or, with `ours`, one that the caller
   /// has to run, and to bring to an end with `land`.
@@ -68,18 +81,20 @@ class StateCache {
     bool ours = false;
   };
 
-  explicit StateCache(const KeepLimits& limits) : limits_(limits) {}
+  explicit StateCache(const KeepLimits& limits, Clock clock = seconds)
+      : limits_(limits), clock_(std::move(clock)) {}
 
-  /// The state with exactly this key, or null.
-  State get(const StateKey& key);
+  /// The state with exactly this key.
+  LookedUp get(const StateKey& key);
   /// Whether an encoding for this key is under way.
   bool flying(const StateKey& key) const;
-  /// Counts requests whose state `get` gave, once nothing refuses them any more.
-  void count_hits(std::size_t hits);
-  /// The state, or else the one encoding of this key at this time. One that is begun is counted as a miss, one that is
-  /// joined as a hit. Nothing of them when there is none and the caller `can_encode` none. With `ahead`, no request asks:
-  /// one that is begun is counted as made ahead, and nothing else is.
-  Found begin(const StateKey& key, bool can_encode, bool ahead = false);
+  /// The state, or else the one encoding of this key at this time. Nothing of them when there is none and the caller
+  /// `can_encode` none.
+  Found begin(const StateKey& key, bool can_encode);
+  /// Counts requests of users by how they came by a state. What is less than 0 takes back what was counted too soon.
+  void count(Came came, std::int64_t requests);
+  /// Counts a state that is made ahead of its request.
+  void count_warmed();
   /// Ends an encoding: keeps its state, unless the user was forgotten meanwhile; null when it failed.
   void land(const FlightPtr& flight, State state);
   /// Waits for an encoding that another thread runs. Null when it failed.
@@ -98,12 +113,11 @@ class StateCache {
   stca_cache_stats stats();
 
  private:
-  using Clock = std::chrono::steady_clock;
   struct Held {
     StateKey key;
     State state;
     std::size_t bytes;
-    Clock::time_point since;
+    double since;
     std::list<std::string>::iterator age;
   };
   using Order = std::list<Held>;  // least recently used first
@@ -115,15 +129,20 @@ class StateCache {
   void remove(Order::iterator held, Order& dropped);
   void expire(Order& dropped);
 
+  static double seconds();
+  std::uint64_t counted(Came came) const { return counts_[static_cast<std::size_t>(came)]; }
+
   const KeepLimits limits_;
+  const Clock clock_;
   mutable std::mutex mutex_;
   Order order_;
   std::list<std::string> ages_;  // users, those whose states are oldest first
   std::unordered_map<std::string, Order::iterator> by_user_;
   std::unordered_multimap<std::string, FlightPtr> flights_;  // by user
   std::shared_ptr<const StateKind> kind_;
-  std::uint64_t bytes_ = 0, state_bytes_ = 0, hits_ = 0, misses_ = 0, evictions_ = 0, refused_ = 0, expired_ = 0;
-  std::uint64_t warmed_ = 0, appends_ = 0;
+  Gone gone_;
+  std::array<std::uint64_t, came_count> counts_{};
+  std::uint64_t bytes_ = 0, state_bytes_ = 0, evictions_ = 0, refused_ = 0, expired_ = 0, warmed_ = 0, appends_ = 0;
 };
 
 /// An encoding under way.

@@ -72,12 +72,7 @@ void escaped(std::string& to, const Character& c) {
   code < 0x10000 ? hexadecimal(to, "\\u", code, 4) : hexadecimal(to, "\\U", code, 8);
 }
 
-/// The first `most` characters, or the last, of valid UTF-8.
-std::string_view head(std::string_view text, std::size_t most) {
-  std::size_t end = 0;
-  while (end < text.size() && most-- > 0) end += first_of(text.substr(end)).bytes.size();
-  return text.substr(0, end);
-}
+/// The last `most` characters of valid UTF-8.
 std::string_view tail(std::string_view text, std::size_t most) {
   std::size_t begin = text.size();
   while (begin > 0 && most > 0) most -= (static_cast<unsigned char>(text[--begin]) & 0xC0) != 0x80 ? 1 : 0;
@@ -117,6 +112,12 @@ bool reads_back(const std::string& text, double value) {
 }
 
 }  // namespace
+
+std::string_view head(std::string_view text, std::size_t most) {
+  std::size_t end = 0;
+  while (end < text.size() && most-- > 0) end += first_of(text.substr(end)).bytes.size();
+  return text.substr(0, end);
+}
 
 std::string in_quotes(std::string_view text) {
   text = head(text, 60);

@@ -10,6 +10,9 @@ namespace stca::core {
 std::string in_quotes(std::string_view text);
 std::string in_quotes(const char* text);
 
+/// The first `most` characters of valid UTF-8.
+std::string_view head(std::string_view text, std::size_t most);
+
 /// A message without what would end or overwrite its line, its middle left out beyond 900 characters.
 std::string one_line(std::string_view text);
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import functools
+from pathlib import Path
 
-from stca.commands.options import cut, cut_options, exported
+from stca.bundle import Bundle
+from stca.commands.options import cut, cut_options, emit, exported
 from stca.commands.progress import progress_on_stderr
-from stca.errors import StcaError
+from stca.errors import UsageError
+from stca.manifest import MANIFEST
 
 HELP = "checkpoint → verified bundle with the request graph and both halves"
 EXAMPLES = (
     "stca export model.safetensors --out bundle",
     "stca export --model my_model:function --out bundle --history 2048 --targets 300",
+    "stca export bundle --triton-repository models --name ranker",
 )
 
 
@@ -22,10 +26,12 @@ def options(p: argparse.ArgumentParser) -> None:
         "checkpoint",
         nargs="?",
         metavar="CHECKPOINT",
-        help="safetensors, or a torch state dict with its config in a .json beside it",
+        help="safetensors, or a torch state dict with its config in a .json beside it; or a bundle, for Triton",
     )
     p.add_argument("--model", metavar="MODULE:CALLABLE", help="instead: a callable that returns a RequestModel")
-    p.add_argument("--out", required=True, metavar="BUNDLE", help="directory of the bundle")
+    p.add_argument("--out", metavar="BUNDLE", help="directory of the bundle")
+    p.add_argument("--triton-repository", metavar="DIR", help="add the bundle to this model repository of Triton's")
+    p.add_argument("--name", metavar="M", help="what Triton's clients call it (default: as the bundle's folder)")
     p.add_argument(
         "--form", choices=("auto", "projected", "absorbed"), default="auto", help="the attention's exact form"
     )
@@ -35,7 +41,30 @@ def options(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
     if (args.checkpoint is None) == (args.model is None):
-        raise StcaError("export needs a CHECKPOINT or --model MODULE:CALLABLE, one of the two")
+        raise UsageError("export needs a CHECKPOINT or --model MODULE:CALLABLE, one of the two")
+    if args.name is not None and args.triton_repository is None:
+        raise UsageError("--name: is of a model in Triton's repository; give --triton-repository DIR")
+    if args.checkpoint is not None and Path(args.checkpoint, MANIFEST).is_file():
+        if args.out is not None or args.triton_repository is None:
+            raise UsageError(f"{args.checkpoint}: is a bundle; export it to --triton-repository DIR, without --out")
+        model = _for_triton(args, Path(args.checkpoint))
+        emit(
+            args, {"bundle": args.checkpoint, "triton_model": str(model)}, f"{model}: its README.md says how to run it"
+        )
+        return 0
+    if args.out is None:
+        raise UsageError("--out BUNDLE is missing: the directory of the bundle")
+    bundle = _exported(args)
+    return exported(args, bundle, _for_triton(args, bundle.path) if args.triton_repository is not None else None)
+
+
+def _for_triton(args: argparse.Namespace, bundle: Path) -> Path:
+    from stca.serve.triton_repository import write_repository
+
+    return write_repository(bundle, args.triton_repository, args.name or bundle.resolve().name)
+
+
+def _exported(args: argparse.Namespace) -> Bundle:
     progress = progress_on_stderr("torch and onnx")
     from stca.checks.verify import prove
     from stca.export.modules import resolve
@@ -44,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.model:
         if args.form != "auto":
-            raise StcaError("--form: only a CHECKPOINT has both forms; choose the form inside your own module")
+            raise UsageError("--form: only a CHECKPOINT has both forms; choose the form inside your own module")
         model = resolve(args.model)
-        bundle = export_module(
+        return export_module(
             model,
             args.out,
             prove=functools.partial(prove, progress=progress),
@@ -55,14 +84,12 @@ def run(args: argparse.Namespace) -> int:
             cut=cut(args),
             progress=progress,
         )
-    else:
-        bundle = export_checkpoint(
-            load_checkpoint(args.checkpoint),
-            args.out,
-            prove=functools.partial(prove, progress=progress),
-            form=args.form,
-            max_history=args.max_history,
-            cut=cut(args),
-            progress=progress,
-        )
-    return exported(args, bundle)
+    return export_checkpoint(
+        load_checkpoint(args.checkpoint),
+        args.out,
+        prove=functools.partial(prove, progress=progress),
+        form=args.form,
+        max_history=args.max_history,
+        cut=cut(args),
+        progress=progress,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from stca.backends import BACKENDS
@@ -158,9 +159,9 @@ def cut(args: argparse.Namespace) -> Any:
     )
 
 
-def exported(args: argparse.Namespace, bundle: Bundle) -> int:
+def exported(args: argparse.Namespace, bundle: Bundle, triton_model: Path | None = None) -> int:
     m = bundle.manifest
-    data = {
+    data: dict[str, Any] = {
         "bundle": str(bundle.path),
         "weights": m.weights,
         "parity": m.parity,
@@ -176,6 +177,9 @@ def exported(args: argparse.Namespace, bundle: Bundle) -> int:
         *(d["text"] for d in m.split["request_dependencies"]),
         *m.split["notes"],
     ]
+    if triton_model is not None:
+        data["triton_model"] = str(triton_model)
+        lines.append(f"{triton_model}: its README.md says how to run it")
     emit(args, data, "\n".join(lines))
     return 0
 

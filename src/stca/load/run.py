@@ -69,32 +69,53 @@ class _Tally:
 
 
 class _Users:
-    """Asks as a client does that keeps histories itself: without them, as long as the server has the state."""
+    """Asks as a client does that keeps histories itself: without them, as long as the server has the state.
+
+    A request brings the newest version, and waits until that is appended: nobody asks for what is not there yet.
+    """
 
     def __init__(self, client: Client, inputs: Inputs, deadline_ms: float | None, tally: _Tally) -> None:
         self._client, self._inputs, self._deadline_ms, self._tally = client, inputs, deadline_ms, tally
         self._seen: set[int] = set()
+        self._newest: dict[int, tuple[int, threading.Event]] = {}
+        self._lock = threading.Lock()
 
     def event(self, arrival: Arrival) -> None:
         if not self._inputs.appendable:
             return
-        events = self._inputs.events(arrival.user, arrival.tokens, arrival.events)
-        before = arrival.tokens - arrival.events
-        self._tally.appended.append(self._client.append(str(arrival.user), arrival.tokens, before, events))
+        appended = threading.Event()
+        with self._lock:
+            _, before = self._newest.get(arrival.user, (0, None))
+            self._newest[arrival.user] = arrival.tokens, appended
+        try:
+            if before is not None:
+                before.wait()
+            events = self._inputs.events(arrival.user, arrival.tokens, arrival.events)
+            after = arrival.tokens - arrival.events
+            self._tally.appended.append(self._client.append(str(arrival.user), arrival.tokens, after, events))
+        finally:
+            appended.set()
 
     def request(self, arrival: Arrival, number: int) -> Answered:
         user, rest = str(arrival.user), self._inputs.targets(arrival.targets, number)
         if arrival.user in self._seen:
-            found = self._client.score(user, arrival.tokens, rest, self._deadline_ms)
+            found = self._client.score(user, self._version(arrival), rest, self._deadline_ms)
             if found.code != "history_needed":
                 return found
             self._tally.resent.append(1)
-        found = self._client.score(
-            user, arrival.tokens, {**self._inputs.user(arrival.user, arrival.tokens), **rest}, self._deadline_ms
-        )
+        version = self._version(arrival)
+        inputs = {**self._inputs.user(arrival.user, version), **rest}
+        found = self._client.score(user, version, inputs, self._deadline_ms)
         if found.code == "ok":
             self._seen.add(arrival.user)
         return found
+
+    def _version(self, arrival: Arrival) -> int:
+        """The newest of the user, once it is appended."""
+        newest, appended = self._newest.get(arrival.user, (0, None))
+        if appended is not None:
+            appended.wait()
+        return max(arrival.tokens, newest)
 
 
 def run(

@@ -54,7 +54,7 @@ def _methods(serving: Serving) -> dict[str, Method]:
         "ModelMetadata": lambda asked: models.find(asked.name, asked.version).metadata(),
         "ModelConfig": lambda asked: {"config": models.find(asked.name, asked.version).config()},
         "ModelStatistics": lambda asked: {
-            "model_stats": [_without_batches(s.told_statistics()) for s in models.some(asked.name, asked.version)]
+            "model_stats": [s.told_statistics() for s in models.some(asked.name, asked.version)]
         },
         "RepositoryIndex": lambda _: {"models": models.index()},
     }
@@ -119,7 +119,3 @@ def _answering(method: Method) -> Method:
         raise AssertionError("abort raises")
 
     return answer
-
-
-def _without_batches(statistics: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in statistics.items() if name != "batch_stats"}

@@ -14,7 +14,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
@@ -23,6 +23,7 @@ from stca.serve.work import Work
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 _SECONDS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_TOGETHER: Final = (1, 2, 4, 8, 16, 32, 64)
 _LABELS: Final = ("model", "version")
 # What a state store tells apart by kind, and what it only ever adds to; all else is a size at this moment.
 _BY_KIND: Final = frozenset({"hits_from", "misses_for"})
@@ -91,11 +92,14 @@ class _Stores(Collector):
         self._models = models
 
     def collect(self) -> Iterator[Metric]:
-        """What each session's store holds and did, field by field."""
+        """How many requests each session computes together; what its store holds and did, field by field."""
+        batches = HistogramMetricFamily("stca_batch_requests", "Requests of a run.", labels=_LABELS)
         families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
         for served in self._models:
             if served.loaded is None:
                 continue
+            sizes = {size: of.times for size, of in served.loaded.runs().items()}
+            batches.add_metric((served.name, served.version), *_cumulated(sizes))
             for field, kind, value in _numbers(dataclasses.asdict(served.loaded.stats())):
                 name = f"stca_state_{field}"
                 if name not in families:
@@ -103,11 +107,17 @@ class _Stores(Collector):
                     labels = (*_LABELS, "kind") if kind else _LABELS
                     families[name] = made(name, f"The state store's {field.replace('_', ' ')}.", labels=labels)
                 families[name].add_metric((served.name, served.version, *([kind] if kind else [])), value)
-        return iter(families.values())
+        return iter([batches, *families.values()])
 
     def describe(self) -> list[Metric]:
         """Nothing: what there is depends on what is loaded."""
         return []
+
+
+def _cumulated(sizes: Mapping[int, int]) -> tuple[list[tuple[str, float]], float]:
+    """Buckets of a histogram, each with all below it, and the sum; of counts by size."""
+    buckets = [(str(most), float(sum(n for size, n in sizes.items() if size <= most))) for most in _TOGETHER]
+    return [*buckets, ("+Inf", float(sum(sizes.values())))], float(sum(size * n for size, n in sizes.items()))
 
 
 def _numbers(told: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, float]]:

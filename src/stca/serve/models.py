@@ -103,11 +103,12 @@ class Served:
         wanted = {name: scores[name] for name in request.outputs or scores}
         with self._lock:
             counted = self.statistics
-            counted.queue.add(call.begun - call.arrived)
+            computed = sum(answer.seconds.values())
+            counted.queue.add(call.begun - call.arrived + max(0.0, ended - decoded - computed))
             counted.compute_input.add(decoded - call.begun)
-            counted.compute_infer.add(ended - decoded)
+            counted.compute_infer.add(computed)
             counted.compute_output.add(time.monotonic() - ended)
-            (counted.cache_hit if answer.hits[0] else counted.cache_miss).add(ended - decoded)
+            (counted.cache_hit if answer.hits[0] else counted.cache_miss).add(computed)
             self.inferences += 1
             self.last_ms = time.time_ns() // 1_000_000
         return InferResponse(self.name, self.version, wanted, answer.hits[0], request.id)
@@ -156,15 +157,19 @@ class Served:
 
     def told_statistics(self) -> dict[str, Any]:
         """The protocol's statistics, all counts from the start on."""
+        runs = {} if self.loaded is None else self.loaded.runs()
         with self._lock:
             return {
                 "name": self.name,
                 "version": self.version,
                 "last_inference": self.last_ms,
                 "inference_count": self.inferences,
-                "execution_count": self.inferences,
+                "execution_count": sum(of.times for of in runs.values()) or self.inferences,
                 "inference_stats": dataclasses.asdict(self.statistics),
-                "batch_stats": [],
+                "batch_stats": [
+                    {"batch_size": size, "compute_infer": {"count": of.times, "ns": int(of.seconds * 1e9)}}
+                    for size, of in runs.items()
+                ],
             }
 
 

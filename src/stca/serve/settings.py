@@ -35,8 +35,10 @@ class Settings:
     grpc_port: int = _said("port of gRPC; 0 takes a free one", 8001)
     admin_host: str = _said("address of append, forget, warm, swap and the metrics", "127.0.0.1")
     admin_port: int = _said("port of these; 0 takes a free one", 8002)
-    workers: int | None = _said("requests computed at a time (default: one for each processor)", None)
+    workers: int | None = _said("runs of a bundle at a time (default: one for each processor)", None)
     queue: int = _said("requests that may wait besides; more are refused with 429", 64)
+    batch_tokens: int = _said("most history tokens and targets of requests computed together; 0 for none", 1024)
+    batch_seconds: float = _said("how long a request waits for others although a processor is free", 0.0)
     body_mib: int = _said("most MiB of a request's body, after decompression; its JSON may have a quarter of it", 64)
     body_seconds: float = _said("how long a body may take to arrive", 30.0)
     drain_seconds: float = _said("how long to finish what runs when the server is told to end", 30.0)
@@ -61,7 +63,7 @@ class Settings:
         for name in ("workers", "body_mib", "body_seconds"):
             if (value := getattr(self, name)) is not None and not 0 < value <= 1 << 16:
                 raise UsageError(f"{name}: is {value}, expected a number above 0, and at most 65536")
-        for name in ("queue", "drain_seconds", "cache_mib", "state_folder_mib"):
+        for name in ("queue", "drain_seconds", "cache_mib", "state_folder_mib", "batch_tokens", "batch_seconds"):
             if not 0 <= getattr(self, name) <= 1 << 30:
                 raise UsageError(f"{name}: is {getattr(self, name)}, expected a number from 0")
         if self.log_level not in (levels := ("debug", "info", "warning", "error")):
@@ -77,6 +79,8 @@ class Settings:
         same = ("engine", "precision", "trusted", "truncate", "max_users", "max_targets", "ttl_seconds", "gpu")
         threads = self.threads or max(1, _processors() // self.jobs)
         made = {n: getattr(self, n) for n in same} | {"threads": threads, "cache_bytes": self.cache_mib << 20}
+        if self.batch_tokens:
+            made |= {"batch_tokens": self.batch_tokens, "batch_seconds": self.batch_seconds}
         if self.state_folder is not None:
             made["state_folder"] = str(Path(self.state_folder, quote(label, safe="")))
             made["state_folder_bytes"] = self.state_folder_mib << 20

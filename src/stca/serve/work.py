@@ -1,4 +1,4 @@
-"""What the server computes at once: a bounded number of requests, on as many threads as there are processors."""
+"""What the server computes at once: a bounded number of requests, each on a thread."""
 
 from __future__ import annotations
 
@@ -59,16 +59,18 @@ class Work:
     Args:
         workers: requests computed at a time.
         queue: requests that may wait besides, those whose bodies still arrive among them.
+        gathered: let those that wait do so in their jobs, where sessions gather them and say how many compute.
     """
 
-    def __init__(self, workers: int, queue: int) -> None:
-        self.workers, self.limit = workers, workers + queue
+    def __init__(self, workers: int, queue: int, *, gathered: bool = False) -> None:
+        self.limit = workers + queue
+        self._threads = self.limit if gathered else workers
         self.admitted_now = 0
         self.open = False
         self._mean = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._pool = ThreadPoolExecutor(workers, "stca-score")
+        self._pool = ThreadPoolExecutor(self._threads, "stca-score")
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[Ticket]:
@@ -81,7 +83,7 @@ class Work:
         if not self.open:
             raise UnavailableError("the server takes no requests now: it loads its bundles, or ends; try another one")
         if self.admitted_now >= self.limit:
-            wait = self._mean * self.admitted_now / self.workers
+            wait = self._mean * self.admitted_now / self._threads
             error = OverloadedError(f"{self.admitted_now} requests are being computed or wait; try again later")
             error.retry_after = max(1, math.ceil(wait))
             raise error

@@ -154,3 +154,31 @@ def test_counts_that_are_never_all_zero_are_no_obstacle(tmp_path):
     onnx.save(model, tmp_path / "m.onnx")
     scopes = {"a": "user", "b": "user", "item": "target"}
     assert split_onnx(tmp_path / "m.onnx", scopes, tmp_path / "bundle", prove=prove).manifest.parity["passed"]
+
+
+@pytest.mark.parametrize("least", [9, 100])
+def test_a_model_that_picks_more_events_than_a_small_history_has(tmp_path, least):
+    """A history of free length whose `least` best events count: no request of fewer is tried, or taken."""
+    body = f"""
+        k = Constant<value_ints: ints = [{least}]>() width = Constant<value_ints: ints = [2]>()
+        h = Gather(items, hist) t = Gather(items, item) sum = ReduceSum<keepdims=0>(h, width)
+        top, at = TopK<axis=1>(sum, k) mean = ReduceMean<keepdims=1>(top, i1) x = Mul(mean, t)
+        y = ReduceSum<keepdims=1>(x, i1)
+    """
+    bundle = split_onnx(write(tmp_path / "m.onnx", history="L", body=body), SCOPES, tmp_path / "bundle", prove=prove)
+    assert bundle.manifest.min_history == least
+    assert bundle.manifest.split["lifted"]["rows"] == "B"
+    with pytest.raises(RequestError, match=f"needs at least {least}"):
+        Session.load(bundle.path).score(Request({"hist": [1] * (least - 1), "item": [1, 2]}))
+    assert Session.load(bundle.path).score(Request({"hist": [1] * least, "item": [1, 2]})).shape == (2, 1)
+
+
+def test_a_score_that_is_squeezed_of_every_axis_has_a_row_for_a_single_target(tmp_path):
+    body = BODY.replace("y = Tanh(x)", "y = Squeeze(x) z = Neg(y)")
+    file = write(tmp_path / "m.onnx", "score = Identity(z)", body=body)
+    model = onnx.load(file)
+    del model.graph.output[0].type.tensor_type.shape.dim[1]
+    onnx.save(model, file)
+    session = Session.load(split_onnx(file, SCOPES, tmp_path / "bundle", prove=prove).path)
+    for targets in (1, 5):
+        assert len(session.score(Request(request(3, targets)))) == targets

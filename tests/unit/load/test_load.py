@@ -99,6 +99,40 @@ def test_requests_that_had_to_wait_count_from_when_they_were_due(bundle_dir):
     assert found.late_ms > 250
 
 
+class Appends:
+    """Keeps the version of one user, and takes its time to append the first time."""
+
+    def __init__(self, manifest: Any) -> None:
+        self.manifest, self.version, self.slow = manifest, 5, True
+        self.asked: list[int] = []
+
+    def score(self, user: str, version: int, inputs: Mapping[str, Any], deadline_ms: float | None) -> Answered:
+        self.asked.append(version)
+        known = version == self.version or "history_item" in inputs
+        return Answered("ok", True) if known else Answered("history_needed")
+
+    def append(self, user: str, version: int, after: int, events: Mapping[str, Any]) -> bool:
+        if self.slow:
+            self.slow = False
+            time.sleep(0.2)
+        kept, self.version = self.version == after, version
+        return kept
+
+    def store(self) -> dict[str, Any]:
+        return {}
+
+
+def test_a_users_events_come_in_turn_and_requests_after_them(bundle_dir):
+    """Requests and events fall into the time in which the first events are appended."""
+    manifest = Bundle.load(bundle_dir).manifest
+    client = Appends(manifest)
+    trace = [Arrival(0.0, 0, 2, 5), Arrival(0.02, 0, 0, 6, 1), Arrival(0.04, 0, 2, 6), Arrival(0.06, 0, 0, 8, 2)]
+    found = run(client, Inputs(manifest, 8, 0), [*trace, Arrival(0.08, 0, 2, 8)], connections=5)
+    assert client.asked[0] == 5
+    assert client.asked[-1] == 8
+    assert (found.resent, found.appended, found.not_appended, client.version) == (0, 2, 0, 8)
+
+
 def test_against_a_session_every_request_is_scored(bundle_dir):
     session = Session.load(bundle_dir, threads=1)
     trace = Traffic(users=6, targets=(1, 4), history=(3, 20), events=1.0).trace(200.0, 1.0)

@@ -219,6 +219,7 @@ def test_misses_of_a_batch_are_encoded_together(session, encoded):
             assert (mine[name].shape, mine[name].dtype) == (x.shape, x.dtype)
             np.testing.assert_allclose(mine[name], x, rtol=0, atol=4e-6)
             assert not isinstance(mine[name].base, np.ndarray), "a view would keep the batch's tensors alive"
+            assert x.flags.owndata, "ONNX Runtime would keep its memory when the state is gone"
     again = session.score(RequestBatch(packed(session, requests), users=users))
     np.testing.assert_allclose(again, scores, **ROUNDING)
     assert session.append(4, events(requests[0], slice(0, 2)), version="longer")

@@ -19,7 +19,7 @@ MISSING = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
 def command(*arguments: str | Path, **options: Any) -> str:
     """Run a command and return what it printed; its whole output is the failure's message."""
     done = subprocess.run(
-        list(map(str, arguments)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280, **options
+        list(map(str, arguments)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=800, **options
     )
     output: str = done.stdout
     assert done.returncode == 0, f"{' '.join(map(str, arguments))}\n{output[-5000:]}"

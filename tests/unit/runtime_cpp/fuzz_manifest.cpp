@@ -13,13 +13,14 @@
 #include <string>
 
 #include "bundle.hpp"
+#include "engine.hpp"
 #include "error.hpp"
 #include "request.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   try {
     const auto manifest = stca::core::Manifest::parse({reinterpret_cast<const char*>(data), size});
-    const stca::core::Door door(manifest, manifest.max_history, false);
+    const stca::core::Door door(manifest, manifest.max_history, false, stca::core::most_targets);
     return 0;
   } catch (const stca::core::Error& e) {
     if (e.code != STCA_BUNDLE_ERROR || std::string(e.what()).empty()) std::abort();

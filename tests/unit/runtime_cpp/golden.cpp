@@ -134,6 +134,8 @@ class Runner {
     else
       options.engine = engine_;
     if (const Json* users = test.find("max_users")) options.max_users = static_cast<std::uint64_t>(*users->integer());
+    if (const Json* most = test.find("max_targets")) options.max_targets = static_cast<std::uint64_t>(*most->integer());
+    if (const Json* check = test.find("check_versions")) options.check_versions = *check->boolean();
     if (const Json* seconds = test.find("ttl_seconds")) seconds->number(options.ttl_seconds);
     const Json* states = test.find("cache_states");
     options.cache_bytes = states != nullptr ? static_cast<std::uint64_t>(*states->integer()) * bytes_of_state(test)
@@ -237,10 +239,25 @@ class Runner {
 
   void compare(const stca::CacheStats& stats, const Json& step) const {
     const std::map<std::string, std::uint64_t> values = {
-        {"hits", stats.hits},           {"misses", stats.misses},
-        {"evictions", stats.evictions}, {"refused", stats.refused},
-        {"users", stats.users},         {"bytes", stats.bytes},
-        {"budget", stats.budget},       {"state_bytes", stats.state_bytes}, {"warmed", stats.warmed}, {"appends", stats.appends}};
+        {"hits", stats.hits},
+        {"misses", stats.misses},
+        {"evictions", stats.evictions},
+        {"refused", stats.refused},
+        {"users", stats.users},
+        {"bytes", stats.bytes},
+        {"budget", stats.budget},
+        {"expired", stats.expired},
+        {"state_bytes", stats.state_bytes},
+        {"warmed", stats.warmed},
+        {"appends", stats.appends},
+        {"hits_memory", stats.hits_memory},
+        {"hits_joined", stats.hits_joined},
+        {"misses_new_user", stats.misses_new_user},
+        {"misses_version", stats.misses_version},
+        {"misses_expired", stats.misses_expired},
+        {"misses_evicted", stats.misses_evicted},
+        {"misses_weights", stats.misses_weights},
+        {"misses_too_large", stats.misses_too_large}};
     for (const Json::Member& m : *step.find("stats")->object()) {
       const auto expected = static_cast<std::uint64_t>(*m.value.integer());
       if (values.at(m.name) != expected) wrong(m.name, " is ", values.at(m.name), ", not ", expected);

@@ -330,8 +330,10 @@ def _outcome(expected: Any) -> dict[str, Any]:
     return {} if expected is None else {"scores": expected}
 
 
-def case(name: str, *steps: Any, bundle: str = "log", cache_bytes: int = 1 << 20, truncate: bool = False) -> Any:
-    return {"name": name, "bundle": bundle, "cache_bytes": cache_bytes, "truncate": truncate, "steps": steps}
+def case(
+    name: str, *steps: Any, bundle: str = "log", cache_bytes: int = 1 << 20, truncate: bool = False, **options: Any
+) -> Any:
+    return {"name": name, "bundle": bundle, "cache_bytes": cache_bytes, "truncate": truncate, **options, "steps": steps}
 
 
 def good_cases() -> list[Any]:
@@ -388,6 +390,28 @@ def good_cases() -> list[Any]:
             warm("ann", a.user(), "v1", False),
             stats(users=0, warmed=1, refused=1),
             cache_bytes=10,
+        ),
+        case(
+            "it is told how states were come by",
+            score(a.inputs(), a.scores(), "ann", "v1"),
+            score(a.rest(), a.scores(), "ann", "v1"),
+            score(longer.inputs(), longer.scores(), "ann", "v2"),
+            batch(packed([b, b]), [*b.scores(), *b.scores()], ["bob"] * 2, ["v1"] * 2),
+            score(a.inputs(), a.scores(), "ann", "v1"),
+            swap("log_other_weights"),
+            score(a.inputs(), a.scores(1000.0), "ann", "v1"),
+            stats(hits_memory=1, hits_joined=1, misses_new_user=2, misses_version=1, misses_evicted=1),
+            stats(hits=2, misses=5, misses_weights=1, misses_expired=0, misses_too_large=0),
+            max_users=1,
+        ),
+        case(
+            "a history sent is compared with the kept one",
+            score(a.inputs(), a.scores(), "ann", "v1"),
+            score(a.inputs(), a.scores(), "ann", "v1"),
+            score(longer.inputs(), refused("ann", "v1", "history"), "ann", "v1"),
+            append("ann", events([40, 50], [2, 2]), "v2", True),
+            score(longer.inputs(), longer.scores(), "ann", "v2"),
+            check_versions=True,
         ),
         case(
             "a hit does not look at the user inputs",
@@ -697,6 +721,18 @@ def bad_cases() -> list[Any]:
         *(case(name, score(inputs, refused(*says)), stats(users=0)) for name, inputs, *says in bad),
         *(case(name, batch(inputs, refused(*says)), stats(users=0)) for name, inputs, *says in offsets),
         *(case(name, score(inputs, refused(*says)), bundle="plain") for name, inputs, *says in plain),
+        case(
+            "too many targets",
+            score(b.inputs(), refused("target_item", "3 targets", "limit is 2")),
+            score(b.inputs(target_item=tensor("int64", [1, 2])), refused("target_price", "[3, 2]")),
+            max_targets=2,
+        ),
+        case(
+            "too many targets together",
+            batch(packed([a, b]), refused("targets of all requests", "6 targets", "limit is 5")),
+            score(a.inputs(), a.scores()),
+            max_targets=5,
+        ),
         case("too few users", batch(packed([a, b]), refused("users", "1", "2"), ["ann"])),
         case("too many versions", batch(packed([a, b]), refused("versions", "3", "2"), (), ["v1"] * 3)),
         case(

@@ -17,6 +17,8 @@ import stca.errors
 from stca.bundle import Bundle
 from stca.errors import StcaError
 from stca.runtime import Request, RequestBatch, Session
+from stca.runtime.cache import REASONS
+from stca.runtime.store import JOINED, MEMORY
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
@@ -61,7 +63,9 @@ def perform(session: Session, step: dict[str, Any]) -> dict[str, Any]:
             return {}
         case "stats":
             kept = session.stats()
-            counts = {"state_bytes": kept.bytes} | dataclasses.asdict(kept)
+            counts = {f"misses_{kind}": kept.misses_for.get(kind, 0) for kind in REASONS}
+            counts |= {f"hits_{kind}": kept.hits_from.get(kind, 0) for kind in (MEMORY, JOINED)}
+            counts |= dataclasses.asdict(kept)
             return {"stats": {name: counts[name] for name in step["stats"]}}
     raise AssertionError(step["call"])
 
@@ -76,9 +80,8 @@ def assert_error(error: StcaError, expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", CASES["cases"], ids=lambda c: c["name"].replace(" ", "-"))
 def test_requests(case: dict[str, Any]) -> None:
-    session = Session.load(
-        GOLDEN / case["bundle"], cache_bytes=case["cache_bytes"], truncate=case["truncate"], threads=1
-    )
+    names = ("cache_bytes", "truncate", "max_users", "max_targets", "check_versions")
+    session = Session.load(GOLDEN / case["bundle"], threads=1, **{n: case[n] for n in names if n in case})
     for number, step in enumerate(case["steps"]):
         if "error" in step:
             with pytest.raises(StcaError) as caught:

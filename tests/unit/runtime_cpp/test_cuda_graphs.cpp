@@ -249,7 +249,7 @@ TEST(tensorrt_records_anew_when_memory_moves) {
   const EngineEntry& entry = plans.scorer();
   TensorRtEngine<Trt> scorer(plans.bundle, entry, plans.create(), device);
   TensorRtEngine<Trt> encoder(plans.bundle, plans.encoder(), plans.create(), device);
-  const Door door(plans.bundle->manifest, {}, false);
+  const Door door(plans.bundle->manifest, {}, false, most_targets);
   const auto score = [&](std::int64_t tokens) {
     const Log log(tokens);
     const Row row = log.row(door);

@@ -205,6 +205,8 @@ TEST(serving_lets_those_who_waited_try_themselves) {
   gate.open();
   failing.join(), waiting.join(), relying.join();
   CHECK_EQUAL(runs.load(), 2);
+  CHECK_EQUAL(session.stats().misses, 2u);
+  CHECK(session.stats().hits <= 1u);  // nobody hit what failed; at most the one who came for the second
 }
 
 TEST(serving_counts_encodings) {
@@ -229,16 +231,88 @@ TEST(serving_keeps_as_the_options_say) {
   const Log log;
   stca::Options options = with(spec::maker());
   options.max_users = 2;
-  options.ttl_seconds = 0.2;
   stca::Session session(golden("log"), options);
   for (const char* user : {"ann", "bob", "cat"}) session.score(stca::Request{log.all(), user, "v1"});
   CHECK_EQUAL(session.stats().users, 2u);
   CHECK_EQUAL(session.stats().evictions, 1u);
-  std::this_thread::sleep_for(std::chrono::milliseconds(220));
-  CHECK_THROWS(session.score(stca::Request{log.rest(), "cat", "v1"}), stca::HistoryNeededError, "cat");
-  CHECK_EQUAL(session.stats().expired, 2u);
-  options.ttl_seconds = -1;
-  CHECK_THROWS(stca::Session(golden("log"), options), stca::StcaError, "ttl_seconds is -1");
+  options.ttl_seconds = 1e-9;
+  stca::Session forgetful(golden("log"), options);
+  forgetful.score(stca::Request{log.all(), "cat", "v1"});
+  CHECK_THROWS(forgetful.score(stca::Request{log.rest(), "cat", "v1"}), stca::HistoryNeededError, "cat");
+  CHECK_EQUAL(forgetful.stats().expired, 1u);
+  forgetful.score(stca::Request{log.all(), "cat", "v1"});
+  CHECK_EQUAL(forgetful.stats().misses_expired, 1u);
+}
+
+TEST(serving_refuses_options_out_of_range) {
+  const auto refused = [](const auto& set, const char* says) {
+    stca::Options options = with(spec::maker());
+    set(options);
+    CHECK_THROWS(stca::Session(golden("log"), options), stca::UsageError, says);
+  };
+  refused([](auto& o) { o.threads = -5; }, "threads: is -5, expected a whole number from 0 to 1024");
+  refused([](auto& o) { o.threads = 5000; }, "threads: is 5000, expected");
+  refused([](auto& o) { o.max_targets = 0; }, "max_targets: is 0, expected a whole number from 1");
+  refused([](auto& o) { o.cache_bytes = static_cast<std::uint64_t>(-1); }, "cache_bytes: is 18446744073709551615");
+  refused([](auto& o) { o.max_users = static_cast<std::uint64_t>(-1); }, "max_users: is 1844");
+  for (const double seconds : {-1.0, std::nan(""), HUGE_VAL}) {
+    refused([&](auto& o) { o.ttl_seconds = seconds; }, ", expected seconds above 0, or 0 for no limit");
+  }
+}
+
+TEST(serving_limits_targets) {
+  const Log log;
+  stca::Options options = with(spec::maker());
+  options.max_targets = 3;
+  stca::Session session(golden("log"), options);
+  Log many;
+  many.targets = {1, 2, 3, 4}, many.prices = std::vector<float>(8);
+  CHECK_EQUAL(session.score(stca::Request{log.all(), "ann", "v1"}).targets(), 2u);
+  CHECK_THROWS(session.score(stca::Request{many.all(), "ann", "v1"}), stca::RequestError,
+               "target_item: has 4 targets, the limit is 3; send fewer at once, or load the session with max_targets");
+  CHECK_THROWS(session.score({{log.all(), "ann", "v1"}, {log.all(), "bob", "v1"}}), stca::RequestError,
+               "targets of all requests: has 4 targets, the limit is 3");
+  CHECK_EQUAL(session.stats().users, 1u);
+}
+
+TEST(serving_limits_requests_of_a_batch) {
+  stca::Session session(golden("log"), with(spec::maker()));
+  const std::vector<std::int32_t> offsets((1 << 14) + 2);
+  CHECK_THROWS(session.score(stca::RequestBatch{{{"history_offsets", offsets}, {"target_offsets", offsets}}, {}, {}}),
+               stca::RequestError, "history_offsets: tells of 16385 requests, the limit is 16384; send fewer at once");
+}
+
+TEST(serving_compares_a_sent_history_with_the_kept_one) {
+  const Log log;
+  Log other;
+  other.items.back() = 9;
+  stca::Options options = with(spec::maker());
+  options.check_versions = true;
+  stca::Session session(golden("log"), options);
+  session.score(stca::Request{log.all(), "ann", "v1"});
+  CHECK_EQUAL(session.score(stca::Request{log.all(), "ann", "v1"}).hits(), 1u);
+  CHECK_EQUAL(session.score(stca::Request{log.rest(), "ann", "v1"}).hits(), 1u);
+  CHECK_THROWS(session.score(stca::Request{other.all(), "ann", "v1"}), stca::RequestError,
+               "user 'ann': the history sent is not the one that is kept as version 'v1'; give each");
+  CHECK_THROWS(session.warm("ann", other.all(), "v1"), stca::RequestError, "the history sent is not");
+}
+
+TEST(serving_counts_how_states_were_come_by) {
+  const Log log;
+  stca::Options options = with(spec::maker());
+  options.max_users = 1;
+  stca::Session session(golden("log"), options);
+  session.score(stca::Request{log.all(), "ann", "v1"});
+  session.score(stca::Request{log.all(), "ann", "v1"});
+  session.score(stca::Request{log.all(), "ann", "v2"});
+  session.score({{log.all(), "bob", "v1"}, {log.all(), "bob", "v1"}});
+  session.score(stca::Request{log.all(), "ann", "v2"});
+  session.swap(golden("log_other_weights"));
+  session.score(stca::Request{log.all(), "ann", "v2"});
+  const stca::CacheStats stats = session.stats();
+  CHECK(stats.hits_memory == 1 && stats.hits_joined == 1 && stats.hits == 2);
+  CHECK(stats.misses_new_user == 2 && stats.misses_version == 1 && stats.misses_evicted == 1);
+  CHECK(stats.misses_weights == 1 && stats.misses == 5);
 }
 
 TEST(serving_keeps_the_models_own_type) {
@@ -285,10 +359,10 @@ TEST(serving_encodes_alone_what_cannot_be_parted) {
 TEST(serving_takes_a_precision_of_built_engines_alone) {
   stca::Options options;
   options.precision = "fp16";
-  CHECK_THROWS(stca::Session(golden("log"), options), stca::BuildError,
-               "precision fp16: is of a built engine; say which with engine=");
+  CHECK_THROWS(stca::Session(golden("log"), options), stca::UsageError,
+               "precision: 'fp16' is of a built engine; say which with engine=");
   options.engine = "graphs";
-  CHECK_THROWS(stca::Session(golden("log"), options), stca::BuildError, "say which with engine=");
+  CHECK_THROWS(stca::Session(golden("log"), options), stca::UsageError, "say which with engine=");
   options.engine = "onnxruntime";
   CHECK_THROWS(stca::Session(golden("log"), options), stca::BuildError, "no onnxruntime fp16 engines that run here");
 }

@@ -23,7 +23,7 @@ from stca.serve.messages import SERVICE, message
 @pytest.fixture
 def held(bundle_dir) -> Iterator[tuple[Running, Held]]:
     """A server of one worker and two places to wait, whose scores wait."""
-    with running(bundle_dir, workers=1, queue=2) as made:
+    with running(bundle_dir, workers=1, queue=2, batch_tokens=0) as made:
         made.served.loaded = session = Held(made.served.loaded)
         try:
             yield made, session

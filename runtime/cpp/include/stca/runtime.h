@@ -170,7 +170,8 @@ typedef struct stca_options {
   size_t size;          /* sizeof(stca_options) where the caller was compiled; set by stca_options_init */
   uint64_t cache_bytes; /* most memory for user states between requests, all that an entry takes; 0 keeps none */
   int32_t truncate;     /* not 0: serve a history longer than the limit from its most recent part */
-  int32_t threads;      /* of one request, where the engine uses CPU threads; 0 leaves it to the engine */
+  int32_t threads;      /* of one request, where the engine uses CPU threads; 0 takes every processor that this process
+                         * may use. A server with several callers at once does best with processors / callers */
   const char* engine;   /* "tensorrt", "onnxruntime" or "graphs" (one and the same: the bundle's own graphs on the CPU),
                          * or NULL for the fastest that runs here; stca_session_engine_choice says which and why */
   stca_make_engine make_engine; /* the caller's own instead; NULL for the built-in ones */
@@ -180,6 +181,9 @@ typedef struct stca_options {
   uint64_t max_users;       /* most users whose states are kept; 0 for no limit but cache_bytes */
   double ttl_seconds;       /* longest time that a state is kept after it was encoded or appended to; 0 for no limit */
   const char* precision;    /* of the built engines that `engine` names: "fp32", "bf16" or "fp16"; NULL: the fastest */
+  uint64_t max_targets;     /* most targets of a request, or of a batch together */
+  int32_t check_versions;   /* not 0: for debugging, refuse a history that is sent with the version of another one that
+                             * is kept; otherwise a history sent on a hit is not looked at */
 } stca_options;
 
 typedef struct stca_cache_stats {
@@ -194,10 +198,15 @@ typedef struct stca_cache_stats {
   uint64_t state_bytes; /* of `bytes`, the states' own tensors */
   uint64_t warmed;      /* states made ahead of a request, by stca_session_warm */
   uint64_t appends;     /* histories that grew without being encoded again */
+  /* Of `hits`, where the state was: kept in memory, or made for another call at that moment. */
+  uint64_t hits_memory, hits_joined;
+  /* Of `misses`, why there was no state, as far as it is known: never seen, one of another version is kept, it became
+   * too old, it went for want of room, a swap to other weights dropped it, it was larger than the whole budget. */
+  uint64_t misses_new_user, misses_version, misses_expired, misses_evicted, misses_weights, misses_too_large;
 } stca_cache_stats;
 
-/* Defaults: 1 GiB of states, 64 CUDA graphs, everything else off. `size` is the caller's sizeof(stca_options): a
- * library that knows more fields leaves alone what lies behind the caller's. stca_options_init passes it along; the
+/* Defaults: 1 GiB of states, 64 CUDA graphs, 1048576 targets, everything else off. `size` is the caller's
+ * sizeof(stca_options): a library that knows more fields leaves alone what lies behind the caller's. stca_options_init passes it along; the
  * function of that name is for programs that were compiled before the struct grew. */
 STCA_API void stca_options_init_sized(stca_options* options, size_t size);
 #define stca_options_init(options) stca_options_init_sized((options), sizeof(stca_options))

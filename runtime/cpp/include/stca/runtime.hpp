@@ -35,29 +35,19 @@ class StcaError : public std::runtime_error {
   std::int32_t code_;
 };
 /// An engine cannot be made or cannot load a graph.
-class BuildError : public StcaError {
-  using StcaError::StcaError;
-};
+struct BuildError : StcaError { using StcaError::StcaError; };
 /// A bundle on disk is missing, damaged, too new, or not a bundle.
-class BundleError : public StcaError {
-  using StcaError::StcaError;
-};
+struct BundleError : StcaError { using StcaError::StcaError; };
 /// A request was refused at the door; the message names the field, the value and the limit.
-class RequestError : public StcaError {
-  using StcaError::StcaError;
-};
+struct RequestError : StcaError { using StcaError::StcaError; };
 /// No state of the user's history version is kept, and the request did not bring the history: send it.
-class HistoryNeededError : public RequestError {
-  using RequestError::RequestError;
-};
+struct HistoryNeededError : RequestError { using RequestError::RequestError; };
 /// The time that an answer was wanted for is over.
-class DeadlineError : public StcaError {
-  using StcaError::StcaError;
-};
+struct DeadlineError : StcaError { using StcaError::StcaError; };
 /// An engine failed on inputs that passed the door: out of memory, a broken kernel. The request may be right.
-class EngineError : public StcaError {
-  using StcaError::StcaError;
-};
+struct EngineError : StcaError { using StcaError::StcaError; };
+/// This library was called wrongly: an option out of its range, an index too large.
+struct UsageError : StcaError { using StcaError::StcaError; };
 
 namespace detail {
 
@@ -71,6 +61,7 @@ inline void check(std::int32_t code) {
     case STCA_ENGINE_ERROR: throw EngineError(code, message);
     case STCA_HISTORY_NEEDED: throw HistoryNeededError(code, message);
     case STCA_DEADLINE_ERROR: throw DeadlineError(code, message);
+    case STCA_USAGE_ERROR: throw UsageError(code, message);
     default: throw StcaError(code, message);
   }
 }
@@ -250,11 +241,13 @@ struct Options {
   std::uint64_t max_users = 0;  ///< most users whose states are kept; 0 for no limit but cache_bytes
   double ttl_seconds = 0;  ///< longest time that a state is kept after it was encoded or appended to; 0 for no limit
   bool truncate = false;   ///< serve a history longer than the limit from its most recent part
-  int threads = 0;         ///< of one request; 0 leaves it to the engine
+  int threads = 0;         ///< of one request; 0 takes every processor that this process may use
   std::string engine;      ///< "tensorrt", "onnxruntime" or "graphs"; empty for the fastest that runs here
   std::string precision;   ///< of the engine's built plans: "fp32", "bf16" or "fp16"; empty for the fastest
   MakeEngine make_engine;  ///< engines of one's own instead
   int cuda_graphs = 64;    ///< most that each TensorRT engine keeps, one for each shape; 0 keeps none
+  std::uint64_t max_targets = std::uint64_t{1} << 20;  ///< most of a request, or of a batch together
+  bool check_versions = false;    ///< refuse a history that is sent with the version of another one that is kept
   bool unchecked_scores = false;  ///< hand out NaN and infinities, which are an EngineError otherwise
 };
 
@@ -263,7 +256,7 @@ using CacheStats = stca_cache_stats;
 /// Scores targets for users. One session serves many threads.
 class Session {
  public:
-  /// Loads a bundle, checking every file of it. Throws BundleError, BuildError.
+  /// Loads a bundle, checking every file of it. Throws UsageError, BundleError, BuildError.
   explicit Session(const std::string& bundle, Options options = {})
       : options_(std::make_unique<Options>(std::move(options))), session_(nullptr, stca_session_release) {
     stca_options o;
@@ -276,6 +269,8 @@ class Session {
     o.unchecked_scores = options_->unchecked_scores ? 1 : 0;
     o.max_users = options_->max_users;
     o.ttl_seconds = options_->ttl_seconds;
+    o.max_targets = options_->max_targets;
+    o.check_versions = options_->check_versions ? 1 : 0;
     o.precision = options_->precision.empty() ? nullptr : options_->precision.c_str();
     if (options_->make_engine) {
       o.make_engine = make_engine;

@@ -1,0 +1,96 @@
+"""What `stca serve` gains by computing together the requests that find no processor free.
+
+    python benchmarks/batching.py BUNDLE --seconds 5 --out benchmarks/results/batching-cpu.json
+
+For each `--batch-tokens` a server of its own, loaded from this process on the same processors: `lone` is one
+connection, `crowd` many of them with kept users, `new` many whose users were never seen; in `mixed` two more
+connections bring one user's long histories, each of them new, and latencies are those of the short requests.
+`server_cpu_ms` is the server's processor time for a request, which other work on the machine changes little. Every
+connection sends its next request when it has its answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from serving import Served
+
+from stca.checks.bench import machine
+from stca.load.inputs import Inputs
+from stca.load.run import LoadReport, run
+from stca.load.traffic import Arrival
+
+USERS = 256
+
+
+def main() -> None:
+    args = _arguments()
+    found = {str(most): _measured(args, most) for most in args.batch_tokens}
+    traffic = {n: getattr(args, n) for n in ("connections", "history", "targets", "long")}
+    text = json.dumps({"bundle": Path(args.bundle).name, "machine": machine(None), **traffic, "by": found}, indent=1)
+    if args.out:
+        Path(args.out).write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def _measured(args: argparse.Namespace, most: int) -> dict[str, Any]:
+    served = Served(args.bundle, ["--batch-tokens", str(most), "--queue", "128"])
+    numbers = iter(range(1 << 30))
+    try:
+        inputs = Inputs(served.client.manifest, max(args.history, args.long), 0)
+
+        def arrivals(new: bool, tokens: int, targets: int) -> Iterator[Arrival]:
+            for number in range(int(args.seconds * 2000)):
+                yield Arrival(0.0, USERS + next(numbers) if new else number % USERS, targets, tokens)
+
+        def load(connections: int, *, new: bool = False, tokens: int = args.history) -> dict[str, Any]:
+            trace, before = list(arrivals(new, tokens, args.targets)), served.cpu_seconds()
+            report = run(served.client, inputs, trace, connections=connections, offline=True, seconds=args.seconds)
+            return _told(report, served.cpu_seconds() - before)
+
+        load(4)
+        made = {"lone": load(1), "crowd": load(args.connections), "new": load(args.connections, new=True)}
+        others = threading.Thread(target=lambda: load(2, new=True, tokens=args.long))
+        others.start()
+        made["mixed"] = load(args.connections)
+        others.join()
+        with urllib.request.urlopen(f"{served.url}/v2/models/m/stats") as answer:
+            (told,) = json.load(answer)["model_stats"]
+        made["requests_by_run"] = {of["batch_size"]: of["compute_infer"]["count"] for of in told["batch_stats"]}
+    finally:
+        served.process.kill()
+    print(most, json.dumps(made), file=sys.stderr, flush=True)
+    return made
+
+
+def _told(report: LoadReport, cpu_seconds: float) -> dict[str, Any]:
+    return {
+        "per_second": report.answered_per_second,
+        "server_cpu_ms": round(1e3 * cpu_seconds / max(1, report.requests), 3),
+        "latency_ms": report.latency_ms,
+        "codes": report.codes,
+    }
+
+
+def _arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("bundle")
+    p.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    p.add_argument("--batch-tokens", type=int, nargs="+", default=[0, 256, 1024, 4096])
+    p.add_argument("--connections", type=int, default=32)
+    p.add_argument("--history", type=int, default=100)
+    p.add_argument("--targets", type=int, default=20)
+    p.add_argument("--long", type=int, default=10_000)
+    p.add_argument("--out")
+    return p.parse_args()
+
+
+if __name__ == "__main__":
+    main()
