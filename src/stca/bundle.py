@@ -99,10 +99,11 @@ def opened(
     last: Exception | None = None
     for turn in range(tries):
         settled: Exception | None = None
+        source = _identity(path)  # of before the copy, which may be made of a bundle that is being removed
         try:
             with contextlib.nullcontext(path) if turn < _PATIENCE else _copy(Path(path)) as place:
                 own = turn >= _PATIENCE
-                lies_there, source, whole = _identity(place, own), _identity(path), False
+                lies_there, whole = _identity(place, own), False
                 try:
                     found = Bundle.load(place, trusted=trusted)
                     whole = own

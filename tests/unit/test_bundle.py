@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import contextlib
 import itertools
 import json
 import os
@@ -200,6 +201,27 @@ def test_a_copy_that_is_written_to_is_read_again(root):
 
     assert bundle_module.opened(root, use) == 6
     assert calls[5].parent != root.parent
+
+
+def test_a_copy_of_a_bundle_that_was_being_removed_is_made_again(root, monkeypatch):
+    whole, copies = bundle_module._copy, []
+
+    @contextlib.contextmanager
+    def copy(path):
+        with whole(path) as place:
+            copies.append(place)
+            if len(copies) == 1:  # as if these names were read while another process removed them
+                (place / MANIFEST).unlink()
+                touched(root)
+            yield place
+
+    def use(found):
+        if found.path == root:
+            touched(root)
+        return found.path
+
+    monkeypatch.setattr(bundle_module, "_copy", copy)
+    assert bundle_module.opened(root, use) == copies[1]
 
 
 def test_the_last_error_is_told_where_a_bundle_is_never_at_rest(root, monkeypatch):
