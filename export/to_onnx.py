@@ -20,13 +20,13 @@ import onnx_ir
 import onnx_ir.passes.common as ir_passes
 import torch
 from onnx_ir.passes import Sequential
-from onnxscript import values
+from onnxscript import optimizer, values
 from torch import Tensor, nn
 
 from stca.arrays import Progress
 from stca.errors import ExportError
 from stca.export.tables import Large
-from stca.export.untraceable import by_older_exporter, plain_bags, why_untraceable
+from stca.export.untraceable import batch_attention, by_older_exporter, plain_bags, why_untraceable
 from stca.manifest import OFFSETS, SCOPES, TARGETS, TOKENS, USERS, TensorSpec
 from stca.plugins import onnx_function, torch_op  # noqa: F401  # which registers the op in torch
 from stca.plugins.spec import DOMAIN, OP_NAME, OP_VERSION
@@ -100,6 +100,7 @@ def to_request_graph(
     try:
         with quietly(model.module), torch.no_grad(), plain_bags():
             traced = torch.export.export(model.module, (feeds,), dynamic_shapes=(dynamic,), strict=False)
+            batch_attention(traced)
             program = torch.onnx.export(
                 traced,
                 (),
@@ -181,6 +182,7 @@ def _translate(
 
 def _tidy(model: onnx_ir.Model, large: Large) -> onnx.ModelProto:
     """Remove what the exporter repeats. Weights are not folded or renamed: they stay the checkpoint's."""
+    _fold_constants(model)
     passes = Sequential(
         ir_passes.NameFixPass(),  # a value may have an input's name, `cat` say
         ir_passes.IdentityEliminationPass(),
@@ -203,6 +205,25 @@ def _tidy(model: onnx_ir.Model, large: Large) -> onnx.ModelProto:
             large.hollow(tensor, kept_out[tensor.name].numpy())
     _make_branch_outputs(tidied.graph)
     return tidied
+
+
+def _fold_constants(model: onnx_ir.Model) -> None:
+    """Compute, in place, what depends on constants alone and on no weight: patterns look for the numbers themselves.
+
+    The exporter writes a scale of 1 / sqrt(16), say, as a chain of nodes. What is computed becomes a Constant, since
+    an initializer would be taken for a weight.
+    """
+    graph = model.graph
+    weights = set(graph.initializers)
+    optimizer.fold_constants(
+        model, should_fold=lambda node: False if any(x is not None and x.name in weights for x in node.inputs) else None
+    )
+    for name in set(graph.initializers) - weights:
+        value = graph.initializers.pop(name)
+        constant = onnx_ir.node("Constant", [], {"value": value.const_value})
+        graph.insert_before(graph[0], constant)
+        value.replace_all_uses_with(constant.outputs[0], replace_graph_outputs=True)
+        constant.outputs[0].name = name
 
 
 def _make_branch_outputs(graph: onnx.GraphProto) -> None:

@@ -56,6 +56,24 @@ def plain_bags() -> Iterator[None]:
         functional.embedding_bag = whole
 
 
+def batch_attention(traced: torch.export.ExportedProgram) -> None:
+    """Give attention over two or three axes, in place, the four that its ONNX operator has: leading axes of size 1."""
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    graph = traced.graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=attention):
+        axes = 4 - node.args[0].meta["val"].dim()
+        if axes <= 0:
+            continue
+        with graph.inserting_before(node):
+            inputs = list(node.args[:3])
+            for _ in range(axes):
+                inputs = [graph.call_function(torch.ops.aten.unsqueeze.default, (x, 0)) for x in inputs]
+            attended = graph.call_function(attention, (*inputs, *node.args[3:]), dict(node.kwargs))
+        # The node itself keeps its name, which the program's signature may have.
+        node.target, node.args, node.kwargs = torch.ops.aten.squeeze.dims, (attended, list(range(axes))), {}
+    traced.graph_module.recompile()
+
+
 def _bags(ids: Tensor, table: Tensor, asked: Mapping[str, Any]) -> Tensor:
     """`[bags, ids]` looked up in `[rows, width]` and brought together, but for the padding: `[bags, width]`."""
     pad, mode, weights = asked.get("padding_idx"), asked.get("mode", "mean"), asked.get("per_sample_weights")
@@ -116,9 +134,10 @@ def by_older_exporter(model: RequestModel, feeds: Mapping[str, Tensor]) -> onnx.
 
 
 def why_untraceable(error: BaseException) -> str:
-    """The innermost reason and the line of the module's own code, on one line, with the way out."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
+    """The innermost reason that has words, and the line of the module's own code, on one line, with the way out."""
+    inner = error.__cause__ or error.__context__
+    while inner is not None:
+        error, inner = inner if str(inner).strip() else error, inner.__cause__ or inner.__context__
     said = str(error)
     places = re.findall(r'File "([^"]+)", line (\d+)', said)
     theirs = [(file, line) for file, line in places if _theirs(file)]

@@ -222,6 +222,37 @@ class Sum(nn.Module):
         return sum(inputs.values())
 
 
+class Scaled(nn.Module):
+    """Attention over three axes, which torch's exporter takes over four alone, with a scale made of constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16) / 4)
+
+    def forward(self, inputs):
+        history, target = inputs["history"] @ self.weight, inputs["target"]
+        scale = torch.rsqrt(torch.zeros(1) + 16.0) * 2
+        queries = (target * scale)[:, None]
+        attended = nn.functional.scaled_dot_product_attention(queries, history, history, scale=1.0)
+        return attended[:, 0] @ self.weight.T
+
+
+def test_what_is_computed_of_constants_is_folded_and_no_weight():
+    torch.manual_seed(0)
+    module = Scaled()
+    inputs = (
+        TensorSpec("history", "float32", ("B", "L", 16), "user"),
+        TensorSpec("target", "float32", ("B", 16), "target"),
+    )
+    graph = to_request_graph(RequestModel(module, inputs))
+    assert [tuple(t.dims) for t in graph.graph.initializer] == [(16, 16)], "a folded constant is no weight"
+    assert np.array_equal(numpy_helper.to_array(graph.graph.initializer[0]), module.weight.detach().numpy())
+    assert not {n.op_type for n in graph.graph.node} & {"Sqrt", "Reciprocal", "Expand", "Add"}, "left to be computed"
+    feeds = {"history": torch.randn(3, 5, 16), "target": torch.randn(3, 16)}
+    (scores,) = ReferenceEvaluator(graph).run(None, {n: x.numpy() for n, x in feeds.items()})
+    torch.testing.assert_close(torch.from_numpy(scores), module(feeds))
+
+
 def test_an_unused_input_stays_an_input():
     unused = TensorSpec("unused", "int64", ("N_t",), "target")
     graph = to_request_graph(RequestModel(Plain(), (ROWS, unused))).graph
