@@ -56,6 +56,8 @@ def check_contract(manifest: Manifest) -> None:
                 raise ValueError(f"{twice!r} comes twice in graphs.{name}")
         for spec in (*graph.inputs, *graph.outputs):
             _check_tensor(spec, f"graphs.{name}")
+            if spec.low is not None and not -(1 << 63) <= spec.low < 1 << 63:
+                raise ValueError(f"{spec.name!r} in graphs.{name} has a least value of more than 64 bits")
     for state in manifest.state:
         _check_tensor(state, "state")
     given = {s.name: s for s in manifest.graphs["request"].inputs}
@@ -64,7 +66,7 @@ def check_contract(manifest: Manifest) -> None:
             raise ValueError(f"input {spec.name!r} has no scope")
         if spec.scope == "request" and OFFSETS in spec.shape:
             raise ValueError(f"offsets {spec.name!r} are of scope request; they count tokens of a user, or targets")
-        if spec.limit is not None and spec.dtype.startswith(("float", "bfloat")):
+        if spec.limit and not spec.dtype.startswith(("int", "uint")):
             raise ValueError(f"input {spec.name!r} is {spec.dtype} and has a limit of ids")
     _check_halves(manifest, given)
     _check_tables(manifest)
@@ -142,6 +144,8 @@ def _check_tensor(spec: TensorSpec | StateSpec, where: str) -> None:
     row = math.prod(max(n, 1) for n in spec.shape if isinstance(n, int)) * ITEM_BYTES[spec.dtype]
     if row > _LARGEST_ROW:
         raise ValueError(f"{spec.name!r} in {where} is {_said(spec)}, larger than any row")
+    if "" in spec.shape:
+        raise ValueError(f"{spec.name!r} in {where} is {_said(spec)}, with a size that has no name")
     if OFFSETS in spec.shape and (spec.shape != (OFFSETS,) or spec.dtype not in ("int32", "int64")):
         raise ValueError(f"{spec.name!r} in {where} is {_said(spec)}; offsets are int32 or int64 [{OFFSETS}]")
 

@@ -16,6 +16,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 # An integer that may be negative; all others are sizes and counts.
 Signed: TypeAlias = Annotated[int, "signed"]
 
+# What other languages read as an integer, too: 64 bits.
+_LARGEST = (1 << 63) - 1
+
 
 def parse(text: str) -> Any:
     """JSON as Python values.
@@ -87,6 +90,8 @@ def as_type(kind: Any, raw: Any, where: str) -> Any:
     elif kind is int and isinstance(raw, int) and not isinstance(raw, bool):
         if raw < 0:
             raise ValueError(f"{where} is {raw}; it cannot be negative")
+        if raw > _LARGEST:
+            raise ValueError(f"{where} is {raw!r:.60}; the largest is {_LARGEST}")
         return raw
     elif kind is float and isinstance(raw, int | float) and not isinstance(raw, bool) and math.isfinite(raw):
         return float(raw)

@@ -77,6 +77,20 @@ def change(rng: random.Random, manifest: Manifest, files: Files) -> None:
     rng.choice(kinds)(rng, manifest, files)
 
 
+def change_text(rng: random.Random, text: str) -> str:
+    """A manifest's text with one or two changes to what it says; its digest is not made right."""
+    manifest: Manifest = json.loads(text)
+    if rng.random() < 0.3:
+        add_engines(manifest, {spec["file"]: b"" for spec in manifest["graphs"].values()})
+    for _ in range(rng.randint(1, 2)):
+        kind = rng.choice((_anywhere, _everywhere))
+        try:
+            kind(rng, manifest, {})
+        except (KeyError, TypeError, IndexError, AttributeError):  # an earlier change left nothing of the kind
+            break
+    return json.dumps(manifest, indent=1)
+
+
 def _value(rng: random.Random) -> Any:
     kind = rng.randrange(6)
     if kind == 0:

@@ -74,6 +74,12 @@ BROKEN = {
         lambda m: change_all(m, next(s["name"] for s in m["state"] if s["input"] and s["shape"] == ["B_plus_1"]),
                              dtype="float32"), ("int32 or int64",)),
     "offsets of two axes": (lambda m: change_all(m, "history_offsets", shape=["B_plus_1", 2]), ("B_plus_1",)),
+    "a size without a name": (lambda m: change_all(m, "target_item", shape=[""]), ("no name",)),
+    "a limit of truths": (
+        lambda m: change_all(m, "request_device", dtype="bool", limit=2), ("bool and has a limit of ids",)),
+    "a limit beyond 64 bits": (lambda m: change_all(m, "target_item", limit=1 << 64), ("limit is 18446744073709551616",)),
+    "a least value beyond 64 bits": (
+        lambda m: change_all(m, "target_item", low=1 << 64), ("more than 64 bits",)),
     "an input without a scope": (
         lambda m: tensor(m["graphs"]["request"]["inputs"], "history_item").update(scope=None), ("no scope",)),
     "a target input in the encoder": (

@@ -7,6 +7,7 @@
 #include "contract.hpp"
 #include "digest.hpp"
 #include "error.hpp"
+#include "fields.hpp"
 #include "json.hpp"
 #include "padding.hpp"
 
@@ -15,154 +16,10 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* manifest_name = "manifest.json";
 constexpr const char* weights_name = "weights.safetensors";
 constexpr std::int64_t format_version = 1;
-constexpr std::size_t largest_manifest = 16 << 20;  // real ones have some tens of kilobytes
-
-[[noreturn]] void malformed(const std::string& why) {
-  bundle_error(manifest_name, " is malformed (", why, "); export the bundle again");
-}
-
-/// Reads the fields of one JSON object; complaints name the place, as in "graphs.request.inputs[2].dtype".
-class Fields {
- public:
-  Fields(const Json& json, std::string place) : json_(json), place_(std::move(place)) {
-    if (json.object() == nullptr) malformed(place_ + " must be an object");
-  }
-
-  const Json& get(const char* name) const {
-    const Json* found = json_.find(name);
-    if (found == nullptr) bundle_error(manifest_name, " misses '", at(name), "'; export the bundle again");
-    return *found;
-  }
-  bool has(const char* name) const { return json_.find(name) != nullptr; }
-  Fields sub(const char* name) const { return {get(name), at(name)}; }
-
-  const std::string& string(const char* name) const { return *checked(get(name).string(), name, "a string"); }
-  bool boolean(const char* name) const { return *checked(get(name).boolean(), name, "true or false"); }
-  std::int64_t count(const char* name, std::int64_t least) const {
-    const std::int64_t* value = get(name).integer();
-    if (value == nullptr || *value < least) wrong(name, "an integer from " + std::to_string(least));
-    return *value;
-  }
-  /// `count`, or nothing when the field is null or, with `may_miss`, not there.
-  std::optional<std::int64_t> optional_count(const char* name, std::int64_t least, bool may_miss) const {
-    if (absent(name, may_miss)) return std::nullopt;
-    return count(name, least);
-  }
-  std::optional<std::string> optional_string(const char* name) const {
-    if (absent(name, true)) return std::nullopt;
-    return string(name);
-  }
-  const Json::List& list(const char* name) const { return *checked(get(name).list(), name, "a list"); }
-
-  /// Calls `f(item, place)` for each item of a list.
-  template <class F>
-  void each(const char* name, F&& f) const {
-    std::size_t i = 0;
-    for (const Json& item : list(name)) f(item, at(name) + "[" + std::to_string(i++) + "]");
-  }
-  /// Calls `f(member name, fields)` for each member.
-  template <class F>
-  void members(F&& f) const {
-    for (const Json::Member& m : *json_.object()) f(m.name, m.value, at(m.name.c_str()));
-  }
-  /// Refuses members that are not named: a field we do not know could change what the others mean.
-  void only(std::initializer_list<std::string_view> known) const {
-    for (const Json::Member& m : *json_.object()) {
-      bool found = false;
-      for (std::string_view name : known) found = found || name == m.name;
-      if (!found) malformed(at(m.name.c_str()) + " is no field of this version");
-    }
-  }
-  [[noreturn]] void wrong(const char* name, const std::string& expected) const {
-    malformed(at(name) + " must be " + expected);
-  }
-
- private:
-  std::string at(const char* name) const { return place_.empty() ? name : place_ + "." + name; }
-  bool absent(const char* name, bool may_miss) const {
-    const Json* found = json_.find(name);
-    return found == nullptr ? may_miss : found->is_null();
-  }
-  template <class T>
-  const T* checked(const T* value, const char* name, const char* expected) const {
-    if (value == nullptr) wrong(name, expected);
-    return value;
-  }
-
-  const Json& json_;
-  std::string place_;
-};
-
-void read_tensor(const Fields& fields, TensorSpec& spec) {
-  spec.name = fields.string("name");
-  if (!dtype_from_name(fields.string("dtype"), spec.dtype)) fields.wrong("dtype", "a dtype of the manifest's table");
-  fields.each("shape", [&](const Json& item, const std::string&) {
-    if (const auto* size = item.integer(); size != nullptr && *size >= 0) {
-      spec.shape.push_back({*size, {}});
-    } else if (const auto* symbol = item.string(); symbol != nullptr && !symbol->empty()) {
-      spec.shape.push_back({-1, *symbol});
-    } else {
-      fields.wrong("shape", "a list of sizes and names");
-    }
-  });
-  if (spec.shape.size() > STCA_MAX_RANK) fields.wrong("shape", "of at most " + std::to_string(STCA_MAX_RANK) + " axes");
-}
-
-/// Whether every profile has limits for a symbol, and it counts nothing but rows.
-bool counts_rows(const EngineEntry& entry, const std::string& symbol) {
-  for (const auto* specs : {&entry.spec.inputs, &entry.spec.outputs}) {
-    for (const TensorSpec& spec : *specs) {
-      for (std::size_t axis = 1; axis < spec.shape.size(); ++axis) {
-        if (spec.shape[axis].symbol == symbol) return false;
-      }
-    }
-  }
-  return std::all_of(entry.profiles.begin(), entry.profiles.end(),
-                     [&](const Profile& profile) { return profile.count(symbol) != 0; });
-}
-
-EngineEntry read_engine(const Fields& fields) {
-  EngineEntry entry;
-  entry.graph = fields.optional_string("graph").value_or("");
-  entry.flavour = fields.optional_string("flavour").value_or("");
-  entry.file = fields.optional_string("file").value_or("");
-  entry.precision = fields.optional_string("precision").value_or("");
-  entry.sm = fields.optional_count("sm", 0, true).value_or(0);
-  entry.provider = fields.optional_string("provider").value_or("");
-  if (entry.flavour != "tensorrt") return entry;  // nothing else of this library reads what plans say
-  entry.version = fields.string("version");
-  fields.string("precision"), fields.count("sm", 1);
-  entry.requests = fields.optional_count("requests", 1, false).value_or(0);
-  for (auto [name, specs] : {std::pair{"inputs", &entry.spec.inputs}, {"outputs", &entry.spec.outputs}}) {
-    fields.each(name, [specs = specs](const Json& item, const std::string& place) {
-      read_tensor({item, place}, specs->emplace_back());
-    });
-  }
-  fields.each("profiles", [&](const Json& item, const std::string& place) {
-    Profile& profile = entry.profiles.emplace_back();
-    const Fields sizes(item, place);
-    sizes.members([&](const std::string& symbol, const Json& json, const std::string&) {
-      const Json::List* three = json.list();  // smallest, best, largest
-      if (three == nullptr || three->size() != 3 || !(*three)[0].integer() || !(*three)[2].integer()) {
-        sizes.wrong(symbol.c_str(), "three sizes");
-      }
-      profile[symbol] = {*(*three)[0].integer(), *(*three)[2].integer()};
-    });
-  });
-  if (fields.has("padded")) {
-    fields.each("padded", [&](const Json& item, const std::string&) {
-      const std::string* symbol = item.string();
-      if (symbol == nullptr || !counts_rows(entry, *symbol)) {
-        fields.wrong("padded", "a list of dimensions that every profile has, and that count rows");
-      }
-      entry.padded.push_back(*symbol);
-    });
-  }
-  return entry;
-}
+// Real ones have some tens of kilobytes and some ten files.
+constexpr std::size_t largest_manifest = 16 << 20, most_files = 10'000;
 
 TensorSpec read_spec(const Json& json, const std::string& place) {
   const Fields fields(json, place);
@@ -215,7 +72,7 @@ Padding read_padding(const Fields& fields) {
     const Fields event(item, place);
     constexpr auto lowest = std::numeric_limits<std::int64_t>::min();
     padding.inputs.push_back({event.string("name"), static_cast<int>(std::min<std::int64_t>(event.count("axis", 0), 2)),
-                              event.optional_count("value", lowest, true).value_or(0),
+                              event.count("value", lowest),
                               event.optional_count("event", lowest, true)});
     event.only({"name", "axis", "value", "event"});
   });
@@ -316,6 +173,21 @@ std::string read_manifest(const Folder& folder) {
 
 }  // namespace
 
+void read_tensor(const Fields& fields, TensorSpec& spec) {
+  spec.name = fields.string("name");
+  if (!dtype_from_name(fields.string("dtype"), spec.dtype)) fields.wrong("dtype", "a dtype of the manifest's table");
+  fields.each("shape", [&](const Json& item, const std::string&) {
+    if (const auto* size = item.integer(); size != nullptr && *size >= 0) {
+      spec.shape.push_back({*size, {}});
+    } else if (const auto* symbol = item.string(); symbol != nullptr && !symbol->empty()) {
+      spec.shape.push_back({-1, *symbol});
+    } else {
+      fields.wrong("shape", "a list of sizes and names");
+    }
+  });
+  if (spec.shape.size() > STCA_MAX_RANK) fields.wrong("shape", "of at most " + std::to_string(STCA_MAX_RANK) + " axes");
+}
+
 bool TensorSpec::counts(std::string_view symbol) const {
   return std::any_of(shape.begin(), shape.end(), [&](const Axis& axis) { return axis.symbol == symbol; });
 }
@@ -350,10 +222,12 @@ Manifest Manifest::parse(std::string text) {
 
   Manifest manifest;
   const Fields fields(json, "");
-  for (const char* name : {"model", "split", "parity", "producer"}) fields.sub(name);
+  for (const char* name : {"model", "split", "parity"}) fields.sub(name);
+  const Fields producer = fields.sub("producer");
+  producer.members([&](const std::string& name, const Json&, const std::string&) { producer.string(name.c_str()); });
   manifest.weights = fields.string("weights");
   manifest.precision = fields.string("precision");
-  fields.get("attention");
+  fields.get("attention"), fields.optional_string("attention");
   manifest.appendable = fields.boolean("appendable");
   manifest.max_history = fields.optional_count("max_history", 0, false);
   manifest.min_history = fields.optional_count("min_history", 0, true).value_or(0);
@@ -371,7 +245,11 @@ Manifest Manifest::parse(std::string text) {
   fields.each("engines", [&](const Json& item, const std::string& place) {
     manifest.engines.push_back(read_engine({item, place}));
   });
-  fields.sub("files").members([&](const std::string& name, const Json& item, const std::string& place) {
+  const Fields files = fields.sub("files");
+  if (files.count() > most_files) {
+    malformed("files: has " + std::to_string(files.count()) + " entries, more than " + std::to_string(most_files));
+  }
+  files.members([&](const std::string& name, const Json& item, const std::string& place) {
     const Fields entry(item, place);
     manifest.files[name] = {entry.count("bytes", 0), entry.string("sha256")};
     entry.only({"sha256", "bytes"});

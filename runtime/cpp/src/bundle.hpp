@@ -98,7 +98,7 @@ struct Manifest {
   std::string text;  ///< the file as it is
   std::string weights;
   std::string precision;
-  std::map<std::string, GraphSpec> graphs;
+  std::map<std::string, GraphSpec, std::less<>> graphs;
   std::vector<StateSpec> state;
   bool appendable = false;
   std::optional<std::int64_t> max_history;
@@ -116,7 +116,7 @@ struct Bundle {
   std::filesystem::path path;
   Manifest manifest;
   std::shared_ptr<const Folder> folder;            ///< held open, so that its files stay those that were checked
-  std::map<std::string, std::string> graph_files;  ///< path of each graph's ONNX file, through `folder`
+  std::map<std::string, std::string, std::less<>> graph_files;  ///< path of each graph's ONNX file, through `folder`
 
   /// Reads the manifest and holds every file against it. Throws BundleError.
   static std::shared_ptr<const Bundle> load(const std::filesystem::path& path);

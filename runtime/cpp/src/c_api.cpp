@@ -8,12 +8,12 @@ using namespace stca::core;
 
 namespace stca::core {
 
-std::string& last_error() {
+std::string& last_error() noexcept {
   thread_local std::string message;
   return message;
 }
 
-int32_t failed(int32_t code, const char* message) {
+int32_t failed(int32_t code, const char* message) noexcept {
   try {
     last_error() = one_line(message);
   } catch (const std::bad_alloc&) {
@@ -181,7 +181,7 @@ void* stca_outputs_allocate(stca_outputs* outputs, size_t index, int32_t rank, c
   if (code == STCA_OK) return const_cast<void*>(outputs->arrays[index].data);
   if (outputs == nullptr) return nullptr;
   outputs->code = static_cast<stca_code>(code);
-  outputs->message = last_error();
+  guarded([&] { outputs->message = last_error(); });
   return nullptr;
 }
 

@@ -35,14 +35,14 @@ struct stca_outputs {
 namespace stca::core {
 
 /// Of the last call of this thread that failed.
-std::string& last_error();
+std::string& last_error() noexcept;
 
 /// Leaves the message for stca_last_error and returns the code.
-int32_t failed(int32_t code, const char* message);
+int32_t failed(int32_t code, const char* message) noexcept;
 
 /// Runs `f` and returns its code; no exception leaves the library.
 template <class F>
-int32_t guarded(F&& f) {
+int32_t guarded(F&& f) noexcept {
   try {
     f();
     return STCA_OK;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <optional>
 #include <utility>
 
@@ -128,6 +129,7 @@ Model::Model(std::shared_ptr<const Bundle> bundle, const Options& options)
       door_(manifest(), window_, options.truncate, options.max_targets),
       check_finite_(options.check_finite) {
   find_sources();
+  find_shared();
   if (engines_.encoder->memory().device() != engines_.scorer->memory().device()) {
     fail(STCA_BUILD_ERROR, engines_.encoder->name(), " and ", engines_.scorer->name(),
          " keep states in different memories; run both halves on one engine");
@@ -164,6 +166,36 @@ void Model::find_sources() {
                    "'; build both again");
     }
     scorer_inputs_.push_back({state.has_value(), state ? *state : static_cast<std::size_t>(door_.find(spec.name))});
+  }
+}
+
+void Model::find_shared() {
+  std::map<std::string, std::pair<std::size_t, int>> known;
+  const std::vector<TensorSpec>& inputs = door_.inputs();
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    if (inputs[i].scope == STCA_USER || door_.is_offsets(static_cast<int>(i))) continue;
+    for (std::size_t axis = 0; axis < inputs[i].shape.size(); ++axis) {
+      const std::string& symbol = inputs[i].shape[axis].symbol;
+      if (!symbol.empty()) known[symbol] = {i, static_cast<int>(axis)};
+    }
+  }
+  for (std::size_t s = 0; s < state_.size(); ++s) {
+    for (std::size_t axis = 0; axis < state_[s].shape.size(); ++axis) {
+      const auto found = known.find(state_[s].shape[axis].symbol);
+      if (found == known.end()) continue;
+      shared_.push_back({s, static_cast<int>(axis), found->second.first, found->second.second});
+    }
+  }
+}
+
+void Model::check_shared(const UserState& state, const Row& row) const {
+  for (const Shared& one : shared_) {
+    const Array& array = row.arrays[one.input];
+    const std::int64_t has = array.shape[one.input_axis], kept = state.tensors[one.state].shape[one.state_axis];
+    if (has == kept) continue;
+    const TensorSpec& spec = door_.inputs()[one.input];
+    request_error(spec.name, ": has shape ", array.shape.text(), ", with ",
+                  spec.shape[static_cast<std::size_t>(one.input_axis)].symbol, " = ", has, "; the user's inputs had ", kept);
   }
 }
 
@@ -264,6 +296,7 @@ Array Model::score(const std::vector<StateCache::State>& states, const std::vect
 
 Array Model::score_together(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const {
   if (door_.targets(rows) == 0) return no_scores();  // of a batch whose other requests have some
+  if (states.size() == 1) check_shared(*states[0], rows[0]);
   std::vector<Array> feeds;
   feeds.reserve(scorer_inputs_.size());
   for (const Source& source : scorer_inputs_) {

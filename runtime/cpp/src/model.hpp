@@ -49,7 +49,16 @@ class Model {
     bool state;
     std::size_t index;
   };
+  /// A size that a state shares with an input of another scope.
+  struct Shared {
+    std::size_t state;
+    int state_axis;
+    std::size_t input;
+    int input_axis;
+  };
   void find_sources();
+  void find_shared();
+  void check_shared(const UserState& state, const Row& row) const;
   bool is_offsets(std::size_t state) const;
   void encode_together(const std::vector<Row>& rows, std::vector<StateCache::State>& states) const;
   Array score_together(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const;
@@ -64,6 +73,7 @@ class Model {
   std::vector<Source> encoder_inputs_, scorer_inputs_;
   std::vector<std::size_t> state_outputs_;  // of each state tensor, which output of the user encoder it is
   std::vector<TensorSpec> state_;           // in the encoder's own types
+  std::vector<Shared> shared_;
   bool check_finite_;
   /// The most of one run of each half.
   RunSize encoded_together_, scored_together_;

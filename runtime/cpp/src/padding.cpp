@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "error.hpp"
 #include "visit.hpp"
@@ -12,6 +13,20 @@ namespace {
 const TensorSpec* find(const std::vector<TensorSpec>& specs, const std::string& name) {
   const auto found = std::find_if(specs.begin(), specs.end(), [&](const TensorSpec& s) { return s.name == name; });
   return found == specs.end() ? nullptr : &*found;
+}
+
+/// Whether a value can be one of a type; of a float, integers that it has without a doubt.
+bool holds_value(DType dtype, std::int64_t value) {
+  if (kind_of(dtype) == Kind::boolean) return value == 0 || value == 1;
+  if (kind_of(dtype) == Kind::floating) return -(1 << 15) <= value && value <= (1 << 15);
+  bool holds = false;
+  visit_integer(dtype, [&](auto type) {
+    using T = decltype(type);
+    constexpr auto most = static_cast<std::uint64_t>(std::numeric_limits<T>::max());
+    holds = value < 0 ? static_cast<std::int64_t>(std::numeric_limits<T>::min()) <= value
+                      : static_cast<std::uint64_t>(value) <= most;
+  });
+  return holds;
 }
 
 [[noreturn]] void malformed(const std::string& name, const char* why) {
@@ -79,6 +94,11 @@ void check_padding(const Manifest& manifest) {
         malformed(event.name, "has another size than the history's other inputs");
       }
       first = &size;
+      for (const std::int64_t value : {event.value, event.event.value_or(event.value)}) {
+        if (holds_value(spec->dtype, value)) continue;
+        const std::string why = std::string("is ") + dtype_name(spec->dtype) + ", which does not hold ";
+        malformed(event.name, (why + std::to_string(value)).c_str());
+      }
     }
     if (padding.lengths.empty()) continue;
     const TensorSpec* lengths = find(inputs, padding.lengths);

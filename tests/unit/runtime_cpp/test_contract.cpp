@@ -1,15 +1,18 @@
 // What a bundle's parts must agree on: manifests that contradict themselves or their graphs, their digests made right
 // again, are refused in one line before anything runs.
+#include <cstdlib>
 #include <functional>
 
 #include "bundle.hpp"
 #include "check.hpp"
 #include "contract.hpp"
 #include "error.hpp"
+#include "json.hpp"
 #include "log_request.hpp"
 #include "resealed.hpp"
 #include "spec_engine.hpp"
 
+using stca::core::Json;
 using resealed::Copy;
 using resealed::Tree;
 
@@ -206,6 +209,7 @@ TEST(contract_of_the_manifest) {
          Tree entry;
          entry.value = Tree::Object{};
          entry["graph"] = "user_encoder", entry["flavour"] = "onnxruntime", entry["file"] = "gone.plan";
+         entry["precision"] = "fp32";
          m["engines"].list().push_back(entry);
        }},
       {"manifest.json is not JSON (a number is too large",
@@ -284,3 +288,22 @@ TEST(contract_with_onnxruntime) {
   }
 }
 #endif
+
+TEST(contract_is_pythons) {
+  // Manifests that test_cpp_fuzz.py changed, and what Python said of them.
+  const char* file = std::getenv("STCA_CONTRACT_CASES");
+  if (file == nullptr) return;
+  const Json cases = Json::parse(resealed::read(file));
+  for (const Json& test : *cases.list()) {
+    const std::string& pythons = *test.find("said")->string();
+    std::string said;
+    try {
+      stca::core::Manifest::parse(*test.find("manifest")->string());
+    } catch (const stca::core::Error& e) {
+      CHECK_EQUAL(e.code, STCA_BUNDLE_ERROR);
+      said = e.what();
+    }
+    if (said.empty() != pythons.empty()) check::fail(__FILE__, __LINE__, "Python: ", pythons, "\n  C++: ", said);
+  }
+  std::cout << cases.list()->size() << " cases\n";
+}

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from building import MISSING, REPOSITORY
+from building import GOLDEN, MISSING, REPOSITORY, command
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to build the C++ runtime")
 
 
 def test_a_short_run_finds_nothing(build: Path, tmp_path: Path) -> None:
     out = tmp_path / "found.json"
-    command = [sys.executable, str(REPOSITORY / "tests" / "fuzz" / "cpp" / "fuzz.py"), "--build", str(build)]
+    fuzz = [sys.executable, str(REPOSITORY / "tests" / "fuzz" / "cpp" / "fuzz.py"), "--build", str(build)]
     for bundles in ("100", "120"):  # the second goes on where the first stopped
         done = subprocess.run(
-            [*command, "--out", str(out), "--calls", "40", "--bundles", bundles],
+            [*fuzz, "--out", str(out), "--calls", "40", "--bundles", bundles],
             capture_output=True,
             text=True,
             timeout=280,
@@ -35,12 +36,21 @@ def test_a_short_run_finds_nothing(build: Path, tmp_path: Path) -> None:
     assert counts["score ok"] > 10
 
 
+def test_manifests_are_taken_as_in_python(build: Path) -> None:
+    contracts = [sys.executable, REPOSITORY / "tests" / "fuzz" / "contracts.py", "--build", build]
+    output = command(*contracts, "--rounds", "1500")
+    taken = re.search(r"1500 manifests, of which Python takes (\d+)", output)
+    assert taken is not None
+    assert 300 < int(taken[1]) < 1200
+    assert "1500 cases" in output
+
+
 def test_recorded_calls_end_as_in_python(build: Path, onnxruntime_library: Path, tmp_path: Path) -> None:
     """Scores, errors with their text, and statistics; of every kind of call, and something that differs is seen."""
     calls = tmp_path / "calls.json"
-    command = [sys.executable, "-W", "ignore", str(REPOSITORY / "tests" / "fuzz" / "replay.py"), "--build", str(build)]
+    replay = [sys.executable, "-W", "ignore", str(REPOSITORY / "tests" / "fuzz" / "replay.py"), "--build", str(build)]
     done = subprocess.run(
-        [*command, "--out", str(calls), "--rounds", "420"], capture_output=True, text=True, timeout=280, check=False
+        [*replay, "--out", str(calls), "--rounds", "420"], capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "as expected" in done.stdout
@@ -53,9 +63,8 @@ def test_recorded_calls_end_as_in_python(build: Path, onnxruntime_library: Path,
     changed = calls.read_text().replace('"kind": "bad_request"', '"kind": "other"', 1)
     changed = changed.replace("the model has no such input", "is unknown", 1).replace('"misses": 1', '"misses": 2', 1)
     calls.write_text(changed)
-    golden = REPOSITORY / "tests" / "unit" / "runtime_cpp" / "golden"
     libraries = {"STCA_ONNXRUNTIME_LIBRARY": str(onnxruntime_library)}
-    again = [build / "tests" / "stca_golden", golden, calls, "--engine", "onnxruntime"]
+    again = [build / "tests" / "stca_golden", GOLDEN, calls, "--engine", "onnxruntime"]
     done = subprocess.run(
         again, env={**os.environ, **libraries}, capture_output=True, text=True, timeout=280, check=False
     )

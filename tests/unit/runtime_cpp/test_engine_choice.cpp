@@ -56,7 +56,7 @@ TEST(choice_reads_which_rows_may_be_added) {
     const std::string none = "\"engines\": []";
     CHECK(check::contains(with, none));
     with.replace(with.find(none), none.size(),
-                 R"("engines": [{"flavour": "tensorrt", "version": "11.4.0.106", "sm": 90,
+                 R"("engines": [{"graph": "user_encoder", "file": "x", "flavour": "tensorrt", "version": "11.4.0.106", "sm": 90,
       "precision": "bf16", "requests": 1, "inputs": [{"name": "x", "dtype": "int64", "shape": ["N_h", "N_t"]}],
       "outputs": [], "profiles": [{"N_h": [1, 2, 3], "N_t": [1, 2, 3]}, {"N_h": [1, 2, 3], "N_t": [1, 2, 3], "B": [1, 1, 1]}])" +
                      json + "}]");

@@ -3,7 +3,7 @@
  * The words and the rules are those of the Python package `stca.runtime`; docs/cpp_runtime.md is the guide.
  *
  * Every function that can fail returns a code of `stca_code`, STCA_OK being 0, and leaves a one-line message for
- * stca_last_error(). What a caller passes in stays the caller's: it is read during the call and not kept. What is
+ * stca_last_error(). No exception leaves any function. What a caller passes in stays the caller's: it is read during the call and not kept. What is
  * given out as a handle is released by the function named beside it. Sessions and bundles may be used from many
  * threads at once; a handle must not be released while another thread uses it. In a child of fork(), a session of the
  * parent answers STCA_FORKED_ERROR, and releasing it does nothing.
@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 #if defined(__GNUC__)
-#define STCA_API __attribute__((visibility("default")))
+#define STCA_API __attribute__((visibility("default"), nothrow))
 #else
 #define STCA_API
 #endif
@@ -206,8 +206,8 @@ typedef struct stca_cache_stats {
 } stca_cache_stats;
 
 /* Defaults: 1 GiB of states, 64 CUDA graphs, 1048576 targets, everything else off. `size` is the caller's
- * sizeof(stca_options): a library that knows more fields leaves alone what lies behind the caller's. stca_options_init passes it along; the
- * function of that name is for programs that were compiled before the struct grew. */
+ * sizeof(stca_options): a library that knows more fields leaves alone what lies behind the caller's. stca_options_init
+ * passes it along; the function of that name is for programs that were compiled before the struct grew. */
 STCA_API void stca_options_init_sized(stca_options* options, size_t size);
 #define stca_options_init(options) stca_options_init_sized((options), sizeof(stca_options))
 
