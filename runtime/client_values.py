@@ -40,7 +40,7 @@ def array_of(name: str, value: ArrayLike) -> Array:
     if isinstance(value, np.ma.MaskedArray):
         raise RequestError(f"{name}: is a masked array; fill it or leave the masked rows out")
     try:
-        found = np.asarray(value)
+        found = value if type(value) is np.ndarray else np.asarray(value)
     except Exception as e:  # whatever the code of a client's object raises
         said = " ".join(str(e).split())[:200]
         if "inhomogeneous" in said:
@@ -96,21 +96,26 @@ def key_of(what: str, value: Hashable, depth: int = 0) -> Hashable:
     raise RequestError(f"{what} {quoted(value)}: cannot be the key of a user's state; use a string or an integer")
 
 
-def mapping_of(what: str, value: Any) -> Mapping[str, Any]:
+def mapping_of(what: str, value: Any) -> dict[str, Any]:
     """Inputs by name.
 
     Raises:
         RequestError: when it is no mapping, or a name is no text.
     """
+    found = value if type(value) is dict else _dict_of(what, value)
+    for name in found:
+        if type(name) is not str:
+            raise RequestError(f"{what}: has the name {quoted(name)}, expected text")
+    return found
+
+
+def _dict_of(what: str, value: Any) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
         raise RequestError(f"{what}: is {type(value).__name__:.40}, expected the model's inputs by name")
     try:
-        found = value if type(value) is dict else dict(value)
+        return dict(value)
     except Exception as e:  # whatever the code of a client's object raises
         raise RequestError(f"{what}: {type(value).__name__:.40} cannot be read; send a dict") from e
-    if wrong := [name for name in found if type(name) is not str]:
-        raise RequestError(f"{what}: has the name {quoted(wrong[0])}, expected text")
-    return found
 
 
 def labels_of(what: str, labels: Any, requests: int) -> Sequence[Hashable]:

@@ -166,7 +166,10 @@ class Model:
         scores: list[Array] = []
         for run in runs:
             deadline.check()
-            scores += self._score(states[run], rows[run])
+            if all(self.targets(row) == 0 for row in rows[run]):  # of a batch whose other requests have some
+                scores += [self.none() for _ in rows[run]]
+            else:
+                scores += self._score(states[run], rows[run])
         return scores
 
     def _sizes(self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]]) -> list[dict[str, int]]:
@@ -178,24 +181,15 @@ class Model:
         ]
 
     def _score(self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]]) -> list[Array]:
-        if all(self.targets(row) == 0 for row in rows):  # of a batch whose other requests have some
-            return [self.none() for _ in rows]
-        feeds: dict[str, StateArray] = {**self._pack(rows)}
-        if len(states) == 1:
-            if self._shared:
-                self._check_shared(states[0], rows[0])
-            feeds |= states[0].tensors
-        else:
-            tokens = np.cumsum([0, *(s.tokens for s in states)])
-            for spec in self.manifest.state:
-                parts = [s.tensors[spec.name] for s in states]
-                feeds[spec.name] = tokens.astype(spec.dtype) if self._is_offsets(spec) else join(parts)
-        outputs = self.scorer.run({n: feeds[n] for n in self._taken})
-        specs = self.manifest.graphs["target_scorer"].outputs
-        scores = scores_of([outputs[s.name] for s in specs])
+        state = self._joined(states)
+        if len(states) == 1 and self._shared:
+            self._check_shared(states[0], rows[0])
+        row = self._pack(rows)
+        outputs = self.scorer.run({n: state[n] if n in state else row[n] for n in self._taken})
+        scores = scores_of([outputs[n] for n in self._given])
         self._check_count(scores, rows)
         if self.check_finite and not all_finite(scores):
-            wrong = next(s.name for s in specs if not np.isfinite(outputs[s.name]).all())
+            wrong = next(n for n in self._given if not np.isfinite(outputs[n]).all())
             raise EngineError(
                 f"output {wrong!r} of the target scorer is not finite for {int((~np.isfinite(scores)).sum())} of "
                 f"{scores.size} scores; look for overflow or for NaN in the weights, or load with check_finite=False"
@@ -211,6 +205,11 @@ class Model:
     def _taken(self) -> tuple[str, ...]:
         """Inputs of the target scorer."""
         return tuple(s.name for s in self.manifest.graphs["target_scorer"].inputs)
+
+    @cached_property
+    def _given(self) -> tuple[str, ...]:
+        """Outputs of the target scorer."""
+        return tuple(s.name for s in self.manifest.graphs["target_scorer"].outputs)
 
     @cached_property
     def _shared(self) -> tuple[tuple[str, str, int, str, int], ...]:
@@ -245,10 +244,20 @@ class Model:
                 "input, or export the model anew"
             )
 
-    def _pack(self, rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    def _joined(self, states: Sequence[UserState]) -> Mapping[str, StateArray]:
+        """The tensors of several users' states as one ragged batch."""
+        if len(states) == 1:
+            return states[0].tensors
+        tokens = np.cumsum([0, *(s.tokens for s in states)])
+        return {
+            s.name: tokens.astype(s.dtype) if self._is_offsets(s) else join([one.tensors[s.name] for one in states])
+            for s in self.manifest.state
+        }
+
+    def _pack(self, rows: Sequence[Mapping[str, Array]]) -> Mapping[str, Array]:
         """Admitted inputs of several requests as one ragged batch."""
         if len(rows) == 1:
-            return dict(rows[0])
+            return rows[0]
         return {
             name: np.cumsum([0, *(r[name][-1] for r in rows)]).astype(first.dtype)
             if name in self.door.offsets

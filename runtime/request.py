@@ -10,10 +10,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stca.arrays import FEW, Array, all_finite
+from stca.arrays import Array
 from stca.errors import RequestError
-from stca.manifest import OFFSETS, TARGETS, TOKENS, USERS, Manifest, TensorSpec, packable
+from stca.manifest import OFFSETS, TARGETS, TOKENS, USERS, Manifest, packable
 from stca.runtime.client_values import array_of, key_of, labels_of, mapping_of, quoted
+from stca.runtime.input_check import InputCheck, Limits, Sizes
 from stca.runtime.padding import History
 
 # Most targets scored together unless a session says otherwise: so many need gigabytes.
@@ -66,23 +67,21 @@ class Door:
 
     def __init__(self, manifest: Manifest, *, truncate: bool = False, max_targets: int = MOST_TARGETS) -> None:
         self.inputs = {s.name: s for s in manifest.graphs["request"].inputs}
-        self._dtypes = {
-            s.name: np.dtype(s.dtype) for s in self.inputs.values()
-        }  # made anew, they cost as much as checks
         self.offsets = {s.name: s for s in self.inputs.values() if s.shape == (OFFSETS,)}
         self.ragged = packable(manifest.graphs["request"].inputs)
         # One row of users and requests, a row per target: several users are stacked, and run one after the other.
         self.stacked = bool(self.inputs) and all(
             s.shape[:1] == (TARGETS if s.scope == "target" else 1,) for s in self.inputs.values()
         )
-        self._min_history, self._max_history = manifest.min_history, manifest.max_history
-        self._truncate, self._max_targets = truncate, max_targets
+        self.limits = Limits(manifest.max_history, truncate, max_targets)
         self.histories = [
             History(p, self.inputs, manifest.min_history, manifest.max_history, truncate)
             for p in manifest.padding or ()
         ]
+        self._min_history = manifest.min_history
+        self._checks = {n: InputCheck(s, self.limits) for n, s in self.inputs.items() if n not in self.offsets}
         self._names: dict[tuple[str, ...], tuple[str, ...]] = {}  # asked for several times per request
-        self._bounds = {n: _bounds(self.inputs[n], dtype) for n, dtype in self._dtypes.items() if dtype.kind in "iu"}
+        self._no_user = frozenset(self.names("request", "target"))
         self._lengths = [s for s in self.inputs.values() if s.length_of is not None]
 
     def names(self, *scopes: str) -> tuple[str, ...]:
@@ -92,38 +91,35 @@ class Door:
             self._names[scopes] = tuple(found)
         return self._names[scopes]
 
-    def admit(self, inputs: Mapping[str, ArrayLike], *scopes: str) -> dict[str, Array]:
-        """Check one request's inputs of `scopes` and return them as contiguous arrays, offsets included.
+    def has_user(self, inputs: dict[str, ArrayLike]) -> bool:
+        """Whether anything is sent that is not the request's or its targets'."""
+        return not inputs.keys() <= self._no_user
+
+    def admit(self, inputs: dict[str, ArrayLike], *scopes: str) -> dict[str, Array]:
+        """Check one request's inputs of `scopes` and return them as contiguous arrays, offsets included. Of inputs of
+        other scopes only the names are looked at.
 
         Raises:
             RequestError: naming the input, the value and the limit.
         """
-        names = self.names(*scopes)
-        for name in inputs:
-            if name in self.offsets:
-                raise RequestError(f"{name}: is made by the runtime for a single request; leave it out")
-            if name not in self.inputs:
-                known = ", ".join(self.names(*_ALL))
-                raise RequestError(f"{quoted(name)}: the model has no such input; it takes {known:.600}")
-        sizes: dict[str, tuple[int, str]] = {USERS: (1, "one request")} if self.offsets else {}
-        arrays: dict[str, Array] = {}
+        if not inputs.keys() <= self._checks.keys():
+            raise self._unknown(inputs)
         if self.histories and "user" in scopes:
             inputs = {**inputs, **self._completed(inputs)}
-        shared: list[str] = []
-        for name in names:
+        sizes: Sizes = {USERS: (1, "one request")} if self.offsets else {}
+        arrays: dict[str, Array] = {}
+        of_any_target: list[tuple[InputCheck, Array]] = []
+        for name in self.names(*scopes):
             if name not in inputs:
                 raise RequestError(f"{name}: is missing; the model needs it ({self.inputs[name].scope} input)")
-            spec = self.inputs[name]
-            raw = self._of_kind(spec, inputs[name])
-            if raw.ndim < len(spec.shape) and _for_any_target(spec, raw):
-                shared.append(name)
-                inputs = {**inputs, name: raw}
-                continue
-            arrays[name] = self._array(spec, raw, sizes)
-        for name in shared:
-            raw, spec = np.asarray(inputs[name]), self.inputs[name]
-            count = sizes.get(str(spec.shape[0]), (1, ""))[0]
-            arrays[name] = self._array(spec, np.broadcast_to(raw, (count, *raw.shape)), sizes)
+            check = self._checks[name]
+            raw = check.of_kind(inputs[name])
+            if check.for_any_target(raw):
+                of_any_target.append((check, raw))
+            else:
+                arrays[name] = check.array(raw, sizes)
+        for check, raw in of_any_target:
+            arrays[check.name] = check.array(check.repeated(raw, sizes), sizes)
         for spec in self._lengths:
             if spec.name in arrays and (of := str(spec.length_of)) in sizes:
                 _check_length(spec.name, arrays[spec.name], *sizes[of])
@@ -134,6 +130,14 @@ class Door:
                 rows = sizes.get(TOKENS if spec.scope == "user" else TARGETS, (0, ""))[0]
                 arrays[spec.name] = np.array([0, rows], dtype=spec.dtype)
         return arrays
+
+    def _unknown(self, inputs: Mapping[str, ArrayLike]) -> RequestError:
+        """What to say of the first input that is not the client's to send."""
+        name = next(n for n in inputs if n not in self._checks)
+        if name in self.offsets:
+            return RequestError(f"{name}: is made by the runtime for a single request; leave it out")
+        known = ", ".join(self.names(*_ALL))
+        return RequestError(f"{quoted(name)}: the model has no such input; it takes {known:.600}")
 
     def why_not_appendable(self) -> str:
         """Why new events are not appended, of a bundle whose states cannot be."""
@@ -233,116 +237,26 @@ class Door:
         """The inputs of all histories as the model takes them; integers and the like are checked where they stand."""
         made: dict[str, Array] = {}
         for history in self.histories:
-            sent = {n: self._of_kind(self.inputs[n], inputs[n]) for n in history.names if n in inputs}
+            sent = {n: self._checks[n].of_kind(inputs[n]) for n in history.names if n in inputs}
             for name, raw in sent.items():
-                self._values(self.inputs[name], raw, self._dtypes[name])
+                self._checks[name].check_values(raw)
             made |= history.complete(sent)
         return made
 
-    def _of_kind(self, spec: TensorSpec, value: ArrayLike) -> Array:
-        """What was sent as an array of the input's kind."""
-        raw = array_of(spec.name, value)
-        wanted = self._dtypes[spec.name]
-        if raw.size == 0 and raw.dtype == np.float64:
-            raw = raw.astype(wanted)  # an empty list has no dtype of its own
-        if raw.shape == (0,) and len(spec.shape) > 1 and isinstance(spec.shape[0], str):
-            raw = raw.reshape(
-                0, *(n if isinstance(n, int) else 0 for n in spec.shape[1:])
-            )  # nor does it say more sizes
-        fits = raw.dtype.kind in "iu" if wanted.kind in "iu" else raw.dtype.kind == wanted.kind
-        if not fits:
-            raise RequestError(f"{spec.name}: has dtype {raw.dtype!s:.60}, expected {spec.dtype}")
-        return raw
-
-    def _array(self, spec: TensorSpec, raw: Array, sizes: dict[str, tuple[int, str]]) -> Array:
-        wanted = self._dtypes[spec.name]
-        if spec.shape and raw.ndim == len(spec.shape) - 1 and 1 in (spec.shape[0], *sizes.get(str(spec.shape[0]), ())):
-            raw = raw[np.newaxis]  # one user's value, given without the batch axis
-        if raw.ndim != len(spec.shape):
-            raise RequestError(f"{spec.name}: has shape {list(raw.shape)}, expected {shape_of(spec)}")
-        for n, size in zip(raw.shape, spec.shape, strict=True):
-            expected, because = sizes.setdefault(size, (n, spec.name)) if isinstance(size, str) else (size, "the model")
-            if n != expected:
-                like = "" if isinstance(size, int) else f" with {size} = {expected} as in {because}"
-                raise RequestError(f"{spec.name}: has shape {list(raw.shape)}, expected {shape_of(spec)}{like}")
-            if size == TARGETS:
-                self.check_targets(n, spec.name)
-            elif size == TOKENS and not self._truncate:
-                self._check_history(n, spec.name)  # before its values are looked at
-        self._values(spec, raw, wanted)
-        return np.ascontiguousarray(raw, dtype=wanted)
-
-    def _values(self, spec: TensorSpec, raw: Array, wanted: np.dtype[Any]) -> None:
-        if raw.size == 0:
-            return
-        if wanted.kind == "f":
-            asked = raw if raw.dtype == wanted else _as(raw, wanted)
-            if not all_finite(asked):
-                where = np.unravel_index(int(np.argmin(np.isfinite(asked))), raw.shape)
-                raise RequestError(
-                    f"{spec.name}: holds {raw[where]} at {list(map(int, where))}; values must be finite as {wanted}"
-                )
-        elif wanted.kind in "iu":
-            low, high, any_will_do = self._bounds[spec.name]
-            if not (any_will_do and raw.dtype == wanted) and _beyond(raw, low, high):
-                outside = np.argmax((raw < low) | (raw > high))
-                where = np.unravel_index(int(outside), raw.shape)
-                raise RequestError(
-                    f"{spec.name}: holds {raw[where]} at {list(map(int, where))}; it must be in [{low}, {high}]"
-                )
-
-    def check_targets(self, targets: int, name: str) -> None:
-        """Raises RequestError when these are too many targets for a request, or for a batch together."""
-        if targets > self._max_targets:
-            raise RequestError(
-                f"{name}: has {targets} targets, the limit is {self._max_targets}; send fewer at once, or load the "
-                "session with max_targets"
-            )
-
-    def _check_history(self, tokens: int, name: str) -> None:
-        if self._max_history is not None and tokens > self._max_history:
-            raise RequestError(
-                f"{name}: has {tokens} tokens, the limit is {self._max_history}; send the most recent ones, or load "
-                "the session with truncate=True"
-            )
-
-    def _limit_history(self, arrays: dict[str, Array], sizes: dict[str, tuple[int, str]]) -> None:
+    def _limit_history(self, arrays: dict[str, Array], sizes: Sizes) -> None:
         if TOKENS not in sizes:
             return
         tokens, name = sizes[TOKENS]
         if tokens < (self._min_history or 0):
             raise RequestError(f"{name}: has {tokens} tokens, the model needs at least {self._min_history}")
-        if self._max_history is None or tokens <= self._max_history:
+        most = self.limits.max_history
+        if most is None or tokens <= most:
             return
         for key in self.names("user"):
             if TOKENS in (shape := self.inputs[key].shape):
-                recent = np.arange(tokens - self._max_history, tokens)
+                recent = np.arange(tokens - most, tokens)
                 arrays[key] = arrays[key].take(recent, axis=shape.index(TOKENS))
-        sizes[TOKENS] = (self._max_history, name)
-
-
-def _bounds(spec: TensorSpec, dtype: np.dtype[Any]) -> tuple[int, int, bool]:
-    """The least and the largest value of an integer input, and whether that is all its dtype has."""
-    least, most = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
-    low = max(least, spec.low if spec.low is not None else 0 if spec.limit else least)
-    high = min(most, spec.limit - 1 if spec.limit else most)  # beyond its dtype a value would be another one
-    return low, high, low <= least and high >= most
-
-
-def _beyond(raw: Array, low: int, high: int) -> bool:
-    """Whether a value lies outside; of a few values, looking at each is quicker than two reductions."""
-    values = raw.ravel().tolist() if raw.size <= FEW else (raw.min(), raw.max())
-    return bool(min(values) < low or max(values) > high)
-
-
-def _as(raw: Array, wanted: np.dtype[Any]) -> Array:
-    with np.errstate(over="ignore"):
-        return raw.astype(wanted)
-
-
-def _for_any_target(spec: TensorSpec, raw: Array) -> bool:
-    """Whether it is one target's value, without the axis of targets: the only target's, or that of all."""
-    return spec.scope == "target" and raw.ndim == len(spec.shape) - 1 and isinstance(spec.shape[0], str)
+        sizes[TOKENS] = (most, name)
 
 
 def _check_length(name: str, values: Array, size: int, of: str) -> None:
@@ -375,11 +289,6 @@ def _offsets(name: str, batch: RequestBatch) -> list[int]:
         raise RequestError(f"{name}: goes backwards at {i + 1}, from {offsets[i]} to {offsets[i + 1]}")
     found: list[int] = offsets.tolist()
     return found
-
-
-def shape_of(spec: TensorSpec) -> str:
-    """An input's shape for a message."""
-    return "[" + ", ".join(map(str, spec.shape)) + "]"
 
 
 def _described(x: Array) -> str:

@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -179,13 +179,14 @@ class Session:
             raise RequestError(f"score takes a Request or a RequestBatch, got {type(request).__name__}")
         model = self._running()
         requests = model.door.unpack(request) if isinstance(request, RequestBatch) else [request]
-        rows = [model.door.admit(_without(r.inputs, model.door.names("user")), "request", "target") for r in requests]
+        sent = [mapping_of("inputs", r.inputs) for r in requests]
+        rows = [model.door.admit(inputs, "request", "target") for inputs in sent]
         targets = [model.targets(row) for row in rows]
         if not any(n != 0 for n in targets):  # nothing is run, and nobody encoded, for no scores
             return Answer(model.none(), (False,) * len(rows), {"check": time.perf_counter() - began})
         if len(rows) > 1:
-            model.door.check_targets(sum(n or 0 for n in targets), "targets of all requests")
-        found = [self._states.find(model, r.inputs, r.user, r.version) for r in requests]
+            model.door.limits.check_targets(sum(n or 0 for n in targets), "targets of all requests")
+        found = [self._states.find(model, x, r.user, r.version) for x, r in zip(sent, requests, strict=True)]
         checked = time.perf_counter() - began
         asked = [Asked(model, one, row) for one, row in zip(found, rows, strict=True)]
         if self._batcher is not None and len(asked) == 1:
@@ -227,7 +228,7 @@ class Session:
         if not model.manifest.appendable:
             raise RequestError(f"{model.door.why_not_appendable()}; send the whole history with a new version")
         user, version = plain_key(user, version)
-        events, names = _without(events, ()), model.door.names("user")
+        events, names = mapping_of("inputs", events), model.door.names("user")
         once = {n: model.door.placeholder(n) for n in names if model.door.inputs[n].shape[:1] != (TOKENS,)}
         if given := [n for n in events if n in once or n in model.door.names("request", "target")]:
             raise RequestError(f"{given[0]}: is no part of an event; append takes the per-token user inputs alone")
@@ -385,7 +386,3 @@ def _told(bundle: str | os.PathLike[str], model: Model, began: float) -> str:
     engines = ", ".join(dict.fromkeys((model.encoder.name, model.scorer.name)))
     seconds = time.perf_counter() - began
     return f"{quoted(os.fspath(bundle))}: weights {model.manifest.weights[:12]}, {engines}, in {seconds:.2f} s"
-
-
-def _without(inputs: Mapping[str, ArrayLike], names: Sequence[str]) -> dict[str, ArrayLike]:
-    return {n: x for n, x in mapping_of("inputs", inputs).items() if n not in names}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -157,11 +157,13 @@ class StateStore:
             self.file.close()
         self.memory.close()
 
-    def count(self, hits: Mapping[str, int], misses: Mapping[str, int]) -> None:
-        """Count requests of users: those with a state, by where it was, and encodings, by why there was none."""
+    def count(self, *, hits: Sequence[str] = (), misses: Sequence[str] = ()) -> None:
+        """Count requests of users: where the state of each was, and of encodings why there was none."""
         with self._lock:
-            self._hits.update(hits)
-            self._misses.update(misses)
+            for came in hits:
+                self._hits[came] += 1
+            for why in misses:
+                self._misses[why] += 1
 
     def count_made(self, *, warmed: int = 0, appended_bytes: int | None = None) -> None:
         """Count states made ahead, or one append and what it wrote."""

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from stca.errors import BundleError
 from stca.manifest import GraphSpec, Manifest
-from stca.runtime.request import shape_of
+from stca.runtime.input_check import shape_of
 
 
 def check_swap(bundle: object, served: Manifest, other: Manifest) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -48,31 +47,31 @@ class UserStates:
         self._store, self._check_versions = store, check_versions
         self._flights = Flights()
 
-    def find(self, model: Model, inputs: Mapping[str, ArrayLike], user: Hashable, version: Hashable) -> Found:
+    def find(self, model: Model, inputs: dict[str, ArrayLike], user: Hashable, version: Hashable) -> Found:
         """The state kept for this version of a user's history, or else the history, checked.
 
         Raises:
             RequestError: when an input is wrong; HistoryNeededError where neither is there.
         """
-        others = model.door.names("request", "target")
-        sent = {n: x for n, x in inputs.items() if n not in others}
         user, version = plain_key(user, version)
         if user is None:
-            return Found(None, None, model.door.admit(sent, "user"))
+            return Found(None, None, model.door.admit(inputs, "user"))
         if version is None:
-            arrays = model.door.admit(sent, "user")
+            arrays = model.door.admit(inputs, "user")
             key = model.key(user, model.door.digest(arrays))
             held, came = self._store.look_up(key)
             return Found(key, held, arrays, came)
         key = model.key(user, version)
         held, came = self._store.look_up(key)
-        if held is None and not sent and model.door.names("user"):
+        if held is not None:
+            if self._check_versions and model.door.has_user(inputs):
+                self._check_version(model, key, held, model.door.admit(inputs, "user"))
+            return Found(key, held, None, came)
+        if model.door.names("user") and not model.door.has_user(inputs):
             if not self._flights.under_way(key):
                 raise _history_needed(key)
             return Found(key, None, None, came)
-        if held is not None and self._check_versions and sent:
-            self._check_version(model, key, held, model.door.admit(sent, "user"))
-        return Found(key, held, None if held is not None else model.door.admit(sent, "user"), came)
+        return Found(key, None, model.door.admit(inputs, "user"), came)
 
     def _check_version(self, model: Model, key: StateKey, held: UserState, sent: Mapping[str, Array]) -> None:
         if held.history not in (None, model.door.digest(sent)):
@@ -87,28 +86,28 @@ class UserStates:
         """Of each request, the kept state or a new one, and whether there was one to be had; a user with several
         requests in the batch is encoded once.
         """
-        at_hand = Counter(one.came for one in found if one.state is not None)
-        self._store.count(at_hand, {})
-        if at_hand.total() == len(found):
+        at_hand = [one.came for one in found if one.state is not None]
+        self._store.count(hits=at_hand)
+        if len(at_hand) == len(found):
             return [one.state for one in found if one.state is not None], (True,) * len(found)
-        states, own = self._made(model, found, deadline, lambda begun: self._store.count({}, begun))
+        states, own = self._made(model, found, deadline, lambda begun: self._store.count(misses=begun))
         misses: set[StateKey] = set()
         hits = []
         for key, held, *_ in found:
             hits.append(key is not None and (held is not None or key not in own or key in misses))
             if key is not None and held is None and key in own:
                 misses.add(key)
-        if joined := sum(hits) - at_hand.total():
-            self._store.count({JOINED: joined}, {})
+        if joined := sum(hits) - len(at_hand):
+            self._store.count(hits=[JOINED] * joined)
         return states, tuple(hits)
 
     def make_ahead(self, model: Model, found: Found, deadline: Deadline) -> bool:
         """Make the state before a request asks for it; whether it is kept."""
-        self._made(model, [found], deadline, lambda begun: self._store.count_made(warmed=sum(begun.values())))
+        self._made(model, [found], deadline, lambda begun: self._store.count_made(warmed=len(begun)))
         return found.key is not None and self._store.memory.get(found.key) is not None
 
     def _made(
-        self, model: Model, found: Sequence[Found], deadline: Deadline, count: Callable[[Mapping[str, int]], None]
+        self, model: Model, found: Sequence[Found], deadline: Deadline, count: Callable[[Sequence[str]], None]
     ) -> tuple[list[UserState], set[StateKey | int]]:
         """Each one's state, and which were encoded by this call; `count` is told of encodings
         when they begin, by why there was no state."""
@@ -121,7 +120,7 @@ class UserStates:
             users = [one.history for one in those if one.history is not None]
             if len(users) < len(those):  # another call was making it, and failed
                 raise _history_needed(next(one.key for one in those if one.history is None and one.key is not None))
-            count(Counter(one.came for one in those if one.key is not None))
+            count([one.came for one in those if one.key is not None])
             states = model.encode(users, deadline)
             if not self._check_versions:
                 return states

@@ -17,7 +17,11 @@ FEW: Final = 64
 
 def all_finite(x: Array) -> bool:
     """Whether no value is NaN or infinite."""
-    return all(map(math.isfinite, x.ravel().tolist())) if x.size <= FEW else bool(np.isfinite(x).all())
+    if x.size > FEW:
+        return bool(np.isfinite(x).all())
+    values = x.ravel().tolist()
+    # NaN and infinity stay in a sum; one that is neither may still overflow, and then each value is looked at.
+    return math.isfinite(sum(values)) or all(map(math.isfinite, values))
 
 
 # Told each step of long work as it starts.

@@ -24,6 +24,15 @@ std::string tuple_text(const Shape& shape) {
   return shape.rank == 1 ? text + ")" : text;
 }
 
+/// What to do about several values of an input of which a request has one: they may have been meant for targets.
+std::string advice(const TensorSpec& spec, const Shape& shape) {
+  const int rank = static_cast<int>(spec.shape.size());
+  const bool row = rank > 0 && (spec.shape[0].size == 1 || spec.rows_are(users_symbol));
+  const bool once = rank < shape.rank || (rank == shape.rank && row);
+  if (spec.scope != STCA_REQUEST || !once || shape[0] == 1) return "";
+  return "; it has one value per request: make it a target input if it differs between targets";
+}
+
 }  // namespace
 
 Door::Door(const Manifest& manifest, std::optional<std::int64_t> window, bool truncate, std::int64_t max_targets)
@@ -266,7 +275,7 @@ Array Door::array(std::size_t index, Array raw, Sizes& sizes) const {
     raw.shape = shape;
   }
   if (raw.shape.rank != rank) {
-    request_error(spec.name, ": has shape ", raw.shape.text(), ", expected ", spec.shape_text());
+    request_error(spec.name, ": has shape ", raw.shape.text(), ", expected ", spec.shape_text(), advice(spec, raw.shape));
   }
   for (int i = 0; i < rank; ++i) {
     const Axis& axis = spec.shape[static_cast<std::size_t>(i)];
@@ -281,7 +290,8 @@ Array Door::array(std::size_t index, Array raw, Sizes& sizes) const {
     }
     const std::string like =
         symbol < 0 ? "" : " with " + axis.symbol + " = " + std::to_string(bound.size) + " as in " + bound.because;
-    request_error(spec.name, ": has shape ", raw.shape.text(), ", expected ", spec.shape_text(), like);
+    request_error(spec.name, ": has shape ", raw.shape.text(), ", expected ", spec.shape_text(), like,
+                  advice(spec, raw.shape));
   }
   return checked(spec, raw);
 }

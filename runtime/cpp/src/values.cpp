@@ -63,20 +63,25 @@ void check_finite(const TensorSpec& spec, const Array& array, const Array& given
 
 void check_range(const TensorSpec& spec, const Array& array) {
   if (spec.limit == 0 && !spec.low && array.dtype == spec.dtype) return;
-  std::int64_t low = 0;
-  std::uint64_t high = 0;
+  std::int64_t least = 0;
+  std::uint64_t most = 0;
   visit_integer(spec.dtype, [&](auto type) {  // beyond its type a value would be another one
-    const auto least = static_cast<std::int64_t>(std::numeric_limits<decltype(type)>::min());
-    low = spec.low ? std::max(least, *spec.low) : spec.limit == 0 ? least : 0;
-    high = static_cast<std::uint64_t>(std::numeric_limits<decltype(type)>::max());
+    least = static_cast<std::int64_t>(std::numeric_limits<decltype(type)>::min());
+    most = static_cast<std::uint64_t>(std::numeric_limits<decltype(type)>::max());
   });
-  if (spec.limit > 0) high = std::min(high, static_cast<std::uint64_t>(spec.limit - 1));
+  const std::int64_t low = spec.low ? std::max(least, *spec.low) : spec.limit == 0 ? least : std::max<std::int64_t>(least, 0);
+  const std::uint64_t high = spec.limit > 0 ? std::min(most, static_cast<std::uint64_t>(spec.limit - 1)) : most;
   visit_integer(array.dtype, [&](auto type) {
     const auto* data = static_cast<const decltype(type)*>(array.data);
     const std::size_t count = array.shape.elements(), at = first_outside(data, count, low, high);
     if (at == count) return;
-    request_error(spec.name, ": holds ", +data[at], " at ", place_of(at, array.shape), "; it must be in [", low, ", ",
-                  high, "]");
+    const bool below = data[at] < 0 ? static_cast<std::int64_t>(data[at]) < low
+                                    : low > 0 && static_cast<std::uint64_t>(data[at]) < static_cast<std::uint64_t>(low);
+    // A limit that is the type's alone tells nobody anything.
+    std::string allowed = "in [" + std::to_string(low) + ", " + std::to_string(high) + "]";
+    if (!below && low == least && high < most) allowed = "at most " + std::to_string(high);
+    if (below && high == most && low > least) allowed = "at least " + std::to_string(low);
+    request_error(spec.name, ": holds ", +data[at], " at ", place_of(at, array.shape), "; it must be ", allowed);
   });
 }
 

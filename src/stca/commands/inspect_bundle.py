@@ -156,6 +156,7 @@ def _parity(m: Manifest) -> str:
     return (
         f"parity at export: {verdict}, {len(stages)} stages against {m.parity.get('reference')}, "
         f"largest error {worst['max_abs']:.2e} ({worst['name']})"
+        + "".join(f"\n  left out: {what}" for what in m.parity.get("left_out") or ())
     )
 
 

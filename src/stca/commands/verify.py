@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         f"{s.topk_overlap:6.3f}{'' if s.passed else '  FAILED'}"
         for s in report.stages
     ]
+    lines += [f"left out: {what}" for what in report.left_out]
     lines.append(f"cached {100 * bundle.manifest.cached:.1f} % of the work")
     emit(args, report.as_dict(), "\n".join([*lines, f"{'passed' if report.passed else 'FAILED'} ({report.reference})"]))
     return 0 if report.passed else 1

@@ -18,6 +18,7 @@ from support.errors import one_line
 from stca.bundle import Bundle, seal, sha256_of
 from stca.checks.tolerance import StageParity, Tolerance, compare
 from stca.checks.verify import ParityReport, prove, verify
+from stca.commands import main
 from stca.errors import BundleError, ParityError
 from stca.export.pipeline import split_onnx
 from stca.export.reference.checkpoint import Checkpoint
@@ -229,6 +230,22 @@ def test_every_output_is_compared(tmp_path):
     probes = (((6, 5),),)
     assert verify(bundle, probes=probes).passed
     assert not verify(rewrite(tmp_path / "B", "target_scorer", nudge("two", 0.5)), probes=probes).passed
+
+
+def test_a_request_that_the_model_itself_has_no_scores_for_is_left_out_and_told(tmp_path, capsys):
+    """To most models the least id is no event; this one divides by it."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 18]> g (int64[N_h] u, float[N_t] t) => (float[N_t] y)'
+        " { f = Cast <to = 1> (u) r = Reciprocal (f) s = ReduceSum <keepdims = 0> (r) y = Mul (t, s) }"
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    bundle = split_onnx(tmp_path / "m.onnx", {"u": "user", "t": "target"}, tmp_path / "B", prove=prove)
+    assert main(["inspect", str(bundle.path)]) == main(["verify", str(bundle.path)]) == 0
+    assert capsys.readouterr().out.count("left out: a request whose user inputs hold the least integer") == 2
+
+
+def test_nothing_is_left_out_of_other_models(bundle_dir):
+    assert verify(Bundle.load(bundle_dir)).left_out == ()
 
 
 def test_an_attention_form_that_does_not_exist(copy):

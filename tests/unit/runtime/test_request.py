@@ -399,6 +399,42 @@ def test_an_id_that_its_dtype_does_not_hold_is_refused_whatever_the_limit():
         door.admit({"target_item": [300]}, *ALL)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "low", "limit", "value", "said"),
+    [
+        ("int32", -(2**31), 51, 60, "holds 60 at [0]; it must be at most 50"),
+        ("uint8", None, 51, 60, "holds 60 at [0]; it must be at most 50"),
+        ("int64", 1, None, 0, "holds 0 at [0]; it must be at least 1"),
+        ("int32", -1, None, -2, "holds -2 at [0]; it must be at least -1"),
+        # Of the side that is the dtype's own, it is the dtype that is told.
+        ("int32", -1, None, 2**31, f"it must be in [-1, {2**31 - 1}]"),
+        ("uint8", None, 51, -1, "it must be in [0, 50]"),
+        ("int8", None, None, 300, "it must be in [-128, 127]"),
+        ("int64", 1, 51, 60, "it must be in [1, 50]"),
+    ],
+)
+def test_a_value_out_of_range_is_told_the_limit_that_it_breaks(dtype, low, limit, value, said):
+    door = Door(manifest((TensorSpec("item", dtype, ("N_t",), "target", limit, low=low),)))
+    with one_line(RequestError, "item: ", said):
+        door.admit({"item": [value]}, *ALL)
+
+
+@pytest.mark.parametrize("shape", [(1,), (), ("B",), (1, 2)])
+def test_a_value_for_each_target_of_an_input_that_requests_have_once_is_told_what_to_do(shape):
+    specs = (TensorSpec("device", "int64", shape, "request"), TensorSpec("item", "int64", ("N_t",), "target"))
+    value = np.zeros((3, 2) if len(shape) == 2 else 3, np.int64)
+    offsets = TensorSpec("target_offsets", "int32", ("B_plus_1",), "target")
+    with one_line(RequestError, "device: has shape [3", "one value per request", "a target input"):
+        Door(manifest((*specs, offsets))).admit({"device": value, "item": [1, 2, 3]}, *ALL)
+
+
+@pytest.mark.parametrize(("scope", "shape", "value"), [("request", (2,), 3), ("user", (1,), 3), ("target", (1,), 3)])
+def test_other_wrong_shapes_are_not_told_so(scope, shape, value):
+    door = Door(manifest((TensorSpec("x", "int64", shape, scope),)))
+    with pytest.raises(RequestError, match=r"x: has shape \[3\], expected \[\d\]$"):
+        door.admit({"x": [0] * value}, *ALL)
+
+
 def test_a_batch_of_more_requests_than_anyone_has_is_refused_at_once():
     inputs = {n: x[:0] for n, x in packed((1, 1)).items()}
     many = np.broadcast_to(np.int64(0), (10**6,))

@@ -714,6 +714,7 @@ def bad_cases() -> list[Any]:
     plain = [
         ("an axis of the model differs", _plain(profile=tensor("float32", [1.0, 2.0])), "profile", "[2]", "3"),
         ("too large for a narrow type", _plain(hour=tensor("int64", 2**31)), "hour", str(2**31), str(2**31 - 1)),
+        ("several for a number", _plain(hour=tensor("int32", [1, 2])), "hour", "[2]", "make it a target input"),
         ("a number for a table", _plain(clicks=tensor("float32", 1.0)), "clicks", "[]", "[L, 2]"),
     ]
     names = ("user_segment", "user_profile")
@@ -741,6 +742,13 @@ def bad_cases() -> list[Any]:
             bundle="rows",
         ),
         case("too low a value", score(_rows([[1, 1]], hour=0), refused("hour", "0", "[1, 23]")), bundle="rows"),
+        case(
+            "a request's value for each target",
+            score(
+                {**_rows([[1, 1]]), "hour": tensor("int32", [1, 2])}, refused("hour", "[2]", "one value per request")
+            ),
+            bundle="rows",
+        ),
         case("too long behind a batch axis", score(_rows([[1, 1]] * 3), refused("clicks", "3", "2")), bundle="rows"),
         case("no batches of this model", batch(_plain(), refused("one Request at a time")), bundle="plain"),
         case("no appending to this model", append("ann", {}, "v2", refused("append")), bundle="plain"),

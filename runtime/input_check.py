@@ -1,0 +1,191 @@
+"""One input of a model, and how what a client sends for it is checked. What that takes is made once, at load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from stca.arrays import FEW, Array, all_finite
+from stca.errors import RequestError
+from stca.manifest import TARGETS, TOKENS, USERS, TensorSpec
+from stca.runtime.client_values import array_of
+
+# By its name, how long a dimension of a request is, and which input said so first.
+Sizes = dict[str, tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a request may bring.
+
+    Attributes:
+        max_history: most history tokens; None for as many as the model takes.
+        truncate: whether a longer history is cut instead of refused.
+        max_targets: most targets of a request, or of a batch together.
+    """
+
+    max_history: int | None
+    truncate: bool
+    max_targets: int
+
+    def check_targets(self, targets: int, name: str) -> None:
+        """Raises RequestError when these are too many targets for a request, or for a batch together."""
+        if targets > self.max_targets:
+            raise RequestError(
+                f"{name}: has {targets} targets, the limit is {self.max_targets}; send fewer at once, or load the "
+                "session with max_targets"
+            )
+
+    def check_history(self, tokens: int, name: str) -> None:
+        """Raises RequestError when a history is too long, and may not be cut."""
+        if self.max_history is not None and tokens > self.max_history and not self.truncate:
+            raise RequestError(
+                f"{name}: has {tokens} tokens, the limit is {self.max_history}; send the most recent ones, or load "
+                "the session with truncate=True"
+            )
+
+
+class InputCheck:
+    """Checks one input.
+
+    Args:
+        spec: of the request graph.
+        limits: of requests.
+    """
+
+    def __init__(self, spec: TensorSpec, limits: Limits) -> None:
+        self.spec, self.name, self.dtype = spec, spec.name, np.dtype(spec.dtype)
+        self._limits, self._shape, self._rank = limits, spec.shape, len(spec.shape)
+        self._bounds = _Bounds.of(spec, self.dtype) if self.dtype.kind in "iu" else None
+        # Whether one target's value may stand for all of them, without the axis of targets.
+        self._of_targets = spec.scope == "target" and isinstance(next(iter(spec.shape), 0), str)
+
+    def of_kind(self, value: ArrayLike) -> Array:
+        """What was sent as an array of the input's kind.
+
+        Raises:
+            RequestError: when it is no array, or its dtype is of another kind.
+        """
+        raw = array_of(self.name, value)
+        if raw.dtype is not self.dtype:
+            if raw.size == 0 and raw.dtype == np.float64:
+                raw = raw.astype(self.dtype)  # an empty list has no dtype of its own
+            kind, wanted = raw.dtype.kind, self.dtype.kind
+            if not (kind in "iu" if wanted in "iu" else kind == wanted):
+                raise RequestError(f"{self.name}: has dtype {raw.dtype!s:.60}, expected {self.spec.dtype}")
+        if self._rank > 1 and raw.shape == (0,) and isinstance(self._shape[0], str):
+            raw = raw.reshape(
+                0, *(n if isinstance(n, int) else 0 for n in self._shape[1:])
+            )  # nor does it say more sizes
+        return raw
+
+    def for_any_target(self, raw: Array) -> bool:
+        """Whether it is one target's value, without the axis of targets: the only target's, or that of all."""
+        return self._of_targets and raw.ndim == self._rank - 1
+
+    def repeated(self, raw: Array, sizes: Sizes) -> Array:
+        """One target's value for as many targets as the other inputs have."""
+        count = sizes.get(str(self._shape[0]), (1, ""))[0]
+        return np.broadcast_to(raw, (count, *raw.shape))
+
+    def array(self, raw: Array, sizes: Sizes) -> Array:
+        """What was sent, of the right kind, as the contiguous array that graphs take.
+
+        Args:
+            raw: as `of_kind` gives it.
+            sizes: of the inputs that were looked at before; this one's are added.
+
+        Raises:
+            RequestError: naming the input, the value and the limit.
+        """
+        shape = self._shape
+        if raw.ndim == self._rank - 1 and 1 in (shape[0], *sizes.get(str(shape[0]), ())):
+            raw = raw[np.newaxis]  # one user's value, given without the batch axis
+        if raw.ndim != self._rank:
+            raise RequestError(
+                f"{self.name}: has shape {list(raw.shape)}, expected {shape_of(self.spec)}{self._advice(raw)}"
+            )
+        for n, size in zip(raw.shape, shape, strict=True):
+            expected, because = sizes.setdefault(size, (n, self.name)) if isinstance(size, str) else (size, "")
+            if n != expected:
+                like = f" with {size} = {expected} as in {because}" if because else ""
+                raise RequestError(
+                    f"{self.name}: has shape {list(raw.shape)}, expected {shape_of(self.spec)}{like}{self._advice(raw)}"
+                )
+            if size == TARGETS:
+                self._limits.check_targets(n, self.name)
+            elif size == TOKENS:
+                self._limits.check_history(n, self.name)  # before its values are looked at
+        self.check_values(raw)
+        return np.ascontiguousarray(raw, dtype=self.dtype)
+
+    def _advice(self, raw: Array) -> str:
+        """What to do about several values where a request has one: they may have been meant for targets."""
+        once = self._rank < raw.ndim or (self._rank == raw.ndim and self._shape[:1] in ((1,), (USERS,)))
+        if self.spec.scope != "request" or not once or len(raw) == 1:
+            return ""
+        return "; it has one value per request: make it a target input if it differs between targets"
+
+    def check_values(self, raw: Array) -> None:
+        """Raises RequestError when a value is not finite, or out of range."""
+        if self._bounds is not None:
+            if not (self._bounds.whole and raw.dtype is self.dtype) and raw.size:
+                self._check_range(raw, self._bounds)
+        elif self.dtype.kind == "f":
+            asked = raw if raw.dtype == self.dtype else _as(raw, self.dtype)
+            if not all_finite(asked):
+                where = np.unravel_index(int(np.argmin(np.isfinite(asked))), raw.shape)
+                raise RequestError(
+                    f"{self.name}: holds {raw[where]} at {list(map(int, where))}; values must be finite as {self.dtype}"
+                )
+
+    def _check_range(self, raw: Array, bounds: _Bounds) -> None:
+        # Of a few values, looking at each is quicker than two reductions.
+        values = raw.ravel().tolist() if raw.size <= FEW else (raw.min(), raw.max())
+        if min(values) < bounds.low or max(values) > bounds.high:
+            outside = int(np.argmax((raw < bounds.low) | (raw > bounds.high)))
+            where = np.unravel_index(outside, raw.shape)
+            said = bounds.said(int(raw[where]))
+            raise RequestError(f"{self.name}: holds {raw[where]} at {list(map(int, where))}; it must be {said}")
+
+
+class _Bounds(NamedTuple):
+    """The least and the largest value of an integer input, and whether they are its dtype's."""
+
+    low: int
+    high: int
+    lowest: bool
+    highest: bool
+
+    @classmethod
+    def of(cls, spec: TensorSpec, dtype: np.dtype[Any]) -> _Bounds:
+        least, most = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+        low = max(least, spec.low if spec.low is not None else 0 if spec.limit else least)
+        high = min(most, spec.limit - 1 if spec.limit else most)  # beyond its dtype a value would be another one
+        return cls(low, high, low <= least, high >= most)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all values of its dtype are allowed."""
+        return self.lowest and self.highest
+
+    def said(self, value: int) -> str:
+        """What a value that is out of range must be. A limit that is the dtype's alone tells nobody anything."""
+        if value > self.high and self.lowest and not self.highest:
+            return f"at most {self.high}"
+        if value < self.low and self.highest and not self.lowest:
+            return f"at least {self.low}"
+        return f"in [{self.low}, {self.high}]"
+
+
+def shape_of(spec: TensorSpec) -> str:
+    """An input's shape for a message."""
+    return "[" + ", ".join(map(str, spec.shape)) + "]"
+
+
+def _as(raw: Array, wanted: np.dtype[Any]) -> Array:
+    with np.errstate(over="ignore"):
+        return raw.astype(wanted)
