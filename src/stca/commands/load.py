@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stca.commands.options import count, emit, positive
@@ -18,6 +20,7 @@ HELP = "users' traffic against a bundle or a server, with latencies and goodput"
 EXAMPLES = (
     "stca load bundle --seconds 30 --compare",
     "stca load http://127.0.0.1:8000 --admin http://127.0.0.1:8002 --rate 200 --deadline-ms 50",
+    "stca load bundle --seconds 60 --report load.html",
     "stca load bundle --scenario offline --users 10000 --history 1000,10000 --json",
 )
 # How much of a run's length the capacity is measured for, twice.
@@ -64,6 +67,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--record", metavar="FILE", help="keep the arrivals, as JSON lines")
     p.add_argument("--cache-mib", type=int, default=1024, metavar="N", help="of a bundle: most MiB of user states")
     p.add_argument("--threads", type=count, metavar="N", help="of a bundle: threads of one request (default: 1)")
+    p.add_argument("--report", metavar="FILE", help="write a page with pictures of it, in HTML")
     p.add_argument("--compare", action="store_true", help="of a bundle: the same traffic without a store, too")
 
 
@@ -73,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
     from stca.load.traffic import Traffic
 
     told = progress_on_stderr("onnxruntime")
+    if args.report is not None and Path(args.report).is_dir():  # said before the traffic, not after it
+        raise UsageError(f"{args.report}: is a directory; name a file in it as --report")
     traffic = Traffic(
         users=args.users, zipf=args.zipf, history=args.history, targets=args.targets, events=args.events,
         spike=args.spike, seed=args.seed,
@@ -90,8 +96,25 @@ def run(args: argparse.Namespace) -> int:
         reports["without_store"] = _run(args, _session(args, 0), trace)
     data: dict[str, Any] = {"target": args.target, "traffic": dataclasses.asdict(traffic)}
     data |= {name: dataclasses.asdict(report) for name, report in reports.items()}
-    emit(args, data, "\n".join(_table(reports)))
+    rows = _table(reports)
+    if args.report is not None:
+        data["report"] = str(_write_page(args, data))
+        rows.append(f"report: {data['report']}")
+    emit(args, data, "\n".join(rows))
     return 0
+
+
+def _write_page(args: argparse.Namespace, data: dict[str, Any]) -> Path:
+    from stca.checks.bench import machine
+    from stca.report.load_page import write_load
+    from stca.versions import installed
+
+    command = ["stca", "load", args.target, "--scenario", args.scenario, "--seconds", f"{args.seconds:g}"]
+    command += ["--rate", f"{args.rate:g}"] if args.rate else []
+    command += ["--deadline-ms", f"{args.deadline_ms:g}"] if args.deadline_ms else []
+    return write_load(
+        args.report, data, commands=(shlex.join(command),), machine=machine(args.threads), versions=installed()
+    )
 
 
 def _session(args: argparse.Namespace, cache_mib: int) -> Any:

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
+from stca.arrays import Array
 from stca.errors import UsageError
 from stca.load.clients import Answered, Client
 from stca.load.inputs import Inputs
 from stca.load.traffic import Arrival
+
+# A run's timeline has so many equal parts.
+_PARTS: Final = 30
+_PERCENTILES: Final = (50, 75, 90, 95, 99, 99.9)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What became of the requests that were due in a part of the run.
+
+    Attributes:
+        at: seconds from the run's beginning to the middle of the part.
+        offered_per_second: those that were due. answered_per_second: those of them with scores, whenever they came.
+        p50_ms, p95_ms: their latencies; None where there is none.
+    """
+
+    at: float
+    offered_per_second: float
+    answered_per_second: float
+    p50_ms: float | None
+    p95_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -35,6 +58,8 @@ class LoadReport:
         late_ms: how much later than at their time requests were sent, p99, as all connections were busy; part of the
             latency.
         left: arrivals left out for want of time.
+        percentiles_ms: latencies of `all`, `hits` and `misses`, by percentile, as far as there are requests beyond it.
+        timeline: the run in equal parts.
         store: what the state store counted, where it is in this process.
     """
 
@@ -53,15 +78,21 @@ class LoadReport:
     appended: int
     not_appended: int
     late_ms: float
+    percentiles_ms: dict[str, dict[str, float]]
+    timeline: list[Part]
     left: int = 0
     store: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class _Tally:
-    """What threads found out; each appends, which needs no lock."""
+    """What threads found out; each appends, which needs no lock.
 
-    latencies: list[tuple[float, Answered]] = field(default_factory=list)
+    Attributes:
+        latencies: of each request, when it was due in the run, how long it took from then, and what came of it.
+    """
+
+    latencies: list[tuple[float, float, Answered]] = field(default_factory=list)
     late: list[float] = field(default_factory=list)
     resent: list[int] = field(default_factory=list)
     appended: list[bool] = field(default_factory=list)
@@ -152,7 +183,7 @@ def run(
             return
         tally.late.append(time.monotonic() - due)
         answered = users.request(arrival, number)
-        tally.latencies.append((time.monotonic() - due, answered))
+        tally.latencies.append((due - began, time.monotonic() - due, answered))
 
     left = _on_threads(one, enumerate(trace), connections, tally, end)
     if tally.errors:
@@ -193,8 +224,9 @@ def _on_threads(
 def _report(
     tally: _Tally, trace: Sequence[Arrival], seconds: float, deadline_ms: float | None, scenario: str
 ) -> LoadReport:
-    ok = np.array([took for took, answered in tally.latencies if answered.code == "ok"]) * 1e3
-    hits = sum(answered.hit for _, answered in tally.latencies)
+    scored = [(due, 1e3 * took, answered.hit) for due, took, answered in tally.latencies if answered.code == "ok"]
+    ok = np.array([took for _, took, _ in scored])
+    hits = sum(hit for *_, hit in scored)
     in_time = len(ok) if deadline_ms is None else int((ok <= deadline_ms).sum())
     told = {f"p{p}": float(np.percentile(ok, p)) for p in (50, 95, 99)} if ok.size else {}
     told |= {"mean": float(ok.mean()), "max": float(ok.max())} if ok.size else {}
@@ -209,14 +241,41 @@ def _report(
         goodput_per_second=round(in_time / seconds, 2),
         deadline_ms=deadline_ms,
         latency_ms={n: round(x, 3) for n, x in told.items()},
-        codes=dict(Counter(answered.code for _, answered in tally.latencies)),
+        codes=dict(Counter(answered.code for *_, answered in tally.latencies)),
         hits=hits,
         misses=len(ok) - hits,
         resent=len(tally.resent),
         appended=sum(tally.appended),
         not_appended=len(tally.appended) - sum(tally.appended),
         late_ms=round(float(np.percentile(tally.late, 99)) * 1e3, 3) if tally.late else 0.0,
+        percentiles_ms={
+            "all": _percentiles(ok),
+            "hits": _percentiles(np.array([took for _, took, hit in scored if hit])),
+            "misses": _percentiles(np.array([took for _, took, hit in scored if not hit])),
+        },
+        timeline=_timeline([due for due, *_ in tally.latencies], scored),
     )
+
+
+def _percentiles(ms: Array) -> dict[str, float]:
+    """Those with a request beyond them: of ten requests none is the slowest of a hundred."""
+    told = [p for p in _PERCENTILES if len(ms) * (100 - p) >= 100]
+    return {f"{p:g}": round(float(np.percentile(ms, p)), 3) for p in told}
+
+
+def _timeline(due: Sequence[float], scored: Sequence[tuple[float, float, bool]]) -> list[Part]:
+    """All requests by when they were due, and those with scores."""
+    long = max(due, default=0.0) / _PARTS
+    if not long:
+        return []
+    made = []
+    for i in range(_PARTS):
+        begin, end = i * long, math.inf if i == _PARTS - 1 else (i + 1) * long
+        offered = sum(begin <= at < end for at in due)
+        ms = [took for at, took, _ in scored if begin <= at < end]
+        p50, p95 = (round(float(np.percentile(ms, p)), 3) if ms else None for p in (50, 95))
+        made.append(Part(round(begin + long / 2, 3), round(offered / long, 2), round(len(ms) / long, 2), p50, p95))
+    return made
 
 
 def capacity(client: Client, inputs: Inputs, trace: Sequence[Arrival], connections: int, seconds: float) -> float:

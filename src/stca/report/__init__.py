@@ -70,8 +70,20 @@ def write(path: str | os.PathLike[str], data: ReportData) -> Path:
     Raises:
         StcaError: when `path` cannot be written.
     """
+    return put(path, render(data))
+
+
+def put(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a page in one step.
+
+    Args:
+        path: the file; one that is there is replaced.
+        text: the page.
+
+    Raises:
+        StcaError: when `path` cannot be written.
+    """
     target = Path(path)
-    text = render(data)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
@@ -89,6 +101,11 @@ def render(data: ReportData) -> str:
     data = dataclasses.replace(
         data, **{f.name: _cleaned(getattr(data, f.name)) for f in dataclasses.fields(data) if f.name != "bundle"}
     )
+    return filled("report.html", _context(data, condense(data.bundle)))
+
+
+def filled(template: str, context: Mapping[str, Any]) -> str:
+    """A page of one of the templates, with the style sheet in it."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("stca.report"),
         autoescape=True,
@@ -98,7 +115,7 @@ def render(data: ReportData) -> str:
     for show in (formats.share, formats.flop_count, formats.byte_count, formats.whole):
         environment.filters[show.__name__] = show
     css = Markup(environment.get_template("style.css").render())
-    return environment.get_template("report.html").render(css=css, **_context(data, condense(data.bundle))) + "\n"
+    return environment.get_template(template).render(css=css, **context) + "\n"
 
 
 def _context(data: ReportData, graph: Condensed) -> dict[str, Any]:

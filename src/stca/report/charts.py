@@ -117,18 +117,20 @@ def lines(
     show: Callable[[float], str],
     x_label: str,
     y_label: str,
+    log_x: bool = True,
     log_y: bool = True,
     y_range: tuple[float, float] | None = None,
     trained: float | None = None,
 ) -> Markup:
-    """Panels side by side, with the same axes, over a logarithmic x axis whose ticks are the measured x themselves.
+    """Panels side by side, with the same axes, over a logarithmic x axis whose ticks are the measured x themselves,
+    or over an even one.
 
     Args:
         title: what the chart is called.
         panels: at least one; each has at least one point.
         show: a y value as text.
         x_label, y_label: what the axes count.
-        log_y: whether the y axis is logarithmic.
+        log_x, log_y: whether the axes are logarithmic.
         y_range: ends of the y axis; None fits them to the points.
         trained: draws the part of the x axis up to here as what training saw.
     """
@@ -148,16 +150,20 @@ def lines(
             if i >= len(panels):
                 ax.set_visible(False)
                 continue
-            _panel(ax, panels[i], show, log_y=log_y, trained=trained)
+            _panel(ax, panels[i], log_x=log_x, log_y=log_y, trained=trained)
             ax.tick_params(labelbottom=True, labelleft=True)
             ax.set_xlabel(x_label)
             ax.set_ylabel(y_label if i % columns == 0 else "")
         xs = [p.x for panel in panels for s in panel.series for p in s.points] + ([trained] if trained else [])
-        low, high = min(xs) / 1.25, max(xs) * 1.25
-        axes[0, 0].set_xlim(low, high * (high / low) ** (room / (1 - room)))  # labels stand in the plot's right part
+        # Labels stand in the plot's right part.
+        if log_x:
+            low, high = min(xs) / 1.25, max(xs) * 1.25
+            axes[0, 0].set_xlim(low, high * (high / low) ** (room / (1 - room)))
+        else:
+            axes[0, 0].set_xlim(0, max(xs) / (1 - room))
         if y_range:
             axes[0, 0].set_ylim(*y_range)
-        named = _ticks(axes[0, 0], sorted(set(xs)), show, log_y, 45 / (width / columns - 60))
+        named = _ticks(axes[0, 0], sorted(set(xs)) if log_x else (), show, log_y, 45 / (width / columns - 60))
         for ax, panel in zip(axes.flat, panels, strict=False):
             _label_ends(ax, panel.series)
             for p in [p for s in panel.series if s.named for p in s.points if p.x in named]:
@@ -168,8 +174,9 @@ def lines(
     return _chart(title, about, draw)
 
 
-def _panel(ax: Axes, panel: Panel, show: Callable[[float], str], *, log_y: bool, trained: float | None) -> None:
-    ax.set_xscale("log")
+def _panel(ax: Axes, panel: Panel, *, log_x: bool, log_y: bool, trained: float | None) -> None:
+    if log_x:
+        ax.set_xscale("log")
     if log_y:
         ax.set_yscale("log")
     ax.set_title(panel.title, pad=24 if trained else 8)
@@ -186,7 +193,7 @@ def _panel(ax: Axes, panel: Panel, show: Callable[[float], str], *, log_y: bool,
         for p in s.points:
             if p.high is not None:
                 ax.vlines(p.x, p.y, p.high, color=COLOUR[s.role], alpha=0.45, linewidth=2)
-            if not s.dashed or p.hollow:
+            if (log_x and not s.dashed) or p.hollow:
                 face = COLOUR["paper"] if p.hollow else COLOUR[s.role]
                 ax.plot([p.x], [p.y], "o", markersize=7, color=COLOUR[s.role], markerfacecolor=face)
 
@@ -204,16 +211,20 @@ def _label_ends(ax: Axes, series: Sequence[Series]) -> None:
 
 
 def _ticks(ax: Axes, xs: Sequence[float], show: Callable[[float], str], log_y: bool, least: float) -> list[float]:
-    """Label the axes; those of `xs` that got a label, `least` being the part of the axis that keeps two apart."""
+    """Label the axes; those of `xs` that got a label, `least` being the part of the axis that keeps two apart. Without
+    `xs` the x axis has even steps.
+    """
     low, high = ax.get_xlim()
     kept: list[float] = []
     for x in reversed(xs):
         if not kept or math.log(kept[-1] / x) >= least * math.log(high / low):
             kept.append(x)
-    ax.set_xticks(kept[::-1], [whole(x) for x in kept[::-1]])
+    if xs:
+        ax.set_xticks(kept[::-1], [whole(x) for x in kept[::-1]])
     ax.xaxis.set_minor_locator(NullLocator())
     if log_y:
-        ax.yaxis.set_major_locator(LogLocator(numticks=7))
+        bottom, top = ax.get_ylim()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top / bottom < 50 else (1,), numticks=7))
         ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: re.sub(r"\.0+(?= |$)", "", show(v))))
     return kept

@@ -141,6 +141,10 @@ def test_against_a_session_every_request_is_scored(bundle_dir):
     assert found.codes == {"ok": len(requests(trace))}
     assert found.hits + found.misses == found.requests
     assert found.hits > found.requests / 2
+    assert {"50", "90"} <= found.percentiles_ms["all"].keys()
+    assert "99.9" not in found.percentiles_ms["all"], "of a few hundred, none is the slowest of a thousand"
+    long = found.timeline[0].at * 2
+    assert sum(part.offered_per_second for part in found.timeline) * long == pytest.approx(found.requests, rel=0.02)
     assert found.appended > 0
     assert found.store["misses"] == found.misses
     without = InProcess(Session.load(bundle_dir, threads=1, cache_bytes=0))
