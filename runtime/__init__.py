@@ -4,6 +4,7 @@ from stca.runtime.cache import StateCache
 from stca.runtime.deadline import Deadline
 from stca.runtime.engine import Engine, OnnxRuntimeEngine
 from stca.runtime.options import OnnxRuntimeOptions
+from stca.runtime.recording import Recording
 from stca.runtime.request import Request, RequestBatch
 from stca.runtime.scoring import Answer
 from stca.runtime.session import Session
@@ -17,6 +18,7 @@ __all__ = [
     "Engine",
     "OnnxRuntimeEngine",
     "OnnxRuntimeOptions",
+    "Recording",
     "Request",
     "RequestBatch",
     "RowSource",

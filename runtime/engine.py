@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from stca.arrays import Array
 from stca.errors import BuildError, EngineError, said_by_onnxruntime
-from stca.manifest import TensorSpec
+from stca.manifest import FLOAT8, TensorSpec
 from stca.runtime.machine import processors
 from stca.runtime.options import CPU, Provider
 
@@ -134,6 +134,7 @@ class OnnxRuntimeEngine:
                 "or ask for CPUExecutionProvider"
             )
         self.name = f"onnxruntime {ort.__version__} ({names[0].removesuffix('ExecutionProvider')})"
+        self._float8 = [spec.name for spec in self._signature[0] if spec.dtype == FLOAT8]
         self.inputs, self.outputs = (tuple(spec.name for spec in specs) for specs in self._signature)
 
     def signature(self) -> tuple[list[TensorSpec], list[TensorSpec]]:
@@ -141,8 +142,13 @@ class OnnxRuntimeEngine:
         return self._signature
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """See `Engine.run`. Inputs are read in place, without a copy."""
+        """See `Engine.run`. Inputs are read in place, without a copy; 8-bit floats are uint8, as numpy has none."""
         try:
+            if self._float8:
+                typed = {
+                    n: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(inputs[n], _ONNX_FLOAT8) for n in self._float8
+                }
+                inputs = {**inputs, **typed}
             values = self._session.run(self.outputs, inputs if isinstance(inputs, dict) else dict(inputs))
         except Exception as e:
             shapes = ", ".join(f"{name} {list(np.shape(x))}" for name, x in inputs.items())
@@ -152,8 +158,10 @@ class OnnxRuntimeEngine:
         return dict(zip(self.outputs, values, strict=True))
 
 
+# ONNX's number of the type.
+_ONNX_FLOAT8: Final = 17
 # ONNX Runtime's words for types that are not numpy's.
-_TYPES: Final = {"float": "float32", "double": "float64"}
+_TYPES: Final = {"float": "float32", "double": "float64", "float8e4m3fn": FLOAT8}
 
 
 def _specs(values: Sequence[Any]) -> list[TensorSpec]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 from stca.errors import UsageError
 from stca.runtime.client_values import quoted
+from stca.runtime.recording import Recording
 from stca.signature import Key
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Options:
     onnxruntime: OnnxRuntimeOptions | None
     gpu: int
     tables: Mapping[str, RowSource] | None
+    record: Recording | None
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -101,6 +103,8 @@ class Options:
         given = {} if self.tables is None else self.tables
         if not isinstance(given, Mapping) or not all(callable(getattr(x, "rows", None)) for x in given.values()):
             _refuse("tables", self.tables, "objects with rows(ids), by the tables' names, or None")
+        if not isinstance(self.record, Recording | None):
+            _refuse("record", self.record, "a Recording or None")
         if not isinstance(self.onnxruntime, OnnxRuntimeOptions | None):
             _refuse("onnxruntime", self.onnxruntime, "OnnxRuntimeOptions or None")
         if self.onnxruntime is not None and self.engine not in (None, "graphs"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from stca.arrays import Array
+from stca.manifest import Manifest
 from stca.runtime.deadline import Deadline
 from stca.runtime.model import Model
 from stca.runtime.turns import Turns
@@ -79,3 +81,12 @@ class Scoring:
             places = [i for i, one in enumerate(asked) if id(one.model) == model]
             answers |= zip(places, self.answer([asked[i] for i in places], wanted), strict=True)
         return [answers[i] for i in range(len(asked))]
+
+
+def column_names(manifest: Manifest) -> tuple[str, ...]:
+    """What each column of a bundle's scores is; see `Session.tasks`."""
+    names: list[str] = []
+    for spec in manifest.graphs["request"].outputs:
+        columns = math.prod(n if isinstance(n, int) else 1 for n in spec.shape[1:])
+        names += [spec.name] if columns == 1 else [f"{spec.name}[{i}]" for i in range(columns)]
+    return tuple(names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
@@ -23,8 +22,9 @@ from stca.runtime.engine import Engine
 from stca.runtime.machine import mark_after_fork
 from stca.runtime.model import Model
 from stca.runtime.options import OnnxRuntimeOptions, Options
+from stca.runtime.recording import Recorder, Recording
 from stca.runtime.request import MOST_TARGETS, Request, RequestBatch
-from stca.runtime.scoring import Answer, Asked, Scoring
+from stca.runtime.scoring import Answer, Asked, Scoring, column_names
 from stca.runtime.state import LOG
 from stca.runtime.store import StateStore, StoreStats
 from stca.runtime.swap import check_swap
@@ -47,6 +47,7 @@ class Session:
         self._turns = Turns(model.side_by_side)
         self._scoring = Scoring(self._states, self._turns)
         self._swapping = threading.Lock()
+        self._recorder = None if options.record is None else Recorder(options.record)
         self._batcher: Batcher[Asked, Answer] | None = None
         if options.batch_seconds is not None:
             run, places = self._scoring.answer_several, model.side_by_side
@@ -77,6 +78,7 @@ class Session:
         onnxruntime: OnnxRuntimeOptions | None = None,
         gpu: int = 0,
         tables: Mapping[str, RowSource] | None = None,
+        record: Recording | None = None,
     ) -> Session:
         """Load a bundle, checking every file of it.
 
@@ -110,6 +112,7 @@ class Session:
             tables: your own source of rows, a parameter server say, by the name of a table that left the graphs (`stca
                 inspect` has them); the others, and all of them with None, are looked up in the bundle's files. States
                 that are kept hold the rows of their time.
+            record: keep a share of the requests as a trace; None records nothing.
 
         Raises:
             UsageError: when an option is not of the kind or in the range above.
@@ -135,6 +138,7 @@ class Session:
             onnxruntime=onnxruntime,
             gpu=gpu,
             tables=tables,
+            record=record,
         )
         began = time.perf_counter()
         model = opened(bundle, lambda found: Model.load(found, options), trusted=trusted)
@@ -182,6 +186,9 @@ class Session:
         sent = [mapping_of("inputs", r.inputs) for r in requests]
         rows = [model.door.admit(inputs, "request", "target") for inputs in sent]
         targets = [model.targets(row) for row in rows]
+        if self._recorder is not None:
+            for r, row in zip(requests, rows, strict=True):
+                self._recorder.offer(model.door, r.inputs, row, r.user)
         if not any(n != 0 for n in targets):  # nothing is run, and nobody encoded, for no scores
             return Answer(model.none(), (False,) * len(rows), {"check": time.perf_counter() - began})
         if len(rows) > 1:
@@ -319,11 +326,7 @@ class Session:
     @property
     def tasks(self) -> tuple[str, ...]:
         """What each column of the scores is: an output's name, or `name[i]` where an output has several columns."""
-        names: list[str] = []
-        for spec in self._model.manifest.graphs["request"].outputs:
-            columns = math.prod(n if isinstance(n, int) else 1 for n in spec.shape[1:])
-            names += [spec.name] if columns == 1 else [f"{spec.name}[{i}]" for i in range(columns)]
-        return tuple(names)
+        return column_names(self._model.manifest)
 
     @property
     def engines(self) -> Mapping[str, str]:
@@ -340,6 +343,8 @@ class Session:
     def close(self) -> None:
         """Give back the kept states; the session takes no more requests. A `with` block closes it at its end."""
         self._closed = True
+        if self._recorder is not None:
+            self._recorder.close()
         if not self.forked:  # where another thread's lock would stay locked
             self._store.close()
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stca.calibration.quality import auc
 from stca.errors import StcaError
 from stca.examples.train.log import Inputs, Log, LoggedRequest
 from stca.examples.train.world import World, generate
@@ -38,21 +39,6 @@ class AucRow:
         """For JSON, which has no NaN: an AUC that does not exist is None."""
         known = {name: None if math.isnan(x) else x for name, x in {"auc": self.auc, **self.references}.items()}
         return {"history": self.history, "task": self.task, **known}
-
-
-def auc(scores: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Area under the ROC curve of `scores [N]` for `labels [N]` of 0 and 1; NaN when there is only one kind of label.
-
-    Computed from the ranks (Mann-Whitney), tied scores sharing their mean rank.
-    """
-    _, group, size = np.unique(scores, return_inverse=True, return_counts=True)
-    mean_rank = np.cumsum(size) - (size - 1) / 2
-    positive = labels > 0
-    ones = int(positive.sum())
-    zeros = len(labels) - ones
-    if not ones or not zeros:
-        return float("nan")
-    return float((mean_rank[group[positive]].sum() - ones * (ones + 1) / 2) / (ones * zeros))
 
 
 def auc_rows(

@@ -17,6 +17,7 @@ from typing import Final
 
 from stca.errors import BundleError
 from stca.manifest import (
+    FLOAT8,
     HALVES,
     ITEM_BYTES,
     OFFSETS,
@@ -58,6 +59,8 @@ def check_contract(manifest: Manifest) -> None:
             _check_tensor(spec, f"graphs.{name}")
             if spec.low is not None and not -(1 << 63) <= spec.low < 1 << 63:
                 raise ValueError(f"{spec.name!r} in graphs.{name} has a least value of more than 64 bits")
+            if spec.dtype == FLOAT8 and not any(spec.name == s.name for s in manifest.state):
+                raise ValueError(f"{spec.name!r} in graphs.{name} is {_said(spec)}; that type is for states alone")
     for state in manifest.state:
         _check_tensor(state, "state")
     given = {s.name: s for s in manifest.graphs["request"].inputs}

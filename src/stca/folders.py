@@ -1,11 +1,15 @@
-"""Directories that are put in place in one step: locks, and names that are exchanged."""
+"""Directories that are put in place in one step: locks, names that are exchanged, files that two of them share."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import shutil
 from pathlib import Path
 from typing import Final
+
+from stca.manifest import WEIGHTS
 
 # What a directory is called for the moment in which another takes its name, where names cannot be exchanged.
 ASIDE: Final = ".old"
@@ -66,3 +70,16 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def share(source: Path, target: Path) -> None:
+    """One file under two names, or a copy where that cannot be had.
+
+    Weights are always copied. ONNX refuses external data that has two names, and a process killed before it took the
+    second name away would leave the old bundle unreadable.
+    """
+    if source.name != WEIGHTS and source.suffix != ".weights":
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)

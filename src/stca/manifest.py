@@ -29,7 +29,18 @@ _NO_DIGEST = "0" * 64
 MOST_BYTES, _MOST_FILES = 16 << 20, 10_000
 # Fields that came after the first bundles were written.
 _ADDED = frozenset(
-    {"low", "length_of", "min_history", "padding", "provider", "fused_layers", "tables", "lookups", "ids"}
+    {
+        "low",
+        "length_of",
+        "min_history",
+        "padding",
+        "provider",
+        "fused_layers",
+        "tables",
+        "lookups",
+        "ids",
+        "quantization",
+    }
 )
 HALVES = ("user_encoder", "target_scorer")
 GRAPHS = ("request", *HALVES)
@@ -40,10 +51,12 @@ POINTWISE = "pointwise"
 # count can be joined with other requests' rows in a ragged batch.
 TOKENS, TARGETS, USERS, OFFSETS = "N_h", "N_t", "B", "B_plus_1"
 
+# An 8-bit float that states alone may have: numpy has no such type, so runtimes hand its bytes on as they are.
+FLOAT8 = "float8_e4m3fn"
 # Bytes of one element, by the dtype names that manifests use (numpy's, and ml_dtypes' for the rest).
 ITEM_BYTES: Mapping[str, int] = {
     "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "int32": 4, "int64": 8,
-    "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8,
+    "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, FLOAT8: 1,
 }  # fmt: skip
 
 
@@ -300,6 +313,7 @@ class Manifest:
     producer: Mapping[str, str]
     min_history: int | None = None
     padding: tuple[Padding, ...] | None = None
+    quantization: Mapping[str, Any] | None = None
     engines: tuple[EngineEntry, ...] = ()
     tables: tuple[TableSpec, ...] | None = None
     files: Mapping[str, FileEntry] = field(default_factory=dict)

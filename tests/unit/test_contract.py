@@ -77,7 +77,8 @@ BROKEN = {
     "a size without a name": (lambda m: change_all(m, "target_item", shape=[""]), ("no name",)),
     "a limit of truths": (
         lambda m: change_all(m, "request_device", dtype="bool", limit=2), ("bool and has a limit of ids",)),
-    "a limit beyond 64 bits": (lambda m: change_all(m, "target_item", limit=1 << 64), ("limit is 18446744073709551616",)),
+    "a limit beyond 64 bits": (
+        lambda m: change_all(m, "target_item", limit=1 << 64), ("limit is 18446744073709551616",)),
     "a least value beyond 64 bits": (
         lambda m: change_all(m, "target_item", low=1 << 64), ("more than 64 bits",)),
     "an input without a scope": (
@@ -101,6 +102,10 @@ BROKEN = {
     "an output that the scorer lacks": (
         lambda m: m["graphs"]["request"]["outputs"].append({**scorer(m)["outputs"][0], "name": "more"}),
         ("missing", "'more'")),
+    "an 8-bit float that is no state": (
+        lambda m: change_all(m, "history_item", dtype="float8_e4m3fn", limit=None), ("'history_item'", "states alone")),
+    "scores in an 8-bit float": (
+        lambda m: change_all(m, "scores", dtype="float8_e4m3fn"), ("'scores'", "states alone")),
     "a limit of ids on floats": (
         lambda m: change_all(m, "history_item", dtype="float32"), ("float32", "limit of ids")),
 }  # fmt: skip

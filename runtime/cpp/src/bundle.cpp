@@ -255,8 +255,8 @@ Manifest Manifest::parse(std::string text) {
     entry.only({"sha256", "bytes"});
   });
   fields.only({"format", "version", "digest", "model", "weights", "precision", "attention", "graphs", "state",
-               "appendable", "max_history", "min_history", "padding", "split", "parity", "producer", "engines",
-               "files"});
+               "appendable", "max_history", "min_history", "padding", "split", "parity", "producer", "quantization",
+               "engines", "files"});
   check_padding(manifest);
   check_contract(manifest);
   manifest.text = std::move(text);

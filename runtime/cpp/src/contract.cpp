@@ -234,7 +234,12 @@ void check_contract(const Manifest& manifest) {
     if (graph.outputs.empty()) broken(where + " has no outputs");
     for (const auto* specs : {&graph.inputs, &graph.outputs}) {
       check_once(*specs, where);
-      for (const TensorSpec& spec : *specs) check_tensor(spec, where);
+      for (const TensorSpec& spec : *specs) {
+        check_tensor(spec, where);
+        if (spec.dtype == STCA_FLOAT8_E4M3 && find(by_name(manifest.state), spec.name) == nullptr) {
+          broken(in_quotes(spec.name) + " in " + where + " is " + described(spec) + "; that type is for states alone");
+        }
+      }
     }
   }
   check_once(manifest.state, "state");

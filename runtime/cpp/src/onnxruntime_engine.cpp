@@ -21,7 +21,7 @@ constexpr std::pair<int, DType> types[] = {
     {F::element_bool, STCA_BOOL},       {F::element_int8, STCA_INT8},         {F::element_uint8, STCA_UINT8},
     {F::element_int16, STCA_INT16},     {F::element_int32, STCA_INT32},       {F::element_int64, STCA_INT64},
     {F::element_float16, STCA_FLOAT16}, {F::element_bfloat16, STCA_BFLOAT16}, {F::element_float, STCA_FLOAT32},
-    {F::element_double, STCA_FLOAT64},
+    {F::element_double, STCA_FLOAT64},  {F::element_float8, STCA_FLOAT8_E4M3},
 };
 
 void drop_log(void*, int, const char*, const char*, const char*, const char*) {}

@@ -57,6 +57,7 @@ static_assert(F::element_float == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT &&
               F::element_bool == ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL &&
               F::element_float16 == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 &&
               F::element_double == ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE &&
-              F::element_bfloat16 == ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16);
+              F::element_bfloat16 == ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 &&
+              F::element_float8 == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN);
 
 }  // namespace stca::core

@@ -49,7 +49,7 @@ struct OnnxRuntimeFunctions {
   static constexpr int log_fatal = 4, device_allocator = 0, memory_default = 0, type_tensor = 1;
   static constexpr int element_float = 1, element_uint8 = 2, element_int8 = 3, element_int16 = 5, element_int32 = 6,
                        element_int64 = 7, element_bool = 9, element_float16 = 10, element_double = 11,
-                       element_bfloat16 = 16;
+                       element_bfloat16 = 16, element_float8 = 17;
 
   /// A function of the table, by its place.
   template <std::size_t Place, class Function>

@@ -26,7 +26,7 @@ constexpr TypeRow types[] = {
     {STCA_FLOAT16, "float16", 2, Kind::floating, true}, {STCA_BFLOAT16, "bfloat16", 2, Kind::floating, true},
     {STCA_FLOAT32, "float32", 4, Kind::floating, true}, {STCA_FLOAT64, "float64", 8, Kind::floating, true},
     {STCA_UINT16, "uint16", 2, Kind::integer, false},   {STCA_UINT32, "uint32", 4, Kind::integer, false},
-    {STCA_UINT64, "uint64", 8, Kind::integer, false},
+    {STCA_UINT64, "uint64", 8, Kind::integer, false},   {STCA_FLOAT8_E4M3, "float8_e4m3fn", 1, Kind::floating, true},
 };
 
 }  // namespace

@@ -164,13 +164,20 @@ def verify(
                 f"the model's own scores are not finite for a request of {sizes_}, in float64 too; "
                 "guard the model (a mean or softmax over an empty history, say) and export it again"
             )
-    judge = functools.partial(judged, outcomes, reference_name, reference, sizes, manifest.precision)
+    served = [] if manifest.quantization is None else outcomes[-2:]  # the halves and the session
+    exact = outcomes[: len(outcomes) - len(served)]
+    judge = functools.partial(judged, exact, reference_name, reference, sizes, manifest.precision)
     results = judge()
     if manifest.precision == "float32" and not all(s.passed for s in results[1:]):
         from stca.checks.plain_sums import plain_error
 
         progress("every sum term after term")
         results = judge(plain_error(bundle.file("request"), [*map(Lookups(bundle, "request", rows).complete, feeds)]))
+    if served:
+        from stca.checks.quantized import judged_quantized
+
+        progress("the quantized state in float64")
+        results += judged_quantized(bundle, feeds, served, reference_name, reference, sizes)
     return ParityReport(
         all(s.passed for s in results), manifest.weights, manifest.precision, reference_name, tuple(results), left_out
     )

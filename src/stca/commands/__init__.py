@@ -24,8 +24,8 @@ from stca.commands.progress import finish
 # lists them. A command is called what its module is called up to an underscore: no module may shadow one of the
 # standard library.
 COMMANDS = (
-    "export", "split", "verify", "bench", "build", "refit", "inspect_bundle", "score", "serve", "load", "report",
-    "sign", "schema", "completion", "doctor", "demo",
+    "export", "split", "verify", "bench", "build", "calibrate", "refit", "inspect_bundle", "score", "serve", "load",
+    "report", "sign", "schema", "completion", "doctor", "demo",
 )  # fmt: skip
 
 

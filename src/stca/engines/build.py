@@ -21,7 +21,7 @@ from stca.arrays import Progress
 from stca.bundle import Bundle, BundleChangedError, scratch, sha256_of, writing
 from stca.engines.builder import Plan, Wish, Workload, builder_of
 from stca.engines.cache import EngineCache, trusted, why_missed
-from stca.engines.files import digest_of_sources, place_of, share, with_weights
+from stca.engines.files import digest_of_sources, place_of, with_weights
 from stca.errors import BuildError
 from stca.manifest import HALVES, MANIFEST, MOST_BYTES, EngineEntry, Manifest
 from stca.tensorrt_flavours import RefitMode, largest_sizes
@@ -195,7 +195,7 @@ def _add(bundle: Bundle, engines: Sequence[tuple[Mapping[str, Any], Path | None]
         gone = {part for name in gone for part in (name, str(Path(name).with_suffix(".weights")))}
         for name in bundle.manifest.names - gone:
             if not (work / name).exists():
-                share(bundle.path / name, work / name)
+                folders.share(bundle.path / name, work / name)
         commit(dataclasses.replace(bundle.manifest, engines=(*kept, *entries)))
 
 

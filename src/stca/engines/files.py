@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 import stca
 from stca.arrays import Progress
 from stca.engines.cache import EngineCache
-from stca.manifest import WEIGHTS, EngineEntry
+from stca.manifest import EngineEntry
 
 
 def keep(cache: EngineCache | None, key: str, entry: EngineEntry, file: Path, progress: Progress) -> None:
@@ -28,19 +25,6 @@ def keep(cache: EngineCache | None, key: str, entry: EngineEntry, file: Path, pr
 def place_of(entry: EngineEntry) -> tuple[Any, ...]:
     """What a bundle has one engine for: the graph first, then what the engines of both halves have in common."""
     return entry.graph, entry.flavour, entry.provider, entry.precision, entry.sm
-
-
-def share(source: Path, target: Path) -> None:
-    """One file under two names, or a copy where that cannot be had.
-
-    Weights are always copied. ONNX refuses external data that has two names, and a process killed before it took the
-    second name away would leave the old bundle unreadable.
-    """
-    if source.name != WEIGHTS and source.suffix != ".weights":
-        with contextlib.suppress(OSError):
-            os.link(source, target)
-            return
-    shutil.copyfile(source, target)
 
 
 def with_weights(file: Path) -> Iterator[Path]:

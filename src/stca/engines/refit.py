@@ -20,13 +20,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from stca import folders
 from stca.arrays import Array, Progress
 from stca.bundle import Bundle, seal, sha256_of, writing
 from stca.checks.engines import verify_engine
 from stca.checks.verify import verify
 from stca.engines.builder import builder_of
 from stca.engines.cache import EngineCache, key_of, trusted
-from stca.engines.files import keep, place_of, share, with_weights
+from stca.engines.files import keep, place_of, with_weights
 from stca.errors import BuildError, BundleError, CheckpointError, StcaError
 from stca.export.reference.checkpoint import load_checkpoint, read_tensors
 from stca.export.reference.config import StcaConfig
@@ -87,7 +88,7 @@ def refit(
             raise BundleError(f"{old.path}: its weights lie elsewhere than a fresh export puts them; export it anew")
         for graph in old.manifest.graphs.values():
             for file in (graph.file, *([graph.ids] if graph.ids else [])):
-                share(old.path / file, work / file)
+                folders.share(old.path / file, work / file)
         tables = tuple(_table(t, given, Path(checkpoint), work) for t in old.manifest.tables or ()) or None
         weights = sha256_of(work / WEIGHTS)
         manifest = dataclasses.replace(old.manifest, weights=weights, tables=tables, engines=(), parity={})
@@ -213,7 +214,7 @@ def _renew(
     own = {g.file for g in old.manifest.graphs.values()}
     if fresh.manifest.weights == old.manifest.weights:
         for file in (file for e in pair if e.file not in own for file in with_weights(old.path / e.file)):
-            share(file, fresh.path / file.name)
+            folders.share(file, fresh.path / file.name)
         return renewed
     if all(e.file in own for e in pair):
         return renewed  # ONNX Runtime on the bundle's own graphs

@@ -55,6 +55,9 @@ class Settings:
     state_folder_mib: int = _said("most MiB of each", 8192)
     gpu: int = _said("which GPU, where the engine runs on one", 0)
     ttl_seconds: float | None = _said("how long a state is kept (default: for ever)", None)
+    record: str | None = _said("where requests are recorded as a trace, a folder for each bundle", None)
+    record_share: float = _said("which share of those that bring a history, above 0 and at most 1", 0.01)
+    record_mib: int = _said("most MiB of each trace", 256)
 
     def __post_init__(self) -> None:
         for name in ("http_port", "grpc_port", "admin_port"):
@@ -63,7 +66,16 @@ class Settings:
         for name in ("workers", "body_mib", "body_seconds"):
             if (value := getattr(self, name)) is not None and not 0 < value <= 1 << 16:
                 raise UsageError(f"{name}: is {value}, expected a number above 0, and at most 65536")
-        for name in ("queue", "drain_seconds", "cache_mib", "state_folder_mib", "batch_tokens", "batch_seconds"):
+        known = (
+            "queue",
+            "drain_seconds",
+            "cache_mib",
+            "state_folder_mib",
+            "batch_tokens",
+            "batch_seconds",
+            "record_mib",
+        )
+        for name in known:
             if not 0 <= getattr(self, name) <= 1 << 30:
                 raise UsageError(f"{name}: is {getattr(self, name)}, expected a number from 0")
         if self.log_level not in (levels := ("debug", "info", "warning", "error")):
@@ -84,6 +96,11 @@ class Settings:
         if self.state_folder is not None:
             made["state_folder"] = str(Path(self.state_folder, quote(label, safe="")))
             made["state_folder_bytes"] = self.state_folder_mib << 20
+        if self.record is not None:
+            from stca.runtime.recording import Recording
+
+            folder = Path(self.record, quote(label, safe=""))
+            made["record"] = Recording(folder, self.record_share, self.record_mib << 20)
         return made
 
 

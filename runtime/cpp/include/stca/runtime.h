@@ -48,7 +48,7 @@ typedef enum stca_code {
   STCA_FORKED_ERROR = 102    /* the session was loaded before this process was forked from another: load one here */
 } stca_code;
 
-/* Element types. Manifests use the first ten; a request may also bring the unsigned ones. */
+/* Element types. Manifests use the first ten and, of states, the last; a request may also bring the unsigned ones. */
 typedef enum stca_dtype {
   STCA_BOOL = 0,
   STCA_INT8 = 1,
@@ -62,7 +62,8 @@ typedef enum stca_dtype {
   STCA_FLOAT64 = 9,
   STCA_UINT16 = 10,
   STCA_UINT32 = 11,
-  STCA_UINT64 = 12
+  STCA_UINT64 = 12,
+  STCA_FLOAT8_E4M3 = 13 /* of states alone: no function takes or gives it */
 } stca_dtype;
 
 typedef enum stca_scope { STCA_NO_SCOPE = 0, STCA_USER = 1, STCA_REQUEST = 2, STCA_TARGET = 4 } stca_scope;

@@ -1,0 +1,155 @@
+"""What a user state in 8 bits costs and buys, on the shipped checkpoint with the generated log's labels.
+
+    python benchmarks/calibration.py --out benchmarks/results/calibration-cpu.json
+
+- `formats`: each kind and granularity over all tensors of the state: bytes, the change of AUC and of the best ten
+  against float32, with 95 % intervals; and the methods that choose a range, for `tensor`;
+- `layers`: each tensor alone;
+- `lengths`: the error of a score from 1k to 64k tokens, of a bundle exported for so many;
+- `speed`: hits and misses of one request in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stca import probe
+from stca.arrays import Array
+from stca.bundle import Bundle
+from stca.calibration.calibrate import Options, formats_of, state_bytes, write_quantized
+from stca.calibration.quality import Budget, measure
+from stca.calibration.quantized_state import StateFormat, quantizable
+from stca.checks.bench import machine
+from stca.checks.trace_runs import TraceRuns, speed, tasks_of
+from stca.checks.verify import prove
+from stca.examples.train.traced import demo_trace
+from stca.export.pipeline import export_checkpoint
+from stca.export.reference.checkpoint import load_checkpoint
+from stca.report.demo import shipped_checkpoint
+from stca.runtime import Request, Session
+from stca.trace import Traced
+from stca.versions import installed
+
+BUDGET = Budget.parse("auc=0.0005,top10=0.99")
+CHOICES = (
+    *(Options(kind, granularity) for kind in ("int8", "fp8") for granularity in ("token", "head", "channel", "tensor")),
+    *(Options("int8", "tensor", method) for method in ("percentile", "entropy", "mse")),
+)
+LENGTHS = (1_000, 4_000, 16_000, 64_000)
+
+
+def main() -> None:
+    args = _arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        bundle = Bundle.load(args.bundle) if args.bundle else _exported(root / "bundle")
+        _say("drawing the trace")
+        requests = list(demo_trace(users=args.users, history=args.history, targets=args.targets))
+        result = {
+            "command": "python benchmarks/" + " ".join([Path(__file__).name, *sys.argv[1:]]),
+            "machine": machine(args.threads),
+            "versions": installed(),
+            "requests": {"users": args.users, "history": args.history, "targets": args.targets},
+            **_quality(bundle, requests, TraceRuns(args.threads), root),
+            "lengths": _lengths(bundle, root, args.threads),
+            "speed": _speed(bundle, requests[0], root, args),
+        }
+    text = json.dumps(result, indent=1)
+    if args.out:
+        Path(args.out).write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def _exported(out: Path) -> Bundle:
+    return export_checkpoint(load_checkpoint(shipped_checkpoint()), out, prove=prove, progress=_say)
+
+
+def _quality(bundle: Bundle, requests: Sequence[Traced], runs: TraceRuns, root: Path) -> dict[str, Any]:
+    _say("float32 on the trace")
+    exact = list(runs.scores(bundle, requests))
+
+    def row(formats: dict[str, StateFormat], name: str) -> dict[str, Any]:
+        _say(name)
+        made = write_quantized(bundle, formats, root / name)
+        found = list(runs.scores(made, requests))
+        measures = measure(exact, found, [r.labels for r in requests], tasks_of(bundle.manifest), BUDGET)
+        return {
+            "name": name,
+            "ratio": state_bytes(made.manifest) / state_bytes(bundle.manifest),
+            "rms": float(np.sqrt(np.mean([np.square(a - b).mean() for a, b in zip(exact, found, strict=True)]))),
+            "largest": max(float(np.abs(a - b).max()) for a, b in zip(exact, found, strict=True)),
+            **{m.name: [m.estimate.value, m.estimate.low, m.estimate.high, m.verdict] for m in measures},
+        }
+
+    candidates, rows = quantizable(bundle.manifest.state), []
+    for options in CHOICES:
+        formats = formats_of(bundle, candidates, options, runs.states(bundle, requests))
+        rows.append(row(formats, f"{options.kind}-{options.granularity}-{options.method}"))
+        if options == CHOICES[0]:
+            alone = formats
+    layers = [row({name: format}, f"{format.kind}-alone-{name}") for name, format in alone.items()]
+    return {"formats": rows, "layers": layers}
+
+
+def _lengths(bundle: Bundle, root: Path, threads: int | None) -> list[dict[str, float]]:
+    """Errors of scores of random requests, by length; the state's own window is lifted for it."""
+    from dataclasses import replace
+
+    from stca.bundle import seal
+
+    runs, rows = TraceRuns(threads), []
+    specs = bundle.manifest.graphs["request"].inputs
+    some = [Traced(probe.single(specs, 2_000, 4, np.random.default_rng(0)))]
+    made = {}
+    for kind in ("int8", "fp8"):
+        options = Options(kind)
+        formats = formats_of(bundle, quantizable(bundle.manifest.state), options, runs.states(bundle, some))
+        made[kind] = write_quantized(bundle, formats, root / f"long-{kind}")
+    made["float32"] = write_quantized(bundle, {}, root / "long")
+    sessions = {}
+    for name, one in made.items():
+        seal(one.path, replace(one.manifest, max_history=None, quantization=None))
+        sessions[name] = Session.load(one.path, threads=threads, engine="graphs", cache_bytes=0)
+    for tokens in LENGTHS:
+        _say(f"{tokens} tokens")
+        request = Request(probe.single(specs, tokens, 64, np.random.default_rng(tokens)))
+        scores: dict[str, Array] = {name: session.score(request) for name, session in sessions.items()}
+        errors = {k: float(np.sqrt(np.square(scores[k] - scores["float32"]).mean())) for k in ("int8", "fp8")}
+        rows.append({"tokens": tokens, **errors})
+    return rows
+
+
+def _speed(bundle: Bundle, traced: Traced, root: Path, args: argparse.Namespace) -> dict[str, Any]:
+    made = {"float32": bundle}
+    for name in ("int8-token-absmax", "int8-tensor-absmax", "fp8-token-absmax"):
+        made[name] = Bundle.load(root / name)
+    _say("speed")
+    return speed(made, traced, args.threads, args.seconds)
+
+
+def _arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--bundle", help="of the shipped checkpoint (default: exported anew)")
+    p.add_argument("--users", type=int, default=64)
+    p.add_argument("--history", type=int, default=10_000)
+    p.add_argument("--targets", type=int, default=512)
+    p.add_argument("--threads", type=int)
+    p.add_argument("--seconds", type=float, default=5.0)
+    p.add_argument("--out", metavar="FILE")
+    return p.parse_args()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

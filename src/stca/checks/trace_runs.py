@@ -1,0 +1,106 @@
+"""Bundles run on a trace, through the front door: what is not a valid request there is said with its number."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stca.arrays import Array
+from stca.bundle import Bundle
+from stca.checks.bench import machine, measure_in_turn
+from stca.errors import RequestError, UsageError
+from stca.manifest import Manifest
+from stca.runtime import Request, Session
+from stca.runtime.request import Door
+from stca.runtime.scoring import column_names
+from stca.trace import Traced
+
+
+class TraceRuns:
+    """Sessions on bundles' own graphs, which keep no states; see `stca.calibration.calibrate.Runner`.
+
+    Args:
+        threads: of one request; None takes every processor.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
+
+    def scores(self, bundle: Bundle, requests: Iterable[Traced]) -> Iterator[Array]:
+        """Scores `(targets, tasks)` of each request.
+
+        Raises:
+            UsageError: naming the request of the trace that the bundle does not take, and why.
+        """
+        with self._session(bundle.path) as session:
+            for number, traced in enumerate(requests):
+                try:
+                    scores = session.score(Request(traced.inputs))
+                except RequestError as e:
+                    raise UsageError(f"the trace's request {number}: {e}; is the trace this model's?") from e
+                if traced.labels is not None and traced.labels.shape != scores.shape:
+                    raise UsageError(
+                        f"the trace's request {number}: labels have shape {list(traced.labels.shape)}, expected "
+                        f"{list(scores.shape)}, targets and tasks"
+                    )
+                yield scores
+
+    def states(self, bundle: Bundle, requests: Iterable[Traced]) -> Iterator[Mapping[str, Array]]:
+        """The user state of each request, by tensor.
+
+        Raises:
+            UsageError: as `scores`.
+        """
+        with self._session(bundle.path) as session:
+            encoder, door = session.loaded_engines()[0], Door(bundle.manifest)
+            wanted = [s.name for s in bundle.manifest.graphs["user_encoder"].inputs]
+            for number, traced in enumerate(requests):
+                try:
+                    history = door.admit(
+                        {n: traced.inputs[n] for n in door.names("user") if n in traced.inputs}, "user"
+                    )
+                except RequestError as e:
+                    raise UsageError(f"the trace's request {number}: {e}; is the trace this model's?") from e
+                yield encoder.run({n: history[n] for n in wanted})
+
+    def _session(self, path: Path) -> Session:
+        return Session.load(path, engine="graphs", threads=self._threads, cache_bytes=0)
+
+
+def tasks_of(manifest: Manifest) -> tuple[str, ...]:
+    """What each column of the scores is; the reference model's tasks by their own names."""
+    named = manifest.model.get("config", {}).get("tasks") if manifest.model["kind"] == "stca" else None
+    return tuple(named) if named else column_names(manifest)
+
+
+def speed(bundles: Mapping[str, Bundle], traced: Traced, threads: int | None, seconds: float) -> dict[str, Any]:
+    """Hits and misses of one request on several bundles, in turn.
+
+    Args:
+        bundles: by name.
+        traced: the request.
+        threads: of one request; None takes every processor.
+        seconds: for each figure.
+
+    Returns:
+        Medians in milliseconds by bundle and stage, the machine, and the request's sizes.
+    """
+    request = Request(traced.inputs, user="speed", version=0)
+    sessions = {n: Session.load(b.path, engine="graphs", threads=threads) for n, b in bundles.items()}
+    runs: dict[str, Callable[[], object]] = {}
+    for name, session in sessions.items():
+
+        def miss(session: Session = session) -> None:
+            session.forget("speed")
+            session.score(request)
+
+        runs[f"{name} miss"] = miss
+        runs[f"{name} hit"] = functools.partial(session.score, request)
+    times = measure_in_turn(runs, seconds)
+    stages = {n: {w: float(np.median(times[f"{n} {w}"])) * 1e3 for w in ("hit", "miss")} for n in sessions}
+    sizes = {n: list(x.shape) for n, x in traced.inputs.items()}
+    return {"stages": stages, "machine": machine(threads), "inputs": sizes}

@@ -1,0 +1,125 @@
+"""`stca calibrate`: a bundle whose user state is in 8 bits, as far as a trace proves that the ranking stays."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from stca.bundle import Bundle
+from stca.commands.options import count, emit, positive
+from stca.commands.progress import progress_on_stderr
+from stca.errors import UsageError
+
+if TYPE_CHECKING:
+    from stca.calibration.calibrate import Tried
+
+HELP = "keep the user state in 8 bits, as far as a trace proves that the ranking stays"
+EXAMPLES = (
+    "stca calibrate bundle --trace trace --precision int8 --budget auc=0.0005,top10=0.99 --out bundle-int8",
+    "stca calibrate demo-out/bundle --trace demo --precision int8 --out bundle-int8 --json",
+)
+DEMO = "demo"
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    p.add_argument("bundle", metavar="BUNDLE", help="directory that `stca export` or `stca split` wrote")
+    p.add_argument(
+        "--trace", required=True, metavar="DIR", help=f"recorded requests; {DEMO} for those of the generated log"
+    )
+    p.add_argument("--precision", choices=("int8", "fp8"), required=True, help="of the state; fp8 is E4M3")
+    p.add_argument("--budget", default="auc=0.0005,top10=0.99", help="how far the ranking may move")
+    p.add_argument(
+        "--granularity",
+        choices=("token", "head", "channel", "tensor"),
+        default="token",
+        help="what has a scale of its own: each head of each token, or what the trace gives one for all tokens",
+    )
+    p.add_argument(
+        "--method",
+        choices=("absmax", "percentile", "entropy", "mse"),
+        default="absmax",
+        help="how the trace's ranges are chosen; of token they are exact",
+    )
+    p.add_argument("--out", required=True, metavar="BUNDLE", help="where the new bundle goes")
+    p.add_argument("--threads", type=count, metavar="N", help="threads of one request (default: every core)")
+    p.add_argument("--demo-users", type=count, default=64, metavar="N", help=f"of --trace {DEMO}: how many requests")
+    p.add_argument("--seconds", type=positive, default=2.0, metavar="N", help="given to each figure of speed")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; its exit code."""
+    from stca.calibration.quality import Budget
+
+    budget = Budget.parse(args.budget)
+    bundle = Bundle.load(args.bundle)
+    progress = progress_on_stderr("torch and onnx")
+    import functools
+
+    from stca.calibration.calibrate import Options, calibrate, state_bytes
+    from stca.checks.trace_runs import TraceRuns, speed, tasks_of
+    from stca.checks.verify import prove
+
+    trace = _trace(args, bundle)
+    made, tried = calibrate(
+        bundle,
+        trace,
+        options=Options(args.precision, args.granularity, args.method),
+        budget=budget,
+        out=args.out,
+        run=TraceRuns(args.threads),
+        tasks=tasks_of(bundle.manifest),
+        prove=functools.partial(prove, progress=progress),
+        progress=progress,
+    )
+    progress("speed")
+    request = next(iter(trace()))
+    times = speed({"float32": bundle, args.precision: made}, request, args.threads, args.seconds)
+    data: dict[str, Any] = {
+        "bundle": str(made.path),
+        "precision": args.precision,
+        "granularity": args.granularity,
+        "tried": [t.as_dict() for t in tried],
+        "state_bytes": {"float32": state_bytes(bundle.manifest), args.precision: state_bytes(made.manifest)},
+        "speed": times,
+        "parity": made.manifest.parity,
+    }
+    emit(args, data, "\n".join(_table(args, data, tried)))
+    return 0
+
+
+def _trace(args: argparse.Namespace, bundle: Bundle) -> Any:
+    """What begins the trace anew."""
+    if args.trace != DEMO:
+        from stca.trace import Trace
+
+        trace = Trace(args.trace)
+        return lambda: trace
+    from stca.examples.train.traced import demo_trace
+
+    names = {s.name for s in bundle.manifest.graphs["request"].inputs if not s.name.endswith("_offsets")}
+    history = min(10_000, bundle.manifest.max_history or 10_000)
+    made = list(demo_trace(users=args.demo_users, history=history))
+    if made[0].inputs.keys() != names:
+        raise UsageError(f"--trace {DEMO}: is of the generated log, and this bundle takes other inputs; record a trace")
+    return lambda: made
+
+
+def _table(args: argparse.Namespace, data: dict[str, Any], tried: list[Tried]) -> list[str]:
+    lines = []
+    for t in tried:
+        what = f"{args.precision} in {len(t.quantized)} of {len(t.quantized) + len(t.high)} tensors"
+        high = f", kept high: {', '.join(t.high)}" if t.high else ""
+        lines.append(f"{what}{high}: state {t.ratio:.3f} of float32, largest change of a score {t.largest:.2g}")
+        for m in t.measures:
+            e = m.estimate
+            of = f" of {m.exact:.4f}" if m.exact is not None else ""
+            lines.append(
+                f"  {m.name}: {e.value:+.6f}{of} ({e.low:+.6f} to {e.high:+.6f}), allowed {m.bound:g}: {m.verdict}"
+            )
+    for name, stages in data["speed"]["stages"].items():
+        lines.append(f"{name}: hit {stages['hit']:.2f} ms, miss {stages['miss']:.2f} ms (medians)")
+    size = data["state_bytes"]
+    lines.append(f"state of a user: {size['float32']:,} bytes, now {size[args.precision]:,}")
+    lines.append(f"{data['bundle']}: verified")
+    return lines
