@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 # Processes that run the tests; 0 runs them in one, with a debugger if need be.
 WORKERS ?= auto
 READY := $(VENV)/.ready
-# NVIDIA's Python bindings and lean runtime, which tests hold our plugins against, on a CPU too. Without --no-deps they
-# would ask for the whole of TensorRT, which no index has.
-NVIDIA := tensorrt-cu13==11.4.0.106 tensorrt-cu13-bindings==11.4.0.106 tensorrt-lean-cu13-libs==11.4.0.106
+# NVIDIA's Python bindings and lean runtime, which tests hold our plugins against, on a CPU too; and TensorRT's headers,
+# which kernel-lens carries. Without --no-deps they would ask for the whole of TensorRT, which no index has, and more.
+NVIDIA := tensorrt-cu13==11.4.0.106 tensorrt-cu13-bindings==11.4.0.106 tensorrt-lean-cu13-libs==11.4.0.106 \
+	kernel-lens==2.0.1
 # Triton's own client, which drives our server in tests, and what it asks for but for an ml_dtypes older than ours.
 TRITON := tritonclient==2.73.0 geventhttpclient==2.6.1 gevent==26.9.0 greenlet==3.5.6 zope.event==6.2 \
 	zope.interface==8.7 brotli==1.2.1 certifi==2026.10.19.post1 urllib3==2.8.0 python-rapidjson==1.25

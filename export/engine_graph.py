@@ -28,8 +28,9 @@ from stca.manifest import WEIGHTS
 from stca.plugins import tensorrt_graph, tiling
 from stca.plugins.spec import DOMAIN
 
-# How the operator reaches the engine: its function body, its plugin, or standard operators for one request per run.
-Lowering = Literal["function", "plugin", "fused", "decomposed"]
+# How the operator reaches the engine: its function body, a plugin (a library's, or a quick one whose kernels are in the
+# engine), or standard operators for one request per run.
+Lowering = Literal["function", "plugin", "quick", "fused", "decomposed"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def engine_graph(
         precision: of the weights and activations; see `stca.export.passes.precision`.
         lowering: how the operator is written; see `stca.export.passes.lower` for `fused` and `decomposed`.
         one_request: leave out what tells requests apart; `fused` and `decomposed` serve one request in any case.
-        sizes, sm: of `plugin` alone: nominal sizes by dimension and the GPU, which decide into how many parts a history
+        sizes, sm: of `quick` alone: nominal sizes by dimension and the GPU, which decide into how many parts a history
             is cut.
 
     Raises:
@@ -112,8 +113,10 @@ def engine_graph(
         model = for_one_request(model, lowering)
     elif one_request:
         fix_to_one_request(model)
-    if lowering == "plugin":
-        model = _for_plugin(model, sizes or {}, sm)
+    if lowering in ("plugin", "quick"):
+        fold_integers(model)  # shapes then say the head sizes that the plugins are compiled for
+        model = _for_quick(model, sizes or {}, sm) if lowering == "quick" else model
+        _without_body(model)
     used = {t.name for t in model.graph.initializer}
     return EngineGraph(model, {n: w for n, w in weights.items() if n in used}, operators)
 
@@ -175,17 +178,20 @@ def estimate_memory(graph: EngineGraph, sizes: Mapping[str, int]) -> dict[str, i
     return {"weights": sum(bytes_of.values()), "inputs_and_outputs": sum(edge.values()), "activations": peak}
 
 
-def _for_plugin(model: onnx.ModelProto, sizes: Mapping[str, int], sm: int | None) -> onnx.ModelProto:
-    """Nodes for the TensorRT plugins, without function bodies: a missing plugin is then an error, not a slow engine."""
-    fold_integers(model)  # shapes then say the head sizes that the plugins are compiled for
+def _for_quick(model: onnx.ModelProto, sizes: Mapping[str, int], sm: int | None) -> onnx.ModelProto:
+    """Nodes of the quick plugins, with as many parts as suit the sizes."""
     known = sm is not None and {"N_h", "N_t"} <= sizes.keys()
     nominal = tiling.Sizes(sizes["N_t"], sizes["N_h"], sizes.get("B", 1)) if known else None
-    prepared = tensorrt_graph.prepare(model, nominal, sm)
-    functions = [f for f in prepared.functions if f.domain != DOMAIN]
-    del prepared.functions[:]
-    prepared.functions.extend(functions)
-    drop_unused(prepared.graph)
-    return prepared
+    return tensorrt_graph.prepare(model, nominal, sm)
+
+
+def _without_body(model: onnx.ModelProto) -> None:
+    """Take the operator's function body away: a missing plugin is then an error, not a slow engine."""
+    tensorrt_graph.mark(model)
+    functions = [f for f in model.functions if f.domain != DOMAIN]
+    del model.functions[:]
+    model.functions.extend(functions)
+    drop_unused(model.graph)
 
 
 def _bytes(tensor: TensorProto) -> int:

@@ -168,16 +168,8 @@ def attend_grid(n_targets: Any, n_requests: Any, shape: Shape, tile: Tile, parts
     return n_targets * shape.group // tile.block_m + n_requests, shape.key_heads * value_tiles, parts
 
 
-def best_tiles(
-    shape: Shape, scale: float, sizes: Sizes, parts: int, sm: int, shared_limit: int, count: int
-) -> list[Tile]:
-    """Up to `count` tiles worth running, best first: a measured one if there is one, then by the cost model.
-
-    Compiles them, because only then is it sure that they keep to `shared_limit` bytes of shared memory.
-
-    Raises:
-        BuildError: when none does.
-    """
+def ordered_tiles(shape: Shape, sizes: Sizes, parts: int, sm: int, shared_limit: int) -> list[Tile]:
+    """Every tile that the model expects to fit, best first: a measured one if there is one, then by the cost model."""
     device = device_for(sm)
     candidates = sorted(
         tiling.tiles(shape, sm, shared_limit),
@@ -185,8 +177,21 @@ def best_tiles(
     )
     if candidates and (plan := tiling.choose(shape, sizes, device, shared_limit)).measured and plan.tile in candidates:
         candidates.insert(0, plan.tile)
+    return list(dict.fromkeys(candidates))
+
+
+def best_tiles(
+    shape: Shape, scale: float, sizes: Sizes, parts: int, sm: int, shared_limit: int, count: int
+) -> list[Tile]:
+    """Up to `count` tiles worth running, in the order of `ordered_tiles`.
+
+    Compiles them, because only then is it sure that they keep to `shared_limit` bytes of shared memory.
+
+    Raises:
+        BuildError: when none does.
+    """
     found: list[Tile] = []
-    for tile in dict.fromkeys(candidates):
+    for tile in ordered_tiles(shape, sizes, parts, sm, shared_limit):
         if len(found) < count and compile_attend(shape, tile, sm, scale, parts > 1).shared <= shared_limit:
             found.append(tile)
     if not found:

@@ -11,6 +11,7 @@ The work of `python -m stca.plugins.artifacts --out DIR`. It writes:
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -29,8 +30,12 @@ from stca.plugins.tiling import DTYPE_BYTES, PORTABLE_SHARED_LIMIT, Shape, Sizes
 
 # (width d, heads h) of the models that the default list serves, both forms of each.
 _MODELS: Final = ((256, 8), (512, 8), (1024, 16))
-# A tile is kept when it is the best for one of these: few targets and many, over a production history.
-_TYPICAL: Final = (Sizes(targets=8, tokens=10_000, requests=1), Sizes(targets=300, tokens=10_000, requests=1))
+# What a kernel is chosen for: few targets and many, over a production history; and from how many targets a request on
+# it serves. Between 8 and 300 the change is at their geometric mean.
+_TYPICAL: Final = (
+    (0, Sizes(targets=8, tokens=10_000, requests=1)),
+    (48, Sizes(targets=300, tokens=10_000, requests=1)),
+)
 _COLUMNS: Final = ("kernel", "SM", "registers", "spilled bytes", "shared bytes", "threads", "PTX bytes")
 
 
@@ -73,8 +78,7 @@ def parse_shape(text: str, dtype: str, tied: bool) -> tuple[Shape, float]:
 def build(shapes: Sequence[tuple[Shape, float]], sms: Sequence[int], shared_limit: int) -> Iterator[Kernel]:
     """Compile and assemble every kernel the shapes need, whole and in parts, for every SM.
 
-    A shape that is tied gets kernels for both cases, key and value one tensor and not, with the same tiles: only a
-    launch shows which it is.
+    A shape that is tied gets kernels for both cases, key and value one tensor and not: only a launch shows which it is.
 
     Raises:
         BuildError: when one does not compile or assemble.
@@ -84,33 +88,26 @@ def build(shapes: Sequence[tuple[Shape, float]], sms: Sequence[int], shared_limi
         for shape, scale in shapes:
             untied = replace(shape, tied=False)
             variants = [untied, shape] if shape.tied else [untied]
-            for tile in _tiles(variants, scale, sm, shared_limit):
-                for variant in variants:
-                    if variant.tied and not tiling.is_tied(variant, tile):
-                        continue  # the tile reads a token twice anyway: the untied kernel does the same
-                    for parts in (False, True):
-                        artifact = aot.compile_attend(variant, tile, sm, scale, parts)
-                        fields = {**asdict(variant), "scale": scale, "parts": parts, "sm": sm, **asdict(tile)}
-                        yield _kernel(artifact, fields)
+            for variant, (targets, sizes) in itertools.product(variants, _TYPICAL):
+                tile = _tile(variant, scale, sizes, sm, shared_limit)
+                if variant.tied and not tiling.is_tied(variant, tile):
+                    continue  # the tile reads a token twice anyway: the untied kernel does the same
+                for parts in (False, True):
+                    artifact = aot.compile_attend(variant, tile, sm, scale, parts)
+                    fields = {**asdict(variant), "scale": scale, "parts": parts, "sm": sm, **asdict(tile)}
+                    yield _kernel(artifact, {**fields, "least_rows": targets * shape.group})
         for value_depth, dtype in combines:
             artifact = aot.compile_combine(value_depth, dtype, sm)
             yield _kernel(artifact, {"dtype": dtype, "value_depth": value_depth, "sm": sm})
 
 
-def _tiles(variants: Sequence[Shape], scale: float, sm: int, shared_limit: int) -> list[Tile]:
-    """The best for each variant and typical size that keep to the limit in every variant."""
-    best = []
-    for shape, sizes in itertools.product(variants, _TYPICAL):
-        parts = tiling.choose(shape, sizes, device_for(sm), shared_limit).parts
-        best += aot.best_tiles(shape, scale, sizes, parts, sm, shared_limit, 1)
-    fitting = [
-        tile
-        for tile in dict.fromkeys(best)
-        if all(aot.compile_attend(shape, tile, sm, scale, False).shared <= shared_limit for shape in variants)
-    ]
-    if not fitting:
-        raise BuildError(f"no tile of {variants[0]} keeps to {shared_limit} bytes, tied and not; raise --shared-limit")
-    return fitting
+def _tile(shape: Shape, scale: float, sizes: Sizes, sm: int, shared_limit: int) -> Tile:
+    """The best for these sizes that keeps to the limit, whole and in parts."""
+    parts = tiling.choose(shape, sizes, device_for(sm), shared_limit).parts
+    for tile in aot.ordered_tiles(shape, sizes, parts, sm, shared_limit):
+        if all(aot.compile_attend(shape, tile, sm, scale, cut).shared <= shared_limit for cut in (False, True)):
+            return tile
+    raise BuildError(f"no tile of {shape} keeps to {shared_limit} bytes; raise --shared-limit")
 
 
 def _kernel(artifact: aot.Artifact, fields: dict[str, Any]) -> Kernel:
@@ -118,7 +115,12 @@ def _kernel(artifact: aot.Artifact, fields: dict[str, Any]) -> Kernel:
     if "heads" in fields:
         name += "_d{depth}_h{heads}_k{key_heads}_x{scale:.4g}_m{block_m}_n{block_n}_w{warps}_s{stages}".format(**fields)
         name += "_tied" * fields["tied"] + "_parts" * fields["parts"]
-    return Kernel(f"{name}_sm{fields['sm']}.ptx", fields, artifact, aot.assemble(artifact))
+    return Kernel(f"{name}_sm{fields['sm']}.ptx", fields, artifact, _resources(artifact))
+
+
+@functools.cache
+def _resources(artifact: aot.Artifact) -> aot.Resources:
+    return aot.assemble(artifact)
 
 
 def write(kernels: Sequence[Kernel], out: Path) -> None:
@@ -136,7 +138,7 @@ def write(kernels: Sequence[Kernel], out: Path) -> None:
 def table(kernels: Sequence[Kernel]) -> str:
     """The kernels' costs as a Markdown table."""
     rows = [f"| {' | '.join(_COLUMNS)} |", f"|{' --- |' * len(_COLUMNS)}"]
-    for kernel in kernels:
+    for kernel in {kernel.file: kernel for kernel in kernels}.values():  # one may serve few targets and many
         artifact, resources = kernel.artifact, kernel.resources
         spilled = resources.spill_stores + resources.spill_loads
         name = kernel.file.removesuffix(".ptx").rsplit("_sm", 1)[0]
@@ -170,7 +172,16 @@ def _index_line(number: int, kernel: Kernel) -> str:
         return f'STCA_COMBINE({number}, "{kernel.file}", {", ".join(map(str, values))})\n'
     scale = f"{f['scale']!r}F"
     flags = (str(f[name]).lower() for name in ("tied", "parts"))
-    tile = (f["sm"], f["block_m"], f["block_n"], f["block_dv"], warps, f["stages"], kernel.artifact.shared)
+    tile = (
+        f["sm"],
+        f["block_m"],
+        f["block_n"],
+        f["block_dv"],
+        warps,
+        f["stages"],
+        kernel.artifact.shared,
+        f["least_rows"],
+    )
     shape = (element, f["heads"], f["key_heads"], f["depth"], f["value_depth"])
     return f'STCA_ATTEND({number}, "{kernel.file}", {", ".join(map(str, (*shape, scale, *flags, *tile)))})\n'
 

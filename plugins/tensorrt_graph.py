@@ -9,6 +9,7 @@ GPU idle. The prepared model is for TensorRT with these plugins and runs nowhere
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import onnx
 from onnx import helper, shape_inference
@@ -34,6 +35,25 @@ def mark(model: onnx.ModelProto) -> None:
             attribute.name == "plugin_namespace" for attribute in node.attribute
         ):
             node.attribute.append(helper.make_attribute("plugin_namespace", DOMAIN))
+
+
+def operators(model: onnx.ModelProto) -> list[tuple[Shape, float]]:
+    """Shape and scale of the model's operator nodes, each once: what a plugin library for it must hold.
+
+    A shape is tied where key and value are one tensor in the graph. Which nodes are is known from there.
+
+    Raises:
+        BuildError: when a head size is unknown or unsupported.
+    """
+    types = _tensor_types(model)
+    found: dict[tuple[Shape, float], None] = {}
+    for node in model.graph.node:
+        if (node.domain, node.op_type) == (DOMAIN, OP_NAME):
+            try:
+                found[_shape(node, types), _scale(node)] = None
+            except ValueError as error:
+                raise BuildError(str(error)) from error
+    return list(found)
 
 
 def prepare(
@@ -82,18 +102,22 @@ def prepare(
 
 def _plugins(node: onnx.NodeProto, shape: Shape, parts: int) -> list[onnx.NodeProto]:
     """The nodes that replace `node`."""
-    scale = next(attribute.f for attribute in node.attribute if attribute.name == "scale")
+    scale = _scale(node)
     common = {"domain": DOMAIN, "plugin_namespace": DOMAIN}
     if parts == 1:
         kind = TENSORRT_TIED if shape.tied else OP_NAME
         return [helper.make_node(kind, node.input, node.output, name=node.name, scale=scale, **common)]
     name = node.name or node.output[0]
     partial = [f"{name}/partial_out", f"{name}/partial_stats"]
-    attributes = {"scale": scale, "parts": parts, "tied": int(shape.tied)}
+    attributes: dict[str, Any] = {"scale": scale, "parts": parts, "tied": int(shape.tied)}
     return [
         helper.make_node(TENSORRT_PARTS, node.input, partial, name=f"{name}/parts", **attributes, **common),
         helper.make_node(TENSORRT_JOIN, partial, node.output, name=f"{name}/join", dtype=shape.dtype, **common),
     ]
+
+
+def _scale(node: onnx.NodeProto) -> float:
+    return next(float(attribute.f) for attribute in node.attribute if attribute.name == "scale")
 
 
 def _shape(node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto.Tensor]) -> Shape:

@@ -40,7 +40,7 @@ from stca.runtime.tensorrt_plan import (
     sizes_of,
     specs_of,
 )
-from stca.tensorrt_flavours import FLAVOURS, largest_sizes, load, look_into
+from stca.tensorrt_flavours import FLAVOURS, largest_sizes, load, look_into, runtime_for
 
 _Key = tuple[int | str, ...]  # what a CUDA graph holds for: profile, sizes, inputs that cross the bus
 
@@ -145,7 +145,8 @@ class TensorRTEngine:
     def _load(self, plan: str | os.PathLike[str], keep: Collection[str]) -> None:
         trt, entry, device, flavour = self._trt, self._entry, self._device, FLAVOURS[self._entry.flavour]
         said: list[str] = []
-        engine = trt.Runtime(_logger(trt, said)).deserialize_cuda_engine(Path(plan).read_bytes())
+        runtime = runtime_for(trt, _logger(trt, said), entry.lowering)
+        engine = runtime.deserialize_cuda_engine(Path(plan).read_bytes())
         if engine is None:
             raise BuildError(explain_refusal(entry, said))
         self._said, self._engine = said, engine

@@ -56,11 +56,6 @@ bool operator==(Shape const& a, Shape const& b)
         == std::tie(b.element, b.heads, b.keyHeads, b.depth, b.valueDepth);
 }
 
-int32_t Attend::tactic() const
-{
-    return ((blockM * 256 + blockN) * 128 + blockDv / 16) * 128 + warps * 8 + stages;
-}
-
 int64_t Attend::gridX(int64_t targets, int64_t requests) const
 {
     return targets * (shape.heads / shape.keyHeads) / blockM + requests;

@@ -41,11 +41,9 @@ struct Attend
     int32_t blockDv;
     int32_t warps;
     int32_t stages;
-    int32_t shared; //!< dynamic shared memory, bytes
+    int32_t shared;    //!< dynamic shared memory, bytes
+    int32_t leastRows; //!< serves launches with at least this many rows per request and key head
     char const* ptx;
-
-    //! The tile, as a number that stays the same when the library is built with more or other artifacts.
-    int32_t tactic() const;
 
     //! Blocks of a launch: y covers key heads and tiles of the value, x the rows. Of the x blocks about `busyX` find rows
     //! to work on, if the requests are of equal size; the others end at once.

@@ -1,15 +1,13 @@
 #include "plugin.h"
 
 #include "cuda_driver.h"
+#include "log.h"
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <exception>
 #include <stdexcept>
+#include <utility>
 
 using namespace nvinfer1;
 
@@ -18,9 +16,6 @@ namespace stca
 namespace
 {
 
-constexpr char const* kNAME = "TargetHistoryAttention";
-constexpr char const* kVERSION = "1";
-constexpr char const* kNAMESPACE = "stca";
 constexpr int32_t kINPUTS = 6;
 constexpr char const* kINPUT_NAMES[kINPUTS]
     = {"query", "key", "value", "target_offsets", "history_offsets", "history_lengths"};
@@ -34,39 +29,6 @@ constexpr int64_t kLEAST_BLOCKS_A_PART = 4;
 constexpr int64_t kMOST_BLOCKS_AT_ONCE = 1024;
 // What the artifacts' wide loads rely on.
 constexpr uintptr_t kALIGNMENT = 16;
-
-std::atomic<ILoggerFinder*> gLoggerFinder{nullptr};
-
-void log(std::string const& message) noexcept
-{
-    ILoggerFinder* const finder = gLoggerFinder.load();
-    ILogger* const logger = finder != nullptr ? finder->findLogger() : nullptr;
-    std::string const line = std::string(kNAMESPACE) + "::" + kNAME + ": " + message;
-    if (logger != nullptr)
-    {
-        logger->log(ILogger::Severity::kERROR, line.c_str());
-    }
-    else
-    {
-        std::fprintf(stderr, "%s\n", line.c_str());
-    }
-}
-
-//! Run `body`, which answers 0; log what it throws and answer -1, for TensorRT takes no exceptions.
-template <typename Body>
-int32_t guarded(Body&& body) noexcept
-{
-    try
-    {
-        body();
-        return 0;
-    }
-    catch (std::exception const& error)
-    {
-        log(error.what());
-        return -1;
-    }
-}
 
 bool toElement(DataType type, Element& element)
 {
@@ -108,20 +70,6 @@ Shape shapeOf(Dims const& query, Dims const& key, Dims const& value, DataType ty
 bool sameScale(float a, float b)
 {
     return std::fabs(a - b) <= 1e-6F * std::fabs(b);
-}
-
-//! The SM to take artifacts for: this machine's GPU; without one the portable SM, which is all a check can ask about.
-int32_t smHere()
-{
-    int32_t sm = 80;
-    try
-    {
-        sm = currentDevice().sm;
-    }
-    catch (std::exception const&)
-    {
-    }
-    return artifactSm(sm);
 }
 
 //! What changes from launch to launch.
@@ -194,10 +142,7 @@ IPluginCapability* TargetHistoryAttention::getCapabilityInterface(PluginCapabili
 
 IPluginV3* TargetHistoryAttention::clone() noexcept
 {
-    auto* const copy = new TargetHistoryAttention(mScale, mWorkspaceRows);
-    copy->mTactic = mTactic;
-    copy->mTactics = mTactics;
-    return copy;
+    return new TargetHistoryAttention(mScale, mWorkspaceRows);
 }
 
 char const* TargetHistoryAttention::getPluginName() const noexcept
@@ -295,24 +240,20 @@ int32_t TargetHistoryAttention::configurePlugin(
         // `desc.dims` has -1 where a dimension is dynamic; `max` then bounds it.
         auto const most = [in](int32_t i) { return in[i].desc.dims.d[0] >= 0 ? in[i].desc.dims : in[i].max; };
         Sizes const sizes = sizesOf(shape, most(0), most(1), most(5));
-        int32_t const sm = smHere();
+        // Not of this machine's GPU: an engine may be built for another one, and where there is none.
         int64_t mostRows = 0;
-        mTactics.clear();
         for (Attend const& candidate : attends())
         {
-            bool const fits = candidate.shape == shape && candidate.sm == sm && sameScale(candidate.scale, mScale);
-            if (fits && !candidate.parts && !candidate.tied)
+            if (serves(candidate, shape, std::nullopt))
             {
-                mTactics.push_back(candidate.tactic());
                 mostRows = std::max<int64_t>(mostRows, kMOST_BLOCKS_AT_ONCE * candidate.blockM);
             }
         }
-        if (mTactics.empty())
+        if (mostRows == 0)
         {
             throw std::runtime_error("no kernel for H=" + std::to_string(shape.heads)
                 + " H_k=" + std::to_string(shape.keyHeads) + " D=" + std::to_string(shape.depth)
-                + " D_v=" + std::to_string(shape.valueDepth) + " scale=" + std::to_string(mScale) + " on this GPU; "
-                + supported());
+                + " D_v=" + std::to_string(shape.valueDepth) + " scale=" + std::to_string(mScale) + "; " + supported());
         }
         mWorkspaceRows = static_cast<int32_t>(std::min(mostRows, kMAX_PARTS * sizes.targets * shape.heads));
     });
@@ -325,34 +266,30 @@ size_t TargetHistoryAttention::getWorkspaceSize(
     return static_cast<size_t>(mWorkspaceRows) * (valueDepth + 2) * sizeof(float);
 }
 
-int32_t TargetHistoryAttention::getNbTactics() noexcept
+int32_t TargetHistoryAttention::setTactic(int32_t) noexcept
 {
-    return static_cast<int32_t>(mTactics.size());
+    return 0; // none is offered: TensorRT would time them on offsets that no history has
 }
 
-int32_t TargetHistoryAttention::getValidTactics(int32_t* tactics, int32_t nbTactics) noexcept
+bool TargetHistoryAttention::serves(Attend const& candidate, Shape const& shape, std::optional<int32_t> sm) const
 {
-    std::copy_n(mTactics.begin(), std::min<size_t>(mTactics.size(), static_cast<size_t>(nbTactics)), tactics);
-    return 0;
+    return candidate.shape == shape && sameScale(candidate.scale, mScale) && candidate.sm == sm.value_or(candidate.sm);
 }
 
-int32_t TargetHistoryAttention::setTactic(int32_t tactic) noexcept
+Attend const* TargetHistoryAttention::find(Shape const& shape, int32_t sm, int64_t rows, bool tied, bool parts) const
 {
-    mTactic = tactic;
-    return 0;
-}
-
-Attend const* TargetHistoryAttention::find(Shape const& shape, int32_t sm, bool tied, bool parts) const
-{
+    Attend const* best = nullptr;
     for (Attend const& candidate : attends())
     {
-        if (candidate.shape == shape && candidate.sm == sm && candidate.tied == tied && candidate.parts == parts
-            && sameScale(candidate.scale, mScale) && (mTactic == 0 || candidate.tactic() == mTactic))
+        bool const fits = serves(candidate, shape, sm) && candidate.parts == parts && candidate.leastRows <= rows
+            && (tied || !candidate.tied);
+        auto const order = [](Attend const& a) { return std::make_pair(a.leastRows, a.tied); };
+        if (fits && (best == nullptr || order(candidate) > order(*best)))
         {
-            return &candidate;
+            best = &candidate;
         }
     }
-    return nullptr;
+    return best;
 }
 
 int32_t TargetHistoryAttention::onShapeChange(
@@ -363,18 +300,15 @@ int32_t TargetHistoryAttention::onShapeChange(
         Shape const shape = shapeOf(in[0].dims, in[1].dims, in[2].dims, in[0].type);
         sizesOf(shape, in[0].dims, in[1].dims, in[5].dims);
         int32_t const sm = artifactSm(currentDevice().sm);
-        if (find(shape, sm, false, false) == nullptr)
+        if (find(shape, sm, 0, false, false) == nullptr)
         {
             throw std::runtime_error("no kernel for this engine on this GPU; " + supported());
         }
-        for (bool const tied : {false, true})
+        for (Attend const& artifact : attends())
         {
-            for (bool const parts : {false, true})
+            if (serves(artifact, shape, sm))
             {
-                if (Attend const* const artifact = find(shape, sm, tied, parts); artifact != nullptr)
-                {
-                    loadAttend(*artifact);
-                }
+                loadAttend(artifact);
             }
         }
         loadCombine(findCombine(shape, sm));
@@ -407,10 +341,10 @@ int32_t TargetHistoryAttention::enqueue(PluginTensorDesc const* inputDesc, Plugi
 
         DeviceInfo const device = currentDevice();
         int32_t const sm = artifactSm(device.sm);
-        Attend const* tiedWhole = inputs[1] == inputs[2] ? find(shape, sm, true, false) : nullptr;
-        bool const tied = tiedWhole != nullptr;
-        Attend const* const whole = tied ? tiedWhole : find(shape, sm, false, false);
-        Attend const* const inParts = find(shape, sm, tied, true);
+        bool const tied = inputs[1] == inputs[2];
+        int64_t const rowsEach = sizes.targets * (shape.heads / shape.keyHeads) / requests;
+        Attend const* const whole = find(shape, sm, rowsEach, tied, false);
+        Attend const* const inParts = find(shape, sm, rowsEach, tied, true);
         if (whole == nullptr)
         {
             throw std::runtime_error("no kernel for this engine on this GPU; " + supported());
@@ -466,76 +400,4 @@ PluginFieldCollection const* TargetHistoryAttention::getFieldsToSerialize() noex
     return &mCollection;
 }
 
-TargetHistoryAttentionCreator::TargetHistoryAttentionCreator()
-    : mFields{PluginField("scale", nullptr, PluginFieldType::kFLOAT32, 1)}
-    , mCollection{static_cast<int32_t>(mFields.size()), mFields.data()}
-{
-}
-
-IPluginV3* TargetHistoryAttentionCreator::createPlugin(
-    char const*, PluginFieldCollection const* fields, TensorRTPhase) noexcept
-{
-    TargetHistoryAttention* plugin = nullptr;
-    guarded([&] {
-        float scale = NAN;
-        int32_t workspaceRows = 0;
-        for (int32_t i = 0; i < fields->nbFields; ++i)
-        {
-            PluginField const& field = fields->fields[i];
-            std::string const name = field.name;
-            if (name == "scale" && field.type == PluginFieldType::kFLOAT32 && field.length == 1)
-            {
-                scale = *static_cast<float const*>(field.data);
-            }
-            else if (name == "workspace_rows" && field.type == PluginFieldType::kINT32 && field.length == 1)
-            {
-                workspaceRows = *static_cast<int32_t const*>(field.data);
-            }
-            else
-            {
-                throw std::runtime_error("field " + name + " is unknown or of the wrong type; expected float scale");
-            }
-        }
-        if (!std::isfinite(scale) || workspaceRows < 0)
-        {
-            throw std::runtime_error("the node needs a finite attribute scale");
-        }
-        plugin = new TargetHistoryAttention(scale, workspaceRows);
-    });
-    return plugin;
-}
-
-PluginFieldCollection const* TargetHistoryAttentionCreator::getFieldNames() noexcept
-{
-    return &mCollection;
-}
-
-char const* TargetHistoryAttentionCreator::getPluginName() const noexcept
-{
-    return kNAME;
-}
-
-char const* TargetHistoryAttentionCreator::getPluginVersion() const noexcept
-{
-    return kVERSION;
-}
-
-char const* TargetHistoryAttentionCreator::getPluginNamespace() const noexcept
-{
-    return kNAMESPACE;
-}
-
 } // namespace stca
-
-extern "C" IPluginCreatorInterface* const* getCreators(int32_t& nbCreators)
-{
-    static stca::TargetHistoryAttentionCreator creator;
-    static IPluginCreatorInterface* const creators[] = {&creator};
-    nbCreators = 1;
-    return creators;
-}
-
-extern "C" void setLoggerFinder(ILoggerFinder* finder)
-{
-    stca::gLoggerFinder.store(finder);
-}

@@ -6,11 +6,15 @@
 
 #include <NvInferRuntime.h>
 
-#include <string>
+#include <optional>
 #include <vector>
 
 namespace stca
 {
+
+constexpr char const* kNAME = "TargetHistoryAttention";
+constexpr char const* kVERSION = "1";
+constexpr char const* kNAMESPACE = "stca";
 
 //! Inputs: query (N_t, H, D), key (N_h, H_k, D), value (N_h, H_k, D_v) of one type; target_offsets (B + 1),
 //! history_offsets (B + 1), history_lengths (B) of int32. Output: (N_t, H, D_v) of the query's type.
@@ -47,8 +51,6 @@ public:
         nvinfer1::DynamicPluginTensorDesc const* out, int32_t nbOutputs) noexcept override;
     size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t nbInputs,
         nvinfer1::DynamicPluginTensorDesc const* outputs, int32_t nbOutputs) const noexcept override;
-    int32_t getNbTactics() noexcept override;
-    int32_t getValidTactics(int32_t* tactics, int32_t nbTactics) noexcept override;
 
     // IPluginV3OneRuntime
     int32_t setTactic(int32_t tactic) noexcept override;
@@ -60,13 +62,14 @@ public:
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
 private:
-    //! The artifact of the chosen tactic for this shape; the first one where no tactic was chosen.
-    Attend const* find(Shape const& shape, int32_t sm, bool tied, bool parts) const;
+    //! Which artifacts serve this shape on any SM, or on this one.
+    bool serves(Attend const& candidate, Shape const& shape, std::optional<int32_t> sm) const;
+
+    //! The artifact for a launch with so many rows per request and key head; a tied one where there is one as good.
+    Attend const* find(Shape const& shape, int32_t sm, int64_t rows, bool tied, bool parts) const;
 
     float mScale;
     int32_t mWorkspaceRows;
-    int32_t mTactic{0};
-    std::vector<int32_t> mTactics;
     std::vector<nvinfer1::PluginField> mFields;
     nvinfer1::PluginFieldCollection mCollection{};
 };

@@ -233,7 +233,8 @@ class EngineEntry:
         flavour, version, sm, provider: what runs it: the library and its version, the GPU's compute capability (89 for
             8.9; None where any will do), ONNX Runtime's execution provider.
         precision: of weights and activations: `fp32`, `bf16`, `fp16`.
-        lowering: how the operator got into it: `function`, `plugin`, `fused`, `decomposed`; None in a half without one.
+        lowering: how the operator got into it: `function`, `plugin`, `quick`, `fused`, `decomposed`; None in a
+            half without one.
         requests: most requests of one run; None for any number.
         refit: `none`, `identical` or `weights`.
         profiles: for each dimension that varies the smallest, best and largest size.

@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,7 @@ FLAVOURS: Final[Mapping[str, Flavour]] = {
         modules=("tensorrt",),
         distributions=("tensorrt-cu13-bindings", "tensorrt-cu12-bindings", "tensorrt"),
         install="install NVIDIA's TensorRT with its libraries (pip install tensorrt-cu13, from NVIDIA's own index)",
-        lowerings=("plugin", "fused", "decomposed"),
+        lowerings=("quick", "plugin", "fused", "decomposed"),
         ahead_of_time=False,
         timing_cache=True,
         refit="identical",
@@ -72,7 +73,7 @@ FLAVOURS: Final[Mapping[str, Flavour]] = {
         modules=("tensorrt_rtx_bindings", "tensorrt_rtx"),
         distributions=("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx"),
         install="pip install 'stca[tensorrt-rtx]'",
-        lowerings=("fused", "decomposed"),
+        lowerings=("fused", "decomposed", "plugin"),
         ahead_of_time=True,
         timing_cache=False,
         refit="none",  # its refit modes compile for the GPU of this machine, and fail where there is none
@@ -82,6 +83,7 @@ FLAVOURS: Final[Mapping[str, Flavour]] = {
 
 
 PROGRESS: Final = "stca-progress "  # begins a line that the building process wants passed on
+_PLUGIN: Final = "stca::"  # begins a line of our plugin library, which has no other way out than stderr
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Job:
     plan: str | None
     timing_cache: str | None = None
     refit_from: str | None = None
+    folder: str = ""  # for what is made on the way; `build_plan` gives one
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ class Built:
         sm: what it was built for.
         seconds: of parsing and building, without the start of the process.
         layers: of the network by type, before TensorRT fuses them.
-        fused_layers: what the library's inspector tells of the engine's; None where it cannot load the engine here.
+        fused_layers: what the library's inspector tells of the engine's or, where it cannot load the engine here, what
+            its builder logged; None where that is nothing.
         attention_nodes: how many attentions are in the engine.
         memory: bytes at the largest sizes; see `stca.export.engine_graph.estimate_memory`, and `scratch`, what the
             library says that a run takes besides, where it can load the engine.
@@ -166,10 +170,27 @@ def largest_sizes(profiles: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, 
     return {dim: max(p[dim][2] for p in profiles if dim in p) for profile in profiles for dim in profile}
 
 
+def runtime_for(trt: Any, log: Any, lowering: str | None) -> Any:
+    """What loads a plan; code of ours that lies in it may run where the manifest says that there is some."""
+    runtime = trt.Runtime(log)
+    if lowering == "plugin":
+        runtime.engine_host_code_allowed = True
+    return runtime
+
+
 def look_into(trt: Any, engine: Any) -> dict[str, Any]:
     """What the library tells of a loaded engine: `layers`, after fusion, and `device_memory` in bytes."""
     told = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
     return {"layers": told["Layers"], "device_memory": int(engine.device_memory_size_v2)}
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """The building process's: TensorRT-RTX opens its own library by a name without version, which its wheel lacks."""
+    spec = importlib.util.find_spec("tensorrt_rtx_libs")
+    for library in Path(str(spec.origin)).parent.glob("libtensorrt_rtx.so.*") if spec else ():
+        (folder / "libtensorrt_rtx.so").symlink_to(library)  # the same file, so it is not loaded twice
+    path = [str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(path)}
 
 
 def build_plan(job: Job, progress: Progress) -> Built:
@@ -180,12 +201,17 @@ def build_plan(job: Job, progress: Progress) -> Built:
     """
     with scratch("stca-build") as folder:
         request, reply = folder / "job.json", folder / "reply.json"
-        request.write_text(json.dumps(dataclasses.asdict(job)))
+        request.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(job, folder=str(folder)))))
         # -P: `-m` alone would import from the working directory first, which may be a bundle's.
         command = [sys.executable, "-P", "-m", "stca.engines.tensorrt_builder", str(request), str(reply)]
         tail: collections.deque[str] = collections.deque(maxlen=20)
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=_environment(folder),
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -196,7 +222,8 @@ def build_plan(job: Job, progress: Progress) -> Built:
         if reply.exists():
             answer = json.loads(reply.read_text())
             if "error" in answer:
-                raise BuildError(answer["error"])
+                ours = [line for line in tail if line.startswith(_PLUGIN)]  # TensorRT tells only that a plugin failed
+                raise BuildError(f"{answer['error']}; {ours[-1]}" if ours else answer["error"])
             return Built(**answer)
     how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
     said = tail[-1][:300] if tail else "nothing"

@@ -87,6 +87,7 @@ struct EngineEntry {
   std::string graph, flavour, file, precision;
   std::int64_t sm = 0;        ///< compute capability, 90 for 9.0; 0 where the engine is for none
   std::string provider;       ///< of ONNX Runtime
+  std::string lowering;       ///< how the operator got into it; empty in a half that has none
   std::string version;        ///< of the library that built it, "11.4.0.106"
   std::int64_t requests = 0;  ///< most requests of one run; 0 for no limit
   GraphSpec spec;             ///< inputs and outputs in the engine's own types, which may be narrower than the graph's

@@ -70,7 +70,7 @@ void read_padded(const Fields& fields, EngineEntry& entry) {
 
 /// What only people and other tools read.
 void check_notes(const Fields& fields) {
-  for (const char* name : {"lowering", "attention"}) fields.optional_string(name);
+  fields.optional_string("attention");
   if (fields.has("refit")) fields.string("refit");
   if (fields.has("bytes")) fields.count("bytes", 0);
   if (fields.has("seconds")) fields.number("seconds");
@@ -96,6 +96,7 @@ EngineEntry read_engine(const Fields& fields) {
   if (fields.has("version")) entry.version = fields.string("version");
   entry.sm = fields.optional_count("sm", 0, true).value_or(0);
   entry.provider = fields.optional_string("provider").value_or("");
+  entry.lowering = fields.optional_string("lowering").value_or("");
   entry.requests = fields.optional_count("requests", 1, true).value_or(0);
   read_tensors(fields, "inputs", entry.spec.inputs);
   read_tensors(fields, "outputs", entry.spec.outputs);

@@ -53,6 +53,7 @@ class TensorRtEngine final : public Engine {
     const GpuScope scope = device_->use();
     runtime_.reset(create(log_));
     if (runtime_ == nullptr) fail(STCA_BUILD_ERROR, "TensorRT cannot start: ", log_.take());
+    if (entry_.lowering == "plugin") runtime_->setEngineHostCodeAllowed(true);  // the plan carries our library
     engine_.reset(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
     if (engine_ == nullptr) refuse();
     if (const std::string why = difference<Trt>(*engine_, entry_); !why.empty()) {

@@ -36,7 +36,11 @@ _TORCH: Final = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def check_graphs(
-    bundle: Bundle, lowering: Literal["plugin", "fused", "decomposed"], folder: Path, *, one_request: bool = True
+    bundle: Bundle,
+    lowering: Literal["plugin", "quick", "fused", "decomposed"],
+    folder: Path,
+    *,
+    one_request: bool = True,
 ) -> dict[str, list[str]]:
     """Run the graphs that engines are made from on ONNX Runtime, and find out which rows may be added to an input.
 
@@ -57,7 +61,9 @@ def check_graphs(
     """
     own = {half: _literal(bundle, half, bundle.file(half)) for half in HALVES}
     state = [s.name for s in bundle.manifest.state]
-    form: Literal["function", "fused", "decomposed"] = "function" if lowering == "plugin" else lowering
+    form: Literal["function", "fused", "decomposed"] = (
+        "function" if lowering == "plugin" or lowering == "quick" else lowering
+    )
     lowered = {}
     for half in HALVES:
         graph = engine_graph(bundle.file(half), state=state, lowering=form, one_request=one_request)
@@ -85,7 +91,7 @@ def _check_lowering(bundle: Bundle, own: Mapping[str, Engine], lowered: Mapping[
                 difference = np.abs(values[name].astype(np.float64) - found[name]).max()
                 raise BuildError(
                     f"with one request per run {name} differs by {difference:.3g} at {tokens} history tokens; "
-                    "this model's engines need the plugin (--engine tensorrt) or ONNX Runtime"
+                    "this model's engines need the plugin (--lowering plugin) or ONNX Runtime"
                 )
 
 
@@ -235,7 +241,10 @@ def _blame(bundle: Bundle, choice: Choice, progress: Progress) -> str:
         else:
             state = [s.name for s in bundle.manifest.state]
             # A plugin cannot be run here; the function body computes the same.
-            lowering = cast(Any, {"plugin": "function"}.get(kind := entry.key.get("lowering", "function"), kind))
+            lowering = cast(
+                Any,
+                {"plugin": "function", "quick": "function"}.get(kind := entry.key.get("lowering", "function"), kind),
+            )
             one = entry.requests == 1
             suspect = engine_graph(
                 bundle.file(half), state=state, precision=precision, lowering=lowering, one_request=one

@@ -29,7 +29,7 @@ class Proof:
 
     Attributes:
         name: what.
-        needs: `gpu`, a backend's name, or `torch-cuda`.
+        needs: facts of `stca doctor`.
         steps: arguments of `python -m`; `{bundle}` is a bundle of the shipped checkpoint.
     """
 
@@ -42,12 +42,12 @@ def _stca(*steps: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     return tuple(("stca", *step) for step in steps)
 
 
-def _engine(flavour: str, precision: str, attention: str) -> Proof:
+def _engine(flavour: str, precision: str, attention: str, *needs: str) -> Proof:
     build = (*_BUILD, flavour, "--precision", precision, "--attention", attention, "--no-cache")
     bench = ("bench", "{bundle}", "--json", "--engine", flavour, "--precision", precision, "--seconds", "0.2")
     return Proof(
         f"{flavour}, {precision}, {attention}: built, right against float64, measured",
-        ("gpu", flavour),
+        ("gpu", flavour, *needs),
         _stca(build, (*_VERIFY, flavour, "--precision", precision), (*bench, "--history", "512", "--targets", "32")),
     )
 
@@ -58,7 +58,8 @@ PROOFS: Final = (
     Proof(
         "the PTX that engines embed, launched as TensorRT does", ("gpu", "torch-cuda"), ((*_PYTHON, "embedded"),)
     ),
-    *(_engine("tensorrt", p, a) for p, a in (("bf16", "plugin"), ("fp16", "fused"), ("fp32", "decomposed"))),
+    *(_engine("tensorrt", p, a) for p, a in (("bf16", "quick"), ("fp16", "fused"), ("fp32", "decomposed"))),
+    _engine("tensorrt", "bf16", "plugin", "TensorRT headers", "CUDA headers", "cmake"),
     Proof(
         "tensorrt: new weights put into a finished engine",
         ("gpu", "tensorrt"),
@@ -68,12 +69,13 @@ PROOFS: Final = (
         ),
     ),
     *(_engine("tensorrt-rtx", p, a) for p, a in (("bf16", "fused"), ("fp32", "decomposed"))),
+    _engine("tensorrt-rtx", "bf16", "plugin", "TensorRT headers", "CUDA headers", "cmake"),
     Proof(
-        "tensorrt: device memory over 2000 changes of shape, with the plugin and without",
-        ("gpu", "tensorrt"),
+        "tensorrt: device memory over 2000 changes of shape, with each plugin and without",
+        ("gpu", "tensorrt", "TensorRT headers", "CUDA headers", "cmake"),
         tuple(
             step
-            for attention in ("plugin", "decomposed")
+            for attention in ("quick", "plugin", "decomposed")
             for step in (
                 ("stca", *_BUILD, "tensorrt", "--precision", "fp16", "--attention", attention, "--no-cache"),
                 (*_PYTHON, "memory", "{bundle}"),

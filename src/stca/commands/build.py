@@ -30,7 +30,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and arithmetic")
     p.add_argument(
         "--lowering",
-        choices=("function", "plugin", "fused", "decomposed"),
+        choices=("function", "plugin", "quick", "fused", "decomposed"),
         help="how the operator gets in (default: the engine's own way)",
     )
     p.add_argument("--attention", dest="lowering", help=argparse.SUPPRESS)  # what it was called before

@@ -7,10 +7,9 @@ import ctypes.util
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +17,7 @@ from typing import Any, Final
 from stca.commands.options import emit
 from stca.commands.progress import progress_on_stderr
 from stca.errors import BuildError, UsageError
+from stca.plugins import plugin_library
 from stca.tensorrt_flavours import FLAVOURS
 
 HELP = "what is installed here, what will work, and what to do for the rest"
@@ -39,7 +39,6 @@ _TOOLS: Final = {
     "cmake": (("cmake",), "apt-get install cmake"),
     "nvcc": (("nvcc",), "install the CUDA toolkit (only to write kernels; nothing here needs it)"),
 }
-_HEADERS: Final = ("/usr/include", "/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu")
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,9 @@ def look() -> tuple[list[Fact], list[dict[str, Any]]]:
     """What is installed, without loading a large library, and this machine's GPUs."""
     facts = [_package(name, todo) for name, todo in _INSTALL.items()]
     facts += [_tool(name, *of) for name, of in _TOOLS.items()]
-    facts += [_ptxas(), _tensorrt_headers()]
+    facts.append(_ptxas())
+    facts.append(_headers("TensorRT headers", plugin_library.tensorrt_headers))
+    facts.append(_headers("CUDA headers", plugin_library.cuda_headers))
     driver, gpus = _driver()
     facts.append(driver)
     old = [gpu for gpu in gpus if gpu["sm"] < 80]
@@ -131,11 +132,11 @@ def _ptxas() -> Fact:
         return Fact("ptxas", None, str(e))
 
 
-def _tensorrt_headers() -> Fact:
-    places = [os.environ.get("TENSORRT_INCLUDE_DIR", ""), *_HEADERS]
-    found = next((place for place in places if place and Path(place, "NvInferRuntime.h").exists()), None)
-    todo = "install TensorRT's headers, or name their folder in TENSORRT_INCLUDE_DIR"
-    return Fact("TensorRT headers", found, todo)
+def _headers(name: str, find: Callable[[], str]) -> Fact:
+    try:
+        return Fact(name, find())
+    except BuildError as e:
+        return Fact(name, None, str(e))
 
 
 def _driver() -> tuple[Fact, list[dict[str, Any]]]:
@@ -200,18 +201,22 @@ def _torch_cuda(facts: Sequence[Fact]) -> Fact:
 
 
 # What one wants to do, and what it takes.
+_PLUGIN_LIBRARY: Final = ("g++ or clang++", "cmake", "TensorRT headers", "CUDA headers", "triton", "ptxas")
+_TENSORRT: Final = ("gpu", "tensorrt", "cuda-bindings", "torch", "onnx")
 _ABILITIES: Final = {
     "export, verify": ("torch", "onnx"),
     "serve and bench on a CPU": ("onnxruntime",),
     "serve on a GPU with ONNX Runtime": ("gpu", "onnxruntime-cuda"),
-    "build and serve TensorRT engines": ("gpu", "tensorrt", "cuda-bindings", "torch", "onnx"),
-    "build TensorRT engines with the plugin": ("gpu", "tensorrt", "cuda-bindings", "torch", "onnx", "triton", "ptxas"),
+    "build and serve TensorRT engines": _TENSORRT,
+    "build TensorRT engines with quick plugins": (*_TENSORRT, "triton", "ptxas"),
+    "build TensorRT engines with the plugin": (*_TENSORRT, *_PLUGIN_LIBRARY),
     "build TensorRT-RTX engines": ("tensorrt-rtx", "torch", "onnx"),
+    "build TensorRT-RTX engines with the plugin": ("tensorrt-rtx", "torch", "onnx", *_PLUGIN_LIBRARY),
     "serve TensorRT-RTX engines": ("gpu", "tensorrt-rtx", "cuda-bindings"),
     "run the kernels from torch": ("gpu", "torch-cuda", "triton"),
     "compile the kernels ahead of time": ("triton", "ptxas"),
     "build the C++ runtime": ("g++ or clang++", "cmake"),
-    "build the C++ plugin": ("g++ or clang++", "cmake", "TensorRT headers", "triton", "ptxas"),
+    "build the C++ plugin": _PLUGIN_LIBRARY,
     "reports": ("jinja2", "matplotlib", "onnx"),
     "completion": ("shtab",),
     "signed bundles": ("cryptography",),

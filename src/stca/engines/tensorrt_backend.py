@@ -39,14 +39,14 @@ class TensorRTBuilder:
                 f"SM not given: {engine} builds for a GPU that need not be here; say which with --sm, 89 for 8.9"
             )
         own = "decomposed" if wish.precision == "fp32" and flavour.ahead_of_time else flavour.lowerings[0]
-        chosen = wish.lowering or own
+        # NVIDIA/TensorRT#4849: engines with quick plugins leak at each change of shape, and batches have many.
+        chosen = wish.lowering or ("plugin" if requests > 1 else own)
         if chosen not in flavour.lowerings:
             raise BuildError(f"{engine} has no lowering {chosen!r}; it has {', '.join(flavour.lowerings)}")
-        if requests > 1 and chosen != "plugin":
-            ways = "; take the plugin" if "plugin" in flavour.lowerings else ""
+        if requests > 1 and chosen not in ("plugin", "quick"):
             raise BuildError(
                 f"{engine} serves one request per run with {chosen} attention, not {requests}: leave "
-                f"--requests-max at 1{ways}"
+                "--requests-max at 1; take the plugin"
             )
         parts = {
             "version": installed_version(flavour),
@@ -55,7 +55,7 @@ class TensorRTBuilder:
             "refit": wish.refit or flavour.refit,
             "requests": requests,
         }
-        if chosen == "plugin":
+        if chosen in ("plugin", "quick"):
             parts["plugin"] = digest_of_sources("plugins")
             parts["triton"] = importlib.metadata.version("triton")  # compiles the kernels
         return parts

@@ -10,16 +10,17 @@ import collections
 import dataclasses
 import importlib
 import json
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from stca.errors import BuildError, StcaError
 from stca.plugins.driver import device_sm
-from stca.tensorrt_flavours import FLAVOURS, PROGRESS, Built, Flavour, Job, largest_sizes, load, look_into
+from stca.tensorrt_flavours import FLAVOURS, PROGRESS, Built, Flavour, Job, largest_sizes, load, look_into, runtime_for
 
 if TYPE_CHECKING:
     import onnx
@@ -57,22 +58,25 @@ def _build(job: Job) -> Built:
     except TypeError as e:  # how the bindings report a null builder
         raise BuildError(f"{job.flavour} {trt.__version__} makes no builder: is its full library installed?") from e
     flags = trt.NetworkDefinitionCreationFlag
-    wanted = ["STRONGLY_TYPED"] + (["PREFER_AOT_PYTHON_PLUGINS"] if job.lowering == "plugin" else [])
+    wanted = ["STRONGLY_TYPED"] + (["PREFER_AOT_PYTHON_PLUGINS"] if job.lowering == "quick" else [])
     network = builder.create_network(sum(1 << int(getattr(flags, name)) for name in wanted))
     parser = trt.OnnxParser(network, log)
+    config = _config(trt, builder, graph, job, flavour, sm)
+    if job.lowering == "plugin" and graph.attention_nodes:
+        config.plugins_to_serialize = [_plugin_library(trt, graph, sm, Path(job.folder))]  # the plan carries it
     _say("parsing")
     keep_alive = _parse(parser, graph, Path(job.graph).name)
     layers = collections.Counter(network.get_layer(i).type.name for i in range(network.num_layers))
     _require_attention(job.lowering, graph.attention_nodes, layers)
-    config = _config(trt, builder, graph, job, flavour, sm)
     _say("building")
     plan = builder.build_serialized_network(network, config)
     del keep_alive
     if plan is None:
         raise BuildError(_explain(job, log.errors))
-    told = None if flavour.ahead_of_time else _look_into(trt, log, plan)
-    if told is not None and job.lowering == "plugin":
-        _require_plugins(told["layers"], graph.attention_nodes)
+    told = None if flavour.ahead_of_time else _look_into(trt, log, plan, job.lowering)
+    layers_built = told["layers"] if told else log.layers or None
+    if layers_built and job.lowering in ("plugin", "quick"):
+        _require_plugins(layers_built, graph.attention_nodes)
     Path(str(job.plan)).write_bytes(memoryview(plan))
     if flavour.timing_cache and job.timing_cache and (timings := config.get_timing_cache()) is not None:
         _save(Path(job.timing_cache), memoryview(timings.serialize()))
@@ -84,15 +88,15 @@ def _build(job: Job) -> Built:
         layers=dict(layers),
         attention_nodes=graph.attention_nodes,
         memory=_memory(graph, job, told),
-        fused_layers=told["layers"] if told else None,
+        fused_layers=layers_built,
         inputs=_tensors(graph.model.graph.input),
         outputs=_tensors(graph.model.graph.output),
     )
 
 
 def _graph(job: Job, sm: int) -> EngineGraph:
-    """The graph of a job, its plugins registered: the parser looks for them, and so does a plan that is loaded."""
-    if job.lowering == "plugin":
+    """The graph of a job, quick plugins registered: the parser looks for them, and so does a plan that is loaded."""
+    if job.lowering == "quick":
         importlib.import_module("stca.plugins.tensorrt_plugin").settings.sm = sm
     from stca.export.engine_graph import engine_graph  # once it is known that there is something to build with
 
@@ -105,6 +109,16 @@ def _graph(job: Job, sm: int) -> EngineGraph:
         sizes={dim: sizes[1] for dim, sizes in job.profiles[-1].items()},
         sm=sm,
     )
+
+
+def _plugin_library(trt: Any, graph: EngineGraph, sm: int, folder: Path) -> str:
+    """A plugin library for the graph's attentions, built now and registered."""
+    from stca.plugins import plugin_library, tensorrt_graph
+
+    _say("compiling kernels")
+    library = str(plugin_library.build(tensorrt_graph.operators(graph.model), [sm], folder))
+    trt.get_plugin_registry().load_library(library)
+    return library
 
 
 def _tensors(values: Iterable[onnx.ValueInfoProto]) -> list[list[Any]]:
@@ -131,7 +145,7 @@ def _refit(job: Job) -> Built:
     graph = _graph(job, sm)
     began = time.monotonic()
     log = _logger(trt)
-    engine = trt.Runtime(log).deserialize_cuda_engine(Path(str(job.refit_from)).read_bytes())
+    engine = runtime_for(trt, log, job.lowering).deserialize_cuda_engine(Path(str(job.refit_from)).read_bytes())
     if engine is None:
         said = f": {' '.join(log.errors[0].split())[:200]}" if log.errors else ""
         raise BuildError(f"{job.flavour} cannot load the engine here to refit it{said}")
@@ -185,27 +199,31 @@ def _first_error(parser: Any) -> str:
 
 def _require_attention(attention: str, nodes: int, layers: Mapping[str, int]) -> None:
     """Whether parsing kept every attention in one piece. A network is not an engine: the builder has the last word."""
-    kinds = {"fused": ("ATTENTION_INPUT",), "plugin": ("PLUGIN_V3", "PLUGIN")}.get(attention)
+    plugin = ("PLUGIN_V3", "PLUGIN")
+    kinds = {"fused": ("ATTENTION_INPUT",), "plugin": plugin, "quick": plugin}.get(attention)
     if kinds and (found := sum(layers.get(kind, 0) for kind in kinds)) < nodes:
         raise BuildError(
             f"{nodes} attentions in the graph, {found} {kinds[0]} layers in the network: is the plugin registered?"
         )
 
 
-def _look_into(trt: Any, log: Any, plan: Any) -> dict[str, Any]:
+def _look_into(trt: Any, log: Any, plan: Any, lowering: str) -> dict[str, Any]:
     """As `look_into`, of the finished engine; only where it can be loaded."""
     _say("looking into the engine")
-    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    engine = runtime_for(trt, log, lowering).deserialize_cuda_engine(plan)
     if engine is None:
         raise BuildError("the engine that was just built cannot be loaded; is this the GPU it was built for?")
     return look_into(trt, engine)
 
 
 def _require_plugins(layers: Sequence[Any], nodes: int) -> None:
-    """The finished engine must name our plugin once per attention."""
-    found = sum("TargetHistoryAttention" in json.dumps(layer) for layer in layers)
+    """The finished engine must name our plugin once per attention; a builder's log calls it a custom layer."""
+    found = sum(any(word in json.dumps(layer) for word in _OURS) for layer in layers)
     if found < nodes:
         raise BuildError(f"{nodes} attentions in the graph, {found} of our plugins in the engine; report this")
+
+
+_OURS: Final = ("TargetHistoryAttention", "custom_layer")
 
 
 def _memory(graph: EngineGraph, job: Job, told: Mapping[str, Any] | None) -> dict[str, int]:
@@ -275,13 +293,19 @@ def _explain(job: Job, errors: Sequence[str]) -> str:
     return f"{name}: {job.flavour} cannot build it: {said[:400]}"
 
 
+_LAYER: Final = re.compile(r"^Name: (?P<Name>[^,]*), LayerType: (?P<LayerType>\w+)", re.MULTILINE)
+
+
 def _logger(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.layers: list[dict[str, str]] = []  # of the engine, as its builder tells them
 
         def log(self, severity: Any, message: str) -> None:
+            if message.startswith("Layers:"):
+                self.layers += [found.groupdict() for found in _LAYER.finditer(message)]
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 self.errors.append(message)
             elif severity == trt.ILogger.WARNING and "Int64 binding" not in message:

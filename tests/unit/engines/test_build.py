@@ -79,7 +79,7 @@ def test_both_halves_are_built_and_written_into_the_bundle(built, bundle_dir):
     assert encoder.lowering is None
     assert scorer.lowering == "fused"
     assert scorer.layers["ATTENTION_INPUT"] == 2
-    assert scorer.fused_layers is None  # nothing here can load it
+    assert sum("mha" in layer["Name"] for layer in scorer.fused_layers) == 2  # by the builder's log
     assert scorer.memory["activations"] > 0
     assert scorer.profiles == ({"N_h": (1, 32, 32), "N_t": (1, 64, 64)},)
     shapes = {i["name"]: (i["dtype"], i["shape"]) for i in scorer.inputs}
@@ -348,8 +348,11 @@ def test_not_installed(bundle, monkeypatch):
         ({"engine": "onnxruntime", "precision": "bf16"}, ("no bf16 kernels", "fp32")),
         ({"engine": "onnxruntime", "provider": "CUDAExecutionProvider"}, ("CUDAExecutionProvider", "CPU")),
         ({"engine": "onnxruntime", "provider": "../x", "dry_run": True}, ("../x", "CPUExecutionProvider")),
-        ({"engine": RTX, "sm": 89, "lowering": "plugin"}, (RTX, "'plugin'", "fused")),
-        ({"engine": RTX, "sm": 89, "workload": Workload(requests_max=2)}, ("one request", "--requests-max")),
+        ({"engine": RTX, "sm": 89, "lowering": "quick"}, (RTX, "'quick'", "fused")),
+        (
+            {"engine": RTX, "sm": 89, "lowering": "fused", "workload": Workload(requests_max=2)},
+            ("one request", "plugin"),
+        ),
         ({"engine": RTX, "sm": 89, "provider": "CUDAExecutionProvider"}, ("CUDAExecutionProvider", RTX)),
         ({"engine": "onnxruntime", "sm": 89}, ("onnxruntime", "any GPU")),
         ({"engine": "onnxruntime", "workload": WORKLOAD}, ("onnxruntime", "any size")),

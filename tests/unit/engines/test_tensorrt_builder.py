@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from support import nvidia_bindings
 from support.errors import one_line
 
+from stca import tensorrt_flavours
 from stca.bundle import Bundle
 from stca.engines import tensorrt_builder
 from stca.engines.tensorrt_builder import (
@@ -39,7 +40,7 @@ def job(bundle_dir, tmp_path):
         graph=str(bundle.file("target_scorer")),
         state=[s.name for s in bundle.manifest.state],
         precision="bf16",
-        lowering="plugin",
+        lowering="quick",
         profiles=[{"N_h": [1, 32, 32], "N_t": [1, 8, 8], "B": [1, 2, 2], "B_plus_1": [2, 3, 3]}],
         sm=90,
         refit="weights",
@@ -55,8 +56,9 @@ def job(bundle_dir, tmp_path):
     [
         ("fused", "target_scorer", ("tensorrt 11", "no builder")),
         ("plugin", "user_encoder", ("tensorrt 11", "no builder")),
+        ("quick", "user_encoder", ("tensorrt 11", "no builder")),
         (
-            "plugin",
+            "quick",
             "target_scorer",
             ("head size D = 24", "16"),
         ),  # typed and folded, so that it gets as far as the kernels
@@ -93,7 +95,9 @@ def test_tensorrt_builds_for_the_gpu_it_runs_on(monkeypatch):
     [
         ("fused", {"ATTENTION_INPUT": 2}, True),
         ("fused", {"ATTENTION_INPUT": 1, "SOFTMAX": 1}, False),
-        ("plugin", {"PLUGIN_V3": 4}, True),
+        ("plugin", {"PLUGIN_V3": 2}, True),
+        ("quick", {"PLUGIN_V3": 4}, True),
+        ("quick", {"SOFTMAX": 2}, False),
         ("plugin", {"SOFTMAX": 2}, False),
         ("decomposed", {"SOFTMAX": 2}, True),
     ],
@@ -115,13 +119,13 @@ def inspected(layers):
 
 def test_an_engine_without_its_plugins_is_refused():
     ours = [{"Name": "a", "PluginType": "TargetHistoryAttentionTied"}, "node_TargetHistoryAttention", {"Name": "gemm"}]
-    told = _look_into(inspected(ours), None, b"")
+    told = _look_into(inspected(ours), None, b"", "quick")
     assert told == {"layers": ours, "device_memory": 4096}
     _require_plugins(told["layers"], 2)
     with one_line(BuildError, "2 attentions", "1 of our plugins"):
         _require_plugins(ours[:1], 2)
     with one_line(BuildError, "cannot be loaded"):
-        _look_into(inspected(None), None, b"")
+        _look_into(inspected(None), None, b"", "plugin")
 
 
 def test_what_the_builder_said(job):
@@ -220,7 +224,7 @@ def test_plugins_are_registered_before_a_plan_that_needs_them_is_loaded(job, mon
         return SimpleNamespace(settings=SimpleNamespace())
 
     monkeypatch.setattr(tensorrt_builder.importlib, "import_module", register)
-    trt, _ = refitted(dataclasses.replace(encoder, requests=1), monkeypatch, "plugin")
+    trt, _ = refitted(dataclasses.replace(encoder, requests=1), monkeypatch, "quick")
     assert order + trt.order == ["stca.plugins.tensorrt_plugin", "deserialize"]
 
 
@@ -244,6 +248,19 @@ def test_a_plan_for_another_gpu_is_not_refitted(job, monkeypatch):
     monkeypatch.setattr(tensorrt_builder, "device_sm", lambda: 89)
     with one_line(BuildError, "SM 89", "SM 90"):
         _refit(job)
+
+
+def test_what_a_plugin_says_reaches_the_error(job, monkeypatch, tmp_path):
+    """TensorRT tells only that one failed; the library's own words are on stderr."""
+    child = tmp_path / "child"
+    child.write_text(
+        "#!/bin/sh\necho noise\necho 'stca::Op: offsets must be INT32' >&2\n"
+        'for reply; do :; done\necho \'{"error": "the parser refuses it"}\' > "$reply"\n'
+    )
+    child.chmod(0o700)
+    monkeypatch.setattr(tensorrt_flavours.sys, "executable", str(child))
+    with one_line(BuildError, "the parser refuses it; stca::Op: offsets must be INT32"):
+        tensorrt_flavours.build_plan(job, lambda _: None)
 
 
 def test_errors_go_into_the_reply(job, monkeypatch, tmp_path, capsys):

@@ -1,12 +1,7 @@
-"""The C++ plugin: built with CMake, driven without TensorRT, and loaded by TensorRT's own registry.
-
-Building it needs TensorRT's headers, which no package ships: name their folder in TENSORRT_INCLUDE_DIR. The folder
-include/ of NVIDIA's public TensorRT repository will do.
-"""
+"""The C++ plugin: built with CMake, driven without TensorRT, and loaded by TensorRT's own registry."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -19,25 +14,13 @@ from pathlib import Path
 import pytest
 from support import nvidia_bindings
 
-from stca.plugins import aot, artifacts
+from stca.errors import BuildError
+from stca.plugins import artifacts, plugin_library
+from stca.plugins.plugin_library import SOURCES
 
-SOURCES = Path(aot.__file__).parent / "cpp"
-TILE = ("block_m", "block_n", "block_dv", "warps", "stages")
 TESTS = Path(__file__).parent / "cpp"
 # What test_plugin.cc expects the library to hold.
 ARTIFACTS = ("--shape", "2,1,64,64", "--tied", "--sm", "80", "--sm", "90", "--dtype", "bfloat16")
-
-
-def headers() -> str | None:
-    """Folder of NvInferRuntime.h, if there is one."""
-    places = (os.environ.get("TENSORRT_INCLUDE_DIR", ""), "/usr/include", "/usr/include/x86_64-linux-gnu")
-    return next((place for place in places if place and Path(place, "NvInferRuntime.h").exists()), None)
-
-
-needs_headers = pytest.mark.skipif(
-    headers() is None,
-    reason="TensorRT's headers are not here, and no package ships them: set TENSORRT_INCLUDE_DIR to their folder",
-)
 
 
 def cmake(source: Path, build: Path, **options: object) -> subprocess.CompletedProcess[str]:
@@ -58,7 +41,12 @@ def artifact_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(tmp_path_factory: pytest.TempPathFactory, artifact_folder: Path) -> Path:
     """Folder with the library, its test and the recording driver."""
     build = tmp_path_factory.mktemp("build")
-    where = {"TENSORRT_INCLUDE_DIR": headers(), "STCA_ARTIFACTS": artifact_folder, "STCA_TEST_DIR": TESTS}
+    where = {
+        "TENSORRT_INCLUDE_DIR": plugin_library.tensorrt_headers(),
+        "CUDA_INCLUDE_DIR": plugin_library.cuda_headers(),
+        "STCA_ARTIFACTS": artifact_folder,
+        "STCA_TEST_DIR": TESTS,
+    }
     configured = cmake(SOURCES, build, **where)
     assert configured.returncode == 0, configured.stderr
     compiled = subprocess.run(["cmake", "--build", str(build)], capture_output=True, text=True, check=False)
@@ -76,6 +64,17 @@ def drive(
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, **path, **environment}
     )
+
+
+def test_headers_are_looked_for_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "NvInferRuntime.h").touch()
+    monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(tmp_path))
+    assert plugin_library.tensorrt_headers() == str(tmp_path)
+    monkeypatch.delenv("TENSORRT_INCLUDE_DIR")
+    monkeypatch.setattr(plugin_library, "_SYSTEM", ())
+    monkeypatch.setattr(plugin_library, "_in_package", lambda *_: "")
+    with pytest.raises(BuildError, match="pip install --no-deps kernel-lens"):
+        plugin_library.tensorrt_headers()
 
 
 class TestBuildSaysWhatItNeeds:
@@ -96,7 +95,6 @@ class TestBuildSaysWhatItNeeds:
         assert "python -m stca.plugins.artifacts --out DIR" in " ".join(done.stderr.split())
 
 
-@needs_headers
 class TestLibrary:
     def test_types_shapes_formats_and_serialization(self, built: Path) -> None:
         done = drive(built)
@@ -111,11 +109,11 @@ class TestLibrary:
         assert not re.search(r"NEEDED.*(nvinfer|cuda)", needed)
 
     @pytest.mark.parametrize("tied", [False, True])
-    @pytest.mark.parametrize(("targets", "tokens", "requests"), [(8, 10_000, 1), (300, 100, 4), (3000, 9000, 7)])
+    @pytest.mark.parametrize(("targets", "tokens", "requests"), [(8, 10_000, 1), (300, 100, 4), (30_000, 9000, 7)])
     def test_enqueue_launches_the_kernels_with_their_arguments(
         self, built: Path, artifact_folder: Path, targets: int, tokens: int, requests: int, tied: bool
     ) -> None:
-        done = drive(built, "--enqueue", targets, tokens, requests, int(tied), -1, driver=True, RECORDING_SM="90")
+        done = drive(built, "--enqueue", targets, tokens, requests, int(tied), driver=True, RECORDING_SM="90")
         assert done.returncode == 0, done.stdout
         launches = re.findall(r"launch (\w+) grid=(\S+) block=(\S+) shared=(\d+) arguments=(\S+)", done.stdout)
         # One multiprocessor holds two blocks in the recording driver, and a GPU has 132 of them.
@@ -131,6 +129,7 @@ class TestLibrary:
             for kernel in kernels
             if kernel["kernel"] == "attend_kernel"
             and (kernel["sm"], kernel["tied"], kernel["parts"]) == (90, tied, parts > 1)
+            and kernel["least_rows"] == (0 if targets // requests < 48 else 48 * heads)
         )
         tile_rows, block_n = artifact["block_m"], artifact["block_n"]
         busy = requests * math.ceil(targets * heads // requests / tile_rows)
@@ -150,29 +149,34 @@ class TestLibrary:
         assert (name, grid) == ("combine_kernel", f"{targets * heads},1,1")
         assert arguments.split(",") == [*partial, str(targets * heads), str(parts), out]
 
-    def test_a_tactic_is_a_tile_whether_key_and_value_are_tied_or_not(self, built: Path, artifact_folder: Path) -> None:
+    def test_each_launch_runs_the_tile_for_its_rows_not_one_chosen_when_the_engine_was_built(
+        self, built: Path, artifact_folder: Path
+    ) -> None:
         kernels = json.loads((artifact_folder / "artifacts.json").read_text())["kernels"]
         whole = [k for k in kernels if k["kernel"] == "attend_kernel" and k["sm"] == 90 and not k["parts"]]
-        tiles = [k for k in whole if not k["tied"]]
-        assert len(tiles) > 1
-        for (number, tile), tied in itertools.product(enumerate(tiles), (False, True)):
-            same = [k for k in whole if k["tied"] and all(k[name] == tile[name] for name in TILE)]
-            used = same[0] if tied and same else tile
-            done = drive(built, "--enqueue", 3000, 100, 7, int(tied), number, driver=True, RECORDING_SM="90")
-            assert done.returncode == 0, done.stdout
-            assert f"tactics {len(tiles)}\n" in done.stdout
-            grid = f"{3000 * 2 // used['block_m'] + 7},{math.ceil(64 / used['block_dv'])},1"
-            assert f"grid={grid} block={used['threads']},1,1 shared={used['shared']} " in done.stdout
+        for tied in (False, True):
+            few, many = (k for k in whole if k["tied"] == tied)
+            assert (few["least_rows"], many["least_rows"], few["block_m"] < many["block_m"]) == (0, 96, True)
+            for targets, used in ((47, few), (48, many)):
+                done = drive(built, "--enqueue", targets * 7, 100, 7, int(tied), driver=True, RECORDING_SM="90")
+                assert done.returncode == 0, done.stdout
+                grid = f"{targets * 7 * 2 // used['block_m'] + 7},{math.ceil(64 / used['block_dv'])},1"
+                assert f"grid={grid} block={used['threads']},1,1 shared={used['shared']} " in done.stdout
+
+    def test_a_log_of_another_major_version_is_not_spoken_to(self, built: Path) -> None:
+        done = drive(built, "--finder-of", built / "libother_tensorrt.so")
+        assert done.returncode == 0, done.stdout
+        assert done.stderr == "stca::TargetHistoryAttention: the node needs a finite attribute scale\n"
 
     def test_no_target_launches_nothing(self, built: Path) -> None:
-        done = drive(built, "--enqueue", 0, 100, 1, 0, -1, driver=True)
+        done = drive(built, "--enqueue", 0, 100, 1, 0, driver=True)
         assert done.returncode == 0, done.stdout
         assert "launch" not in done.stdout
 
     def test_gpu_without_its_own_kernels_takes_the_portable_ones_and_an_old_one_is_refused(self, built: Path) -> None:
-        newer = drive(built, "--enqueue", 8, 100, 1, 0, -1, driver=True, RECORDING_SM="103")
+        newer = drive(built, "--enqueue", 8, 100, 1, 0, driver=True, RECORDING_SM="103")
         assert newer.returncode == 0, newer.stdout
-        older = drive(built, "--enqueue", 8, 100, 1, 0, -1, driver=True, RECORDING_SM="75")
+        older = drive(built, "--enqueue", 8, 100, 1, 0, driver=True, RECORDING_SM="75")
         assert older.returncode == 1
         assert "SM 80 90" in older.stdout
         assert "launch" not in older.stdout

@@ -60,13 +60,15 @@ class FakeTensorRT:
     class ILogger:
         INTERNAL_ERROR, ERROR, WARNING = range(3)
 
-    def __init__(self, cuda, says=None, scratch=64, fails=False):
+    def __init__(self, cuda, says=None, scratch=64, fails=False, library=False):
+        self.library = library  # whether the plan carries code of ours
         self.inputs, self.outputs = ([tuple(t.values()) for t in ts] for ts in (ENTRY.inputs, ENTRY.outputs))
         self.cuda, self.says, self.scratch, self.fails = cuda, says, scratch, fails
         self.contexts = weakref.WeakSet()
 
     def Runtime(self, log):
         def deserialize(plan):
+            assert runtime.engine_host_code_allowed == self.library
             if self.says is not None:
                 log.log(self.ILogger.ERROR, self.says)
                 return None
@@ -80,7 +82,8 @@ class FakeTensorRT:
                 **tensors_of(self.inputs, self.outputs),
             )
 
-        return SimpleNamespace(deserialize_cuda_engine=deserialize)
+        runtime = SimpleNamespace(deserialize_cuda_engine=deserialize, engine_host_code_allowed=False)
+        return runtime
 
     def context(self, how):
         assert how == "user" or (how.strategy, how.cuda_graph_strategy) == ("user", "whole")
@@ -155,6 +158,13 @@ def make(tmp_path, *, graphs=16, keep=(), device=None, entry=CAPTURED, **fake):
     device = device or Device(cuda=FakeCuda())
     module = FakeTensorRT(device.cuda, **fake)
     return TensorRTEngine(tmp_path / "p", entry, device, keep=keep, graphs=graphs, module=module)
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("lowering", ["plugin", "quick", "fused", None])
+def test_code_in_a_plan_may_run_only_where_the_manifest_says_that_there_is_some(tmp_path, flavour, lowering):
+    entry = dataclasses.replace(CAPTURED, flavour=flavour, lowering=lowering)
+    assert make(tmp_path, entry=entry, library=lowering == "plugin", graphs=0).outputs == ("scores", "echo")
 
 
 def request(tokens, targets, seed=0):

@@ -317,10 +317,17 @@ struct Trt {
   struct IRuntime {
     ILogger& log;
     std::shared_ptr<const Bundle> bundle;
+    bool host_code = false;
+
+    void setEngineHostCodeAllowed(bool allowed) noexcept { host_code = allowed; }
 
     /// A plan of the tests is the name of its graph, and what is wrong with it.
     ICudaEngine* deserializeCudaEngine(const void* data, std::size_t size) {
       const std::string plan(static_cast<const char*>(data), size), graph = plan.substr(0, plan.find(' '));
+      if (check::contains(plan, "library") != host_code) {
+        log.log(ILogger::Severity::kERROR, "host code");
+        return nullptr;
+      }
       if (check::contains(plan, "refused")) {
         log.log(ILogger::Severity::kERROR, "the plan has\nthe wrong magic");
         return nullptr;

@@ -187,6 +187,10 @@ TEST(tensorrt_says_why_a_plan_is_refused) {
   CHECK_EQUAL(Device::current_sm(cuda()), 90);
   CHECK_THROWS(Plans("refused").engines(), Error, "user_encoder.plan cannot be loaded: the plan has the wrong magic");
   CHECK_THROWS(Plans("retyped").engines(), Error, "has another type");
+  Plans library("library");  // code of ours in a plan runs only where the manifest says that there is some
+  CHECK_THROWS(library.engines(), Error, "host code");
+  library.encoder().lowering = library.scorer().lowering = "plugin";
+  library.engines();
   gpu.fail = "context";
   CHECK_THROWS(plans.engines(), Error, "user_encoder.plan cannot be loaded: TensorRT gives no reason");
   gpu.fail = "";

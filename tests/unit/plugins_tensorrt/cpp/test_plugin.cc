@@ -1,4 +1,4 @@
-// Drives the plugin library the way TensorRT does, without TensorRT: types, shapes, formats, fields, tactics, enqueue.
+// Drives the plugin library the way TensorRT does, without TensorRT: types, shapes, formats, fields, enqueue.
 // Expressions and descriptors are made here. With the recording driver on the library path, enqueue prints its launches
 // and the caller compares them; with a GPU, `--gpu` runs real ones and compares with a double-precision loop.
 //
@@ -104,6 +104,7 @@ public:
     {
         return this;
     }
+#if NV_TENSORRT_MAJOR >= 11
     InterfaceInfo getInterfaceInfo() const noexcept override
     {
         return {"ILogger", 1, 0};
@@ -112,6 +113,7 @@ public:
     {
         return APILanguage::kCPP;
     }
+#endif
     bool says(char const* word) const
     {
         return text.find(word) != std::string::npos;
@@ -288,13 +290,7 @@ void checkConfigure(Plugin const& plugin)
 
     auto const right = dynamic(node(300, 10000, 4));
     CHECK(plugin.build->configurePlugin(right.data(), 6, &right[6], 1) == 0);
-    int32_t const count = plugin.build->getNbTactics();
-    std::vector<int32_t> tactics(static_cast<size_t>(count));
-    CHECK(count >= 1 && plugin.build->getValidTactics(tactics.data(), count) == 0);
-    for (int32_t const tactic : tactics)
-    {
-        CHECK(tactic > 0 && plugin.runtime->setTactic(tactic) == 0);
-    }
+    CHECK(plugin.build->getNbTactics() == 0); // what runs is chosen at each launch
     size_t const bytes = plugin.build->getWorkspaceSize(right.data(), 6, &right[6], 1);
     CHECK(bytes > 0 && bytes % ((kDEPTH + 2) * sizeof(float)) == 0);
 }
@@ -319,18 +315,11 @@ void checkSerialization(IPluginCreatorV3One* factory, Plugin const& plugin)
 }
 
 //! Enqueue with made-up addresses 4096, 8192, …; a tied node has its key where its value is.
-void enqueue(IPluginCreatorV3One* factory, int64_t targets, int64_t tokens, int64_t requests, bool tied, int32_t tactic)
+void enqueue(IPluginCreatorV3One* factory, int64_t targets, int64_t tokens, int64_t requests, bool tied)
 {
     Plugin const plugin(make(factory, {scaleField(kSCALE)}));
     auto const most = dynamic(node(300, 10000, 4));
     CHECK(plugin.build->configurePlugin(most.data(), 6, &most[6], 1) == 0);
-    if (tactic >= 0)
-    {
-        std::vector<int32_t> tactics(static_cast<size_t>(plugin.build->getNbTactics()));
-        CHECK(plugin.build->getValidTactics(tactics.data(), static_cast<int32_t>(tactics.size())) == 0);
-        CHECK(plugin.runtime->setTactic(tactics.at(static_cast<size_t>(tactic))) == 0);
-        std::printf("tactics %zu\n", tactics.size());
-    }
     auto const sizes = node(targets, tokens, requests);
     CHECK(plugin.runtime->onShapeChange(sizes.data(), 6, &sizes[6], 1) == 0);
     std::vector<void const*> inputs;
@@ -370,10 +359,17 @@ int main(int argc, char** argv)
         return 2;
     }
     IPluginCreatorV3One* const factory = creator(library);
-    if (argc == 8 && std::strcmp(argv[2], "--enqueue") == 0)
+    if (argc == 7 && std::strcmp(argv[2], "--enqueue") == 0)
     {
-        enqueue(factory, std::atoll(argv[3]), std::atoll(argv[4]), std::atoll(argv[5]), std::atoi(argv[6]) != 0,
-            std::atoi(argv[7]));
+        enqueue(factory, std::atoll(argv[3]), std::atoll(argv[4]), std::atoll(argv[5]), std::atoi(argv[6]) != 0);
+    }
+    else if (argc == 4 && std::strcmp(argv[2], "--finder-of") == 0)
+    {
+        void* const other = dlopen(argv[3], RTLD_NOW | RTLD_LOCAL);
+        auto const finder = reinterpret_cast<ILoggerFinder* (*)()>(dlsym(other, "finder"));
+        auto const setFinder = reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"));
+        setFinder(finder());
+        CHECK(make(factory, {}) == nullptr);
     }
     else if (argc == 3 && std::strcmp(argv[2], "--gpu") == 0)
     {
