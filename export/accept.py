@@ -86,7 +86,9 @@ def refuse_unservable(model: onnx.ModelProto, inputs: Sequence[TensorSpec], outp
         weight = onnx.numpy_helper.to_array(tensor)
         # Masks are made of -inf; where it does harm, the proof finds scores that are not finite.
         if weight.dtype.kind == "f" and (np.isnan(weight) | np.isposinf(weight)).any():
-            raise SplitError(f"weight {tensor.name!r} has NaN or infinite values; export an earlier step")
+            raise SplitError(
+                f"weight {tensor.name!r} has NaN or infinite values; export an earlier step, or mend what makes it"
+            )
     known = {"", "ai.onnx", "ai.onnx.ml", *(f.domain for f in model.functions)}
     for node in walk(model.graph.node):
         if node.domain not in known:

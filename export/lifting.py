@@ -16,7 +16,7 @@ import onnx
 from stca import probe
 from stca.arrays import Array, Progress
 from stca.errors import SplitError
-from stca.export.analysis.rows import attempts, draw
+from stca.export.analysis.rows import NeverRunsError, attempts, draw
 from stca.export.analysis.whose_rows import shares_rows
 from stca.export.passes.lift import Lifted, lift
 from stca.export.passes.to_double import distance, in_double
@@ -54,7 +54,7 @@ def lifted_and_proven(model: onnx.ModelProto, inputs: Sequence[TensorSpec], prog
     except SplitError as e:
         if not shares_rows(inputs):
             return None  # a request-level model goes on as it is
-        raise SplitError(f"{e}; {_WAY_OUT}") from e
+        raise SplitError(str(e) if isinstance(e, NeverRunsError) else f"{e}; {_WAY_OUT}") from e
     if found is not None:
         if not lifted.shared:
             return None

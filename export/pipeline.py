@@ -31,6 +31,7 @@ from stca.export.outputs import lay_out_by_target, name_rows, score_axes
 from stca.export.padding import Found, PadOptions, padding_of, unpacked
 from stca.export.passes.rules import View
 from stca.export.passes.sequences import without_sequences
+from stca.export.passes.spelled_out import spell_out
 from stca.export.passes.squeezes import name_squeezed_axes
 from stca.export.passes.whole_slices import drop_whole_slices
 from stca.export.reference.checkpoint import Checkpoint
@@ -238,6 +239,7 @@ def _request_graph(
     """Through the door, to request level, and past the rules that free user work; tables go to `folder`."""
     without_sequences(graph)
     drop_whole_slices(graph)
+    spell_out(graph)
     drop_unused(graph)
     specs = with_ranges(graph, specs, cut.ids)
     left = Left()

@@ -32,6 +32,10 @@ INTEGERS: Final = (None, 5, 1)
 SCALES: Final = (1, 4, 16, 64)
 
 
+class NeverRunsError(SplitError):
+    """A graph that no other number of rows would let run; the message says what would."""
+
+
 @dataclass(frozen=True)
 class RowAxis:
     """The axis of a value that has `factor` entries for each row of the batch.
@@ -207,22 +211,25 @@ class Everything:
             wanted = {i.name for i in self._session.get_inputs()}
             found = self._session.run(self._values, {n: x for n, x in feeds.items() if n in wanted})
         except Exception as e:  # ONNX Runtime's own types are not importable from a stable place
-            raise SplitError(self._why(e, feeds)) from e
+            raise self._why(e, feeds) from e
         return dict(zip(self._values, found, strict=True))
 
-    def _why(self, error: Exception, feeds: Mapping[str, Array]) -> str:
+    def _why(self, error: Exception, feeds: Mapping[str, Array]) -> SplitError:
         text = " ".join(str(error).split())
         sizes = ", ".join(f"{n} {list(x.shape)}" for n, x in feeds.items())
         found = re.search(r"running (\w+) node\. Name:'([^']*)' Status Message: (?:\S*[/\\]\S+ )?(.*)", text)
         if lacks := re.search(r"find an implementation for (\w+)\(\d+\) node with name '([^']*)'", text):
-            return (
+            return NeverRunsError(
                 f"node {lacks[2]!r}: ONNX Runtime has no {lacks[1]} for its types on a CPU; export in float32 "
                 "and choose the engines' precision with `stca build --precision`"
             )
         if not found:
-            return f"the model does not run with {sizes}: {text[:300]}"
+            return SplitError(f"the model does not run with {sizes}: {text[:300]}")
         kind, name, said = found.groups()
-        return f"node {name!r} ({kind}) fails with {sizes}{self._baked(name)}: {said[:200]}"
+        why = f"node {name!r} ({kind}) fails with {sizes}{self._baked(name)}: {said[:200]}"
+        if kind == "Gather" and "out of data bounds" in said:
+            return NeverRunsError(f"{why}; an input holds ids that its table lacks: say its limit (TensorSpec, --ids)")
+        return SplitError(why)
 
     def _baked(self, name: str) -> str:
         """Constant sizes that a node is given, which the traced example's may be among."""

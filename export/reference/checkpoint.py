@@ -25,6 +25,9 @@ CONFIG_KEY = "stca.config"
 
 # What converts to the model's float32 without more information; an 8-bit float would need its scale.
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Under which training loops save a state dict (Lightning, the first), and what wrappers put before its names.
+_KEYS = ("state_dict", "model_state_dict", "model")
+_WRAPPERS = ("module.", "_orig_mod.")
 # As many layers or fields are compared by name with what a checkpoint has, however few it has.
 _SOME = 256
 
@@ -145,7 +148,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         except (OSError, UnicodeDecodeError) as e:
             raise CheckpointError(f"{beside}: cannot be read as text ({e}); write it with StcaConfig.to_json()") from e
     else:
-        raise CheckpointError(f"{file}: no config in its metadata; put it beside the file as {beside.name}")
+        raise CheckpointError(
+            f"{file}: no config in its metadata; put it beside the file as {beside.name}, or, for a model of your own, "
+            "load the file in a function and name that: stca export --model MODULE:CALLABLE"
+        )
     return Checkpoint(StcaConfig.from_json(config_text), tensors, metadata)
 
 
@@ -172,10 +178,24 @@ def _read_state_dict(file: Path) -> dict[str, Tensor]:
             f"{file}: not safetensors, and torch refuses it as plain weights; save it with safetensors, "
             "or torch.save(model.state_dict())"
         ) from e
+    loaded = _state_dict_in(loaded)
     if not isinstance(loaded, Mapping) or not all(isinstance(t, Tensor) for t in loaded.values()):
         raise CheckpointError(f"{file}: holds {type(loaded).__name__}, not a state dict; save model.state_dict() alone")
     if odd := next((n for n in loaded if not isinstance(n, str)), None):
         raise CheckpointError(
             f"{file}: has a key {odd!r} that is no string, so it is no state dict; save model.state_dict()"
         )
-    return dict(loaded)
+    return _unwrapped(loaded)
+
+
+def _state_dict_in(loaded: object) -> object:
+    """What a training loop saves beside its epoch and its optimizer."""
+    inner = [loaded[n] for n in _KEYS if isinstance(loaded.get(n), Mapping)] if isinstance(loaded, Mapping) else []
+    return inner[0] if inner else loaded
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the name that `torch.compile` or data parallelism puts before every other."""
+    while tensors and (prefix := next((p for p in _WRAPPERS if all(n.startswith(p) for n in tensors)), None)):
+        tensors = {n.removeprefix(prefix): t for n, t in tensors.items()}
+    return dict(tensors)

@@ -72,6 +72,22 @@ def test_config_in_a_json_beside(tmp_path, suffix):
     assert same(loaded.build().state_dict(), TENSORS)
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+def test_what_training_loops_save(tmp_path, key, prefix):
+    file = tmp_path / "c.ckpt"
+    named = {prefix + n: t for n, t in TENSORS.items()}
+    torch.save({"epoch": 3, key: named, "optimizer_states": [{"lr": 0.1}]}, file)
+    (tmp_path / "c.json").write_text(CONFIG.to_json())
+    assert same(load_checkpoint(file).build().state_dict(), TENSORS)
+
+
+def test_the_checkpoint_of_another_model_is_shown_its_way(tmp_path):
+    torch.save({"state_dict": {"w": torch.zeros(2)}}, tmp_path / "c.ckpt")
+    with one_line(CheckpointError, "c.json", "--model"):
+        load_checkpoint(tmp_path / "c.ckpt")
+
+
 @pytest.mark.parametrize(
     ("json_bytes", "words"),
     [
@@ -176,7 +192,7 @@ def test_a_pickled_module_is_refused(tmp_path):
         load_checkpoint(tmp_path / "c.pt")
 
 
-@pytest.mark.parametrize("holds", [[1, 2], {"model": TENSORS}, torch.zeros(2), {"a": 3}], ids=type)
+@pytest.mark.parametrize("holds", [[1, 2], {"weights": TENSORS}, torch.zeros(2), {"a": 3}], ids=type)
 def test_a_torch_file_that_is_no_state_dict(tmp_path, holds):
     torch.save(holds, tmp_path / "c.pt")
     with one_line(CheckpointError, "c.pt", "state_dict"):

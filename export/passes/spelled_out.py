@@ -1,0 +1,78 @@
+"""Nodes spelled as later passes know them: a cast says its type, and an Einsum has two values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import onnx
+from onnx import helper
+
+from stca.export.analysis.cost import without_weights
+from stca.export.passes.nodes import NewNodes, names_in, rename
+
+
+def spell_out(model: onnx.ModelProto) -> None:
+    """Rewrite such nodes of the graph's top level, in place.
+
+    `CastLike`, as of PyTorch's `x.type_as(y)`, becomes a `Cast`, or nothing where the type is the same. An Einsum of
+    several values, as of `einsum("bhs,bhsk,hkd->bd", …)`, becomes one of two after the other, from the left: so ONNX
+    Runtime computes it, too.
+    """
+    if not any(_is_castlike(n) or _is_long_einsum(n) for n in model.graph.node):
+        return
+    types, outputs = _types(model), {o.name for o in model.graph.output}
+    new, same = NewNodes(names_in(model.graph)), dict[str, str]()
+    for node in list(model.graph.node):
+        rename(node, same)
+        if _is_castlike(node) and (to := types.get(node.input[1])):
+            if types.get(node.input[0]) == to and node.output[0] not in outputs:
+                same[node.output[0]] = node.input[0]
+                continue
+            node.op_type = "Cast"
+            del node.input[1:], node.attribute[:]
+            node.attribute.append(helper.make_attribute("to", to))
+        elif _is_long_einsum(node) and (steps := list(_in_pairs(node))):
+            first = node.input[0]
+            for name, equation in steps[:-1]:
+                first = new.node("Einsum", [first, name], f"{node.output[0]}_part", equation=equation)
+            name, equation = steps[-1]
+            del node.attribute[:]
+            node.input[:] = [first, name]
+            node.attribute.append(helper.make_attribute("equation", equation))
+        new.nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(new.nodes)
+
+
+def _is_castlike(node: onnx.NodeProto) -> bool:
+    return (node.op_type, node.domain) == ("CastLike", "")
+
+
+def _is_long_einsum(node: onnx.NodeProto) -> bool:
+    return (node.op_type, node.domain) == ("Einsum", "") and len(node.input) > 2
+
+
+def _types(model: onnx.ModelProto) -> Mapping[str, int]:
+    """Element types, by value; none where inference fails."""
+    try:
+        graph = onnx.shape_inference.infer_shapes(without_weights(model)).graph
+    except Exception:  # onnx's own types
+        graph = model.graph
+    typed = (*graph.input, *graph.output, *graph.value_info)
+    known = {v.name: v.type.tensor_type.elem_type for v in typed if v.type.tensor_type.elem_type}
+    return known | {t.name: t.data_type for t in model.graph.initializer}
+
+
+def _in_pairs(node: onnx.NodeProto) -> Iterator[tuple[str, str]]:
+    """Each value after the first, with the equation that joins it to what came before; none where letters are hidden."""
+    equation = helper.get_attribute_value(node.attribute[0]).decode().replace(" ", "")
+    left, arrow, out = equation.partition("->")
+    terms = left.split(",")
+    if not arrow or "." in equation or any(len(set(t)) < len(t) for t in terms):
+        return
+    before = terms[0]
+    for i in range(1, len(terms)):
+        rest = set(out).union(*terms[i + 1 :])
+        made = "".join(c for c in dict.fromkeys(before + terms[i]) if c in rest) if i + 1 < len(terms) else out
+        yield node.input[i], f"{before},{terms[i]}->{made}"
+        before = made
