@@ -64,7 +64,7 @@ def _types(model: onnx.ModelProto) -> Mapping[str, int]:
 
 
 def _in_pairs(node: onnx.NodeProto) -> Iterator[tuple[str, str]]:
-    """Each value after the first, with the equation that joins it to what came before; none where letters are hidden."""
+    """Each value after the first, and the equation that joins it to what came before; none where letters are hidden."""
     equation = helper.get_attribute_value(node.attribute[0]).decode().replace(" ", "")
     left, arrow, out = equation.partition("->")
     terms = left.split(",")
