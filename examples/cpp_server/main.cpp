@@ -1,6 +1,6 @@
 // A scoring server that embeds stca: one line in, one line out, over TCP on the loopback address.
 //
-//   cpp_server BUNDLE [PORT] [tensorrt|onnxruntime|none]      (PORT 0, or none: a free one)
+//   cpp_server BUNDLE [PORT] [tensorrt|onnxruntime|none] [SECONDS]      (PORT 0, or none: a free one)
 //
 //   score USER VERSION NAME=1,2,3 …   ->  ok 0.5 0.25 …      ("-" for no user or no version)
 //   append USER VERSION NAME=1,2 …    ->  ok kept            (or: ok nothing)
@@ -53,6 +53,13 @@ class NoEngine : public stca::Engine {
   std::vector<stca_tensor_spec> takes_, gives_;
 };
 
+/// A client's text in an answer: cut, in quotes, and nothing in it that moves a cursor or ends a line.
+std::string quoted(const std::string& text) {
+  std::string line = "'";
+  for (const char c : text.substr(0, 60)) line += c >= ' ' && c <= '~' ? c : '?';
+  return line + (text.size() > 60 ? "...'" : "'");
+}
+
 /// The `NAME=1,2,3` words of a line as tensors, with the memory they borrow.
 class Tensors {
  public:
@@ -61,7 +68,8 @@ class Tensors {
       const std::string name = word.substr(0, word.find('='));
       const auto specs = bundle_.inputs("request");
       const auto spec = std::find_if(specs.begin(), specs.end(), [&](const auto& s) { return name == s.name; });
-      if (spec == specs.end() || name == word) throw refused(word + ": expected NAME=VALUES, of an input of the model");
+      if (spec == specs.end() || name == word)
+        throw refused(quoted(word) + ": expected NAME=VALUES, of an input of the model");
       const bool real = spec->dtype >= STCA_FLOAT16 && spec->dtype <= STCA_FLOAT64;
       const std::string text = word.substr(name.size() + 1);
       real ? add(*spec, text, reals_.emplace_back()) : add(*spec, text, integers_.emplace_back());
@@ -74,7 +82,8 @@ class Tensors {
   template <class T>
   void add(const stca_tensor_spec& spec, const std::string& text, std::vector<T>& values) {
     for (std::istringstream in(text); in.peek() != EOF;)
-      if (!(in >> values.emplace_back()) || (in.get() != ',' && !in.eof())) throw refused(text + ": not numbers");
+      if (!(in >> values.emplace_back()) || (in.get() != ',' && !in.eof()))
+        throw refused(quoted(text) + ": not numbers");
     std::vector<std::int64_t> shape(spec.shape, spec.shape + spec.rank);
     std::int64_t count = static_cast<std::int64_t>(values.size()), width = 1;
     for (std::size_t a = 1; a < shape.size(); ++a) width *= std::max<std::int64_t>(shape[a], 1);
@@ -108,7 +117,7 @@ std::string answer(stca::Session& session, const std::string& line) try {
     const stca::CacheStats s = session.stats();
     out << "ok hits " << s.hits << " misses " << s.misses << " users " << s.users << " bytes " << s.state_bytes;
   } else {
-    out << "error " << STCA_REQUEST_ERROR << ' ' << verb << ": expected score, append, forget, swap or stats";
+    out << "error " << STCA_REQUEST_ERROR << ' ' << quoted(verb) << ": expected score, append, forget, swap or stats";
   }
   return out.str();
 } catch (const stca::StcaError& e) {
@@ -117,17 +126,23 @@ std::string answer(stca::Session& session, const std::string& line) try {
   return "error " + std::to_string(STCA_INTERNAL_ERROR) + " " + e.what();
 }
 
-/// Connections, each with a thread of its own: no more than `most`, none that is silent for longer than `seconds`.
+using Clock = std::chrono::steady_clock;
+
+/// Connections, each with a thread of its own: no more than `most`, none that is silent, or takes over a line or over
+/// reading an answer, for longer than so many seconds.
 class Connections {
  public:
   static constexpr std::size_t most = 64;
-  static constexpr int seconds = 30;
 
-  explicit Connections(stca::Session& session) : session_(session) {}
+  Connections(stca::Session& session, int seconds) : session_(session), seconds_(seconds) {}
   Connections(const Connections&) = delete;
   Connections& operator=(const Connections&) = delete;
-  ~Connections() {  // when the server ends: what is under way is answered, and nothing more is read
+  ~Connections() {  // when the server ends: what is under way is answered to whoever reads, and nothing more is read
     for (auto& one : all_) shutdown(one.socket, SHUT_RD);
+    const auto last = Clock::now() + std::chrono::seconds(2);
+    for (auto& one : all_)
+      while (!one.done && Clock::now() < last) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    for (auto& one : all_) shutdown(one.socket, SHUT_RDWR);
     for (auto& one : all_) end(one);
   }
 
@@ -137,7 +152,7 @@ class Connections {
   }
 
   void add(int socket) {
-    const timeval limit{seconds, 0};
+    const timeval limit{seconds_, 0};
     setsockopt(socket, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
     setsockopt(socket, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
     if (all_.size() >= most) {
@@ -180,10 +195,16 @@ class Connections {
     std::string pending;
     std::vector<char> buffer(1 << 16);
     bool open = true;
+    Clock::time_point begun;  // when the line did that is not whole yet
     for (ssize_t n; open && (n = read(one.socket, buffer.data(), buffer.size())) > 0;) {
+      if (pending.empty()) begun = Clock::now();
       pending.append(buffer.data(), static_cast<std::size_t>(n));
-      for (std::size_t end; open && (end = pending.find('\n')) != std::string::npos; pending.erase(0, end + 1))
+      for (std::size_t end; open && (end = pending.find('\n')) != std::string::npos; pending.erase(0, end + 1)) {
         open = reply(one.socket, answer(session_, pending.substr(0, end)));
+        begun = Clock::now();
+      }
+      if (!pending.empty() && Clock::now() - begun > std::chrono::seconds(seconds_))
+        open = reply(one.socket, "error 8 line: did not end in time") && false;
       if (pending.size() > longest) open = reply(one.socket, "error 8 line: is longer than 1 MiB") && false;
     }
     shutdown(one.socket, SHUT_RDWR);
@@ -194,14 +215,15 @@ class Connections {
   }
 
   stca::Session& session_;
+  const int seconds_;
   std::list<One> all_;
 };
 
 volatile std::sig_atomic_t stopped = 0;
 
 /// Takes connections until SIGINT or SIGTERM. Where the process is out of descriptors, it waits until some are free.
-int take(int listener, stca::Session& session) {
-  Connections connections(session);
+int take(int listener, stca::Session& session, int seconds) {
+  Connections connections(session, seconds);
   for (const auto stop : {SIGINT, SIGTERM}) {
     struct sigaction action{};
     action.sa_handler = [](int) { stopped = 1; };  // without SA_RESTART, so that poll returns
@@ -214,21 +236,30 @@ int take(int listener, stca::Session& session) {
     const int connection = accept(listener, nullptr, nullptr);
     if (connection >= 0) {
       connections.add(connection);
-    } else if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(100));
-    } else if (errno != EINTR && errno != ECONNABORTED && errno != EAGAIN) {
+    } else if (errno == EBADF || errno == EINVAL || errno == ENOTSOCK) {
       return std::perror("cannot accept connections"), 1;
+    } else if (errno != EINTR && errno != EAGAIN) {  // no descriptor or memory to be had now, or a client that is gone
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
     }
   }
   return 0;
 }
 
+/// Whether all of `text` is a number.
+template <class Number>
+bool is_number(const char* text, Number& number) {
+  const auto [end, error] = std::from_chars(text, text + std::strlen(text), number);
+  return error == std::errc() && *end == '\0';
+}
+
 int main(int argc, char** argv) try {
-  if (argc < 2) return std::cerr << "usage: cpp_server BUNDLE [PORT] [tensorrt|onnxruntime|none]\n", 2;
+  if (argc < 2) return std::cerr << "usage: cpp_server BUNDLE [PORT] [tensorrt|onnxruntime|none] [SECONDS]\n", 2;
   std::uint16_t port = 0;
-  const char* given = argc > 2 ? argv[2] : "0";
-  if (const auto [end, error] = std::from_chars(given, given + std::strlen(given), port); error != std::errc() || *end)
-    return std::cerr << "'" << given << "' is no port; give a number from 1 to 65535, or 0 for a free one\n", 2;
+  int seconds = 30;
+  if (argc > 2 && !is_number(argv[2], port))
+    return std::cerr << quoted(argv[2]) << " is no port; give a number from 1 to 65535, or 0 for a free one\n", 2;
+  if (argc > 4 && (!is_number(argv[4], seconds) || seconds < 1))
+    return std::cerr << quoted(argv[4]) << " are no seconds; give a number from 1\n", 2;
   stca::Options options;
   if (argc > 3) options.engine = argv[3];
   const auto none = [](const stca::Bundle& b, const std::string& g) { return std::make_unique<NoEngine>(b, g); };
@@ -244,7 +275,7 @@ int main(int argc, char** argv) try {
   if (bind(listener, raw, size) != 0 || listen(listener, 64) != 0) return std::perror("cannot listen"), 1;
   getsockname(listener, raw, &size);
   std::cout << "127.0.0.1:" << ntohs(address.sin_port) << ", engine " << session.engine("target_scorer") << std::endl;
-  return take(listener, session);
+  return take(listener, session, seconds);
 } catch (const std::exception& e) {
   return std::cerr << e.what() << "\n", 1;
 }

@@ -160,7 +160,7 @@ void serve(stca::Session& session, Random& random) {
   for (int call = 0; call < 6; ++call) {
     Tensors tensors;
     const std::string user = random.among(users), version = random.one_in(3) ? "v2" : "v1";
-    switch (random.below(6)) {
+    switch (random.below(7)) {
       case 0:
         fill(specs, STCA_USER, random, tensors, true);
         tried("append", [&] { session.append(user, tensors.list, random.one_in(2) ? "v2" : "v3"); });
@@ -178,6 +178,10 @@ void serve(stca::Session& session, Random& random) {
         break;
       }
       case 3: tried("forget", [&] { session.forget(user); }); break;
+      case 4:
+        fill(specs, STCA_USER, random, tensors);
+        tried("warm", [&] { session.warm(user, tensors.list, version); });
+        break;
       default:
         fill(specs, random.one_in(3) ? STCA_REQUEST | STCA_TARGET : 7, random, tensors);
         tried("score", [&] {
@@ -193,7 +197,7 @@ void serve(stca::Session& session, Random& random) {
 
 void round(const std::string& golden, std::uint64_t seed, std::uint64_t number) {
   Random random(seed, number);
-  const char* const names[] = {"log", "plain", "log_other_scores", "log_other_dtype", "rows"};
+  const char* const names[] = {"log", "plain", "padded_left", "padded_right", "log_other_dtype", "rows"};
   resealed::Copy copy(fs::path(golden) / random.among(names));
   for (std::int64_t changes = random.one_in(8) ? 0 : 1 + random.below(2); changes > 0; --changes) {
     try {

@@ -1,4 +1,5 @@
 // Sequences of calls of the C ABI, with null pointers, wrong sizes and wrong tensors among them.
+#include <cmath>
 #include <filesystem>
 
 #include "../../unit/runtime_cpp/spec_engine.hpp"
@@ -46,7 +47,7 @@ class Round {
     return random_.one_in(25) ? nullptr : pointer;
   }
   std::string place() {
-    const char* const good[] = {"log", "rows", "plain", "log_other_scores", "log_other_weights"};
+    const char* const good[] = {"log", "rows", "plain", "padded_left", "exact", "log_other_scores", "log_other_weights"};
     const char* const bad[] = {"nowhere", "cases.json", "", "x\ny"};
     return (fs::path(golden_) / (random_.one_in(6) ? random_.among(bad) : random_.among(good))).string();
   }
@@ -65,6 +66,11 @@ class Round {
     if (options.size >= sizeof options && random_.one_in(3)) {
       options.max_users = static_cast<std::uint64_t>(random_.below(3));
       options.ttl_seconds = random_.one_in(4) ? -1 : 1e-4;
+      const std::int32_t threads[] = {0, 1, 2, -3, 5000};
+      options.threads = random_.among(threads);
+      const std::uint64_t targets[] = {0, 1, 3, 1 << 20, static_cast<std::uint64_t>(-1)};
+      options.max_targets = random_.among(targets);
+      options.check_versions = static_cast<std::int32_t>(random_.below(2));
     }
     const bool own = options.size >= offsetof(stca_options, cuda_graphs);
     const std::string path = place();
@@ -74,7 +80,7 @@ class Round {
   }
 
   void call() {
-    switch (random_.below(12)) {
+    switch (random_.below(13)) {
       case 0: return look_at_bundle();
       case 1: {
         const std::string path = place();
@@ -89,6 +95,7 @@ class Round {
       case 3: return append();
       case 4: return batch();
       case 5: return ask();
+      case 6: return warm();
       default: return score();
     }
   }
@@ -178,6 +185,16 @@ class Round {
     std::int32_t kept = 0;
     ended("append", stca_session_append(maybe(session_), maybe(user()), maybe(events.list.data()), events.list.size(),
                                         maybe(version()), random_.one_in(2) ? nullptr : version(), maybe(&kept)));
+  }
+
+  void warm() {
+    Tensors history;
+    fill(specs(), random_.one_in(4) ? 7 : STCA_USER, random_, history);
+    spoil(history);
+    std::int32_t kept = 0;
+    const double seconds[] = {HUGE_VAL, HUGE_VAL, 10, 0, -1, std::nan(""), 1e300};
+    ended("warm", stca_session_warm(maybe(session_), maybe(user()), maybe(history.list.data()), history.list.size(),
+                                    random_.one_in(3) ? nullptr : version(), random_.among(seconds), maybe(&kept)));
   }
 
   static void read(stca_scores* scores) {

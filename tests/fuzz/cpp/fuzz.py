@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what was asked and has not been run yet; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--bundles", type=int, default=5000, help="rounds of a resealed bundle (%(default)s)")
-    parser.add_argument("--calls", type=int, default=1000, help="rounds of some 25 calls of the C ABI (%(default)s)")
+    parser.add_argument("--calls", type=int, default=1000, help="rounds of some 35 calls of the C ABI (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("fuzz-cpp.json"), help="what was found so far (%(default)s)")
     parser.add_argument("--build", type=Path, default=Path("build/fuzz-cpp"), help="where to build (%(default)s)")

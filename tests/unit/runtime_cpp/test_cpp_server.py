@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -45,7 +46,7 @@ class Client:
 
 
 @contextlib.contextmanager
-def serving(program: Path, *, descriptors: int | None = None) -> Iterator[int]:
+def serving(program: Path, *, descriptors: int | None = None, seconds: int = 30) -> Iterator[int]:
     """The example server on a free port; told to end, it ends at once and well, whoever is still connected."""
 
     def limit() -> None:
@@ -53,7 +54,7 @@ def serving(program: Path, *, descriptors: int | None = None) -> Iterator[int]:
             resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
 
     with subprocess.Popen(
-        [program, GOLDEN / "log", "0", "none"],
+        [program, GOLDEN / "log", "0", "none", str(seconds)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -94,9 +95,19 @@ def test_protocol(server: Path) -> None:
         assert ask("stats") == "ok hits 1 misses 1 users 1 bytes 56"
         refused = "error 8 target_item: holds 1000 at [0]; it must be in [0, 999]"
         assert ask(f"score ann v2 {targets.replace('7,999', '1000,1')}") == refused
-        assert ask("score ann v2 target_item=x").startswith("error 8 x: not numbers")
-        assert ask("score ann v2 colour=1").startswith("error 8 colour=1")
-        assert ask("nonsense").startswith("error 8 nonsense")
+        assert ask("score ann v2 target_item=x").startswith("error 8 'x': not numbers")
+        assert ask("score ann v2 colour=1").startswith("error 8 'colour=1'")
+        assert ask("nonsense").startswith("error 8 'nonsense'")
+        for line in (
+            "\x1b[2Jé" + "y" * 1000,
+            "score ann v2 target_item=1,\x1b" + "y" * 1000,
+            "score ann v2 \x1b" + "y" * 1000,
+        ):
+            said = ask(line)
+            assert said.isprintable()
+            assert said.isascii()
+            assert len(said) < 160
+            assert "yyy...'" in said
         assert ask(f"swap {GOLDEN / 'nowhere'}").startswith("error 6 ")
         assert ask(f"swap {GOLDEN / 'log_other_weights'}").startswith("ok ")
         assert ask(f"score ann v2 {targets}").startswith("error 10 user 'ann'")
@@ -122,6 +133,29 @@ def test_it_outlives_the_descriptor_limit(server: Path) -> None:
             client.close()
         assert eventually(lambda: Client(port).ask("stats")).startswith("ok ")
         assert clients[0].ask("stats").startswith("ok ")
+
+
+def test_clients_cannot_hold_a_place(server: Path) -> None:
+    with serving(server, seconds=1) as port:
+        assert Client(port).stream.readline() == ""  # nothing came of it
+        dripping = Client(port)
+        with contextlib.suppress(OSError):  # a line that never ends, and a client that is never silent
+            for _ in range(200):
+                dripping.socket.sendall(b"s")
+                if select.select([dripping.socket], [], [], 0.05)[0]:
+                    break
+        assert dripping.stream.readline().startswith("error 8 line: did not end in time")
+        assert Client(port).ask("stats").startswith("ok ")
+
+
+def test_it_ends_whoever_does_not_read(server: Path) -> None:
+    with serving(server) as port:
+        deaf = Client(port)
+        deaf.socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):  # until neither side's buffers take any more
+            for _ in range(100_000):
+                deaf.socket.send(b"stats\n" * 1000)
+        assert Client(port).ask("stats").startswith("ok ")
 
 
 def eventually(ask: Callable[[], str]) -> str:
