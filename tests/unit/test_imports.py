@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "export/passes": frozenset({"ground", "plugins", "export/analysis"}),
     "export/reference": frozenset({"ground", "plugins"}),
     "calibration": MODEL,
-    "examples": MODEL | {"calibration", "runtime", "checks"},
+    "examples": MODEL | {"calibration", "runtime", "checks", "serve"},
     "checks": MODEL | {"runtime"},
     "engines": MODEL | {"runtime", "checks"},
     "serve": frozenset({"ground", "plugins", "runtime"}),

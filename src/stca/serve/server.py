@@ -77,11 +77,19 @@ class Server:
             self._http.append(self._run(bound, app))
         await self._grpc.start()
         told("listening", host=s.host, **self.ports)
+        await self.load()
+
+    async def load(self) -> None:
+        """Load the bundles and be ready; where something else listens, this is enough.
+
+        Raises:
+            BundleError, BuildError: when a bundle cannot be loaded.
+        """
         for served in self.serving.models:
             label = f"{served.name}/{served.version}"
-            served.loaded = await asyncio.to_thread(Session.load, served.bundle, **s.of_session(label))
+            served.loaded = await asyncio.to_thread(Session.load, served.bundle, **self.settings.of_session(label))
         self.serving.work.open = self.serving.changes.open = True
-        told("ready", models=[f"{m.name}/{m.version}" for m in self.serving.models], workers=s.jobs)
+        told("ready", models=[f"{m.name}/{m.version}" for m in self.serving.models], workers=self.settings.jobs)
 
     def _run(self, bound: socket.socket, app: Starlette) -> tuple[_Uvicorn, asyncio.Task[None]]:
         config = uvicorn.Config(

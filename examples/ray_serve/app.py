@@ -1,0 +1,62 @@
+"""Several servers behind one door with Ray Serve: each user's requests go to the replica that keeps their state.
+
+    cd examples/ray_serve && serve run app:build bundle=/path/of/bundle name=ranker replicas=2
+
+Each replica is what `stca serve` is over HTTP, under Ray's port 8000. A client names the user in the header
+`x-session-id`, and Ray's consistent hash takes them to the same replica for as long as there is one: on scaling and
+after a failure some users move, and their next request is told `history_needed`, as any new user's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
+from starlette.applications import Starlette
+
+from stca.serve.http_app import admin_app, clients_app
+from stca.serve.server import Server
+from stca.serve.settings import Settings
+
+
+@serve.deployment(
+    request_router_config=RequestRouterConfig(request_router_class=ConsistentHashRouter),
+    max_ongoing_requests=1024,  # the replica itself refuses what its queue has no room for, with 429
+)
+@serve.ingress()
+class Replica:
+    """One server without ports of its own."""
+
+    async def __init__(self, bundle: str, name: str, settings: dict[str, Any]) -> None:
+        self._server = Server(Settings(models={name: bundle}, **settings))
+        await self._server.load()
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        """What clients ask, and the changes of one user's state; a swap would be one replica's alone."""
+        clients, admin = clients_app(self._server.serving), admin_app(self._server.serving)
+        changes = [r for r in admin.routes if getattr(r, "path", "").rpartition("/")[2] in ("append", "forget", "warm")]
+        return Starlette(routes=[*clients.routes, *changes], exception_handlers=clients.exception_handlers)
+
+    async def check_health(self) -> None:
+        """Ray replaces a replica whose check raises."""
+        if not self._server.serving.work.open:
+            raise RuntimeError("the bundle is not loaded")
+
+
+def build(args: dict[str, str]) -> serve.Application:
+    """The application.
+
+    Args:
+        args: `bundle`, its directory on every machine; `name` of the model; number of `replicas`; any other is a
+            setting of `stca serve`, such as `cache_mib`.
+    """
+    from typing import get_type_hints
+
+    from stca.serve.settings import from_text
+
+    given, hints = dict(args), get_type_hints(Settings)
+    bundle, name, replicas = given.pop("bundle"), given.pop("name", "ranker"), int(given.pop("replicas", 2))
+    settings = {key: from_text(hints[key], key, text) for key, text in given.items()}
+    return Replica.options(num_replicas=replicas).bind(bundle, name, settings)
