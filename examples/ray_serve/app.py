@@ -1,6 +1,6 @@
 """Several servers behind one door with Ray Serve: each user's requests go to the replica that keeps their state.
 
-    cd examples/ray_serve && serve run app:build bundle=/path/of/bundle name=ranker replicas=2
+    serve run stca.examples.ray_serve.app:build bundle=/path/of/bundle name=ranker replicas=2
 
 Each replica is what `stca serve` is over HTTP, under Ray's port 8000. A client names the user in the header
 `x-session-id`, and Ray's consistent hash takes them to the same replica for as long as there is one: on scaling and
@@ -9,7 +9,7 @@ after a failure some users move, and their next request is told `history_needed`
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_type_hints
 
 from ray import serve
 from ray.serve.config import RequestRouterConfig
@@ -18,18 +18,13 @@ from starlette.applications import Starlette
 
 from stca.serve.http_app import admin_app, clients_app
 from stca.serve.server import Server
-from stca.serve.settings import Settings
+from stca.serve.settings import Settings, from_text
 
 
-@serve.deployment(
-    request_router_config=RequestRouterConfig(request_router_class=ConsistentHashRouter),
-    max_ongoing_requests=1024,  # the replica itself refuses what its queue has no room for, with 429
-)
-@serve.ingress()
 class Replica:
     """One server without ports of its own."""
 
-    async def __init__(self, bundle: str, name: str, settings: dict[str, Any]) -> None:
+    async def __init__(self, bundle: str, name: str, settings: dict[str, Any]) -> None:  # type: ignore[misc]
         self._server = Server(Settings(models={name: bundle}, **settings))
         await self._server.load()
 
@@ -45,18 +40,19 @@ class Replica:
             raise RuntimeError("the bundle is not loaded")
 
 
-def build(args: dict[str, str]) -> serve.Application:
-    """The application.
+def build(args: dict[str, str]) -> Any:
+    """The application, for Ray to run.
 
     Args:
         args: `bundle`, its directory on every machine; `name` of the model; number of `replicas`; any other is a
             setting of `stca serve`, such as `cache_mib`.
     """
-    from typing import get_type_hints
-
-    from stca.serve.settings import from_text
-
     given, hints = dict(args), get_type_hints(Settings)
     bundle, name, replicas = given.pop("bundle"), given.pop("name", "ranker"), int(given.pop("replicas", 2))
     settings = {key: from_text(hints[key], key, text) for key, text in given.items()}
-    return Replica.options(num_replicas=replicas).bind(bundle, name, settings)
+    deployment = serve.deployment(
+        num_replicas=replicas,
+        request_router_config=RequestRouterConfig(request_router_class=ConsistentHashRouter),
+        max_ongoing_requests=1024,  # the replica itself refuses what its queue has no room for, with 429
+    )
+    return deployment(serve.ingress()(Replica)).bind(bundle, name, settings)

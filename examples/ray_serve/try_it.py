@@ -1,6 +1,6 @@
 """Two replicas on this machine: users stay where their states are, and a killed replica is survived.
 
-    python examples/ray_serve/try_it.py BUNDLE
+    python -m stca.examples.ray_serve.try_it BUNDLE
 
 Prints one JSON object: of so many users, how many were hits on their later requests; and what became of the requests
 while one replica was killed. Needs `ray[serve]` and `mmh3`.
@@ -15,13 +15,13 @@ import sys
 import time
 from typing import Any
 
-import app
 import numpy as np
 import ray
 from ray import serve
 
 from stca import probe
 from stca.bundle import Bundle
+from stca.examples.ray_serve import app
 from stca.serve.tensors import DATATYPES
 
 USERS, ROUNDS, PORT = 60, 5, 8000
