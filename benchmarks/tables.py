@@ -4,7 +4,8 @@
 
 A model with one table, sparse on disk, is split with all of its proof in a process of its own, whose time and largest
 resident memory are measured. Then rows are looked up in batches of one history, from a set of rows that fits into
-memory; the first pass over it, which also checks its blocks, is given apart. Both ways of looking up take turns.
+memory; the first pass over it, which also checks its blocks, is given apart. Both ways of looking up take turns; the
+same ids are looked up in C++ after them, where there is cmake.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -82,7 +84,7 @@ def export(model: Path, out: Path) -> dict[str, Any]:
     return found
 
 
-def lookups(bundle: Path) -> dict[str, Any]:
+def lookups(bundle: Path, folder: Path) -> dict[str, Any]:
     """Rows a second of this library and of a memmap with an array of indices, warm; and of the first pass."""
     from stca.bundle import Bundle
     from stca.runtime.tables import sources
@@ -111,12 +113,29 @@ def lookups(bundle: Path) -> dict[str, Any]:
         times["memmap"].append(seconds(mapped.__getitem__))
     rows = BATCH * BATCHES
     assert np.array_equal(source.rows(batches[0]), mapped[batches[0]])
+    cpp = {"cpp": in_cpp(bundle, batches, folder)["warm"]} if shutil.which("cmake") else {}
     return {
         "load_seconds": load,
         "first_pass_rows_per_second": rows / first,
-        "warm_rows_per_second": {name: rows / float(np.median(t)) for name, t in times.items()},
+        "warm_rows_per_second": {name: rows / float(np.median(t)) for name, t in times.items()} | cpp,
         "row_bytes": spec.row_bytes,
     }
+
+
+def in_cpp(bundle: Path, batches: list[Any], folder: Path) -> dict[str, float]:
+    """The same look-ups in C++, in a process of its own; built here, with optimization."""
+    source = Path(__file__).resolve().parents[1] / "runtime" / "cpp"
+    build = ["-DCMAKE_BUILD_TYPE=Release", "-DSTCA_BUILD_BENCHMARKS=ON"]
+    for command in (
+        ["cmake", "-S", source, "-B", folder / "cpp", *build],
+        ["cmake", "--build", folder / "cpp", "--target", "stca_table_benchmark", "--parallel", "2"],
+    ):
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    np.concatenate(batches).tofile(folder / "ids")
+    program = [str(folder / "cpp" / "stca_table_benchmark"), str(bundle), str(folder / "ids"), str(BATCH), str(TURNS)]
+    done = subprocess.run(program, check=True, stdout=subprocess.PIPE)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
 
 
 def score(bundle: Path) -> float:
@@ -149,7 +168,7 @@ def main() -> None:
             "table": {"rows": rows, "width": WIDTH, "bytes": rows * WIDTH * 4, "sparse": True},
             "machine": {**machine(None), "python": platform.python_version(), "numpy": np.__version__},
             "export": export(model, bundle),
-            "lookups": lookups(bundle),
+            "lookups": lookups(bundle, Path(folder)),
             "miss_ms": score(bundle),
         }
     text = json.dumps(found, indent=1)

@@ -105,7 +105,7 @@ def _check_tables(manifest: Manifest) -> None:
             if file in ("", ".", "..") or "/" in file or "\\" in file:
                 raise ValueError(f"{where}: {file!r:.80} is no name of a file in the bundle")
     for name, graph in manifest.graphs.items():
-        inputs = {s.name for s in graph.inputs}
+        inputs = _by_name(graph.inputs)
         for lookup in graph.lookups or ():
             what = f"graphs.{name}: rows {lookup.rows!r:.80}"
             if lookup.table not in tables:
@@ -114,6 +114,8 @@ def _check_tables(manifest: Manifest) -> None:
                 raise ValueError(f"{what} have the name of an input")
             if lookup.ids not in inputs and graph.ids is None:
                 raise ValueError(f"{what} are looked up by {lookup.ids!r:.80}, which is no input")
+            if lookup.ids in inputs and "int" not in inputs[lookup.ids].dtype:
+                raise ValueError(f"{what} are looked up by {lookup.ids!r:.80}, which holds no ids")
 
 
 def check_entry(entry: EngineEntry) -> None:

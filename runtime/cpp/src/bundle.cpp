@@ -10,6 +10,7 @@
 #include "fields.hpp"
 #include "json.hpp"
 #include "padding.hpp"
+#include "tables.hpp"
 
 namespace stca::core {
 namespace {
@@ -17,7 +18,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr const char* weights_name = "weights.safetensors";
-constexpr std::int64_t format_version = 1;
+constexpr std::int64_t format_version = 2;
 // Real ones have some tens of kilobytes and some ten files.
 constexpr std::size_t largest_manifest = 16 << 20, most_files = 10'000;
 
@@ -52,8 +53,29 @@ GraphSpec read_graph(const Fields& fields) {
       if (!seen.insert(specs->back().name).second) fields.wrong(name, "of different names");
     });
   }
-  fields.only({"file", "inputs", "outputs"});
+  if (fields.has("lookups") && !fields.get("lookups").is_null()) {
+    fields.each("lookups", [&](const Json& item, const std::string& place) {
+      const Fields lookup(item, place);
+      graph.lookups.push_back({lookup.string("rows"), lookup.string("table"), lookup.string("ids")});
+      lookup.only({"rows", "table", "ids"});
+    });
+  }
+  graph.ids = fields.optional_string("ids").value_or("");
+  fields.only({"file", "inputs", "outputs", "lookups", "ids"});
   return graph;
+}
+
+TableSpec read_table(const Fields& fields) {
+  TableSpec table;
+  table.name = fields.string("name");
+  table.file = fields.string("file");
+  table.digests = fields.string("digests");
+  if (!dtype_from_name(fields.string("dtype"), table.dtype)) fields.wrong("dtype", "a dtype of the manifest's table");
+  table.rows = fields.count("rows", 0);
+  table.width = fields.count("width", 0);
+  table.block_rows = fields.count("block_rows", 0);
+  fields.only({"name", "file", "digests", "dtype", "rows", "width", "block_rows"});
+  return table;
 }
 
 StateSpec read_state(const Json& json, const std::string& place) {
@@ -109,19 +131,29 @@ void check_names(const Folder& folder, const Manifest& manifest) {
   for (std::string& name : folder.names()) present.insert(std::move(name));
   present.erase(manifest_name);
   present.erase("manifest.sig");  // for those who check who made a bundle; this library does not
-  for (const auto& [name, entry] : manifest.files) {
+  std::set<std::string> named;
+  for (const auto& [name, entry] : manifest.files) named.insert(name);
+  for (const TableSpec& table : manifest.tables) named.insert(table.file);
+  for (const std::string& name : named) {
     if (present.count(name) == 0) {
       bundle_error(root, ": ", shown(name), " is missing; copy the bundle again or export it anew");
     }
   }
   for (const std::string& name : present) {
-    if (manifest.files.count(name) == 0) {
+    if (named.count(name) == 0) {
       bundle_error(root, ": ", shown(name), " is not in the manifest; remove it, or export the bundle anew");
     }
   }
   for (const auto& [name, graph] : manifest.graphs) {
-    if (manifest.files.count(graph.file) == 0) {
-      bundle_error(root, ": graph file '", shown(graph.file), "' is not among the manifest's files; export it anew");
+    for (const std::string& file : {graph.file, graph.ids.empty() ? graph.file : graph.ids}) {
+      if (manifest.files.count(file) == 0) {
+        bundle_error(root, ": graph file '", shown(file), "' is not among the manifest's files; export it anew");
+      }
+    }
+  }
+  for (const TableSpec& table : manifest.tables) {
+    if (manifest.files.count(table.digests) == 0 || manifest.files.count(table.file) != 0) {
+      bundle_error(root, ": the digests of table ", in_quotes(table.name), " are not pinned; export the bundle anew");
     }
   }
   for (const EngineEntry& entry : manifest.engines) {
@@ -130,6 +162,15 @@ void check_names(const Folder& folder, const Manifest& manifest) {
                    "' is not among the manifest's files; build the engine again");
     }
   }
+}
+
+/// What names a bundle's weights: the digest of their file or, where tables left, of that and of the tables' digests.
+std::string weights_version(const Manifest& manifest, const std::string& weights) {
+  if (manifest.tables.empty()) return weights;
+  Sha256 sha;
+  sha.update(weights);
+  for (const TableSpec& table : manifest.tables) sha.update("\n" + manifest.files.at(table.digests).sha256);
+  return sha.hex();
 }
 
 void check_files(const Folder& folder, const Manifest& manifest) {
@@ -148,8 +189,9 @@ void check_files(const Folder& folder, const Manifest& manifest) {
                    shown(entry.sha256.substr(0, 12)), "…); copy it again");
     }
   }
+  for (const TableSpec& table : manifest.tables) check_table(folder, table);
   const auto weights = manifest.files.find(weights_name);
-  if (weights != manifest.files.end() && weights->second.sha256 != manifest.weights) {
+  if (weights != manifest.files.end() && weights_version(manifest, weights->second.sha256) != manifest.weights) {
     bundle_error(root, ": the weights' version is not the digest of ", weights_name, "; export the bundle anew");
   }
 }
@@ -236,6 +278,11 @@ Manifest Manifest::parse(std::string text) {
       manifest.padding.push_back(read_padding({item, place}));
     });
   }
+  if (fields.has("tables") && !fields.get("tables").is_null()) {
+    fields.each("tables", [&](const Json& item, const std::string& place) {
+      manifest.tables.push_back(read_table({item, place}));
+    });
+  }
   fields.sub("graphs").members([&](const std::string& name, const Json& graph, const std::string& place) {
     manifest.graphs[name] = read_graph({graph, place});
   });
@@ -256,7 +303,7 @@ Manifest Manifest::parse(std::string text) {
   });
   fields.only({"format", "version", "digest", "model", "weights", "precision", "attention", "graphs", "state",
                "appendable", "max_history", "min_history", "padding", "split", "parity", "producer", "quantization",
-               "engines", "files"});
+               "engines", "tables", "files"});
   check_padding(manifest);
   check_contract(manifest);
   manifest.text = std::move(text);

@@ -69,9 +69,29 @@ struct Padding {
   std::string lengths;  ///< the input with the number of events; empty for none
 };
 
+/// Rows that a graph's file takes as an input, in place of the ids that its inputs have.
+struct Lookup {
+  std::string rows;   ///< the input of the file, float32, of the ids' shape and one axis more
+  std::string table;  ///< the table's name
+  std::string ids;    ///< an input of the graph or, where they are computed, an output of its `ids` graph
+};
+
 struct GraphSpec {
   std::string file;
-  std::vector<TensorSpec> inputs, outputs;
+  std::vector<TensorSpec> inputs, outputs;  ///< with look-ups, the file may lack inputs that were ids alone
+  std::vector<Lookup> lookups;
+  std::string ids;  ///< file of the graph that computes ids; empty where all are inputs
+};
+
+/// An embedding table that left the graphs.
+struct TableSpec {
+  std::string name, file, digests;
+  DType dtype = STCA_FLOAT32;  ///< of the file's elements; rows are looked up as float32
+  std::int64_t rows = 0, width = 0, block_rows = 0;
+
+  std::size_t row_bytes() const { return static_cast<std::size_t>(width) * item_bytes(dtype); }
+  std::size_t bytes() const { return static_cast<std::size_t>(rows) * row_bytes(); }
+  std::int64_t blocks() const { return (rows + block_rows - 1) / block_rows; }
 };
 
 struct FileEntry {
@@ -106,6 +126,7 @@ struct Manifest {
   std::vector<Padding> padding;
   std::int64_t min_history = 0;
   std::vector<EngineEntry> engines;
+  std::vector<TableSpec> tables;
   std::map<std::string, FileEntry> files;
 
   /// Throws BundleError when the text is not ours, newer than this library, or lacks a field or has a wrong one.

@@ -61,13 +61,34 @@ class CallerEngine final : public Engine {
   std::string name_;
 };
 
+/// A caller's source of rows behind the library's own interface.
+class CallerRows final : public RowSource {
+ public:
+  explicit CallerRows(const stca_table_source& source) : source_(source) {}
+
+  Array rows(const TableSpec& table, const std::vector<std::int64_t>& ids) override {
+    auto [found, to] = make_array(Memory::host(), STCA_FLOAT32, {static_cast<std::int64_t>(ids.size()), table.width});
+    if (ids.empty()) return found;
+    last_error().clear();
+    if (source_.rows(source_.context, ids.data(), ids.size(), reinterpret_cast<float*>(to)) != STCA_OK) {
+      const std::string said = last_error();
+      engine_error("table ", in_quotes(table.name), ": its source failed for ", ids.size(), " ids: ",
+                   said.empty() ? "it left no message" : said);
+    }
+    return found;
+  }
+
+ private:
+  stca_table_source source_;
+};
+
 /// Of a caller's `size`, what is whole fields.
 std::size_t whole_fields(std::size_t size) {
   std::size_t whole = first_options_size;
   for (const std::size_t end :
        {offsetof(stca_options, unchecked_scores), offsetof(stca_options, max_users),
         offsetof(stca_options, ttl_seconds), offsetof(stca_options, precision), offsetof(stca_options, max_targets),
-        offsetof(stca_options, check_versions), sizeof(stca_options)}) {
+        offsetof(stca_options, check_versions), offsetof(stca_options, tables), sizeof(stca_options)}) {
     if (end <= size) whole = end;
   }
   return whole;
@@ -112,6 +133,11 @@ Options options_of(const stca_options* given_options) {
   options.truncate = o.truncate != 0;
   options.engine = o.engine == nullptr ? "" : o.engine;
   options.cuda_graphs = o.cuda_graphs;
+  if (o.table_count > 0) given(o.tables, "tables");
+  for (std::size_t i = 0; i < o.table_count; ++i) {
+    if (o.tables[i].rows == nullptr) fail(STCA_USAGE_ERROR, "tables: ", i, " has no rows function");
+    options.tables[&given(o.tables[i].table, "the name of a table")] = std::make_shared<CallerRows>(o.tables[i]);
+  }
   if (o.make_engine == nullptr) return options;
   options.make = [make = o.make_engine, context = o.make_engine_context](const std::shared_ptr<const Bundle>& bundle,
                                                                          const std::string& graph) {

@@ -190,6 +190,50 @@ void check_scores(const Manifest& manifest) {
   }
 }
 
+/// Tables that can be files of their sizes, and look-ups of tables that there are by ids that there are.
+void check_tables(const Manifest& manifest) {
+  constexpr std::int64_t most_rows = std::int64_t{1} << 40;
+  std::unordered_set<std::string_view> names;
+  for (const TableSpec& table : manifest.tables) {
+    if (!names.insert(table.name).second) broken("tables: two have one name");
+    const std::string where = "table " + in_quotes(table.name);
+    if (table.dtype != STCA_FLOAT32 && table.dtype != STCA_FLOAT16 && table.dtype != STCA_BFLOAT16) {
+      broken(where + ": dtype is '" + dtype_name(table.dtype) + "', expected float32, float16 or bfloat16");
+    }
+    const bool narrow = table.width > 0 && table.width <= static_cast<std::int64_t>(largest_row);
+    if (table.rows < 1 || table.rows >= most_rows || !narrow || table.row_bytes() > largest_row) {
+      broken(where + ": has the shape [" + std::to_string(table.rows) + ", " + std::to_string(table.width) +
+             "], which is no table's");
+    }
+    const std::int64_t block = table.block_rows;
+    if (block < 1 || block > static_cast<std::int64_t>(largest_row) || (block & (block - 1)) != 0) {
+      broken(where + ": block_rows is " + std::to_string(block) + ", expected a power of two");
+    }
+    for (const std::string& file : {table.file, table.digests}) {
+      if (file.empty() || file == "." || file == ".." || file.find_first_of("/\\") != file.npos) {
+        broken(where + ": " + in_quotes(file) + " is no name of a file in the bundle");
+      }
+    }
+  }
+  for (const auto& [name, graph] : manifest.graphs) {
+    const ByName inputs = by_name(graph.inputs);
+    for (const Lookup& lookup : graph.lookups) {
+      const std::string what = "graphs." + shown(name) + ": rows " + in_quotes(lookup.rows);
+      if (names.count(lookup.table) == 0) {
+        broken(what + " are of table " + in_quotes(lookup.table) + ", which the bundle does not have");
+      }
+      if (find(inputs, lookup.rows) != nullptr) broken(what + " have the name of an input");
+      const TensorSpec* ids = find(inputs, lookup.ids);
+      if (ids == nullptr && graph.ids.empty()) {
+        broken(what + " are looked up by " + in_quotes(lookup.ids) + ", which is no input");
+      }
+      if (ids != nullptr && (kind_of(ids->dtype) != Kind::integer || ids->shape.size() >= STCA_MAX_RANK)) {
+        broken(what + " are looked up by " + in_quotes(lookup.ids) + ", which holds no ids");
+      }
+    }
+  }
+}
+
 /// What one axis of a tensor is, and what the engine says it is.
 bool contradicts(const Axis& promised, const Axis& found, bool input) {
   if (promised.symbol.empty()) return found.size >= 0 && found.size != promised.size;
@@ -245,6 +289,7 @@ void check_contract(const Manifest& manifest) {
   check_once(manifest.state, "state");
   for (const StateSpec& spec : manifest.state) check_tensor(spec, "state");
   check_inputs(manifest);
+  check_tables(manifest);
   check_state(manifest);
   check_scores(manifest);
 }

@@ -51,7 +51,7 @@ Engines open(const std::shared_ptr<const Bundle>& bundle, const Choice& choice, 
     if (choice.encoder != nullptr) return make_tensorrt_engines(bundle, choice, options.cuda_graphs);
   }
   if constexpr (with_onnxruntime) {
-    return make_onnxruntime_engines(bundle, options.threads);
+    return make_onnxruntime_engines(bundle, options);
   } else {
     fail(STCA_BUILD_ERROR, "this library was built without ", with_tensorrt ? "" : "TensorRT and without ",
          "ONNX Runtime; rebuild it with -DSTCA_ONNXRUNTIME=ON, or give it engines (make_engine)");

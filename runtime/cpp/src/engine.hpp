@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -38,6 +39,14 @@ class Engine {
   virtual std::vector<Array> run(const std::vector<Array>& inputs) = 0;
 };
 
+/// Where a table's rows come from. Safe to call from several threads at once.
+class RowSource {
+ public:
+  virtual ~RowSource() = default;
+  /// Rows `(n, width)`, float32, of `n` row numbers in the table that it is the source of.
+  virtual Array rows(const TableSpec& table, const std::vector<std::int64_t>& ids) = 0;
+};
+
 /// Most targets scored together unless a session says otherwise: so many need gigabytes.
 inline constexpr std::int64_t most_targets = 1 << 20;
 
@@ -51,7 +60,9 @@ struct Options {
   std::string precision;     ///< of built engines, "fp32", "bf16" or "fp16"; empty for the fastest
   bool check_finite = true;  ///< whether scores that are not finite are an error
   int cuda_graphs = 64;      ///< most CUDA graphs that a TensorRT engine keeps; none from 0 down
-  /// The caller's own engine for a graph, instead of the built-in ones.
+  /// The caller's own source of rows, by the name of a table that left the graphs; files of the bundle for the others.
+  std::map<std::string, std::shared_ptr<RowSource>> tables;
+  /// The caller's own engine for a graph, instead of the built-in ones. It is given ids where a table left the graphs.
   std::function<std::unique_ptr<Engine>(const std::shared_ptr<const Bundle>&, const std::string& graph)> make;
 };
 
@@ -69,6 +80,6 @@ Engines make_engines(const std::shared_ptr<const Bundle>& bundle, const Options&
 Machine tensorrt_machine();
 Engines make_tensorrt_engines(const std::shared_ptr<const Bundle>& bundle, const Choice& choice, int cuda_graphs);
 /// The bundle's own graphs on the CPU, whatever engines it has.
-Engines make_onnxruntime_engines(const std::shared_ptr<const Bundle>& bundle, int threads);
+Engines make_onnxruntime_engines(const std::shared_ptr<const Bundle>& bundle, const Options& options);
 
 }  // namespace stca::core

@@ -51,6 +51,9 @@ std::string obstacle(const Pair& pair, const Rank& rank, std::int64_t sm, const 
     if (pair.count(half) == 0) return "there is no engine of " + std::string(half) + "; run `stca build`";
   }
   const std::string flavour = rank.flavour, provider = rank.provider;
+  if (flavour != "onnxruntime" && !manifest.tables.empty()) {
+    return "the C++ runtime looks rows of tables up for ONNX Runtime alone";
+  }
   if (flavour == "tensorrt") return tensorrt_obstacle(pair, sm, machine);
   if (flavour == "tensorrt-rtx") return "the C++ runtime has no engine for it; serve it from Python";
   if (provider != "CPUExecutionProvider") return "ONNX Runtime has no " + provider + " here";

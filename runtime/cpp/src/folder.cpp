@@ -28,6 +28,12 @@ struct Descriptor {
   int number;
 };
 
+/// Whether a file may be a table's rows, by its name.
+bool holds_rows(const std::string& name) {
+  constexpr std::string_view end = ".rows";
+  return name.size() > end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0;
+}
+
 std::string reason(int error) { return std::generic_category().message(error); }
 
 }  // namespace
@@ -68,6 +74,10 @@ Folder::Folder(std::filesystem::path path, bool hold)
   if (!hold_) return;
   try {
     for (const std::string& name : list()) {
+      if (holds_rows(name)) {
+        mapped_.push_back(name);
+        continue;
+      }
       std::string bytes;
       read_file(name, [&](std::string_view piece) { bytes += piece; });
       held_[name] = std::make_shared<const std::string>(std::move(bytes));
@@ -91,7 +101,7 @@ void Folder::unreadable(const std::string& name, int error) const {
 std::vector<std::string> Folder::names() const {
   const std::lock_guard lock(mutex_);
   if (held_.empty()) return list();
-  std::vector<std::string> found;
+  std::vector<std::string> found = mapped_;
   for (const auto& [name, bytes] : held_) found.push_back(name);
   return found;
 }
@@ -138,20 +148,25 @@ void Folder::read(const std::string& name, const std::function<void(std::string_
   read_file(name, take);
 }
 
-void Folder::read_file(const std::string& name, const std::function<void(std::string_view)>& take) const {
+int Folder::open(const std::string& name) const {
   // Without waiting for whoever may be at the other end of a pipe.
-  const Descriptor file(::openat(descriptor_, name.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
+  Descriptor file(::openat(descriptor_, name.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
   if (file.number < 0) unreadable(name, errno);
   struct stat status{};
   if (::fstat(file.number, &status) != 0) unreadable(name, errno);
   if (!S_ISREG(status.st_mode)) unreadable(name, ELOOP);
   const Stamp stamp = stamp_of(status);
-  {
-    const std::lock_guard lock(mutex_);
-    const auto [known, fresh] = stamps_.emplace(name, stamp);
-    if (!fresh && !(known->second == stamp)) bundle_error(shown(path_.string()), ": ", shown(name), " was changed");
-  }
-  std::string piece(static_cast<std::size_t>(std::clamp<std::int64_t>(stamp.size, 1, 1 << 20)), '\0');
+  const std::lock_guard lock(mutex_);
+  const auto [known, fresh] = stamps_.emplace(name, stamp);
+  if (!fresh && !(known->second == stamp)) bundle_error(shown(path_.string()), ": ", shown(name), " was changed");
+  return std::exchange(file.number, -1);
+}
+
+void Folder::read_file(const std::string& name, const std::function<void(std::string_view)>& take) const {
+  const Descriptor file(open(name));
+  struct stat status{};
+  if (::fstat(file.number, &status) != 0) unreadable(name, errno);
+  std::string piece(static_cast<std::size_t>(std::clamp<std::int64_t>(status.st_size, 1, 1 << 20)), '\0');
   while (true) {
     const ssize_t got = ::read(file.number, piece.data(), piece.size());
     if (got < 0 && errno == EINTR) continue;

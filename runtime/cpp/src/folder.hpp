@@ -20,7 +20,8 @@ namespace stca::core {
 class Folder {
  public:
   /// Throws BundleError when there is no such directory. With `hold`, all its files are read into memory at once, and
-  /// served from there until they are let go: what is removed meanwhile is no loss then.
+  /// served from there until they are let go: what is removed meanwhile is no loss then. Rows of tables are not, which
+  /// may be larger than memory.
   explicit Folder(std::filesystem::path path, bool hold = false);
   Folder(const Folder&) = delete;
   Folder& operator=(const Folder&) = delete;
@@ -34,6 +35,8 @@ class Folder {
   std::uint64_t size_of(const std::string& name) const;
   /// Calls `take` with the file's bytes, piece by piece.
   void read(const std::string& name, const std::function<void(std::string_view)>& take) const;
+  /// Opens a plain file, and remembers it as one that was read; the descriptor is the caller's to close.
+  int open(const std::string& name) const;
   /// A path that leads here, wherever this directory is moved, while this object lives.
   const std::string& pinned() const { return pinned_; }
   /// The same for a file of it.
@@ -64,6 +67,7 @@ class Folder {
   std::string pinned_;  // leads here through the open descriptor, or `path_` where there is no /proc
   int descriptor_ = -1;
   bool hold_;
+  std::vector<std::string> mapped_;  // files that are not held although others are
   mutable std::mutex mutex_;  // of what follows
   mutable std::map<std::string, std::shared_ptr<const std::string>> held_;
   mutable std::map<std::string, Stamp> stamps_;

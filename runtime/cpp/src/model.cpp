@@ -29,7 +29,10 @@ std::string layout(const std::vector<TensorSpec>& state, const Manifest& manifes
   std::string text;
   for (const TensorSpec& spec : state) text += spec.name + ":" + dtype_name(spec.dtype) + ":" + spec.shape_text() + ";";
   text += "window:" + (window ? std::to_string(*window) : "none");
-  return text + ";" + manifest.files.at(manifest.graph("user_encoder").file).sha256 + ";" + encoder.name();
+  const GraphSpec& graph = manifest.graph("user_encoder");
+  text += ";" + manifest.files.at(graph.file).sha256;
+  if (!graph.ids.empty()) text += ";" + manifest.files.at(graph.ids).sha256;
+  return text + ";" + encoder.name();
 }
 
 /// The type of several outputs side by side, as numpy promotes them.

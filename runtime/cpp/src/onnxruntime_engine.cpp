@@ -10,6 +10,7 @@
 #include "library.hpp"
 #include "onnxruntime_interface.hpp"
 #include "process.hpp"
+#include "tables.hpp"
 
 namespace stca::core {
 namespace {
@@ -68,10 +69,11 @@ struct Runtime {
 
 class OnnxRuntimeEngine final : public Engine {
  public:
-  OnnxRuntimeEngine(std::shared_ptr<const Bundle> bundle, const std::string& graph, int threads)
-      : bundle_(std::move(bundle)), graph_(bundle_->manifest.graph(graph)), runtime_(Runtime::get()) {
-    for (const TensorSpec& spec : graph_.inputs) input_names_.push_back(spec.name.c_str());
-    for (const TensorSpec& spec : graph_.outputs) output_names_.push_back(spec.name.c_str());
+  /// Of a file of the bundle that is what `graph` says and, where it has look-ups, takes their rows too; with a null
+  /// `graph`, of one that is what it says of itself.
+  OnnxRuntimeEngine(std::shared_ptr<const Bundle> bundle, const std::string& file, const GraphSpec* graph, int threads)
+      : bundle_(std::move(bundle)), runtime_(Runtime::get()) {
+    graph_.file = file;
     const auto check = [&](OrtStatus* status) { runtime_.check(status, STCA_BUILD_ERROR, shown(graph_.file)); };
     OrtSessionOptions* options = nullptr;
     check(api().create_session_options(&options));
@@ -81,10 +83,21 @@ class OnnxRuntimeEngine final : public Engine {
     // Else the threads of each half go on spinning while the other half computes, and a miss costs twice its halves.
     check(api().add_session_config_entry(options, "session.force_spinning_stop", "1"));
     OrtSession* session = nullptr;
-    runtime_.check(open(graph, options, &session), STCA_BUILD_ERROR,
+    runtime_.check(open(options, &session), STCA_BUILD_ERROR,
                    shown(graph_.file) + ": ONNX Runtime cannot load it");
     session_ = {session, api().release_session.call};
-    check_signature(shown(graph_.file), graph_, {specs(true), specs(false)});
+    const Signature found{specs(true), specs(false)};
+    graph_.inputs = graph == nullptr ? found.inputs : graph->inputs;
+    graph_.outputs = graph == nullptr ? found.outputs : graph->outputs;
+    for (const Lookup& lookup : graph == nullptr ? std::vector<Lookup>{} : graph->lookups) add_rows(lookup, found);
+    const bool ids_alone = graph != nullptr && !graph->lookups.empty();
+    check_signature(shown(graph_.file), graph_, found, ids_alone);
+    for (std::size_t i = 0; i < graph_.inputs.size(); ++i) {
+      if (!has(found.inputs, graph_.inputs[i].name)) continue;
+      taken_.push_back(i);
+      input_names_.push_back(graph_.inputs[i].name.c_str());
+    }
+    for (const TensorSpec& spec : graph_.outputs) output_names_.push_back(spec.name.c_str());
   }
   OnnxRuntimeEngine(const OnnxRuntimeEngine&) = delete;
   OnnxRuntimeEngine& operator=(const OnnxRuntimeEngine&) = delete;
@@ -95,8 +108,8 @@ class OnnxRuntimeEngine final : public Engine {
   std::vector<Array> run(const std::vector<Array>& inputs) override {
     std::vector<Value> values;
     std::vector<const OrtValue*> raw_inputs;
-    for (const Array& array : inputs) {
-      values.push_back(borrowed(array));
+    for (const std::size_t i : taken_) {
+      values.push_back(borrowed(inputs[i]));
       raw_inputs.push_back(values.back().get());
     }
     // Outputs whose sizes follow from the inputs' are computed into memory of our own, no larger than they are: a state
@@ -131,10 +144,10 @@ class OnnxRuntimeEngine final : public Engine {
   const F& api() const { return runtime_.api; }
 
   /// By its path, so that weights are mapped from their file; or out of the memory that holds the bundle.
-  OrtStatus* open(const std::string& graph, OrtSessionOptions* options, OrtSession** session) const {
+  OrtStatus* open(OrtSessionOptions* options, OrtSession** session) const {
     const auto model = bundle_->folder->held(graph_.file);
     if (model == nullptr) {
-      return api().create_session(runtime_.env, bundle_->graph_files.at(graph).c_str(), options, session);
+      return api().create_session(runtime_.env, bundle_->folder->path_of(graph_.file).c_str(), options, session);
     }
     std::vector<std::shared_ptr<const std::string>> files;
     std::vector<const char*> names;
@@ -150,6 +163,24 @@ class OnnxRuntimeEngine final : public Engine {
                                                                              sizes.data(), names.size());
     if (status != nullptr) return status;
     return api().create_session_from_array(runtime_.env, model->data(), model->size(), options, session);
+  }
+
+  static bool has(const std::vector<TensorSpec>& specs, const std::string& name) {
+    return std::any_of(specs.begin(), specs.end(), [&](const TensorSpec& spec) { return spec.name == name; });
+  }
+
+  /// Takes rows of a table as an input, of the number of axes that the file says.
+  void add_rows(const Lookup& lookup, const Signature& found) {
+    for (const TableSpec& table : bundle_->manifest.tables) {
+      if (table.name != lookup.table) continue;
+      TensorSpec rows;
+      for (const TensorSpec& spec : found.inputs) rows = spec.name == lookup.rows ? spec : rows;
+      if (rows.name.empty() || rows.shape.empty() || rows.dtype != STCA_FLOAT32 || rows.shape.back().size != table.width) {
+        bundle_error(shown(graph_.file), ": takes no float32 rows ", in_quotes(lookup.rows), " of width ", table.width,
+                     "; export the bundle again");
+      }
+      graph_.inputs.push_back(rows);
+    }
   }
 
   /// What the session itself says it takes or gives.
@@ -262,18 +293,27 @@ class OnnxRuntimeEngine final : public Engine {
     return array;
   }
 
-  std::shared_ptr<const Bundle> bundle_;  // keeps graph_, the names and the files alive
-  const GraphSpec& graph_;
+  std::shared_ptr<const Bundle> bundle_;  // keeps the files alive
+  GraphSpec graph_;                       // of the file
   const Runtime& runtime_;
+  std::vector<std::size_t> taken_;  // inputs that the file has: not those that were ids alone
   std::vector<const char*> input_names_, output_names_;
   std::shared_ptr<OrtSession> session_;
 };
 
 }  // namespace
 
-Engines make_onnxruntime_engines(const std::shared_ptr<const Bundle>& bundle, int threads) {
-  return {std::make_unique<OnnxRuntimeEngine>(bundle, "user_encoder", threads),
-          std::make_unique<OnnxRuntimeEngine>(bundle, "target_scorer", threads), "", ""};
+Engines make_onnxruntime_engines(const std::shared_ptr<const Bundle>& bundle, const Options& options) {
+  const auto sources = row_sources(*bundle, options.tables);
+  const auto engine = [&](const char* name) -> std::unique_ptr<Engine> {
+    const GraphSpec& graph = bundle->manifest.graph(name);
+    auto own = std::make_unique<OnnxRuntimeEngine>(bundle, graph.file, &graph, options.threads);
+    if (graph.lookups.empty()) return own;
+    std::unique_ptr<Engine> ids;
+    if (!graph.ids.empty()) ids = std::make_unique<OnnxRuntimeEngine>(bundle, graph.ids, nullptr, 1);
+    return with_tables(bundle, name, std::move(own), std::move(ids), sources);
+  };
+  return {engine("user_encoder"), engine("target_scorer"), "", ""};
 }
 
 }  // namespace stca::core

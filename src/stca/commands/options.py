@@ -137,7 +137,7 @@ def cut_options(p: argparse.ArgumentParser) -> None:
         type=bytes_or_off,
         default=1 << 30,
         metavar="BYTES|off",
-        help="embedding tables of more bytes leave the graphs for files of the bundle (default: 1 GiB)",
+        help="embedding tables of more bytes leave the graphs for files of the bundle",
     )
     p.add_argument("--no-lift", action="store_true", help="leave a batch axis that users and targets share as it is")
 

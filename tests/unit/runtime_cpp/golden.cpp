@@ -1,5 +1,6 @@
 // Runs the golden requests and bundles through the public C++ interface: golden
 // FOLDER [FILE] [--engine NAME]
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
@@ -86,6 +87,22 @@ class Tensors {
   std::vector<std::unique_ptr<std::vector<std::uint64_t>>> memory_;
 };
 
+/// A source of rows whose every number is the id, of which it has as many as it is told.
+class IdRows final : public stca::RowSource {
+ public:
+  IdRows(std::size_t width, std::int64_t most) : width_(width), most_(most) {}
+  void rows(const std::int64_t* ids, std::size_t count, float* to) override {
+    for (std::size_t i = 0; i < count; ++i) {
+      if (ids[i] > most_) throw std::runtime_error("it has no row " + std::to_string(ids[i]));
+      std::fill_n(to + i * width_, width_, static_cast<float>(ids[i]));
+    }
+  }
+
+ private:
+  std::size_t width_;
+  std::int64_t most_;
+};
+
 class Runner {
  public:
   Runner(fs::path folder, std::string engine) : folder_(std::move(folder)), engine_(std::move(engine)) {}
@@ -137,6 +154,12 @@ class Runner {
     if (const Json* most = test.find("max_targets")) options.max_targets = static_cast<std::uint64_t>(*most->integer());
     if (const Json* check = test.find("check_versions")) options.check_versions = *check->boolean();
     if (const Json* seconds = test.find("ttl_seconds")) seconds->number(options.ttl_seconds);
+    if (const Json* tables = test.find("tables")) {
+      for (const Json::Member& m : *tables->object()) {
+        const auto width = static_cast<std::size_t>(integer_of(m.value, "width"));
+        options.tables[m.name] = std::make_shared<IdRows>(width, integer_of(m.value, "most"));
+      }
+    }
     const Json* states = test.find("cache_states");
     options.cache_bytes = states != nullptr ? static_cast<std::uint64_t>(*states->integer()) * bytes_of_state(test)
                                             : static_cast<std::uint64_t>(integer_of(test, "cache_bytes"));

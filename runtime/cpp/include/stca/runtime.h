@@ -167,6 +167,15 @@ typedef int32_t (*stca_make_engine)(void* context, const stca_bundle* bundle, co
 typedef struct stca_session stca_session;
 typedef struct stca_scores stca_scores;
 
+/* A caller's own source of the rows of a table that left the graphs, a parameter server say. `rows` writes the rows of
+ * `count` ids, one after the other, each of the table's width, and returns STCA_OK or a code, best through stca_fail. Ids
+ * are numbers of rows of the table. It may be called from several threads at once. */
+typedef struct stca_table_source {
+  const char* table; /* its name in the manifest; copied */
+  int32_t (*rows)(void* context, const int64_t* ids, size_t count, float* rows);
+  void* context; /* must outlive the session */
+} stca_table_source;
+
 typedef struct stca_options {
   size_t size;          /* sizeof(stca_options) where the caller was compiled; set by stca_options_init */
   uint64_t cache_bytes; /* most memory for user states between requests, all that an entry takes; 0 keeps none */
@@ -185,6 +194,8 @@ typedef struct stca_options {
   uint64_t max_targets;     /* most targets of a request, or of a batch together */
   int32_t check_versions;   /* not 0: for debugging, refuse a history that is sent with the version of another one that
                              * is kept; otherwise a history sent on a hit is not looked at */
+  const stca_table_source* tables; /* where rows of tables come from; the bundle's files for those that are not named */
+  size_t table_count;
 } stca_options;
 
 typedef struct stca_cache_stats {

@@ -10,6 +10,7 @@
 #include <functional>
 #include <initializer_list>
 #include <limits>
+#include <map>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -236,6 +237,15 @@ class Engine {
 /// Makes the engine of one graph; `bundle` and the strings of its specs live as long as the engine.
 using MakeEngine = std::function<std::unique_ptr<Engine>(const Bundle& bundle, const std::string& graph)>;
 
+/// Where the rows of a table that left the graphs come from, a parameter server say. Called from several threads at once.
+class RowSource {
+ public:
+  virtual ~RowSource() = default;
+  /// Writes the rows of `count` ids to `to`, one after the other, each of the table's width. What it throws is an
+  /// EngineError of the request.
+  virtual void rows(const std::int64_t* ids, std::size_t count, float* to) = 0;
+};
+
 struct Options {
   std::uint64_t cache_bytes = std::uint64_t{1} << 30;  ///< most memory for user states; 0 keeps none
   std::uint64_t max_users = 0;  ///< most users whose states are kept; 0 for no limit but cache_bytes
@@ -249,6 +259,7 @@ struct Options {
   std::uint64_t max_targets = std::uint64_t{1} << 20;  ///< most of a request, or of a batch together
   bool check_versions = false;    ///< refuse a history that is sent with the version of another one that is kept
   bool unchecked_scores = false;  ///< hand out NaN and infinities, which are an EngineError otherwise
+  std::map<std::string, std::shared_ptr<RowSource>> tables;  ///< of rows by the table; else the bundle's files
 };
 
 using CacheStats = stca_cache_stats;
@@ -276,6 +287,12 @@ class Session {
       o.make_engine = make_engine;
       o.make_engine_context = options_.get();
     }
+    std::vector<stca_table_source> tables;
+    for (const auto& [table, source] : options_->tables) {
+      tables.push_back({table.c_str(), source == nullptr ? nullptr : table_rows, source.get()});
+    }
+    o.tables = tables.data();
+    o.table_count = tables.size();
     stca_session* session = nullptr;
     detail::check(stca_session_load(bundle.c_str(), &o, &session));
     session_.reset(session);
@@ -389,6 +406,9 @@ class Session {
     });
   }
   static void release(void* self) { delete static_cast<Made*>(self); }
+  static std::int32_t table_rows(void* context, const std::int64_t* ids, std::size_t count, float* to) {
+    return detail::guarded(STCA_ENGINE_ERROR, [&] { static_cast<RowSource*>(context)->rows(ids, count, to); });
+  }
 
   std::unique_ptr<Options> options_;  // the library calls make_engine again at a swap; its address must not change
   std::unique_ptr<stca_session, void (*)(stca_session*)> session_;
