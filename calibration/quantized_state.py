@@ -96,8 +96,8 @@ def kept_as(spec: StateSpec, format: StateFormat) -> tuple[StateSpec, ...]:
 
 
 def _bytes_per_token(spec: StateSpec) -> int:
-    inner = [n for n in spec.shape[1:] if isinstance(n, int)]
-    return math.prod(inner) * ITEM_BYTES[spec.dtype] if spec.shape[0] == TOKENS else 0
+    each = [n for n in spec.shape if isinstance(n, int)]
+    return math.prod(each) * ITEM_BYTES[spec.dtype] if TOKENS in spec.shape else 0
 
 
 def quantize(

@@ -98,10 +98,10 @@ class ByTarget(nn.Module):
         self.module, self.axes = module, tuple(axes)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Every output as `[targets, tasks]`."""
+        """Every output as `[targets, tasks]`; a single target's that was squeezed of every axis, too."""
         found = self.module(inputs)
         outputs = [found] if isinstance(found, Tensor) else list(found)
         return tuple(
-            y.movedim(axis, 0).flatten(1) if y.ndim > 1 else y[:, None] if y.ndim else y
+            y.movedim(axis, 0).flatten(1) if y.ndim > 1 else y.reshape(-1, 1)
             for y, axis in zip(outputs, self.axes, strict=True)
         )

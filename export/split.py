@@ -39,7 +39,7 @@ class StateTensor:
         dtype: numpy's name of the element type.
         shape: sizes; a string is symbolic.
         bytes: at the nominal workload.
-        bytes_per_token: for each history token; 0 when the first axis is not the history's.
+        bytes_per_token: for each history token; 0 when no axis is the history's.
         verbatim: whether it is a user input stored as it came.
     """
 
@@ -188,7 +188,7 @@ def _state_tensor(value: str, cut: Cut, history_dim: str) -> StateTensor:
         dtype=np.dtype(onnx.helper.tensor_dtype_to_np_dtype(cut.sizes.element_type(value))).name,
         shape=shape,
         bytes=size,
-        bytes_per_token=math.ceil(size / tokens) if tokens and shape[:1] == (history_dim,) else 0,
+        bytes_per_token=math.ceil(size / tokens) if tokens and history_dim in shape else 0,
         verbatim=value in cut.inputs,
     )
 

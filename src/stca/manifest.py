@@ -127,7 +127,7 @@ class StateSpec:
 
     Attributes:
         name, dtype, shape: as in the two graphs.
-        bytes_per_token: what one history token adds; 0 when the first axis is not the history's.
+        bytes_per_token: what one history token adds; 0 when no axis is the history's.
         input: the user input it is a copy of, or None when it was computed.
     """
 

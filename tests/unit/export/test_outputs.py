@@ -22,6 +22,7 @@ LAYOUTS: dict[str, Any] = {
     "a row of pairs": lambda s: s[None],
     "tasks first": lambda s: s.T,
     "a column": lambda s: s[:, :1],
+    "squeezed of every axis": lambda s: s[:, :1].squeeze(),
     "a table each": lambda s: s.reshape(-1, 2, 1),
     "two outputs": lambda s: {"click": s[:, 0], "watch": s[:, 1][None]},
 }
@@ -59,7 +60,7 @@ def test_a_row_for_each_target(layout, pointwise, tmp_path):
     with torch.no_grad():
         user = torch.from_numpy(history).mean(0)
         wanted = module.mix(torch.cat([user * torch.from_numpy(target), user.expand(TARGETS, 4)], -1)).numpy()
-    width = 1 if layout in ("a number each", "a row", "a column") else 2
+    width = 1 if layout in ("a number each", "a row", "a column", "squeezed of every axis") else 2
     assert scores.shape == (TARGETS, width)
     assert none.shape == (0, width)
     np.testing.assert_allclose(scores, wanted[:, :width], rtol=1e-5, atol=1e-6)

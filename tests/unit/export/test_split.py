@@ -455,7 +455,7 @@ def test_sizes_go_by_whatever_names_the_model_has() -> None:
     workload = {"events": 100, "items": 5, "user_spare.0": 1}
     result = split(case.model, case.scopes, workload=workload, history_dim="events")
     (state,) = result.state
-    assert (state.name, state.shape, state.bytes, state.bytes_per_token) == ("turned", (1, 8, "events"), 3200, 0)
+    assert (state.name, state.shape, state.bytes, state.bytes_per_token) == ("turned", (1, 8, "events"), 3200, 32)
     assert result.report.notes == ("input 'user_spare' is not used", "nodes left out because they reach no output: 1")
     assert [i.name for i in result.user_encoder.graph.input] == ["user_x"]
 
