@@ -14,6 +14,10 @@ that table, which overrules the model, as soon as it is known; rows of other GPU
 On a CPU the same command interprets the kernels at small sizes, which proves numbers and says nothing about a GPU's
 speed, and measures the forms of the operator that a CPU runs: time and peak memory at 10,000 tokens and 300 targets.
 
+`--static` needs no GPU and measures nothing: it compiles the kernels for each SM, counts their machine code, holds it
+against `attention_static.json` (`--write` makes that anew), and prints what the counts allow beside the goals. It fails
+when wide products or bulk copies are lost, a kernel spills, or a step grew. `--sm 90` takes one SM.
+
 The JSON goes to stdout and, after each row, to `--out`; progress to stderr.
 """
 
@@ -39,7 +43,11 @@ def main() -> None:
         return
     command = "python benchmarks/attention.py " + " ".join(sys.argv[1:])
     head: dict[str, Any] = {"command": command.strip(), "device": args.device, "torch": torch.__version__}
-    if args.device == "cuda":
+    if args.static:
+        import attention_static
+
+        bodies = attention_static.run(args)
+    elif args.device == "cuda":
         import attention_cuda
 
         bodies = attention_cuda.run(args, SIZES)
@@ -49,7 +57,8 @@ def main() -> None:
         bodies = attention_cpu.run(args)
     text, passed = "", True
     for body in bodies:  # each has all that the one before had
-        text, passed = json.dumps({**head, **body}, indent=1), body.get("parity", {}).get("passed", True)
+        text = json.dumps({**head, **body}, indent=1)
+        passed = body.get("parity", {}).get("passed", True) and not body.get("complaints")
         if args.out:
             Path(args.out).write_text(text + "\n", encoding="utf-8")
     print(text)
@@ -70,11 +79,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--skip", type=int, default=0, help="with --only: leave out as many, done by an earlier run")
     parser.add_argument("--limit-seconds", type=float, default=540.0, help="stop measuring after this and say so")
     parser.add_argument("--tune", type=Path, metavar="FILE", help="only put the fastest measured plans into this table")
+    parser.add_argument("--static", action="store_true", help="count compiled kernels; no GPU")
+    parser.add_argument("--write", action="store_true", help="with --static: keep these counts as the table")
+    parser.add_argument("--sm", type=int, action="append", help="with --static: only this one; may be repeated")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device == "cpu" and (args.tune or args.only == "ptx"):
         parser.error("--tune and --only ptx need a CUDA GPU that torch can use")
+    if (args.write or args.sm) and (not args.static or (args.write and args.sm)):
+        parser.error("--write and --sm are of --static, one of them: the table has every SM")
     if args.skip and not args.only:
         parser.error("--skip goes with --only: say of what")
     return args

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from stca.plugins import aot, launch, ptx_launch, tiling, torch_op
+from stca.plugins import aot, launch, ptx_launch, tile_table, tiling, torch_op
 from stca.plugins.devices import device_for
 from stca.plugins.tiling import Plan, Shape, Sizes
 
@@ -285,7 +285,7 @@ def _tune(table: Path, cases: list[Case], body: dict[str, Any], clock: _Clock) -
             body["skipped_for_time"] += 1
             continue
         plan = _fastest(_case(form, width, heads, history, targets), clock)
-        tiling.record(table, *key((form, (width, heads), history, targets)), plan)
+        tile_table.record(table, *key((form, (width, heads), history, targets)), plan)
         found = {"form": form, "width": width, "history": history, "targets": targets, "seconds": plan.seconds}
         body["tuned"].append({**found, **dataclasses.asdict(plan.tile), "parts": plan.parts})
         print(json.dumps(body["tuned"][-1]), file=sys.stderr, flush=True)

@@ -31,6 +31,16 @@ class Device:
     shared: int
 
     @property
+    def clock(self) -> float:
+        """Cycles per second: 16 exponentials each, and 128 bytes of shared memory, on every multiprocessor."""
+        return self.exponentials / (16 * self.multiprocessors)
+
+    @property
+    def shared_bandwidth(self) -> float:
+        """Of all shared memories together, byte/s."""
+        return 128 * self.multiprocessors * self.clock
+
+    @property
     def shared_limit(self) -> int:
         """Most shared memory of one block, in bytes."""
         return self.shared - 1024

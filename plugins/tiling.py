@@ -1,13 +1,13 @@
 """Which tile, how many parts of the history: a small cost model for the operator's kernels, and a table above it.
 
 Pure Python. Everything is decided from shapes, because that is all TensorRT knows when it launches: a batch is taken to
-be `B` requests of equal size. The model counts, for each candidate tile and number of parts, three rates of one
+be `B` requests of equal size. The model counts, for each candidate tile and number of parts, four rates of one
 multiprocessor and what stands in the way of reaching them:
 
 * a *step* (one tile of rows against `block_n` tokens) needs `2·M·N·(D + D_v)` operations of the matrix units, `M·N`
-  exponentials and `N·(D + D_v)` elements from the cache. Blocks that share a multiprocessor overlap these, so `r`
-  blocks take `r · max(matrix, exponential, cache)` a step, but never less than the chain through one of them,
-  `matrix + exponential`, barriers, and the memory latency that its stages do not hide;
+  exponentials, `N·(D + D_v)` elements from the cache, and what its instructions read from shared memory. Blocks that
+  share a multiprocessor overlap these, so `r` blocks take `r · max(matrix, exponential, cache, shared)` a step, but
+  never less than the chain through one of them, `matrix + exponential`, barriers, and the latency not hidden by stages;
 * blocks run in *rounds* of as many as fit (registers, shared memory); the last round is as long as the others, which is
   why the number of parts matters: 48 tiles on 132 multiprocessors leave 64 % idle, 5 x 48 in pairs leave 9 %;
 * nothing ends before the tensors have moved once through device memory;
@@ -24,7 +24,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -181,13 +181,36 @@ def shared_bytes(shape: Shape, tile: Tile, sm: int) -> int:
     return max(shape.element * (query + weights + tokens), 4 * tile.block_m * tile.block_dv) + barriers
 
 
+def shared_traffic(shape: Shape, tile: Tile, sm: int) -> int:
+    """Bytes that a step moves through shared memory: tokens written, operands read, weights passed between warps."""
+    depth = -(-shape.depth // tile.block_d) * tile.block_d
+    token = depth + tile.block_dv
+    written = tile.block_n * (depth if is_tied(shape, tile) else token)
+    if is_wide(shape, tile, sm):  # a warp group's products read 64 rows and the tokens
+        return shape.element * (
+            written + tile.block_m * depth + _repeats(tile, sm) * tile.block_m // 64 * tile.block_n * token
+        )
+    along_rows = min(tile.warps, tile.block_m // 16)
+    along_tokens = tile.warps // along_rows
+    query = tile.block_m * along_tokens * depth if tile.block_d < shape.depth else 0  # else it is in registers
+    keys = tile.warps * max(tile.block_n // along_tokens, 8) * depth
+    weights = tile.block_m * tile.block_n * (1 + along_tokens) if along_tokens > 1 else 0
+    return shape.element * (written + query + keys + along_rows * tile.block_n * tile.block_dv + weights)
+
+
+def _repeats(tile: Tile, sm: int) -> int:
+    """How often wide products are done: on SM 90 two warp groups over 64 rows do the same twice."""
+    return max(1, tile.warps // (tile.block_m // 16)) if sm == 90 else 1
+
+
 def registers(shape: Shape, tile: Tile, sm: int) -> int:
     """About how many registers a thread needs: fitted to what ptxas reports, to tell occupancy and to avoid spills."""
     threads = 32 * tile.warps
     accumulators = tile.block_m * tile.block_dv // threads
     logits = tile.block_m * tile.block_n // threads
     if is_wide(shape, tile, sm):
-        return int((75 + 1.1 * accumulators if sm == 100 else 40 + accumulators) + 1.75 * logits)
+        long = 32 * (shape.depth > 256)  # a query in more pieces than one
+        return int((75 + 1.1 * accumulators if sm == 100 else 40 + accumulators) + 1.75 * logits + long)
     if shape.element == 4:
         return int(58 + accumulators + 4 * logits + 2 * tile.block_d)
     query = tile.block_d // 4 if tile.block_d >= shape.depth else 16
@@ -235,10 +258,18 @@ def _chunk(shape: Shape, block_m: int, warps: int, sm: int) -> int:
 
 def seconds(shape: Shape, sizes: Sizes, tile: Tile, parts: int, device: Device) -> float:
     """The model's time of the whole operator; the terms are explained at the top of this file."""
-    return _attend_seconds(shape, sizes, tile, parts, device) + _combine_seconds(shape, sizes, parts, device)
+    return _order(shape, sizes, tile, parts, device)[0]
 
 
-def _attend_seconds(shape: Shape, sizes: Sizes, tile: Tile, parts: int, device: Device) -> float:
+def _order(shape: Shape, sizes: Sizes, tile: Tile, parts: int, device: Device) -> tuple[float, float, int]:
+    """The time; where the bytes are the floor of many, the time without that floor; then the more stages."""
+    inside, floor = _attend_seconds(shape, sizes, tile, parts, device)
+    rest = LAUNCH + combine_seconds(shape, sizes, parts, device)
+    return max(inside, floor) + rest, inside + rest, -tile.stages
+
+
+def _attend_seconds(shape: Shape, sizes: Sizes, tile: Tile, parts: int, device: Device) -> tuple[float, float]:
+    """Of the blocks' rounds, and of moving the tensors once through device memory."""
     rows = max(1, sizes.targets * shape.group // max(1, sizes.requests))
     length = max(1, sizes.tokens // max(1, sizes.requests))
     columns = shape.key_heads * -(-shape.value_depth // tile.block_dv)
@@ -251,6 +282,7 @@ def _attend_seconds(shape: Shape, sizes: Sizes, tile: Tile, parts: int, device: 
     operations = 2 * tile.block_m * tile.block_n * (chunked_depth + tile.block_dv)
     matrix = operations * processors / (device.matrix * _matrix_efficiency(shape, tile, device))
     exponential = tile.block_m * tile.block_n * processors / device.exponentials
+    shared = shared_traffic(shape, tile, device.sm) * processors / device.shared_bandwidth
     cache = tile.block_n * token * shape.element * processors / device.cache_bandwidth
 
     threads = 32 * tile.warps
@@ -262,12 +294,12 @@ def _attend_seconds(shape: Shape, sizes: Sizes, tile: Tile, parts: int, device: 
     together = max(1, min(resident, -(-count // processors)))
     rounds = -(-count // (processors * together))
     chain = matrix + exponential + STEP + MEMORY_LATENCY / tile.stages
-    step = max(together * max(matrix, exponential, cache), chain)
+    step = max(together * max(matrix, exponential, cache, shared), chain)
     moved = shape.element * (
         sizes.targets * shape.heads * (shape.depth + shape.value_depth)
         + sizes.tokens * shape.key_heads * (shape.depth + (0 if shape.tied else shape.value_depth))
     )
-    return LAUNCH + max(rounds * (4 * MEMORY_LATENCY + steps * step), moved / device.bandwidth)
+    return rounds * (4 * MEMORY_LATENCY + steps * step), moved / device.bandwidth
 
 
 def combine_block(shape: Shape) -> tuple[int, int, int]:
@@ -277,7 +309,7 @@ def combine_block(shape: Shape) -> tuple[int, int, int]:
     return parts, width, max(1, min(4, parts * width // 1024))
 
 
-def _combine_seconds(shape: Shape, sizes: Sizes, parts: int, device: Device) -> float:
+def combine_seconds(shape: Shape, sizes: Sizes, parts: int, device: Device) -> float:
     """Writing the parts, and `combine_kernel`, which reads them back from the cache."""
     if parts == 1:
         return 0.0
@@ -289,7 +321,9 @@ def _matrix_efficiency(shape: Shape, tile: Tile, device: Device) -> float:
     """Part of the dense 16-bit rate that a tile's kind of product reaches."""
     if shape.element == 4:
         return 0.03  # ordinary multiply-adds
-    if is_wide(shape, tile, device.sm) or device.sm not in (90, 100):
+    if is_wide(shape, tile, device.sm):
+        return 0.7 / _repeats(tile, device.sm)
+    if device.sm not in (90, 100):
         return 0.7
     return 0.4  # the older matrix instructions on a GPU built for wide ones
 
@@ -323,14 +357,13 @@ def rank(shape: Shape, sizes: Sizes, device: Device, shared_limit: int) -> list[
     length = max(1, sizes.tokens // max(1, sizes.requests))
     plans = []
     for tile in tiles(shape, device.sm, shared_limit):
-        timed = ((seconds(shape, sizes, tile, s, device), s) for s in _PARTS if s == 1 or s * tile.block_n <= length)
-        best, parts = min(timed)
-        plans.append(Plan(tile, parts, best))
+        timed = ((_order(shape, sizes, tile, s, device), s) for s in _PARTS if s == 1 or s * tile.block_n <= length)
+        plans.append((*min(timed), tile))
     if not plans:
         raise ValueError(
             f"{QUALIFIED_NAME}: no tile of {shape} fits {shared_limit} bytes of shared memory on SM {device.sm}"
         )
-    return sorted(plans, key=lambda plan: plan.seconds)
+    return [Plan(tile, parts, order[0]) for order, parts, tile in sorted(plans, key=lambda plan: plan[:2])]
 
 
 def rounded(sizes: Sizes) -> Sizes:
@@ -363,24 +396,3 @@ def read_plans(path: Path) -> dict[tuple[int, Shape, Sizes], Plan]:
         )
         for row in rows
     }
-
-
-def record(path: Path, sm: int, shape: Shape, sizes: Sizes, plan: Plan) -> None:
-    """Put one measured plan into the table at `path`: other rows stay, one of the same SM, shape and sizes is replaced.
-
-    Args:
-        path: the table; made when it is not there, and never seen half written.
-        sm: compute capability of the GPU it was measured on.
-        shape: what was compiled in.
-        sizes: of the launch; rounded here.
-        plan: with the seconds it took.
-    """
-    plans = {**read_plans(path), (sm, shape, rounded(sizes)): plan}
-    rows: list[dict[str, Any]] = []
-    for (of_sm, of_shape, of_sizes), of in plans.items():
-        key = {"sm": of_sm, "shape": asdict(of_shape), "sizes": asdict(of_sizes)}
-        rows.append({**key, "tile": asdict(of.tile), "parts": of.parts, "seconds": of.seconds})
-    rows.sort(key=lambda row: [row["sm"], *row["shape"].values(), *row["sizes"].values()])
-    new = path.with_name(f".{path.name}.new")
-    new.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    new.replace(path)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from stca.plugins import tiling, torch_op
+from stca.plugins import tile_table, tiling, torch_op
 from stca.plugins.tiling import Plan, Sizes, Tile
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -67,7 +67,7 @@ def test_a_lost_gpu_loses_no_tuned_row_and_the_next_run_goes_on(
 ) -> None:
     table = tmp_path / "tiles.json"
     elsewhere = Plan(Tile(16, 32, 64, 64, 4, 2), 2, 1e-5)
-    tiling.record(table, 80, tiling.Shape(8, 8, 64, 64, "float16"), Sizes(8, 512, 1), elsewhere)
+    tile_table.record(table, 80, tiling.Shape(8, 8, 64, 64, "float16"), Sizes(8, 512, 1), elsewhere)
     cases = [("projected", (256, 8), 512, m) for m in (1, 8, 32, 128)]
     measured: list[int] = []
 

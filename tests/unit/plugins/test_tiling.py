@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stca.plugins import aot, tiling
+from stca.plugins import aot, tile_table, tiling
 from stca.plugins.devices import ARTIFACT_SMS, device_for
 from stca.plugins.tiling import PORTABLE_SHARED_LIMIT, Plan, Shape, Sizes, Tile
 
@@ -100,11 +100,11 @@ def test_a_measured_plan_overrules_the_model(tmp_path: Path, monkeypatch: pytest
 def test_a_recorded_plan_joins_the_table_and_replaces_only_its_own_row(tmp_path: Path) -> None:
     table, sizes = tmp_path / "tiles.json", Sizes(300, 10_000, 1)
     first, second = (Plan(Tile(64, 64, 64, 64, 4, stages), 5, 1e-5) for stages in (2, 3))
-    tiling.record(table, 90, PROJECTED, sizes, first)
-    tiling.record(table, 80, PROJECTED, sizes, first)
-    tiling.record(table, 90, ABSORBED, Sizes(8, 10_000, 1), first)
+    tile_table.record(table, 90, PROJECTED, sizes, first)
+    tile_table.record(table, 80, PROJECTED, sizes, first)
+    tile_table.record(table, 90, ABSORBED, Sizes(8, 10_000, 1), first)
     before = tiling.read_plans(table)
-    tiling.record(table, 90, PROJECTED, sizes, second)
+    tile_table.record(table, 90, PROJECTED, sizes, second)
     after = tiling.read_plans(table)
     key = (90, PROJECTED, tiling.rounded(sizes))
     assert after == {**before, key: dataclasses.replace(second, measured=True)} != before
@@ -144,3 +144,24 @@ def test_unsupported_gpus_are_refused_by_name() -> None:
     assert device_for(87).sm == 86
     with pytest.raises(ValueError, match=r"no tile of .* fits 1000 bytes of shared memory on SM 90"):
         tiling.choose(PROJECTED, Sizes(1, 1, 1), device_for(90), 1000)
+
+
+def test_few_rows_of_many_requests_do_not_take_the_smallest_tile_because_bytes_are_the_floor_of_all() -> None:
+    tile = tiling.choose(PROJECTED, Sizes(512, 640_000, 64), device_for(90)).tile
+    assert (tile.block_m, tile.block_n) != (16, 16)
+    assert tile.stages == 4
+
+
+def test_shared_memory_bounds_a_wide_head_on_narrow_instructions() -> None:
+    """Counted in machine code: 166 loads of 512 bytes a warp, 8 warps, for 16 tokens of the absorbed form at 1024."""
+    shape, tile = Shape(16, 1, 1024, 1024, "bfloat16", tied=True), Tile(32, 16, 64, 512, 8, 2)
+    assert 0.5 < tiling.shared_traffic(shape, tile, 90) / (166 * 512 * 8) < 1
+    device, sizes = device_for(90), Sizes(8, 10_000, 1)
+    slower = dataclasses.replace(device, exponentials=device.exponentials / 2)  # half the clock
+    assert tiling.seconds(shape, sizes, tile, 16, slower) > 1.5 * tiling.seconds(shape, sizes, tile, 16, device)
+
+
+def test_two_warp_groups_over_64_rows_do_their_products_twice() -> None:
+    sizes, device = Sizes(64 * 16, 100_000, 1), device_for(90)
+    four, eight = (tiling.seconds(PROJECTED, sizes, Tile(64, 64, 64, 64, w, 2), 1, device) for w in (4, 8))
+    assert eight > 1.2 * four
