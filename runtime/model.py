@@ -16,6 +16,7 @@ from stca.bundle import Bundle
 from stca.contract import as_built, check_engine
 from stca.errors import EngineError, RequestError
 from stca.manifest import HALVES, TARGETS, TOKENS, USERS, Manifest, StateSpec
+from stca.runtime.client_values import quoted
 from stca.runtime.deadline import NEVER, Deadline
 from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, best_engine, open_engines, own_graphs
@@ -318,6 +319,25 @@ class Model:
             room.take(end, new.tokens)
             written += sum(x.nbytes for x in earlier.values())
         return UserState(tensors | room.write(end, rows, kept), kept, None, room, end + new.tokens), written
+
+    def replace(self, old: UserState, new: UserState, at: int) -> tuple[UserState, int]:
+        """The state with `new`'s events in the place of those from `at` on, which counts from the newest where it is
+        negative; and how many bytes were written for it: all, since requests may be reading the old ones.
+
+        Raises:
+            RequestError: when the events are not all within the history.
+        """
+        if not isinstance(at, int | np.integer) or isinstance(at, bool):
+            raise RequestError(f"at: is {quoted(at)}; the place of an event is a whole number")
+        first = at + old.tokens if at < 0 else at
+        if not 0 <= first <= old.tokens - new.tokens:
+            raise RequestError(
+                f"at: is {at}; the kept history has {old.tokens} events, and {new.tokens} from there on must be among them"
+            )
+        names = [spec.name for spec in self.manifest.state if spec.shape[:1] == (TOKENS,)]
+        last = first + new.tokens
+        rows = {n: join([old.tensors[n][:first], new.tensors[n], old.tensors[n][last:]]) for n in names}
+        return UserState({**old.tensors, **rows}, old.tokens), sum(x.nbytes for x in rows.values())
 
 
 def _limits(choice: Choice, half: str) -> dict[str, int]:

@@ -1,7 +1,8 @@
-"""The production front: six calls, with the user side computed once and reused."""
+"""The production front: seven calls, with the user side computed once and reused."""
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -14,8 +15,9 @@ from numpy.typing import ArrayLike
 from stca.arrays import Array
 from stca.bundle import Bundle, opened
 from stca.errors import EngineError, RequestError, UsageError
-from stca.manifest import TOKENS, Manifest
+from stca.manifest import Manifest
 from stca.runtime.batching import ALONE, Batcher, Runs
+from stca.runtime.changing import Way, change
 from stca.runtime.client_values import mapping_of, quoted
 from stca.runtime.deadline import Deadline, Wanted
 from stca.runtime.engine import Engine
@@ -228,35 +230,41 @@ class Session:
             RequestError: when an input is wrong, or the model's tokens depend on each other or on the request.
         """
         model = self._running()
-        if user is None:
-            raise RequestError("user: is None; events are appended to the state of one user, say whose")
-        if version is None:
-            raise RequestError("version: is None; name the history with the new events, or no request will find it")
-        if not model.manifest.appendable:
-            raise RequestError(f"{model.door.why_not_appendable()}; send the whole history with a new version")
-        user, version = plain_key(user, version)
-        events, names = mapping_of("inputs", events), model.door.names("user")
-        once = {n: model.door.placeholder(n) for n in names if model.door.inputs[n].shape[:1] != (TOKENS,)}
-        if given := [n for n in events if n in once or n in model.door.names("request", "target")]:
-            raise RequestError(f"{given[0]}: is no part of an event; append takes the per-token user inputs alone")
-        arrays = model.door.admit({**once, **events}, "user")
-        follows = plain_key(None, after)[1]
-        held = self._store.find(user, model.key(user, version), *([] if after is None else [model.key(user, follows)]))
-        if held is None or (held[0].weights, held[0].format) != (model.manifest.weights, model.format):
-            return False
-        if held[0].version == version:
-            return True  # the same call again, after a timeout perhaps: its events are in
-        if after is not None and held[0].version != follows:
-            return False
-        self._turns.enter()
-        try:
-            state, written = model.extend(held[1], model.encode([arrays])[0])
-        finally:
-            self._turns.leave()
-        kept = self._store.put(model.key(user, version), state, instead_of=held[1])
-        if kept:
-            self._store.count_made(appended_bytes=written)
-        return kept
+        return self._change(Way("append", "appended", model.extend), model, user, events, version, after)
+
+    def amend(
+        self, user: Hashable, events: Mapping[str, ArrayLike], version: Hashable, *, at: int, after: Hashable = None
+    ) -> bool:
+        """Put corrected events in the place of kept ones, as when a label arrives late; exact, as `append`.
+
+        Args:
+            user: whose state.
+            events: all per-token user inputs of the corrected events, by name.
+            version: of the history with the corrections; the next request for it is a hit.
+            at: place of the first of them in the kept history: 0 is the oldest event, -1 the newest. Count from the
+                newest where old events may have fallen off.
+            after: version of the history that is corrected; None amends whichever is kept in memory.
+
+        Returns:
+            Whether the amended state is kept; otherwise the next request brings the history.
+
+        Raises:
+            RequestError: as `append`, and when the events are not all within the kept history.
+        """
+        model = self._running()
+        result = functools.partial(model.replace, at=at)
+        return self._change(Way("amend", "amended", result), model, user, events, version, after)
+
+    def _change(
+        self,
+        way: Way,
+        model: Model,
+        user: Hashable,
+        events: Mapping[str, ArrayLike],
+        version: Hashable,
+        after: Hashable,
+    ) -> bool:
+        return change(way, model, self._store, self._turns, user, events, version, after)
 
     def warm(
         self, user: Hashable, history: Mapping[str, ArrayLike], version: Hashable = None, *, deadline: Wanted = None

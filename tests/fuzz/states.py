@@ -1,6 +1,6 @@
 """`python tests/fuzz/states.py`: schedules of the state store, each score held against a fresh encoding.
 
-Random calls in random order: scores with a history and without, appends, states made ahead, forgotten users, swaps,
+Random calls in random order: scores with a history and without, appends, amendments, states made ahead, forgotten users, swaps,
 time that passes, sessions that end or are cut off, records that are damaged, and calls side by side. Memory holds part
 of the users, the folder of files most of them. Every score must be that of the user's history, of the version that was
 asked, under the weights that are served; a state that is too old, forgotten or of other weights is no hit.
@@ -62,6 +62,7 @@ class Schedule:
             *(self._score,) * 5,
             *(self._hit,) * 8,
             *(self._append,) * 5,
+            *(self._amend,) * 2,
             *(self._warm,) * 2,
             self._forget,
             self._swap,
@@ -127,6 +128,23 @@ class Schedule:
             self.wrong.append(f"user {user}, version {version + 1}: appended and not kept")
             return "append"
         return self._hold("append", user, version + 1, scores)
+
+    def _amend(self) -> str:
+        """A wrong event in the place of one, and the right one back."""
+        user, version = self._any()
+        at, wrong = -self.rng.randint(1, min(version, self.session.manifest.max_history or version)), -1 - version
+        true, false = (self.truths[0].event(u, version + at) for u in (user, (user + 1) % USERS))
+        if not self.session.amend(user, false, wrong, at=at, after=version):
+            return "amend nothing"
+        targets = Request(self.truths[0].targets(user), user, wrong)
+        if self.truths[self._served].right(user, version, self.session.score(targets)):
+            self.wrong.append(f"user {user}, version {version}: scored as if nothing was amended")
+        if not self.session.amend(user, true, version, at=at, after=wrong):
+            self.wrong.append(f"user {user}, version {version}: what was amended is not kept")
+            return "amend"
+        self._make(user, version)
+        scores = self.session.score(Request(self.truths[0].targets(user), user, version))
+        return self._hold("amend", user, version, scores)
 
     def _warm(self) -> str:
         user, version = self._any()

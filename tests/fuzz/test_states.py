@@ -13,7 +13,7 @@ from stca.runtime.store import StateStore
 def test_the_short_form():
     counts, wrong = states.run(8, 60, 1)
     assert wrong == []
-    ways = ("score", "hit", "append", "warm", "forget", "swap", "restart", "crash", "damage", "together")
+    ways = ("score", "hit", "append", "amend", "warm", "forget", "swap", "restart", "crash", "damage", "together")
     assert [way for way in ways if not counts[way]] == []
 
 

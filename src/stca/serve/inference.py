@@ -52,6 +52,16 @@ class AppendParameters:
 
 
 @dataclass(frozen=True)
+class AmendParameters:
+    """Of `amend`; `stca.runtime.Session.amend` says what each means."""
+
+    user: Label = None
+    version: Label = None
+    at: int | None = None
+    after: Label = None
+
+
+@dataclass(frozen=True)
 class ForgetParameters:
     """Of `forget`."""
 

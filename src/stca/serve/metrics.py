@@ -52,7 +52,9 @@ class Metrics:
         self._seconds = made(
             Histogram, "stca_request_seconds", "From a request's arrival to its scores.", buckets=_SECONDS
         )
-        self._changes = made(Counter, "stca_changes", "Calls of append, forget, warm and swap.", "change", "code")
+        self._changes = made(
+            Counter, "stca_changes", "Calls of append, amend, forget, warm and swap.", "change", "code"
+        )
         for name, told, read in (
             ("stca_admitted_requests", "Requests that are computed or wait.", lambda: work.admitted_now),
             ("stca_admitted_requests_limit", "Most of them; more are refused.", lambda: work.limit),

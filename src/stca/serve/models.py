@@ -17,6 +17,7 @@ from stca.runtime import Request, Session
 from stca.runtime.client_values import quoted
 from stca.serve.errors import NotFoundError, UnavailableError
 from stca.serve.inference import (
+    AmendParameters,
     AppendParameters,
     ForgetParameters,
     InferRequest,
@@ -197,6 +198,13 @@ def _append(served: Served, request: InferRequest, _: Call) -> dict[str, Any]:
     return {"kept": served.session.append(given.user, request.inputs, given.version, after=given.after)}
 
 
+def _amend(served: Served, request: InferRequest, _: Call) -> dict[str, Any]:
+    given = parameters(AmendParameters, request.parameters)
+    if given.at is None:
+        raise RequestError("parameters: misses 'at', the place of the first amended event; -1 is the newest")
+    return {"kept": served.session.amend(given.user, request.inputs, given.version, at=given.at, after=given.after)}
+
+
 def _forget(served: Served, request: InferRequest, _: Call) -> dict[str, Any]:
     given = parameters(ForgetParameters, request.parameters)
     return {"forgotten": served.session.forget(given.user)}
@@ -220,6 +228,7 @@ def _swap(served: Served, request: InferRequest, _: Call) -> dict[str, Any]:
 # What the admin port changes, by the last part of the path.
 CHANGES: Mapping[str, Callable[[Served, InferRequest, Call], dict[str, Any]]] = {
     "append": _append,
+    "amend": _amend,
     "forget": _forget,
     "warm": _warm,
     "swap": _swap,

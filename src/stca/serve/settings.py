@@ -33,7 +33,7 @@ class Settings:
     host: str = _said("address to listen on", "127.0.0.1")
     http_port: int = _said("port of HTTP; 0 takes a free one", 8000)
     grpc_port: int = _said("port of gRPC; 0 takes a free one", 8001)
-    admin_host: str = _said("address of append, forget, warm, swap and the metrics", "127.0.0.1")
+    admin_host: str = _said("address of append, amend, forget, warm, swap and the metrics", "127.0.0.1")
     admin_port: int = _said("port of these; 0 takes a free one", 8002)
     workers: int | None = _said("runs of a bundle at a time (default: one for each processor)", None)
     queue: int = _said("requests that may wait besides; more are refused with 429", 64)

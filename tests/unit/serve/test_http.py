@@ -58,6 +58,10 @@ def test_states_are_changed_on_the_admin_port_alone(server, asked):
     np.testing.assert_allclose(
         np.reshape(hit["outputs"][0]["data"], (3, 2)), server.served.session.score(Request(longer)), 2e-5
     )
+    amended = body_of(events, user="bob", version=3, after=2, at=-2)
+    assert server.http("/v2/models/ranker/amend", amended, port="admin")[2] == {"kept": True}
+    status, _, told = server.http("/v2/models/ranker/amend", body_of(events, user="bob", version=4), port="admin")
+    assert (status, told["error"][:28]) == (400, "parameters: misses 'at', the")
     gone = {"parameters": {"user": "bob"}}
     assert server.http("/v2/models/ranker/forget", gone, port="admin")[2] == {"forgotten": True}
     assert server.http("/v2/models/ranker/forget", gone, port="admin")[2] == {"forgotten": False}
@@ -187,7 +191,7 @@ def test_hostile_bodies_are_refused_in_one_line(server, sent):
     assert (status, told["code"]) == (400, "bad_request")
     assert "\n" not in told["error"]
     assert "unexpected" not in told["error"]
-    for change in ("append", "warm", "swap"):
+    for change in ("append", "amend", "warm", "swap"):
         assert 400 <= server.http(f"/v2/models/ranker/{change}", sent, port="admin")[0] < 500
 
 
