@@ -241,8 +241,7 @@ class Session:
             user: whose state.
             events: all per-token user inputs of the corrected events, by name.
             version: of the history with the corrections; the next request for it is a hit.
-            at: place of the first of them in the kept history: 0 is the oldest event, -1 the newest. Count from the
-                newest where old events may have fallen off.
+            at: place of the first in the kept history: 0 is the oldest event, -1 the newest; old ones may fall off.
             after: version of the history that is corrected; None amends whichever is kept in memory.
 
         Returns:

@@ -57,7 +57,7 @@ class AmendParameters:
 
     user: Label = None
     version: Label = None
-    at: int | None = None
+    at: typed_json.Signed | None = None
     after: Label = None
 
 

@@ -81,7 +81,7 @@ def test_what_cannot_be_amended(session):
     assert not session.amend("u", two, version=1, at=0), "there is no state to amend"
     session.score(Request(inputs, user="u", version=0))
     for at in (8, 9, -1, -10):
-        with one_line(RequestError, f"at: is {at};", "has 9 events", "2 from there on"):
+        with one_line(RequestError, f"at: is {at};", "has 9 events", "all 2 from there on"):
             session.amend("u", two, version=1, at=at)
     for at in (1.5, "0", None, True):
         with one_line(RequestError, "at:", "whole number"):
