@@ -37,10 +37,17 @@ def array_of(name: str, value: ArrayLike) -> Array:
     Raises:
         RequestError: when it is none, hides rows, or has more values than anyone can check.
     """
+    found = value if type(value) is np.ndarray else _converted(name, value)
+    if found.size > MOST_VALUES:
+        raise RequestError(f"{name}: has shape {list(found.shape)}, more than {MOST_VALUES} values; send fewer at once")
+    return found
+
+
+def _converted(name: str, value: Any) -> Array:
     if isinstance(value, np.ma.MaskedArray):
         raise RequestError(f"{name}: is a masked array; fill it or leave the masked rows out")
     try:
-        found = value if type(value) is np.ndarray else np.asarray(value)
+        return np.asarray(value)
     except Exception as e:  # whatever the code of a client's object raises
         said = " ".join(str(e).split())[:200]
         if "inhomogeneous" in said:
@@ -50,9 +57,6 @@ def array_of(name: str, value: ArrayLike) -> Array:
         kind = type(value).__name__
         what = "is not a rectangular array" if kind in ("list", "tuple") else f"{kind:.40} cannot become a NumPy array"
         raise RequestError(f"{name}: {what} ({said}); send a NumPy array or a list of numbers") from e
-    if found.size > MOST_VALUES:
-        raise RequestError(f"{name}: has shape {list(found.shape)}, more than {MOST_VALUES} values; send fewer at once")
-    return found
 
 
 class _Real(float):

@@ -136,6 +136,9 @@ class OnnxRuntimeEngine:
         self.name = f"onnxruntime {ort.__version__} ({names[0].removesuffix('ExecutionProvider')})"
         self._float8 = [spec.name for spec in self._signature[0] if spec.dtype == FLOAT8]
         self.inputs, self.outputs = (tuple(spec.name for spec in specs) for specs in self._signature)
+        # What `InferenceSession.run` does besides, on each run: it looks for inputs that are missing, of which ONNX
+        # Runtime itself tells, and falls back to another provider, which was switched off.
+        self._run = self._session._sess.run
 
     def signature(self) -> tuple[list[TensorSpec], list[TensorSpec]]:
         """See `Engine.signature`."""
@@ -149,7 +152,7 @@ class OnnxRuntimeEngine:
                     n: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(inputs[n], _ONNX_FLOAT8) for n in self._float8
                 }
                 inputs = {**inputs, **typed}
-            values = self._session.run(self.outputs, inputs if isinstance(inputs, dict) else dict(inputs))
+            values = self._run(self.outputs, inputs if isinstance(inputs, dict) else dict(inputs), None)
         except Exception as e:
             shapes = ", ".join(f"{name} {list(np.shape(x))}" for name, x in inputs.items())
             said = said_by_onnxruntime(e)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stca.arrays import FEW, Array, all_finite
+from stca.arrays import Array, all_finite, extremes
 from stca.errors import RequestError
 from stca.manifest import TARGETS, TOKENS, USERS, TensorSpec
 from stca.runtime.client_values import array_of
@@ -120,7 +120,8 @@ class InputCheck:
             elif size == TOKENS:
                 self._limits.check_history(n, self.name)  # before its values are looked at
         self.check_values(raw)
-        return np.ascontiguousarray(raw, dtype=self.dtype)
+        fits = raw.dtype is self.dtype and raw.flags.c_contiguous
+        return raw if fits else np.ascontiguousarray(raw, dtype=self.dtype)
 
     def _advice(self, raw: Array) -> str:
         """What to do about several values where a request has one: they may have been meant for targets."""
@@ -143,9 +144,8 @@ class InputCheck:
                 )
 
     def _check_range(self, raw: Array, bounds: _Bounds) -> None:
-        # Of a few values, looking at each is quicker than two reductions.
-        values = raw.ravel().tolist() if raw.size <= FEW else (raw.min(), raw.max())
-        if min(values) < bounds.low or max(values) > bounds.high:
+        least, most = extremes(raw)
+        if least < bounds.low or most > bounds.high:
             outside = int(np.argmax((raw < bounds.low) | (raw > bounds.high)))
             where = np.unravel_index(outside, raw.shape)
             said = bounds.said(int(raw[where]))
