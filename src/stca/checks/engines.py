@@ -16,6 +16,7 @@ from stca.arrays import Array, Progress
 from stca.bundle import Bundle
 from stca.checks import verify
 from stca.checks.blame import EPS, bisect, evaluator
+from stca.checks.quantized import own_error
 from stca.checks.tolerance import Tolerance, compare
 from stca.errors import BuildError, EngineError, ParityError
 from stca.export.engine_graph import engine_graph
@@ -166,7 +167,8 @@ def verify_engine(
     """Compare a pair of engines with the float64 reference, and find the node at fault when they differ.
 
     The yardstick is PyTorch in the engines' precision or, for a bundle without a torch module, its own request graph
-    in that precision; the engines may be off by twice its error, plus a rounding floor.
+    in that precision; the engines may be off by twice its error, plus a rounding floor. Where the state is in 8 bits,
+    what that costs in float64 is added to its error.
 
     Args:
         bundle: a loaded bundle.
@@ -208,7 +210,11 @@ def verify_engine(
         )
     # In a low precision PyTorch's own scores need not rank as the reference does; they are what they are.
     yardstick = dataclasses.replace(yardstick, passed=True, limit=None)
-    tolerance = Tolerance.of(yardstick.max_abs, reference, EPS[precision])
+    yardsticks = [yardstick]
+    if manifest.quantization is not None:
+        progress("the quantized state in float64")
+        yardsticks.append(own_error(bundle, feeds, against, reference, sizes))
+    tolerance = Tolerance.of(sum(y.max_abs for y in yardsticks), reference, EPS[precision])
     progress(f"engines: {choice.flavour} {precision}")
     engines = engines or open_engines(bundle, choice, threads=1)
     engines = {half: with_tables(bundle, half, engine) for half, engine in engines.items()}
@@ -220,7 +226,7 @@ def verify_engine(
             f"{name} differs from {against} by {found.max_abs:.3g} (limit {tolerance.limit:.3g}); "
             f"{_blame(bundle, choice, progress)}"
         )
-    return verify.ParityReport(True, manifest.weights, precision, against, (yardstick, found))
+    return verify.ParityReport(True, manifest.weights, precision, against, (*yardsticks, found))
 
 
 def _most(bundle: Bundle, choice: Choice, dim: str) -> int:

@@ -32,6 +32,25 @@ def run_halves_double(bundle: Bundle, feeds: Sequence[Mapping[str, Array]]) -> l
     return made
 
 
+def own_error(
+    bundle: Bundle,
+    feeds: Sequence[Mapping[str, Array]],
+    against: str,
+    reference: Sequence[Array],
+    sizes: Sequence[Sequence[int]],
+) -> StageParity:
+    """What the format alone costs: the halves in float64 but for the kept state. It must keep half of its digits.
+
+    Args:
+        bundle: with `quantization` in its manifest.
+        feeds: of the request graph.
+        against, reference: name and scores of the float64 reference.
+        sizes: targets of each request of each batch.
+    """
+    kind = bundle.manifest.quantization["state"]["kind"]  # type: ignore[index]
+    return compare(f"{kind} in float64", against, run_halves_double(bundle, feeds), reference, sizes, _EPS[kind], None)
+
+
 def judged_quantized(
     bundle: Bundle,
     feeds: Sequence[Mapping[str, Array]],
@@ -40,18 +59,13 @@ def judged_quantized(
     reference: Sequence[Array],
     sizes: Sequence[Sequence[int]],
 ) -> list[StageParity]:
-    """The format's own error in float64, and what is served, which may be off by twice that.
+    """The format's own error, and what is served, which may be off by twice that.
 
     Args:
-        bundle: with `quantization` in its manifest.
-        feeds: of the request graph.
         outcomes: scores by stage, of what is served.
-        against, reference: name and scores of the float64 reference.
-        sizes: targets of each request of each batch.
+        bundle, feeds, against, reference, sizes: as of `own_error`.
     """
-    kind = bundle.manifest.quantization["state"]["kind"]  # type: ignore[index]
-    own = run_halves_double(bundle, feeds)
-    yardstick = compare(f"{kind} in float64", against, own, reference, sizes, _EPS[kind], None)
-    tolerance = Tolerance.of(yardstick.max_abs, reference, float(np.finfo(np.float32).eps))
-    rest = [compare(n, against, x, reference, sizes, _EPS[kind], tolerance) for n, x in outcomes]
-    return [yardstick, *rest]
+    yardstick = own_error(bundle, feeds, against, reference, sizes)
+    eps = float(np.finfo(np.float32).eps)
+    tolerance = Tolerance.of(yardstick.max_abs, reference, eps)
+    return [yardstick, *(compare(n, against, x, reference, sizes, eps, tolerance) for n, x in outcomes)]

@@ -91,7 +91,10 @@ def refit(
                 folders.share(old.path / file, work / file)
         tables = tuple(_table(t, given, Path(checkpoint), work) for t in old.manifest.tables or ()) or None
         weights = sha256_of(work / WEIGHTS)
-        manifest = dataclasses.replace(old.manifest, weights=weights, tables=tables, engines=(), parity={})
+        manifest = dataclasses.replace(
+            old.manifest, weights=weights, tables=tables, quantization=_format_of(old.manifest, progress), engines=(),
+            parity={},
+        )  # fmt: skip
         progress("proving parity with the new checkpoint")
         fresh = seal(work, manifest)
         if prove is None:
@@ -115,6 +118,14 @@ def refit(
             told += [{"file": entry.file, **said} for entry in pair]
         done = commit(dataclasses.replace(manifest, parity=parity, engines=tuple(engines)))
     return {"weights": done.manifest.weights, "parity": dict(parity), "bundle": str(done.path), "engines": told}
+
+
+def _format_of(manifest: Manifest, progress: Progress) -> Mapping[str, Any] | None:
+    """What stays true of a quantized state under other weights: its format, not what was measured on a trace."""
+    if manifest.quantization is None:
+        return None
+    progress("the state stays in 8 bits; `stca calibrate` of a float32 bundle measures its budget for these weights")
+    return {"state": manifest.quantization["state"]}
 
 
 def _read(old: Bundle, file: Path) -> tuple[Mapping[str, Tensor], nn.Module | None]:

@@ -217,3 +217,22 @@ def test_ranges_of_the_trace_need_no_scales_in_the_state(tmp_path, own, granular
 def test_tiny_is_what_these_tests_think_it_is(own):
     assert tiny.config().width // tiny.config().heads == 8
     assert all(s.shape[0] == "N_h" for s in quantizable(own.manifest.state))
+
+
+def test_engines_and_other_weights_of_a_quantized_bundle(tmp_path, exported, checkpoint_file):
+    from stca.checks.engines import verify_engine
+    from stca.engines.build import build
+    from stca.engines.refit import refit
+    from stca.runtime.engine_choice import best_engine
+
+    made = quantized(Bundle.load(exported("log", "projected")), tmp_path / "q", "int8", "token")
+    build(made.path, engine="onnxruntime")
+    bundle = Bundle.load(made.path)
+    report = verify_engine(bundle, best_engine(bundle.manifest, only="onnxruntime"), probes=((20, 8),))
+    assert [s.name for s in report.stages] == ["torch fp32", "int8 in float64", "onnxruntime fp32"]
+    told: list[str] = []
+    refit(made.path, checkpoint_file("log"), out=tmp_path / "r", progress=told.append)
+    renewed = Bundle.load(tmp_path / "r").manifest
+    assert renewed.quantization == {"state": made.manifest.quantization["state"]}
+    assert renewed.state == made.manifest.state
+    assert any("stca calibrate" in line for line in told)
