@@ -175,15 +175,23 @@ class _Half:
             most = self._constant(np.float32(np.finfo(np.float16).max))
             bounded = new.node("Clip", [relative, least, most], f"{spec.name}_bounded")
             new.node("Cast", [bounded], kept[1].name, exact=True, to=TensorProto.FLOAT16)
+        zero = self._zero(format.kind)
+        if format.granularity == "tensor":  # one number: what the operator itself is for, and the quickest
+            steps = self._constant(format.steps.reshape(()))
+            new.node("QuantizeLinear", [spec.name, steps, zero], kept[0].name, exact=True)
+            return
         units = new.node("Div", [spec.name, self._step(spec, format, kept)], f"{spec.name}_units")
-        new.node("QuantizeLinear", [units, self._unit(), self._zero(format.kind)], kept[0].name, exact=True)
+        new.node("QuantizeLinear", [units, self._unit(), zero], kept[0].name, exact=True)
 
     def begin(self, spec: StateSpec, format: StateFormat, kept: Sequence[StateSpec]) -> None:
         """kept, and its scale → value."""
         self.graph.value_info.append(_replaced(self.graph.input, spec.name, kept))
-        units = self.new.node(
-            "DequantizeLinear", [kept[0].name, self._unit(), self._zero(format.kind)], f"{spec.name}_units"
-        )
+        zero = self._zero(format.kind)
+        if format.granularity == "tensor":
+            steps = self._constant(format.steps.reshape(()))
+            self.new.node("DequantizeLinear", [kept[0].name, steps, zero], spec.name, exact=True)
+            return
+        units = self.new.node("DequantizeLinear", [kept[0].name, self._unit(), zero], f"{spec.name}_units")
         self.new.node("Mul", [units, self._step(spec, format, kept)], spec.name, exact=True)
 
     def _step(self, spec: StateSpec, format: StateFormat, kept: Sequence[StateSpec]) -> str:

@@ -26,6 +26,7 @@ from stca.manifest import HALVES, EngineEntry
 from stca.runtime import Request, Session
 from stca.runtime.engine_choice import Machine, best_engine
 from stca.tensorrt_flavours import FLAVOURS
+from stca.trace import Traced
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to build the C++ runtime")
 
@@ -183,13 +184,43 @@ def test_golden_requests_on_onnxruntime(build: Path, onnxruntime_library: Path, 
 
 
 def test_trained_model_scores_as_in_python(build: Path, onnxruntime_library: Path, tmp_path: Path) -> None:
-    """The shipped checkpoint, exported and served by both runtimes on one ONNX Runtime: bit for bit the same scores."""
+    """The shipped checkpoint, exported and served by both runtimes on one ONNX Runtime: bit for bit the same scores.
+
+    In float32, and with the state in each kind of 8 bits.
+    """
+    from stca.calibration.calibrate import Options, formats_of, write_quantized
+    from stca.calibration.quantized_state import quantizable
+    from stca.checks.trace_runs import TraceRuns
     from stca.checks.verify import prove
     from stca.export.pipeline import export_checkpoint
     from stca.export.reference.checkpoint import load_checkpoint
 
     checkpoint = REPOSITORY / "examples" / "checkpoints" / "stca_demo.safetensors"
     bundle = export_checkpoint(load_checkpoint(checkpoint), tmp_path / "demo", prove=prove)
+    bundles = {"demo": bundle}
+    some = [Traced(probe.single(bundle.manifest.graphs["request"].inputs, 300, 1, np.random.default_rng(1)))]
+    for kind in ("int8", "fp8"):
+        states = TraceRuns(1).states(bundle, some)
+        formats = formats_of(bundle, quantizable(bundle.manifest.state), Options(kind), states)  # type: ignore[arg-type]
+        bundles[kind] = write_quantized(bundle, formats, tmp_path / kind)
+    cases = [
+        {"name": name, "bundle": name, "cache_bytes": 1 << 30, "truncate": False, "steps": _served(one)}
+        for name, one in bundles.items()
+    ]
+    (tmp_path / "cases.json").write_text(json.dumps({"cases": cases}))
+    environment = {**os.environ, "STCA_ONNXRUNTIME_LIBRARY": str(onnxruntime_library)}
+    command(
+        build / "tests" / "stca_golden",
+        tmp_path,
+        tmp_path / "cases.json",
+        "--engine",
+        "onnxruntime",
+        env=environment,
+    )
+
+
+def _served(bundle: Bundle) -> list[dict[str, Any]]:
+    """Misses, hits and appends of several users, with what Python's session makes of them."""
     specs = bundle.manifest.graphs["request"].inputs
     scopes = {s.name: s.scope for s in specs}
     rng = np.random.default_rng(0)
@@ -214,14 +245,4 @@ def test_trained_model_scores_as_in_python(build: Path, onnxruntime_library: Pat
         steps.append(scored(rest, f"user {user}", "v1"))
         steps.append(append(f"user {user}", sent(new), "v2", session.append(f"user {user}", new, "v2")))
         steps.append(scored(rest, f"user {user}", "v2"))
-    case = {"name": "demo", "bundle": "demo", "cache_bytes": 1 << 30, "truncate": False, "steps": steps}
-    (tmp_path / "cases.json").write_text(json.dumps({"cases": [case]}))
-    environment = {**os.environ, "STCA_ONNXRUNTIME_LIBRARY": str(onnxruntime_library)}
-    command(
-        build / "tests" / "stca_golden",
-        tmp_path,
-        tmp_path / "cases.json",
-        "--engine",
-        "onnxruntime",
-        env=environment,
-    )
+    return steps
