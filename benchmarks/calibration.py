@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +53,20 @@ def main() -> None:
         bundle = Bundle.load(args.bundle) if args.bundle else _exported(root / "bundle")
         _say("drawing the trace")
         requests = list(demo_trace(users=args.users, history=args.history, targets=args.targets))
-        result = {
+        runs = TraceRuns(args.threads)
+        known = json.loads(Path(args.out).read_text(encoding="utf-8")) if args.out and Path(args.out).exists() else {}
+        parts: dict[str, Callable[[], Any]] = {
+            "quality": lambda: _quality(bundle, requests, runs, root),
+            "lengths": lambda: _lengths(bundle, runs, root, args.threads),
+            "speed": lambda: _speed(bundle, requests[0], runs, root, args),
+        }
+        about = {
             "command": "python benchmarks/" + " ".join([Path(__file__).name, *sys.argv[1:]]),
             "machine": machine(args.threads),
             "versions": installed(),
             "requests": {"users": args.users, "history": args.history, "targets": args.targets},
-            **_quality(bundle, requests, TraceRuns(args.threads), root),
-            "lengths": _lengths(bundle, root, args.threads),
-            "speed": _speed(bundle, requests[0], root, args),
         }
+        result = known | {name: {**about, "found": parts[name]()} for name in args.parts.split(",")}
     text = json.dumps(result, indent=1)
     if args.out:
         Path(args.out).write_text(text + "\n", encoding="utf-8")
@@ -99,13 +104,13 @@ def _quality(bundle: Bundle, requests: Sequence[Traced], runs: TraceRuns, root: 
     return {"formats": rows, "layers": layers}
 
 
-def _lengths(bundle: Bundle, root: Path, threads: int | None) -> list[dict[str, float]]:
+def _lengths(bundle: Bundle, runs: TraceRuns, root: Path, threads: int | None) -> list[dict[str, float]]:
     """Errors of scores of random requests, by length; the state's own window is lifted for it."""
     from dataclasses import replace
 
     from stca.bundle import seal
 
-    runs, rows = TraceRuns(threads), []
+    rows = []
     specs = bundle.manifest.graphs["request"].inputs
     some = [Traced(probe.single(specs, 2_000, 4, np.random.default_rng(0)))]
     made = {}
@@ -127,10 +132,12 @@ def _lengths(bundle: Bundle, root: Path, threads: int | None) -> list[dict[str, 
     return rows
 
 
-def _speed(bundle: Bundle, traced: Traced, root: Path, args: argparse.Namespace) -> dict[str, Any]:
+def _speed(bundle: Bundle, traced: Traced, runs: TraceRuns, root: Path, args: argparse.Namespace) -> dict[str, Any]:
     made = {"float32": bundle}
-    for name in ("int8-token-absmax", "int8-tensor-absmax", "fp8-token-absmax"):
-        made[name] = Bundle.load(root / name)
+    for options in (Options("int8"), Options("int8", "tensor"), Options("fp8")):
+        name = f"{options.kind} {options.granularity}"
+        formats = formats_of(bundle, quantizable(bundle.manifest.state), options, runs.states(bundle, [traced]))
+        made[name] = write_quantized(bundle, formats, root / f"speed {name}")
     _say("speed")
     return speed(made, traced, args.threads, args.seconds)
 
@@ -143,7 +150,8 @@ def _arguments() -> argparse.Namespace:
     p.add_argument("--targets", type=int, default=512)
     p.add_argument("--threads", type=int)
     p.add_argument("--seconds", type=float, default=5.0)
-    p.add_argument("--out", metavar="FILE")
+    p.add_argument("--parts", default="quality,lengths,speed", help="what to measure")
+    p.add_argument("--out", metavar="FILE", help="where results go; parts that are there and not measured stay")
     return p.parse_args()
 
 

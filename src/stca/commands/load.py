@@ -63,7 +63,11 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--events", type=float, default=1.0, metavar="X", help="new events of a user between two requests")
     p.add_argument("--spike", type=spike, metavar="EVERY,SECONDS,TIMES", help="raise the rate now and then")
     p.add_argument("--seed", type=int, default=0, help="of all that is drawn")
-    p.add_argument("--trace", metavar="FILE", help="replay the arrivals that --record kept")
+    p.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="replay the arrivals that --record kept, or those of a folder that a session recorded, with other values",
+    )
     p.add_argument("--record", metavar="FILE", help="keep the arrivals, as JSON lines")
     p.add_argument("--cache-mib", type=int, default=1024, metavar="N", help="of a bundle: most MiB of user states")
     p.add_argument("--threads", type=count, metavar="N", help="of a bundle: threads of one request (default: 1)")
@@ -126,9 +130,12 @@ def _session(args: argparse.Namespace, cache_mib: int) -> Any:
 
 def _trace(args: argparse.Namespace, traffic: Traffic, client: Any, told: Any) -> list[Arrival]:
     from stca.load.run import capacity
-    from stca.load.traffic import read_trace, write_trace
+    from stca.load.traffic import read_trace, recorded, write_trace
+    from stca.trace import Trace
 
     if args.trace is not None:
+        if Path(args.trace).is_dir():
+            return recorded(Trace(args.trace), client.manifest)
         return read_trace(args.trace)
     rate = args.rate
     if rate is None and args.scenario == "server":

@@ -12,6 +12,8 @@ import numpy as np
 
 from stca import typed_json
 from stca.errors import UsageError
+from stca.manifest import TARGETS, TOKENS, Manifest
+from stca.trace import Trace
 
 # Most entries of a trace: an hour at 1,000 requests a second.
 _MOST: int = 1 << 22
@@ -131,6 +133,34 @@ def read_trace(file: str) -> list[Arrival]:
     if not made:
         raise UsageError(f"{file}: has no arrivals")
     return sorted(made, key=lambda a: a.at)
+
+
+def recorded(trace: Trace, manifest: Manifest) -> list[Arrival]:
+    """The arrivals of recorded requests: their times, users and sizes; events in between are not known.
+
+    Args:
+        trace: of requests with their times.
+        manifest: of the model that they were for.
+
+    Raises:
+        UsageError: when a request has no time, or none of the model's inputs.
+    """
+    inputs = manifest.graphs["request"].inputs
+    tokens, targets = (
+        [(s.name, s.shape.index(dim)) for s in inputs if s.scope == scope and dim in s.shape]
+        for scope, dim in (("user", TOKENS), ("target", TARGETS))
+    )
+    users: dict[int, int] = {}
+    made: list[Arrival] = []
+    for number, one in enumerate(trace):
+        sizes = [next((one.inputs[n].shape[a] for n, a in of if n in one.inputs), 0) for of in (tokens, targets)]
+        if one.at is None or not sizes[1]:
+            what = "no time" if one.at is None else "no targets of this model"
+            raise UsageError(f"{trace.folder}: request {number} has {what}; record it with a session")
+        whose = -1 - number if one.user is None else one.user
+        made.append(Arrival(one.at, users.setdefault(whose, len(users)), sizes[1], sizes[0]))
+    made.sort(key=lambda a: a.at)
+    return [dataclasses.replace(a, at=a.at - made[0].at) for a in made]
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,15 @@ import pytest
 from support.errors import one_line
 from support.serving import running
 
-from stca import commands
+from stca import commands, probe
 from stca.bundle import Bundle
 from stca.errors import UsageError
 from stca.load.clients import Answered, Behind, InProcess
 from stca.load.inputs import Inputs
 from stca.load.run import capacity, run
-from stca.load.traffic import Arrival, Traffic, read_trace, write_trace
+from stca.load.traffic import Arrival, Traffic, read_trace, recorded, write_trace
 from stca.runtime import Session
+from stca.trace import Trace, Traced, TraceWriter
 
 
 def requests(trace: list[Arrival]) -> list[Arrival]:
@@ -182,3 +183,20 @@ def test_the_command_reports(bundle_dir, tmp_path, capsys):
     assert "offline scenario" in capsys.readouterr().out
     assert commands.main(["load", str(bundle_dir), *options]) == 0
     assert commands.main(["load", "http://127.0.0.1:1", "--compare"]) == 2
+
+
+def test_what_a_session_recorded_is_traffic(tmp_path, bundle_dir):
+    specs = Bundle.load(bundle_dir).manifest.graphs["request"].inputs
+    rng = np.random.default_rng(0)
+    with TraceWriter(tmp_path) as writer:
+        for at, user, tokens, targets in ((20.5, 900, 7, 3), (10.0, 800, 5, 2), (11.0, 900, 6, 4), (12.0, None, 1, 1)):
+            writer.add(Traced(probe.single(specs, tokens, targets, rng), None, user, at))
+    found = recorded(Trace(tmp_path), Bundle.load(bundle_dir).manifest)
+    assert [(a.at, a.targets, a.tokens) for a in found] == [(0, 2, 5), (1, 4, 6), (2, 1, 1), (10.5, 3, 7)]
+    users = [a.user for a in found]
+    assert users[1] == users[3]
+    assert len({*users}) == 3
+    with TraceWriter(tmp_path) as writer:
+        writer.add(Traced(probe.single(specs, 1, 1, rng)))
+    with pytest.raises(UsageError, match="request 4 has no time"):
+        recorded(Trace(tmp_path), Bundle.load(bundle_dir).manifest)
