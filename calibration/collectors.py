@@ -115,15 +115,15 @@ class Collector:
         if x.ndim < 2:
             raise StcaError(f"has shape {list(x.shape)}; ranges are of tensors with a row per token")
         inner = x.shape[1:]
+        heads = int(np.prod(inner[:-1]))
         if self.granularity == "token":
-            by_head = x.reshape(len(x), -1, inner[-1]).max(axis=-1, initial=0.0)
+            by_head = x.reshape(len(x), heads, inner[-1]).max(axis=-1, initial=0.0)
             begins = np.arange(0, len(x), self.block)
             return (np.maximum.reduceat(by_head, begins) if len(x) else by_head).reshape(1, -1), (1,) * len(inner)
         if self.granularity == "tensor":
             return x.reshape(1, -1), (1,) * len(inner)
         if self.granularity == "channel":
             return x.reshape(len(x), int(np.prod(inner))).T, inner
-        heads = int(np.prod(inner[:-1]))
         return x.reshape(len(x), heads, inner[-1]).swapaxes(0, 1).reshape(heads, -1), (*inner[:-1], 1)
 
 
