@@ -149,7 +149,7 @@ def _percentile(counts: Array, largest: Array, levels: int) -> Array:
 def _candidates(counts: Array) -> Array:
     """Ends of the bins at and below the largest magnitude's, the largest first."""
     last = int(np.flatnonzero(counts)[-1])
-    return np.arange(last + 1, max(1, last + 1 - _TRIED), -1)
+    return np.arange(last + 1, max(0, last + 1 - _TRIED), -1)
 
 
 def _mse(counts: Array, largest: Array, levels: int) -> Array:
