@@ -141,7 +141,7 @@ bool StateCache::keep(StateKey key, State state, const State& instead_of, Order&
   order_.push_back({std::move(key), std::move(state), bytes, clock_(), std::prev(ages_.end())});
   bytes_ += bytes;
   by_user_.emplace(order_.back().key.user, std::prev(order_.end()));
-  appends_ += instead_of != nullptr ? 1 : 0;
+  if (instead_of != nullptr) ++appends_;
   return true;
 }
 

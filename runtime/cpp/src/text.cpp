@@ -75,7 +75,9 @@ void escaped(std::string& to, const Character& c) {
 /// The last `most` characters of valid UTF-8.
 std::string_view tail(std::string_view text, std::size_t most) {
   std::size_t begin = text.size();
-  while (begin > 0 && most > 0) most -= (static_cast<unsigned char>(text[--begin]) & 0xC0) != 0x80 ? 1 : 0;
+  while (begin > 0 && most > 0) {
+    if ((static_cast<unsigned char>(text[--begin]) & 0xC0) != 0x80) --most;
+  }
   return text.substr(begin);
 }
 

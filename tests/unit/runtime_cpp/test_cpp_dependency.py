@@ -27,6 +27,13 @@ def test_clang_builds_it_without_a_warning(tmp_path: Path, shared: str, standard
     command("clang++", *WARNINGS.split(), *flags, server)
 
 
+@pytest.mark.parametrize("standard", [17, 20])
+def test_a_program_that_embeds_it_compiles_without_a_warning(standard: int) -> None:
+    """With GCC or whatever `c++` is; the library itself is held to the same wherever STCA_WERROR is set."""
+    flags = [f"-std=c++{standard}", "-fsyntax-only", "-I", SOURCE / "include"]
+    command("c++", *WARNINGS.split(), *flags, REPOSITORY / "examples" / "cpp_server" / "main.cpp")
+
+
 @pytest.fixture(scope="module")
 def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The static library, in C++20, without a warning, installed."""
