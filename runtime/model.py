@@ -332,7 +332,8 @@ class Model:
         first = at + old.tokens if at < 0 else at
         if not 0 <= first <= old.tokens - new.tokens:
             raise RequestError(
-                f"at: is {at}; the kept history has {old.tokens} events, and all {new.tokens} from there on must be in it"
+                f"at: is {at}; the kept history has {old.tokens} events, and all {new.tokens} from there on must be in "
+                "it"
             )
         names = [spec.name for spec in self.manifest.state if spec.shape[:1] == (TOKENS,)]
         last = first + new.tokens

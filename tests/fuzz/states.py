@@ -1,9 +1,10 @@
 """`python tests/fuzz/states.py`: schedules of the state store, each score held against a fresh encoding.
 
-Random calls in random order: scores with a history and without, appends, amendments, states made ahead, forgotten users,
-swaps, time that passes, sessions that end or are cut off, records that are damaged, and calls side by side. Memory holds part
-of the users, the folder of files most of them. Every score must be that of the user's history, of the version that was
-asked, under the weights that are served; a state that is too old, forgotten or of other weights is no hit.
+Random calls in random order: scores with a history and without, appends, amendments, states made ahead, forgotten
+users, swaps, time that passes, sessions that end or are cut off, records that are damaged, and calls side by side.
+Memory holds part of the users, the folder of files most of them. Every score must be that of the user's history, of
+the version that was asked, under the weights that are served; a state that is too old, forgotten or of other weights is
+no hit.
 Exit codes: 0 nothing was wrong, 1 something was, 2 bad usage.
 """
 
