@@ -6,35 +6,46 @@ For each `--batch-tokens` a server of its own, loaded from this process on the s
 connection, `crowd` many of them with kept users, `new` many whose users were never seen; in `mixed` two more
 connections bring one user's long histories, each of them new, and latencies are those of the short requests.
 `server_cpu_ms` is the server's processor time for a request, which other work on the machine changes little. Every
-connection sends its next request when it has its answer.
+connection sends its next request when it has its answer. `joined` is without a server: the processor time of hits that
+are computed together, and of the same ones by themselves, one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from serving import Served
 
+from stca import probe
 from stca.checks.bench import machine
 from stca.load.inputs import Inputs
 from stca.load.run import LoadReport, run
 from stca.load.traffic import Arrival
+from stca.runtime import Request, Session
+from stca.runtime.deadline import NEVER
+from stca.runtime.scoring import Asked
 
 USERS = 256
+JOINED = ((20, 5, 8), (100, 20, 2), (100, 20, 8), (300, 50, 3), (500, 20, 2), (1000, 300, 2))
 
 
 def main() -> None:
     args = _arguments()
+    joined = _joined(args.bundle)
     found = {str(most): _measured(args, most) for most in args.batch_tokens}
     traffic = {n: getattr(args, n) for n in ("connections", "history", "targets", "long")}
-    text = json.dumps({"bundle": Path(args.bundle).name, "machine": machine(None), **traffic, "by": found}, indent=1)
+    result = {"bundle": Path(args.bundle).name, "machine": machine(None), "joined": joined, **traffic, "by": found}
+    text = json.dumps(result, indent=1)
     if args.out:
         Path(args.out).write_text(text + "\n", encoding="utf-8")
     print(text)
@@ -68,6 +79,36 @@ def _measured(args: argparse.Namespace, most: int) -> dict[str, Any]:
         served.process.kill()
     print(most, json.dumps(made), file=sys.stderr, flush=True)
     return made
+
+
+def _joined(bundle: str) -> list[dict[str, Any]]:
+    """By history, targets and number of hits: processor time alone and together, in ms, as a batch is computed."""
+    session, made = Session.load(bundle, threads=1), []
+    specs, model = session.manifest.graphs["request"].inputs, session._model
+    for tokens, targets, count in JOINED:
+        hits = []
+        for i in range(count):
+            inputs, user = probe.single(specs, tokens, targets, np.random.default_rng(i)), f"{tokens} {i}"
+            session.score(Request(inputs, user=user, version=1))
+            rest = {n: x for n, x in inputs.items() if n not in model.door.names("user")}
+            row = model.door.admit(rest, "request", "target")
+            hits.append(Asked(model, session._states.find(model, inputs, user, 1), row))
+        alone = _cpu_ms(lambda those=hits: [session._scoring.answer([one], NEVER) for one in those])
+        together = _cpu_ms(lambda those=hits: session._scoring.answer(those, NEVER))
+        made.append(
+            {"history": tokens, "targets": targets, "requests": count, "alone_ms": alone, "together_ms": together}
+        )
+        print(json.dumps(made[-1]), file=sys.stderr, flush=True)
+    return made
+
+
+def _cpu_ms(call: Any) -> float:
+    took = []
+    for _ in range(15):
+        began = time.thread_time()
+        call()
+        took.append(1e3 * (time.thread_time() - began))
+    return round(statistics.median(took), 3)
 
 
 def _told(report: LoadReport, cpu_seconds: float) -> dict[str, Any]:

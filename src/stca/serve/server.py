@@ -25,9 +25,9 @@ from stca.serve.work import Work
 
 # Changes of states and bundles made at a time. Most of them wait: a swap for the disk, a warm for its turn.
 _CHANGES: Final = 4
-# glibc's number of the option, and the bytes from which on a block is the system's own, given back when it is freed.
-_M_MMAP_THRESHOLD: Final = -3
-_OWN_BLOCK: Final = 128 << 10
+# Options of glibc's allocator by number: from how many bytes on a block is the system's own and given back when it is
+# freed; and in how many places threads allocate smaller ones, each of which keeps what it once needed.
+_MALLOC: Final = {-3: 128 << 10, -8: 2}
 
 
 class _Uvicorn(uvicorn.Server):
@@ -166,12 +166,13 @@ async def serve(settings: Settings, ready: Callable[[Server], None]) -> bool:
 
 
 def _give_back_what_is_freed() -> None:
-    """Else glibc raises that threshold with each block that is freed, up to 32 MiB, and holes are left between states
-    that came and went: a server's memory grew by several times what its states did.
+    """Else glibc keeps freed blocks of up to 32 MiB, with holes between states that came and went, for each of many
+    threads: a server's memory grew by several times what its states did.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # not every C library has it
-        mallopt(_M_MMAP_THRESHOLD, _OWN_BLOCK)
+        for option, value in _MALLOC.items():
+            mallopt(option, value)
 
 
 def _bound(host: str, port: int, option: str) -> socket.socket:
