@@ -11,24 +11,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stca import probe, versions
 from stca.arrays import Array, Progress, Step
 from stca.bundle import Bundle
+from stca.checks.forecast import forecast
 from stca.checks.row_by_row import pointwise_feeds
 from stca.errors import BuildError, RequestError
 from stca.manifest import HALVES, OFFSETS, POINTWISE, TensorSpec
 from stca.runtime import Engine, OnnxRuntimeEngine, OnnxRuntimeOptions, Request, Session
 from stca.runtime.tables import with_tables
+
+if TYPE_CHECKING:
+    from stca.checks.ceilings import CpuCeilings
 
 GRAPHS = "graphs"  # the bundle's own, which need no build
 # Targets of which the pointwise baseline is measured; its cost is proportional to them, and shown scaled to all.
@@ -84,6 +89,8 @@ class LatencyReport:
         cached: the share of a request's work that a kept state saves, as the cut counted it.
         measured: for each engine that ran, what its halves are called.
         absent: for each that was asked for and cannot run here, why not.
+        predicted: milliseconds of the stages of `graphs` by history and targets, from its counted work at this CPU's
+            rates, which were measured in the same run; empty where that was not asked or `onnx` is not here.
     """
 
     rows: tuple[LatencyRow, ...]
@@ -96,11 +103,13 @@ class LatencyReport:
     cached: float
     measured: dict[str, dict[str, str]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    predicted: dict[tuple[int, int], dict[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         plain = dataclasses.asdict(self)
         plain["state_bytes"] = {str(n): size for n, size in self.state_bytes.items()}
+        plain["predicted"] = [{"history": n, "targets": m, **ms} for (n, m), ms in self.predicted.items()]
         return plain
 
 
@@ -116,6 +125,7 @@ def bench(
     threads: int | None = None,
     seconds: float = 1.0,
     pointwise: bool = True,
+    predict: bool = False,
     progress: Progress = lambda _: None,
 ) -> LatencyReport:
     """Measure every stage of `bundle` at every pair of `histories` and `targets`.
@@ -131,6 +141,7 @@ def bench(
         seconds: time given to each figure; a run that takes longer is still repeated 5 times. The stages of one size
             are run in turn.
         pointwise: whether to measure the baseline too.
+        predict: whether to measure this CPU's rates too, and say what they make one expect of `graphs`.
         progress: told each size as it starts.
 
     Raises:
@@ -173,6 +184,12 @@ def bench(
             medians = {stage: float(np.median(t)) for stage, t in stages.items()}
             over_miss = alone / medians["miss"] if alone is not None and engine == GRAPHS else None
             ratios.append(LatencyRatios(history, m, over_miss, medians["miss"] / medians["hit"], engine))
+    predicted: dict[tuple[int, int], dict[str, float]] = {}
+    if predict and GRAPHS in sessions and onnxruntime is None and importlib.util.find_spec("onnx"):
+        progress("this CPU's rates")
+        rates = _rates(bundle, sessions[GRAPHS], threads)
+        sizes = itertools.product(real, targets)
+        predicted = {(n, m): forecast(bundle, rates, n, m).milliseconds() for n, m in sizes}
     return LatencyReport(
         tuple(rows),
         tuple(ratios),
@@ -184,7 +201,24 @@ def bench(
         bundle.manifest.cached,
         {name: dict(session.engines) for name, session in sessions.items()},
         absent,
+        predicted,
     )
+
+
+def cpu_rates(bundle: Bundle, threads: int | None = None) -> CpuCeilings:
+    """What this CPU reaches on a bundle's own graphs, measured now; needs `onnx`."""
+    sessions, _ = _sessions(bundle, (GRAPHS,), threads, {"onnxruntime": None})
+    return _rates(bundle, sessions[GRAPHS], threads)
+
+
+def _rates(bundle: Bundle, session: Session, threads: int | None) -> CpuCeilings:
+    """The smallest request tells what is spent around the arithmetic."""
+    from stca.checks.ceilings import measure_ceilings
+
+    specs, least = bundle.manifest.graphs["request"].inputs, max(1, bundle.manifest.min_history or 0)
+    smallest = probe.single(specs, probe.history_of(specs, least), 1, np.random.default_rng(0))
+    timed = _measured({GRAPHS: session}, smallest, 0.1)[GRAPHS]
+    return measure_ceilings(bundle, {stage: float(np.median(t)) for stage, t in timed.items()}, threads)
 
 
 def _sessions(

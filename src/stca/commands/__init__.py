@@ -25,7 +25,7 @@ from stca.commands.progress import finish
 # standard library.
 COMMANDS = (
     "export", "split", "verify", "bench", "build", "calibrate", "refit", "inspect_bundle", "score", "serve", "load",
-    "report", "sign", "schema", "completion", "doctor", "demo",
+    "plan", "report", "sign", "schema", "completion", "doctor", "demo",
 )  # fmt: skip
 
 

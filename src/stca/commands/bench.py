@@ -23,6 +23,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--targets", type=sizes, default=[1, 32, 300], metavar="N,N", help="targets of a request")
     measured_options(p)
     p.add_argument("--threads", type=count, help="threads of one request (default: every core)")
+    p.add_argument("--no-predict", action="store_true", help="leave out what this CPU's rates predict of graphs")
     p.add_argument("--seconds", type=positive, default=1.0, help="time for each figure")
 
 
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         **measured(args),
         threads=args.threads,
         seconds=args.seconds,
+        predict=not args.no_predict,
         progress=progress,
     )
     several = len({r.engine for r in report.rows}) > 1
@@ -48,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         note = "" if r.measured_targets == r.targets else f"  (measured on {r.measured_targets} targets, scaled)"
         times = f"{r.p50_ms:10.2f} {r.p95_ms:10.2f} {r.p99_ms:10.2f}"
         engine = f"{r.engine if several else '':<{width}}"
+        expected = report.predicted.get((r.history, r.targets), {}).get(r.stage) if r.engine == "graphs" else None
+        note += f"  predicted {expected:.2f}" if expected is not None else ""
         lines.append(f"{r.history:8} {r.targets:8} {engine}{r.stage:<14} {times} {r.runs:5}{note}")
     for ratio in report.ratios:
         baseline = f"pointwise/miss {ratio.pointwise_over_miss:.1f}, " if ratio.pointwise_over_miss else ""

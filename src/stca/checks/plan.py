@@ -1,0 +1,187 @@
+"""What a deployment of a bundle should look like on a machine: users that fit, latency, throughput, what helps most.
+
+Predicted from counts and rates (`stca.checks.forecast`): on a GPU from datasheet rates, nothing of it measured there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from stca.bundle import Bundle
+from stca.checks.forecast import Item, Machine, forecast
+from stca.errors import UsageError
+from stca.manifest import ITEM_BYTES, OFFSETS, TOKENS, StateSpec
+from stca.plugins import tiling
+from stca.plugins.devices import Device, device_for
+
+# What a serving process needs besides weights and states, as part of the memory: buffers, graphs, the library itself.
+_RESERVED: Final = 0.1
+# What a dense product reaches of a datasheet's rate.
+_REACHED: Final = 0.7
+# Bytes of a value in each format that a state may have; those of one byte need `stca calibrate`.
+FORMATS: Final = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU one can buy: the rates of the cost model, and its memory in bytes."""
+
+    device: Device
+    memory: int
+
+
+_H100: Final = device_for(90)
+GPUS: Final[Mapping[str, Gpu]] = {
+    "a100": Gpu(device_for(80), 80 * 10**9),
+    "l40s": Gpu(device_for(89), 48 * 10**9),
+    "h100": Gpu(_H100, 80 * 10**9),
+    "h200": Gpu(dataclasses.replace(_H100, bandwidth=4.8e12), 141 * 10**9),
+    "b200": Gpu(device_for(100), 180 * 10**9),
+    "rtx5090": Gpu(device_for(120), 32 * 10**9),
+}
+
+
+@dataclass(frozen=True)
+class GpuRates:
+    """A GPU as a machine of `forecast`, in bfloat16: each product and attention a launch, the rest fused into them."""
+
+    device: Device
+
+    def least(self, stage: str) -> float:
+        """See `Machine.least`: the host's share is not in it."""
+        return 0.0
+
+    def seconds(self, item: Item) -> float:
+        """See `Machine.seconds`."""
+        if item.shape is not None and item.sizes is not None:
+            return tiling.choose(dataclasses.replace(item.shape, dtype="bfloat16"), item.sizes, self.device).seconds
+        moved = (item.bytes - item.between) / 2 / self.device.bandwidth
+        if item.kind != "product":
+            return moved
+        weight = 2 * math.prod(item.weight or (0,)) / self.device.bandwidth
+        return tiling.LAUNCH + max(item.operations / (_REACHED * self.device.matrix), moved + weight)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Who asks for what.
+
+    Attributes:
+        users: how many there are.
+        history, targets: of a request.
+        zipf: how much more often the frequent ones return, as in `stca load`; 0 is all alike.
+        rate: requests a second to serve; 0 for none in particular.
+    """
+
+    users: int = 1_000_000
+    history: int = 10_000
+    targets: int = 300
+    zipf: float = 1.0
+    rate: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Demand:
+        """From `users=1000000,history=10000,targets=300`; what is left out has its default.
+
+        Raises:
+            UsageError: naming what is not known or not a number above 0.
+        """
+        kinds = {"users": int, "history": int, "targets": int, "zipf": float, "rate": float}
+        values: dict[str, Any] = {}
+        for part in filter(None, text.split(",")):
+            name, _, value = part.partition("=")
+            try:
+                values[name] = kinds[name](value)
+                sound = math.isfinite(values[name]) and values[name] >= (name not in ("zipf", "rate"))
+            except (KeyError, ValueError):
+                sound = False
+            if not sound:
+                raise UsageError(f"--workload {part!r}: expected NAME=N with a NAME of {', '.join(kinds)}")
+        return cls(**values)
+
+    def hits(self, kept: int) -> float:
+        """The share of requests of users whose state is kept, where those are the most frequent."""
+        return min(1.0, _harmonic(min(kept, self.users), self.zipf) / _harmonic(self.users, self.zipf))
+
+
+def _harmonic(n: int, power: float) -> float:
+    """Sum of `k ** -power` for k from 1 to n, its tail as an integral."""
+    exact = min(n, 1000)
+    head = float(sum(k**-power for k in range(1, exact + 1)))
+    if n == exact:
+        return head
+    a, b = exact + 0.5, n + 0.5
+    return head + float(math.log(b / a) if power == 1 else (b ** (1 - power) - a ** (1 - power)) / (1 - power))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to serve.
+
+    Attributes:
+        state_format: of a kept value. state_bytes: of a user.
+        users: whose states fit. hit_share: of the requests.
+        hit_ms, miss_ms: of one request, computation alone. per_second: requests, one after the other.
+    """
+
+    state_format: str
+    state_bytes: int
+    users: int
+    hit_share: float
+    hit_ms: float
+    miss_ms: float
+    per_second: float
+
+
+def plan(bundle: Bundle, machine: Machine, demand: Demand, memory: int, state_format: str) -> Plan:
+    """What one machine does.
+
+    Args:
+        bundle: what is served.
+        machine: its rates.
+        demand: who asks.
+        memory: bytes, for weights, states and the rest.
+        state_format: one of `FORMATS`.
+
+    Raises:
+        UsageError: when the history is longer than the bundle serves, or the weights alone do not fit.
+    """
+    limit = bundle.manifest.max_history
+    if limit is not None and demand.history > limit:
+        raise UsageError(f"--workload history={demand.history}: the bundle serves at most {limit} tokens")
+    weights = sum(f["bytes"] for f in bundle.manifest.files.values() if "bytes" in f)
+    room = int(memory * (1 - _RESERVED)) - weights
+    if room < 0:
+        raise UsageError(f"--memory: {memory:,} bytes do not hold the bundle's {weights:,}; give more")
+    size = sum(_bytes(s, demand.history, FORMATS[state_format]) for s in bundle.manifest.state)
+    expected = forecast(bundle, machine, demand.history, demand.targets)
+    users = room // max(1, size)
+    share = demand.hits(users)
+    mean = share * expected.hit + (1 - share) * expected.miss
+    hit, miss = (round(1e3 * seconds, 4) for seconds in (expected.hit, expected.miss))
+    return Plan(state_format, size, users, share, hit, miss, 1 / mean)
+
+
+def _bytes(state: StateSpec, history: int, value: int) -> int:
+    """Of one user's tensor; integers keep their type, whatever floating-point values become."""
+    known = {TOKENS: history, OFFSETS: 2}
+    sizes = (n if isinstance(n, int) else known.get(n, 1) for n in state.shape)
+    return math.prod(sizes) * (value if state.dtype.startswith(("float", "bfloat")) else ITEM_BYTES[state.dtype])
+
+
+def next_steps(bundle: Bundle, machine: Machine, demand: Demand, memory: int, state_format: str) -> dict[str, float]:
+    """What raises throughput, and to how many times itself, the best first."""
+    now = plan(bundle, machine, demand, memory, state_format).per_second
+    shorter = dataclasses.replace(demand, history=max(1, demand.history // 2))
+    steps = {
+        "twice the memory": plan(bundle, machine, demand, 2 * memory, state_format),
+        "half the history": plan(bundle, machine, shorter, memory, state_format),
+    }
+    if state_format != "int8":
+        steps["states of 8 bits (stca calibrate)"] = plan(bundle, machine, demand, memory, "int8")
+    gains = {name: made.per_second / now for name, made in steps.items()}
+    return dict(sorted(gains.items(), key=lambda gain: -gain[1]))
