@@ -34,6 +34,11 @@ _CAUSES: Final = (
         r"specialized it to be a constant \((\d+)\)|Constraints violated",
         "its code, or a layer of torch's, turns a size that varies into a constant",
     ),
+    (
+        r"zeros\(\): argument 'size' failed to unpack .*FakeTensor",
+        "it packs a sequence (pack_padded_sequence), whose sizes are values; give the layer the padded history, and "
+        "pick its output at each length less one",
+    ),
     (r"No ONNX function found for <OpOverload\(op='([\w.]+)'", "ONNX has no operator for {0}"),
 )
 

@@ -7,9 +7,10 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
+from stca import probe
 from stca.arrays import Array
 from stca.errors import ParityError
-from stca.manifest import POINTWISE, TARGETS, Manifest
+from stca.manifest import POINTWISE, TARGETS, Manifest, TensorSpec
 
 Make: TypeAlias = Callable[[Manifest, Mapping[str, Array], Array], dict[str, Array]]
 Run: TypeAlias = Callable[[Sequence[Mapping[str, Array]]], list[Array]]
@@ -17,6 +18,8 @@ Run: TypeAlias = Callable[[Sequence[Mapping[str, Array]]], list[Array]]
 # Targets of a request that are scored alone, and history tokens times targets that are computed at once in float64.
 ALONE: Final = 9
 AT_ONCE: Final = 20_000
+# As many are asked of a module that needs a copy of the user for each target: recurrent layers take minutes for more.
+MOST: Final = 30_000
 
 
 def pointwise_feeds(manifest: Manifest, feeds: Mapping[str, Array], rows: Array) -> dict[str, Array]:
@@ -35,6 +38,19 @@ def pointwise_feeds(manifest: Manifest, feeds: Mapping[str, Array], rows: Array)
             x = feeds[spec.name]
             made[spec.name] = x.take(rows, axis) if mine == TARGETS else x.repeat(len(rows), axis)
     return made
+
+
+def with_fewer_copies(inputs: Sequence[TensorSpec], tokens: int, targets: int) -> list[tuple[int, int]]:
+    """A request's history tokens and targets, or two requests: as long a one, and one with as many targets.
+
+    Args:
+        inputs: of the request graph.
+        tokens, targets: of the request.
+    """
+    fewer = max(1, MOST // max(1, targets))
+    if tokens * targets <= MOST or probe.history_of(inputs, fewer) != fewer:  # of a fixed length
+        return [(tokens, targets)]
+    return [(tokens, max(1, MOST // tokens)), (fewer, targets)]
 
 
 def some_targets(manifest: Manifest, feeds: Mapping[str, Array], rows: Array) -> dict[str, Array]:

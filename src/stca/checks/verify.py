@@ -21,7 +21,7 @@ import numpy as np
 from stca import probe
 from stca.arrays import Array, Progress
 from stca.bundle import Bundle
-from stca.checks.row_by_row import in_pieces, pointwise_feeds, require_alone, some_targets
+from stca.checks.row_by_row import in_pieces, pointwise_feeds, require_alone, some_targets, with_fewer_copies
 from stca.checks.tolerance import TOP_K, StageParity, judged
 from stca.errors import BundleError, ExportError, ParityError
 from stca.manifest import GRAPHS, POINTWISE, WEIGHTS, Manifest
@@ -114,6 +114,8 @@ def verify(
     rng = np.random.default_rng(seed)
     ragged = Door(manifest).ragged
     asked = [*(batch for batch in probes if ragged or len(batch) == 1), WITH_GAPS]
+    if POINTWISE in manifest.graphs and module is not None:
+        asked = [(request,) for batch in asked for one in batch for request in with_fewer_copies(specs, *one)]
     shortest, longest = manifest.min_history or 0, manifest.max_history or sys.maxsize
     asked = [tuple((min(max(n, shortest), longest), m) for n, m in batch) for batch in asked]
     batches = [[probe.single(specs, n, m, rng) for n, m in batch] for batch in asked]
