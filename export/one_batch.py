@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import onnx
+from onnx import helper, numpy_helper
 
 from stca.arrays import Progress
 from stca.errors import SplitError
+from stca.export.analysis.cost import without_weights
+from stca.export.analysis.integers import integers_of
 from stca.export.analysis.rows import Everything, attempts, draw
+from stca.export.analysis.scope import attribute
 from stca.export.split import inlined
 from stca.manifest import OFFSETS, TARGETS, USERS, TensorSpec
 from stca.probe import shared_rows
@@ -75,7 +80,33 @@ def of_one_request(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> tupl
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param == name:
                 dim.dim_value = 1
+    _fold_known_sizes(model)
     return tuple(dataclasses.replace(s, shape=tuple(1 if n == name else n for n in s.shape)) for s in inputs)
+
+
+def _fold_known_sizes(model: onnx.ModelProto) -> None:
+    """Make constants, in place, of sizes that are read from a shape and known: the user's values follow from no target.
+
+    A layer reads the batch's size from whichever input it meets, `nn.MultiheadAttention` from the query.
+    """
+    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
+    dims = {v.name: v.type.tensor_type.shape.dim for v in (*inferred.input, *inferred.value_info)}
+    integers, shapes = integers_of(model), dict[str, list[int | None]]()
+    for node in model.graph.node:
+        if node.op_type == "Shape" and not node.domain and node.input[0] in dims:
+            sizes = [d.dim_value if d.HasField("dim_value") else None for d in dims[node.input[0]]]
+            found = sizes[attribute(node, "start", 0) : attribute(node, "end", len(sizes))]
+            shapes[node.output[0]] = found
+            _make_constant(node, found)
+        elif node.op_type == "Gather" and node.input[0] in shapes and node.input[1] in integers:
+            _make_constant(node, np.array(shapes[node.input[0]], object)[integers[node.input[1]]])
+
+
+def _make_constant(node: onnx.NodeProto, sizes: Any) -> None:
+    """Let a node make these sizes, where all of them are known."""
+    if all(isinstance(n, int) for n in np.ravel(np.array(sizes, object))):
+        value = numpy_helper.from_array(np.array(sizes, np.int64))
+        node.CopyFrom(helper.make_node("Constant", [], list(node.output), node.name, value=value))
 
 
 def _with_shapes(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> onnx.ModelProto:

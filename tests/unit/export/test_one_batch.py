@@ -84,6 +84,32 @@ def test_a_model_of_several_requests_serves_one(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "batch",
+    [
+        "rows = Shape <start: int = 0, end: int = 1> (item)",
+        """whole = Shape (item) none = Constant <value_int: int = 0> () row = Gather (whole, none)
+           zero = Constant <value_ints: ints = [0]> () rows = Unsqueeze (row, zero)""",
+    ],
+    ids=["newer", "older"],
+)
+def test_a_batch_read_from_the_candidates_does_not_make_the_history_theirs(batch, tmp_path):
+    model = parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 20]>
+        g (float[batch, seq, 2] history, float[batch, cand, 2] item) => (float[batch, cand] score)
+        <int64[1] axis = {{1}}> {{
+            {batch} rest = Constant <value_ints: ints = [-1, 2]> () shape = Concat <axis: int = 0> (rows, rest)
+            viewed = Reshape (history, shape) raised = Exp (viewed)
+            mean = ReduceMean <keepdims: int = 1> (raised, axis)
+            crossed = Mul (mean, item) last = Constant <value_ints: ints = [2]> ()
+            score = ReduceSum <keepdims: int = 0> (crossed, last)
+        }}"""
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    bundle = split_onnx(tmp_path / "m.onnx", {"history": "user", "item": "target"}, tmp_path / "B", prove=prove)
+    assert [s.shape for s in bundle.manifest.state] == [(1, 1, 2)]
+
+
+@pytest.mark.parametrize(
     ("sizes", "join"),
     [(("b1, L", "b2", "b2"), EXPANDED), (("1, L", "N_t", "N_t"), EXPANDED), (("b, L", "b", "b"), CONCAT)],
     ids=["request level", "one user", "one name"],
