@@ -11,6 +11,7 @@ Exit codes: 0 nothing was wrong, 1 something was, 2 bad usage.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 import tempfile
@@ -44,6 +45,7 @@ class Schedule:
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self._served, self._passed = 0, 0.0
+        self._names = itertools.count(-1, -1)  # of histories that are no user's: each its own, files remember them
         self._made: dict[tuple[int, int], float] = {}  # when the state of a user and version was last made
         self._limits = {"max_users": rng.choice([1, 3, 6]), "state_folder_bytes": rng.choice([6_000, 12_000, 1 << 20])}
         self._load()
@@ -133,7 +135,7 @@ class Schedule:
     def _amend(self) -> str:
         """A wrong event in the place of one, and the right one back."""
         user, version = self._any()
-        at, wrong = -self.rng.randint(1, min(version, self.session.manifest.max_history or version)), -1 - version
+        at, wrong = -self.rng.randint(1, min(version, self.session.manifest.max_history or version)), next(self._names)
         true, false = (self.truths[0].event(u, version + at) for u in (user, (user + 1) % USERS))
         if not self.session.amend(user, false, wrong, at=at, after=version):
             return "amend nothing"

@@ -30,5 +30,5 @@ def test_a_key_that_leaves_something_out_is_seen(left_out, monkeypatch):
         "serve",
         lambda store, weights, _: serve(store, "all" if left_out == "weights" else weights, ""),
     )
-    _, wrong = states.run(8, 60, 1)
+    _, wrong = states.run(30, 60, 1)  # the first that is seen ends it
     assert wrong
