@@ -293,14 +293,19 @@ def _tune(table: Path, cases: list[Case], body: dict[str, Any], clock: _Clock) -
     yield body
 
 
-def _fastest(case: Tensors, clock: _Clock, count: int = 16) -> Plan:
-    """The fastest of the model's best plans, each also with half and twice its parts; a wrong one is an error."""
+def _fastest(case: Tensors, clock: _Clock, count: int = 8) -> Plan:
+    """The fastest of the model's best plans, and of its best for each tile of rows and tokens.
+
+    Each also with half and twice its parts; a wrong one is an error.
+    """
     query, key, value, *structure = case
     shape, device, scale = launch.shape_of(query, key, value), launch.device_of(query), query.shape[2] ** -0.5
     sizes = tiling.rounded(launch.sizes_of(query, key, structure[0]))
+    ranked = tiling.rank(shape, sizes, device, device.shared_limit)
+    each = {(plan.tile.block_m, plan.tile.block_n): plan for plan in reversed(ranked)}
     candidates = [
         dataclasses.replace(plan, parts=min(max(1, int(plan.parts * factor)), tiling.MAX_PARTS))
-        for plan in tiling.rank(shape, sizes, device, device.shared_limit)[:count]
+        for plan in (*ranked[:count], *each.values())
         for factor in (1, 0.5, 2)
     ]
     expected = torch.ops.stca.target_history_attention(*case, scale)

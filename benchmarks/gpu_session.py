@@ -2,10 +2,13 @@
 
     python benchmarks/gpu_session.py --out session.json [--limit 570] [--steps tests,parity] [--seconds tests=300]
 
-Steps, in this order: `tests`, the suite's GPU tests; `parity`, `speed` (with the roofline) and `tune` of attention.py;
-`ptx`, the kernels an engine embeds, launched as TensorRT would; `tensorrt-rtx`, if its wheels are there; `request`, the
-reference model's latency with torch, hit and miss. Each is a process of its own with a time limit, so a crash or a hang
-costs that step alone, and what it had found until then is kept. Tuned plans go to `tiles.json` beside the JSON.
+Steps, in this order: `smoke`, a few cases of the kernels against float64; `headline`, the figures that people ask for,
+8 and 300 targets over 10,000 tokens, with ceilings and peers; `ptx`, the kernels an engine embeds, launched as TensorRT
+would; `parity`; `tune`, the headline's tiles; `tests`, the suite's GPU tests. Their limits together are one call's.
+Then, for more calls: `speed`, all sizes; `request`, the reference model's latency with torch, hit and miss; and
+`tensorrt-rtx`, if its wheels are there. Each is a process of its own with a time limit, so a crash or a hang costs that
+step alone, and what it had found until then is kept. Tuned plans go to `tiles.json` beside the JSON; where a call's
+files start afresh, bring both in again.
 
 The same command goes on where it ended: a step that the file has as done is not repeated unless --steps names it, and
 one that ran out of time goes on with the rows it left out. It needs no network. `stca` may be a wheel on PYTHONPATH;
@@ -33,9 +36,20 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = torch.cuda.is_available()
-# Most seconds of each step; together more than one short loan of a GPU, which is why the file can be continued.
-SECONDS = {"tests": 420, "parity": 300, "speed": 540, "tune": 540, "ptx": 240, "tensorrt-rtx": 300, "request": 240}
-NEEDS_GPU = ("speed", "tune", "ptx")
+# Most seconds of each step: the first six fit one short loan of a GPU, the others are for those that follow.
+SECONDS = {
+    "smoke": 60,
+    "headline": 140,
+    "ptx": 70,
+    "parity": 100,
+    "tune": 100,
+    "tests": 100,
+    "speed": 540,
+    "request": 240,
+    "tensorrt-rtx": 300,
+}
+NEEDS_GPU = ("smoke", "headline", "speed", "tune", "ptx")
+HEADLINE = ["--history", "10000", "--targets", "8,300"]
 LEAST_SECONDS = 45  # less is not worth a start
 
 
@@ -117,6 +131,8 @@ def command(name: str, seconds: float, result: Path, out: Path, skip: int) -> li
     """What a step runs. Attention's steps end by themselves in time to say what they left out."""
     python = [sys.executable, "-u"]
     attention = [*python, "benchmarks/attention.py", "--out", str(result), "--limit-seconds", str(seconds - 30)]
+    if name == "smoke":
+        return [*python, "-m", "stca.checks.unproven", "operator"]
     if name == "tests":
         # Most of the time goes into compiling kernels.
         workers = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
@@ -126,9 +142,11 @@ def command(name: str, seconds: float, result: Path, out: Path, skip: int) -> li
         table, committed = out.with_name("tiles.json"), ROOT / "plugins/tiles.json"
         if committed.exists() and not table.exists():
             shutil.copy(committed, table)
-        return [*attention, "--tune", str(table)]
+        return [*attention, "--tune", str(table), *HEADLINE]
+    if name == "headline":
+        return [*attention, "--only", "speed", "--skip", str(skip), *HEADLINE]
     if name in ("parity", "speed", "ptx"):
-        return [*attention, "--only", name, "--skip", str(skip)]
+        return [*attention, "--only", name, "--skip", str(skip), *(HEADLINE if name == "ptx" else ())]
     return [*python, "benchmarks/gpu_steps.py", name, "--out", str(result)]
 
 

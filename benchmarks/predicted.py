@@ -4,13 +4,14 @@
 
 For each width a model with random weights is exported, this processor's rates are measured, then requests of a few
 sizes through `Session`. One thread, and the processor's time instead of the clock's, which does not count the turns of
-whatever else the machine does; the least of each few runs.
+whatever else the machine does; medians of a few runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -98,7 +99,8 @@ def times(session: Session, history: int, targets: int, runs: int) -> tuple[floa
             start = time.process_time()
             session.score(request)
             times.append(time.process_time() - start)
-    return min(found[0][1:]), min(found[1][1:])
+    miss, hit = (statistics.median(each[1:]) for each in found)
+    return miss, hit
 
 
 if __name__ == "__main__":

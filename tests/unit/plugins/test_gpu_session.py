@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -97,10 +98,26 @@ def test_every_step_has_a_command_that_exists(session: ModuleType, monkeypatch: 
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     for name in session.SECONDS:
         words = session.command(name, 100.0, Path("result.json"), Path("session.json"), 0)
-        assert any((session.ROOT / word).exists() for word in words if word.startswith(("benchmarks/", "tests")))
+        files = [word for word in words if word.startswith(("benchmarks/", "tests"))]
+        assert any((session.ROOT / file).exists() for file in files) or find_spec(words[words.index("-m") + 1])
     monkeypatch.setattr(sys, "argv", ["gpu_session.py", "--out", "x", "--steps", "sped"])
     with pytest.raises(SystemExit):
         session.main()
+
+
+def test_one_call_has_a_speed_before_it_has_the_suite_and_ends_in_time(
+    session: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", ["gpu_session.py", "--out", "x"])
+    steps, limit = list(session.SECONDS), session._arguments().limit
+    first = steps[: steps.index("tests") + 1]
+    assert first == ["smoke", "headline", "ptx", "parity", "tune", "tests"]
+    assert sum(session.SECONDS[name] for name in first) <= limit
+    words = session.command("headline", 140.0, Path("result.json"), Path("session.json"), 2)
+    assert words[words.index("--skip") + 1] == "2"
+    assert words[words.index("--targets") + 1] == "8,300"
 
 
 def test_outcomes_are_counted_with_and_without_workers(session: ModuleType) -> None:
