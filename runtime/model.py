@@ -102,8 +102,10 @@ class Model:
         """
         if not users:
             return []
-        per_token = [n for n in self.door.names("user") if self.door.inputs[n].shape[:1] == (TOKENS,)]
-        tokens = [len(arrays[per_token[0]]) if per_token else 0 for arrays in users]
+        tokens = [len(arrays[self._per_token]) if self._per_token else 0 for arrays in users]
+        if len(users) == 1:
+            deadline.check()
+            return self._encode(users, tokens)
         limits = _limits(self.choice, "user_encoder")
         limits[TOKENS] = min(limits[TOKENS], _TOKENS_TOGETHER)
         if not all(self._is_offsets(s) or s.shape[:1] in ((TOKENS,), (USERS,)) for s in self.manifest.state):
@@ -118,7 +120,7 @@ class Model:
 
     def _encode(self, users: Sequence[Mapping[str, Array]], tokens: Sequence[int]) -> list[UserState]:
         feeds = self._pack(users)
-        out = self.encoder.run({s.name: feeds[s.name] for s in self.manifest.graphs["user_encoder"].inputs})
+        out = self.encoder.run({n: feeds[n] for n in self._encoded})
         self._check_rows(out, sum(tokens), len(users))
         if len(users) == 1:
             # A copy: ONNX Runtime keeps the memory of its outputs for later runs, even that of states that went.
@@ -131,15 +133,10 @@ class Model:
 
     def _check_rows(self, state: Mapping[str, StateArray], tokens: int, users: int) -> None:
         """A row for each token, and for each user: a row too many would be the next user's."""
-        rows = {USERS: users} if self.door.offsets else {}  # without them, B is whatever the model means by it
-        if any(s.scope == "user" and s.shape[:1] == (TOKENS,) for s in self.door.inputs.values()):
-            rows[TOKENS] = tokens
-        for spec in self.manifest.state:
-            wanted = rows.get(str(spec.shape[0])) if spec.shape and not self._is_offsets(spec) else None
-            if wanted is not None and (made := state[spec.name].shape[0]) != wanted:
-                raise EngineError(
-                    f"the user encoder gave {made} rows of {spec.name!r} for {wanted}; export the model anew"
-                )
+        for name, size in self._rows_of.items():
+            wanted = tokens if size == TOKENS else users
+            if (made := state[name].shape[0]) != wanted:
+                raise EngineError(f"the user encoder gave {made} rows of {name!r} for {wanted}; export the model anew")
 
     def _part(self, spec: StateSpec, rows: StateArray, user: int, begin: int, end: int) -> StateArray:
         """One user's rows of a state tensor of several, copied: a view would keep all of them alive, uncounted."""
@@ -201,6 +198,23 @@ class Model:
         return np.split(scores, np.cumsum([r[targets][-1] for r in rows])[:-1])
 
     # What each request would find in the manifest again.
+
+    @cached_property
+    def _per_token(self) -> str | None:
+        """An input with a row for each history token."""
+        return next((n for n in self.door.names("user") if self.door.inputs[n].shape[:1] == (TOKENS,)), None)
+
+    @cached_property
+    def _encoded(self) -> tuple[str, ...]:
+        """Inputs of the user encoder."""
+        return tuple(s.name for s in self.manifest.graphs["user_encoder"].inputs)
+
+    @cached_property
+    def _rows_of(self) -> Mapping[str, str]:
+        """State tensors with a row for each history token, or for each user, and which."""
+        # Without offsets, B is whatever the model means by it.
+        sizes = [*([USERS] if self.door.offsets else []), *([TOKENS] if self._per_token else [])]
+        return {s.name: str(s.shape[0]) for s in self.manifest.state if s.shape[:1] and s.shape[0] in sizes}
 
     @cached_property
     def _taken(self) -> tuple[str, ...]:
