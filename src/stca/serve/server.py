@@ -63,11 +63,11 @@ class Server:
             BundleError, BuildError: when a bundle cannot be loaded.
         """
         s = self.settings
+        self._grpc = grpc_server(self.serving)  # before what can fail: the end stops it
         sockets = {
             "http": (_bound(s.host, s.http_port, "http-port"), clients_app(self.serving)),
             "admin": (_bound(s.admin_host, s.admin_port, "admin-port"), admin_app(self.serving)),
         }
-        self._grpc = grpc_server(self.serving)
         try:
             self.ports["grpc"] = self._grpc.add_insecure_port(f"{_bracketed(s.host)}:{s.grpc_port}")
         except RuntimeError as e:
@@ -183,7 +183,8 @@ def _bound(host: str, port: int, option: str) -> socket.socket:
         bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return bound
     except OSError as e:
-        raise UsageError(f"port {port} of {host} cannot be taken ({e.strerror}); choose another with --{option}") from e
+        why = str(e.strerror).partition(" (")[0]  # Python adds the address, which is told anyway
+        raise UsageError(f"port {port} of {host} cannot be taken ({why}); choose another with --{option}") from e
 
 
 def _bracketed(host: str) -> str:

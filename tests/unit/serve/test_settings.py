@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -91,6 +92,16 @@ def test_bad_usage_is_one_line(arguments: list[str], capsys: pytest.CaptureFixtu
     said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("{")]
     assert len(said) == 1
     assert "unexpected" not in said[0]
+
+
+@pytest.mark.parametrize("which", ["http", "grpc", "admin"])
+def test_a_port_that_is_taken_is_named(which: str, bundle_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = str(taken.getsockname()[1])
+        ports = [x for p in ("http", "grpc", "admin") for x in (f"--{p}-port", number if p == which else "0")]
+        assert commands.main(["serve", *ports, f"m={bundle_dir}"]) == 2
+    assert f"port {number} of 127.0.0.1 cannot be taken" in (said := capsys.readouterr().err)
+    assert f"choose another with --{which}-port" in said
 
 
 def test_the_command_serves_until_it_is_told_to_end(bundle_dir: Path) -> None:
