@@ -28,8 +28,9 @@ class Counted:
         self.batcher = Batcher(self.run, most, seconds, places)
         self.call = self.batcher.call
 
-    def run(self, items, _):
+    def run(self, items, deadline):
         self.runs.append(sorted(items))
+        assert len(items) == 1 or deadline is NEVER, "one caller's deadline is not the others'"
         if self.held & set(items):
             self.began.release()
             assert self.go.wait(20)
@@ -71,7 +72,7 @@ def test_who_comes_alone_waits_for_nobody_and_who_finds_no_place_is_gathered(poo
     made = Counted(held=[1])
     first = pool.submit(made.call, 1, 1, NEVER)
     made.began.acquire()
-    rest = held_up(made, pool, 2, 3, 4)
+    rest = held_up(made, pool, 2, 3, 4, deadline=Deadline(600))
     assert made.runs == [[1]]
     made.go.set()
     assert [call.result() for call in (first, *rest)] == [-1, -2, -3, -4]
