@@ -36,6 +36,8 @@ _KNOWN: Final = frozenset({TOKENS, TARGETS, USERS, OFFSETS})
 _LARGEST_ROW: Final = 1 << 30
 # More are no table's: ids have 64 bits, and offsets of bytes too.
 _MOST_ROWS: Final = 1 << 40
+# More is no file's, and sizes of 64 bits would begin at 0 again: a few bytes could pass for all of them.
+_MOST_BYTES: Final = 1 << 62
 # Real ones have some hundreds.
 _MOST_TENSORS: Final = 2000
 
@@ -97,7 +99,8 @@ def _check_tables(manifest: Manifest) -> None:
         where = f"table {table.name!r:.80}"
         if table.dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"{where}: dtype is {table.dtype!r:.60}, expected float32, float16 or bfloat16")
-        if not 0 < table.rows < _MOST_ROWS or not 0 < table.row_bytes <= _LARGEST_ROW:
+        small = 0 < table.rows < _MOST_ROWS and 0 < table.row_bytes <= _LARGEST_ROW
+        if not small or table.rows * table.row_bytes > _MOST_BYTES:
             raise ValueError(f"{where}: has the shape [{table.rows}, {table.width}], which is no table's")
         if not 0 < table.block_rows <= _LARGEST_ROW or table.block_rows & (table.block_rows - 1):
             raise ValueError(f"{where}: block_rows is {table.block_rows}, expected a power of two")

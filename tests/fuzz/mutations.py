@@ -25,7 +25,18 @@ WORDS = (
     *ITEM_BYTES,
 )
 NUMBERS = (0, 1, -1, 2, 3, 5, 64, 255, 1 << 31, 1 << 40, 1 << 62, 1 << 64, 0.5, -0.0, 1e300)
-PARTS = ("graphs", "state", "engines", "padding", "max_history", "min_history", "appendable", "split", "precision")
+PARTS = (
+    "graphs",
+    "state",
+    "engines",
+    "padding",
+    "tables",
+    "max_history",
+    "min_history",
+    "appendable",
+    "split",
+    "precision",
+)
 
 
 def read(folder: Path) -> tuple[Manifest, Files]:

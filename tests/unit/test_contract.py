@@ -74,6 +74,10 @@ BROKEN = {
         lambda m: change_all(m, next(s["name"] for s in m["state"] if s["input"] and s["shape"] == ["B_plus_1"]),
                              dtype="float32"), ("int32 or int64",)),
     "offsets of two axes": (lambda m: change_all(m, "history_offsets", shape=["B_plus_1", 2]), ("B_plus_1",)),
+    "a table of more bytes than 64 bits count": (
+        lambda m: m.update(tables=[{"name": "x", "file": "x.rows", "digests": "x.digests", "dtype": "float32",
+                                    "rows": (1 << 34) + 1, "width": 1 << 28, "block_rows": 1 << 20}]),
+        ("which is no table's",)),
     "a size without a name": (lambda m: change_all(m, "target_item", shape=[""]), ("no name",)),
     "a limit of truths": (
         lambda m: change_all(m, "request_device", dtype="bool", limit=2), ("bool and has a limit of ids",)),

@@ -193,6 +193,7 @@ void check_scores(const Manifest& manifest) {
 /// Tables that can be files of their sizes, and look-ups of tables that there are by ids that there are.
 void check_tables(const Manifest& manifest) {
   constexpr std::int64_t most_rows = std::int64_t{1} << 40;
+  constexpr std::size_t most_bytes = std::size_t{1} << 62;  // else a few bytes could pass for all of them
   std::unordered_set<std::string_view> names;
   for (const TableSpec& table : manifest.tables) {
     if (!names.insert(table.name).second) broken("tables: two have one name");
@@ -201,7 +202,8 @@ void check_tables(const Manifest& manifest) {
       broken(where + ": dtype is '" + dtype_name(table.dtype) + "', expected float32, float16 or bfloat16");
     }
     const bool narrow = table.width > 0 && table.width <= static_cast<std::int64_t>(largest_row);
-    if (table.rows < 1 || table.rows >= most_rows || !narrow || table.row_bytes() > largest_row) {
+    const bool large = !narrow || table.row_bytes() > largest_row || table.rows >= most_rows;
+    if (table.rows < 1 || large || static_cast<std::size_t>(table.rows) > most_bytes / table.row_bytes()) {
       broken(where + ": has the shape [" + std::to_string(table.rows) + ", " + std::to_string(table.width) +
              "], which is no table's");
     }

@@ -212,6 +212,14 @@ TEST(contract_of_the_manifest) {
          entry["precision"] = "fp32";
          m["engines"].list().push_back(entry);
        }},
+      {"table 'x': has the shape [17179869185, 268435456], which is no table's",  // of so many bytes, 64 bits tell a few
+       [](Tree& m) {
+         Tree table;
+         table.value = Tree::Object{};
+         table["name"] = "x", table["file"] = "x.rows", table["digests"] = "x.digests", table["dtype"] = "float32";
+         table["rows"] = (std::int64_t{1} << 34) + 1, table["width"] = 1 << 28, table["block_rows"] = 1 << 20;
+         m["tables"] = Tree::List{table};
+       }},
       {"manifest.json is not JSON (a number is too large",
        [](Tree& m) { m["split"].value = std::numeric_limits<double>::infinity(); }},
       // A name of others in a message is neither a second line nor a megabyte.
