@@ -23,6 +23,7 @@ settings.load_profile("stca")
 Exporter = Callable[[str, str], Path]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep a file's tests, and all of C++, in one process each: they share what takes long to make.
 
