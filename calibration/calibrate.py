@@ -122,6 +122,8 @@ def calibrate(
         ParityError: when no tensor can be in 8 bits under the budget, naming the one to blame and the node it is from.
     """
     candidates = _candidates(bundle)
+    if os.path.realpath(out) == os.path.realpath(bundle.path):
+        raise UsageError(f"{out}: is the bundle to calibrate, which is compared with the new one; name another place")
     place_for(out)
     progress("float32 on the trace")
     labels = [r.labels for r in trace()] if budget.auc is not None else []

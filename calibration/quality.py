@@ -122,12 +122,22 @@ def measure(
     for column, task in enumerate(tasks):
         a, b = ([np.asarray(x[:, column], np.float64) for x in scores] for scores in (exact, found))
         if budget.auc is not None:
-            known = [i for i, x in enumerate(labels) if x is not None]
+            known = [i for i, x in enumerate(labels) if x is not None and np.isfinite(np.asarray(x)[:, column]).any()]
+            if 0 < len(known) < LEAST_REQUESTS:
+                raise UsageError(
+                    f"{len(known)} requests of the trace have labels of task {task}, auc needs {LEAST_REQUESTS}; "
+                    "add labels, or bound top10 alone"
+                )
             truth = [np.asarray(labels[i])[:, column] for i in known]
             own, change = auc_change([a[i] for i in known], [b[i] for i in known], truth, task)
             made.append(Measure(f"auc {task}", change, budget.auc, own))
         for k, bound in budget.top.items():
-            shares = np.array([_share(x, y, k) for x, y in zip(a, b, strict=True) if len(x)])
+            shares = np.array([_share(x, y, k) for x, y in zip(a, b, strict=True) if len(x) > k])
+            if len(shares) < LEAST_REQUESTS:  # of k targets, all are among the best k, whatever the scores are
+                raise UsageError(
+                    f"{len(shares)} requests of the trace have more than {k} targets, top{k} needs {LEAST_REQUESTS}; "
+                    "record more, or bound a smaller top"
+                )
             made.append(Measure(f"top{k} {task}", _mean(shares), bound))
     return made
 

@@ -181,7 +181,8 @@ def _written(tensor: TensorProto, contents: Array, folder: Path, stem: str) -> T
         rows = np.array(contents[begin:end])
         if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)  # read-only and of a file: nothing is lost
-        if rows.dtype.kind == "f" and (np.isnan(rows) | np.isposinf(rows)).any():
+        values = rows.astype(np.float32, copy=False)  # bfloat16 is not of numpy's own kinds
+        if (np.isnan(values) | np.isposinf(values)).any():
             raise SplitError(f"weight {tensor.name!r} has NaN or infinite values; export an earlier step")
         return rows
 

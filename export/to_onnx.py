@@ -32,6 +32,7 @@ from stca.plugins import onnx_function, torch_op  # noqa: F401  # which register
 from stca.plugins.spec import DOMAIN, OP_NAME, OP_VERSION
 
 _OPSET = values.Opset(DOMAIN, OP_VERSION)
+_OTHERWISE_IN_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,15 @@ def to_request_graph(
 
     Args:
         model: whose module takes one dict of named tensors.
-        progress: told when torch's newer exporter cannot trace the model and the older one can.
+        progress: told when torch's newer exporter cannot trace the model and the older one can, and of training mode.
         large: takes the weights that are to be kept out of the graph; None for none.
 
     Raises:
         ExportError: when torch cannot trace the module or ONNX has no operator for a part of it.
     """
     check_inputs(model)
+    if any(part.training for part in model.module.modules() if isinstance(part, _OTHERWISE_IN_TRAINING)):
+        progress("the module is in training mode: exporting it as after eval()")
     onnx_function.register_schema()
     feeds = example_inputs(model.inputs)
     dynamic = {

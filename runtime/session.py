@@ -188,11 +188,12 @@ class Session:
         sent = [mapping_of("inputs", r.inputs) for r in requests]
         rows = [model.door.admit(inputs, "request", "target") for inputs in sent]
         targets = [model.targets(row) for row in rows]
-        if self._recorder is not None:
-            for r, row in zip(requests, rows, strict=True):
-                self._recorder.offer(model.door, r.inputs, row, r.user)
         if not any(n != 0 for n in targets):  # nothing is run, and nobody encoded, for no scores
             return Answer(model.none(), (False,) * len(rows), {"check": time.perf_counter() - began})
+        if self._recorder is not None:
+            for r, row, n in zip(requests, rows, targets, strict=True):
+                if n != 0:
+                    self._recorder.offer(model.door, r.inputs, row, r.user)
         if len(rows) > 1:
             model.door.limits.check_targets(sum(n or 0 for n in targets), "targets of all requests")
         found = [self._states.find(model, x, r.user, r.version) for x, r in zip(sent, requests, strict=True)]
@@ -350,10 +351,11 @@ class Session:
     def close(self) -> None:
         """Give back the kept states; the session takes no more requests. A `with` block closes it at its end."""
         self._closed = True
+        if self.forked:  # where another thread's lock would stay locked, and the parent records
+            return
         if self._recorder is not None:
             self._recorder.close()
-        if not self.forked:  # where another thread's lock would stay locked
-            self._store.close()
+        self._store.close()
 
     def __enter__(self) -> Session:
         return self

@@ -66,6 +66,11 @@ class Traced:
         return made
 
 
+def _for_its_owner(path: str, flags: int) -> int:
+    """Open a file that nobody else can read."""
+    return os.open(path, flags, 0o600)
+
+
 class TraceWriter:
     """Writes a trace. What was added since the last shard is lost when the process dies; nothing else is.
 
@@ -83,7 +88,7 @@ class TraceWriter:
     ) -> None:
         self.folder, self._shard_bytes, self._max_bytes = Path(folder), shard_bytes, max_bytes
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # histories of users
             shards = _shards(self.folder)
             self.bytes = sum(s.stat().st_size for s in shards)
         except OSError as e:
@@ -132,7 +137,7 @@ class TraceWriter:
         """The next shard, which no other writer has: several processes may record into one folder."""
         while True:
             with contextlib.suppress(FileExistsError):
-                return open(self.folder / f"{self._next:06}.safetensors", "xb")
+                return open(self.folder / f"{self._next:06}.safetensors", "xb", opener=_for_its_owner)
             self._next += 1
 
     def __enter__(self) -> TraceWriter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +167,19 @@ def test_a_session_records_requests_that_bring_their_history(tmp_path, bundle_di
     assert found[0].inputs.keys() == sent.keys()
     assert all(np.array_equal(found[1].inputs[n], x) for n, x in sent.items())
     assert not any(b"ann of the hills" in f.read_bytes() for f in (tmp_path / "t").iterdir())
+    assert not any(p.stat().st_mode & 0o077 for p in (tmp_path / "t", *(tmp_path / "t").iterdir())), "others may read"
+
+
+def test_what_asks_for_no_scores_and_a_forked_child_record_nothing(tmp_path, bundle_dir):
+    session = Session.load(bundle_dir, threads=1, record=Recording(tmp_path / "t", 1.0))
+    none = probe.single(session.manifest.graphs["request"].inputs, 6, 0, np.random.default_rng(0))
+    assert len(session.score(Request(none, "u", 1))) == 0
+    ask(session, "u", 1)
+    session.forked = True  # as in a child, whose parent has the same requests waiting
+    session.close()
+    session.forked = False
+    session.close()
+    assert len(list(Trace(tmp_path / "t"))) == 1
 
 
 def test_recording_takes_a_share_and_ends_at_its_bound(tmp_path, bundle_dir):
@@ -184,11 +197,8 @@ def test_recording_takes_a_share_and_ends_at_its_bound(tmp_path, bundle_dir):
 def test_recording_costs_no_request_its_scores(tmp_path, bundle_dir):
     with Session.load(bundle_dir, threads=1, record=Recording(tmp_path / "t", 1.0, max_bytes=8 << 10)) as session:
         (tmp_path / "t").rmdir()  # nothing can be written any more
-        threads = [threading.Thread(target=lambda i=i: [ask(session, f"{i}", i) for _ in range(5)]) for i in range(4)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
+        with ThreadPoolExecutor(4) as pool:  # which tells what was raised
+            assert len(list(pool.map(lambda i: ask(session, f"{i % 4}", i % 4), range(20)))) == 20
     assert not (tmp_path / "t").exists()
 
 

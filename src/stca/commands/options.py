@@ -12,6 +12,7 @@ from stca.backends import BACKENDS
 from stca.bundle import Bundle
 from stca.commands.progress import finish
 from stca.errors import UsageError
+from stca.manifest import Manifest
 
 ENGINES = tuple(sorted(BACKENDS))
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -173,7 +174,9 @@ def exported(args: argparse.Namespace, bundle: Bundle, triton_model: Path | None
     lines = [
         f"{bundle.path}: verified, weights {m.weights[:12]}",
         f"user state: {m.split['bytes_per_token']} bytes per history token, {m.split['state_bytes']:,} bytes in all; "
-        f"cached {100 * m.cached:.1f} % of the work",
+        f"cached {100 * m.cached:.1f} % of the work"
+        + (", of what is left when all targets share one history" if m.split.get("lifted") else ""),
+        *_fixed_targets(m),
         *(d["text"] for d in m.split["request_dependencies"]),
         *m.split["notes"],
     ]
@@ -182,6 +185,14 @@ def exported(args: argparse.Namespace, bundle: Bundle, triton_model: Path | None
         lines.append(f"{triton_model}: its README.md says how to run it")
     emit(args, data, "\n".join(lines))
     return 0
+
+
+def _fixed_targets(m: Manifest) -> list[str]:
+    """A line where a request has as many targets as the model says, and no others."""
+    shapes = [s.shape for s in m.graphs["request"].inputs if s.scope == "target"]
+    if not shapes or any(isinstance(n, str) for shape in shapes for n in shape):
+        return []
+    return ["each request scores as many targets as the model was made for; give their size a name to serve any number"]
 
 
 def memory(parts: Mapping[str, int]) -> str:

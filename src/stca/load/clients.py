@@ -127,7 +127,8 @@ class Behind:
     def _asked(self, path: str) -> Any:
         status, told = self._sent(self._at, "GET", path, None, {})
         if status != 200:
-            raise UsageError(f"http://{self._at[0]}:{self._at[1]}{path}: {told['code']}; is that a server of stca?")
+            why = told.get("error", told["code"])
+            raise UsageError(f"http://{self._at[0]}:{self._at[1]}{path}: {why}; is that a server of stca?")
         return told
 
     def _post(
@@ -160,9 +161,9 @@ class Behind:
             answer = connection.getresponse()
             text = answer.read()
             return answer.status, json.loads(text[: int(answer.headers.get(HEADER_LENGTH, len(text)))])
-        except (OSError, http.client.HTTPException, ValueError):
+        except (OSError, http.client.HTTPException, ValueError) as e:
             connection.close()
-            return 0, {"code": "connection"}
+            return 0, {"code": "connection", "error": getattr(e, "strerror", None) or type(e).__name__}
 
 
 def _address(url: str) -> tuple[tuple[str, int], str]:

@@ -94,6 +94,8 @@ def _config(name: str, inputs: list[TensorSpec], outputs: tuple[TensorSpec, ...]
 
 
 def _tensor(spec: TensorSpec) -> str:
+    if not spec.name.isprintable() or set(spec.name) & {'"', "\\"}:  # it would end the text that names it
+        raise UsageError(f"{spec.name!r:.80}: is no name for Triton's configuration; rename it and export again")
     dims = ", ".join(str(n) if isinstance(n, int) else "-1" for n in spec.shape)
     shape = f"dims: [ {dims} ]" if dims else "dims: [ 1 ] reshape: { shape: [ ] }"
     optional = " optional: true" if spec.scope == "user" else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.errors import one_line
 
 from stca.calibration.quality import Budget, Estimate, Measure, auc, auc_change, measure
 from stca.errors import UsageError
@@ -76,7 +77,16 @@ def test_the_best_are_counted_with_their_ties():
     assert measure(exact, swapped, labels, ["t"], budget)[0].estimate.value == 1.0
     assert measure(exact, lost, labels, ["t"], budget)[0].estimate.value == 0.5
     assert measure(exact, lost, labels, ["t"], budget)[0].verdict == "broken"
-    assert measure(exact, lost, labels, ["t"], Budget.parse("top40=1"))[0].estimate.value == 1.0
+
+
+def test_what_any_scores_would_hold_decides_nothing():
+    exact = [np.array([[5.0], [4.0], [3.0], [1.0]])] * 8
+    for few in (exact, [*exact[:7], np.ones((9, 1))]):  # all of k targets are the best k
+        with one_line(UsageError, "more than 4 targets", "top4 needs 8"):
+            measure(few, few, [None] * 8, ["t"], Budget.parse("top4=0.5"))
+    labels = [np.array([[1.0], [0.0], [0.0], [np.nan]]), *[np.full((4, 1), np.nan)] * 6, None]
+    with one_line(UsageError, "1 requests of the trace have labels of task t", "auc needs 8"):
+        measure(exact, exact, labels, ["t"], Budget.parse("auc=0.1"))
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,14 @@ def test_rows_that_are_not_finite_are_refused(tmp_path):
     assert not (tmp_path / "bundle").exists()
 
 
+def test_narrow_rows_that_are_not_finite_are_refused(tmp_path, monkeypatch):
+    values = tables.table()
+    values[4321, 3] = np.nan
+    monkeypatch.setattr(tables, "table", lambda: values)
+    with one_line(SplitError, "'table'", "NaN or infinite"):
+        tables.split(tables.model(kind=TensorProto.BFLOAT16), tmp_path)
+
+
 def test_a_table_beside_the_model_is_read_by_slices_and_stays_sparse(tmp_path, monkeypatch):
     model, rows = tables.model(), 1 << 20
     values = tables.table(rows)[: 1 << 12]

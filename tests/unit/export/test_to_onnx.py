@@ -253,6 +253,26 @@ def test_what_is_computed_of_constants_is_folded_and_no_weight():
     torch.testing.assert_close(torch.from_numpy(scores), module(feeds))
 
 
+def test_training_mode_is_told_where_it_matters():
+    inputs = (
+        TensorSpec("history", "float32", ("B", 4), "user"),
+        TensorSpec("target", "float32", ("B", 4), "target"),
+    )
+
+    class Joined(nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.part = part
+
+        def forward(self, inputs):
+            return self.part(inputs["history"] + inputs["target"])
+
+    told = []
+    for part in (nn.Dropout(), nn.LayerNorm(4), nn.Dropout().eval()):
+        to_request_graph(RequestModel(Joined(part), inputs), told.append)
+    assert told == ["the module is in training mode: exporting it as after eval()"]
+
+
 def test_an_unused_input_stays_an_input():
     unused = TensorSpec("unused", "int64", ("N_t",), "target")
     graph = to_request_graph(RequestModel(Plain(), (ROWS, unused))).graph

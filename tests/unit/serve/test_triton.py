@@ -130,6 +130,9 @@ def test_the_repository_is_one_model_with_all_that_it_needs(repository, bundle_d
     assert f"{repository}/ranker/1" in (repository / "ranker" / "README.md").read_text()
     number = _tensor(TensorSpec("hour", "int64", (), "request"))
     assert number == '{ name: "hour" data_type: TYPE_INT64 dims: [ 1 ] reshape: { shape: [ ] } }'
+    for name in ('a" } ] parameters [ {', "a\\", "a\nb"):  # would be read as more than a name
+        with one_line(UsageError, "no name for Triton's configuration"):
+            _tensor(TensorSpec(name, "int64", (), "request"))
 
 
 def test_it_scores_as_the_session_and_keeps_states(repository, asked, session):
