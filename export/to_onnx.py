@@ -247,7 +247,7 @@ def _fold_constants(model: onnx_ir.Model) -> None:
     optimizer.fold_constants(
         model, should_fold=lambda node: False if any(x is not None and x.name in weights for x in node.inputs) else None
     )
-    for name in set(graph.initializers) - weights:
+    for name in [name for name in graph.initializers if name not in weights]:  # in an order that every run has
         value = graph.initializers.pop(name)
         constant = onnx_ir.node("Constant", [], {"value": value.const_value})
         graph.insert_before(graph[0], constant)

@@ -22,6 +22,7 @@ from support.errors import one_line
 
 import stca.engines.build
 import stca.engines.tensorrt_backend
+import stca.folders
 from stca import probe
 from stca.bundle import Bundle, BundleChangedError, seal, sha256_of
 from stca.engines.build import Workload, build
@@ -436,14 +437,14 @@ def test_an_engine_takes_the_place_of_one_that_served_the_same(bundle, monkeypat
 
 def test_two_builds_at_once_lose_nothing(bundle, monkeypatch):
     """Engines of one that ends while the other writes stay. To weights that came meanwhile, none are added."""
-    real = stca.engines.build.share
+    real = stca.folders.share
 
     def meanwhile(work):
-        monkeypatch.setattr(stca.engines.build, "share", real)
+        monkeypatch.setattr(stca.folders, "share", real)
         work()
 
     def shared(work):
-        monkeypatch.setattr(stca.engines.build, "share", lambda *names: (meanwhile(work), real(*names)))
+        monkeypatch.setattr(stca.folders, "share", lambda *names: (meanwhile(work), real(*names)))
 
     shared(lambda: build(bundle, engine="onnxruntime", precision="fp16"))
     build(bundle, engine="onnxruntime")

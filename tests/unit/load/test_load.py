@@ -109,7 +109,7 @@ class Appends:
 
     def score(self, user: str, version: int, inputs: Mapping[str, Any], deadline_ms: float | None) -> Answered:
         self.asked.append(version)
-        known = version == self.version or "history_item" in inputs
+        known = version <= self.version or "history_item" in inputs
         return Answered("ok", True) if known else Answered("history_needed")
 
     def append(self, user: str, version: int, after: int, events: Mapping[str, Any]) -> bool:
@@ -144,8 +144,9 @@ def test_against_a_session_every_request_is_scored(bundle_dir):
     assert found.hits > found.requests / 2
     assert {"50", "90"} <= found.percentiles_ms["all"].keys()
     assert "99.9" not in found.percentiles_ms["all"], "of a few hundred, none is the slowest of a thousand"
-    long = found.timeline[0].at * 2
-    assert sum(part.offered_per_second for part in found.timeline) * long == pytest.approx(found.requests, rel=0.02)
+    long, rounded = found.timeline[0].at * 2, 0.001 / found.timeline[0].at
+    offered = sum(part.offered_per_second for part in found.timeline) * long
+    assert offered == pytest.approx(found.requests, rel=0.01 + rounded)
     assert found.appended > 0
     assert found.store["misses"] == found.misses
     without = InProcess(Session.load(bundle_dir, threads=1, cache_bytes=0))

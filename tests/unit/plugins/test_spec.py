@@ -48,7 +48,7 @@ def test_the_kernel_takes_them_in_order():
 
 
 def test_the_cpp_plugin():
-    source = (CPP / "plugin.cc").read_text(encoding="utf-8")
+    source = "".join((CPP / name).read_text(encoding="utf-8") for name in ("plugin.h", "plugin.cc"))
 
     def listed(constant: str) -> list[str]:
         found = re.search(rf"{constant}\[kINPUTS\]\s*=\s*\{{([^}}]*)\}}", source)

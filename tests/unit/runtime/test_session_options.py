@@ -165,7 +165,7 @@ def test_the_log_tells_of_bundles_and_counts_and_never_of_users(bundle_dir, othe
     told = [r.getMessage() for r in caplog.records]
     assert [r.levelname for r in caplog.records] == ["INFO", "DEBUG", "INFO"]
     assert told[0].startswith("loaded ")
-    assert str(bundle_dir) in told[0]
+    assert str(bundle_dir)[:40] in told[0]  # longer paths are cut
     assert session.engines["user_encoder"] in told[0]
     assert told[1] == "evicted 1 states; 1 are kept"
     assert told[2].startswith("swapped in ")
