@@ -60,8 +60,8 @@ def _row(session: Session, history: int, targets: int, *, rounds: int) -> dict[s
     specs = session.manifest.graphs["request"].inputs
     whole = probe.single(specs, history, targets, np.random.default_rng(0))
     of_user = {s.name for s in specs if s.scope == "user"}
-    hit = Request({name: x for name, x in whole.items() if name not in of_user}, "ann", "kept")
-    session.score(Request(whole, "ann", "kept"))
+    hit = Request({name: x for name, x in whole.items() if name not in of_user}, "ann", history)
+    session.score(Request(whole, "ann", history))  # a version of its own, or the last size's state would be a hit
     versions = itertools.count()
     encoder, scorer = _bare(session, whole)
     ways: dict[str, Callable[[], object]] = {
