@@ -18,7 +18,7 @@ from stca.errors import EngineError, RequestError, UsageError
 from stca.manifest import Manifest
 from stca.runtime.batching import ALONE, Batcher, Runs
 from stca.runtime.changing import Way, change
-from stca.runtime.client_values import mapping_of, quoted
+from stca.runtime.client_values import mapping_of
 from stca.runtime.deadline import Deadline, Wanted
 from stca.runtime.engine import Engine
 from stca.runtime.machine import mark_after_fork
@@ -399,4 +399,4 @@ def _told(bundle: str | os.PathLike[str], model: Model, began: float) -> str:
     """A loaded bundle for the log."""
     engines = ", ".join(dict.fromkeys((model.encoder.name, model.scorer.name)))
     seconds = time.perf_counter() - began
-    return f"{quoted(os.fspath(bundle))}: weights {model.manifest.weights[:12]}, {engines}, in {seconds:.2f} s"
+    return f"{os.fspath(bundle)!r}: weights {model.manifest.weights[:12]}, {engines}, in {seconds:.2f} s"

@@ -120,14 +120,12 @@ def pack(inputs: Sequence[TensorSpec], requests: Sequence[dict[str, Array]]) -> 
     feeds: dict[str, Array] = {}
     for spec in inputs:
         if spec.shape == (OFFSETS,):
-            rows = next(s.name for s in inputs if s.scope == spec.scope and s.shape[:1] != (OFFSETS,) and _ragged(s))
-            feeds[spec.name] = np.cumsum([0, *(len(r[rows]) for r in requests)]).astype(spec.dtype)
+            counted = TOKENS if spec.scope == "user" else TARGETS  # as a session's door counts them
+            rows = next((s.name for s in inputs if s.shape[:1] == (counted,)), None)
+            counts = [len(r[rows]) if rows else 0 for r in requests]
+            feeds[spec.name] = np.cumsum([0, *counts]).astype(spec.dtype)
         elif len(requests) == 1:
             feeds[spec.name] = requests[0][spec.name]
         else:
             feeds[spec.name] = np.concatenate([r[spec.name] for r in requests])
     return feeds
-
-
-def _ragged(spec: TensorSpec) -> bool:
-    return spec.shape[:1] in ((TOKENS,), (TARGETS,))

@@ -107,3 +107,12 @@ def test_packing_one_request_of_a_model_without_offsets():
     specs = (TensorSpec("u", "float32", ("N_h", 3), "user"), TensorSpec("t", "float32", ("N_t",), "target"))
     one = probe.single(specs, 4, 2, np.random.default_rng(0))
     assert probe.pack(specs, [one]) == one
+
+
+def test_packing_offsets_of_which_no_input_has_rows():
+    """As a session takes them: nobody has a row."""
+    offsets = TensorSpec("target_offsets", "int32", ("B_plus_1",), "target")
+    specs = (TensorSpec("history_item", "int64", ("N_h",), "user"), offsets)
+    requests = [{"history_item": np.arange(n)} for n in (3, 2)]
+    packed = probe.pack(specs, requests)
+    assert packed["target_offsets"].tolist() == [0, 0, 0]
