@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from outcome import tell
 from serving import Served
 
 from stca import probe
@@ -45,10 +46,7 @@ def main() -> None:
     found = {str(most): _measured(args, most) for most in args.batch_tokens}
     traffic = {n: getattr(args, n) for n in ("connections", "history", "targets", "long")}
     result = {"bundle": Path(args.bundle).name, "machine": machine(None), "joined": joined, **traffic, "by": found}
-    text = json.dumps(result, indent=1)
-    if args.out:
-        Path(args.out).write_text(text + "\n", encoding="utf-8")
-    print(text)
+    tell(result, args.out)
 
 
 def _measured(args: argparse.Namespace, most: int) -> dict[str, Any]:

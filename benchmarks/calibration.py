@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from outcome import command, tell
 
 from stca import probe
 from stca.arrays import Array
@@ -61,16 +62,13 @@ def main() -> None:
             "speed": lambda: _speed(bundle, requests[0], runs, root, args),
         }
         about = {
-            "command": "python benchmarks/" + " ".join([Path(__file__).name, *sys.argv[1:]]),
+            "command": command(),
             "machine": machine(args.threads),
             "versions": installed(),
             "requests": {"users": args.users, "history": args.history, "targets": args.targets},
         }
         result = known | {name: {**about, "found": parts[name]()} for name in args.parts.split(",")}
-    text = json.dumps(result, indent=1)
-    if args.out:
-        Path(args.out).write_text(text + "\n", encoding="utf-8")
-    print(text)
+    tell(result, args.out)
 
 
 def _exported(out: Path) -> Bundle:

@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from outcome import tell
+
 from stca.bundle import sha256_of, writing
 from stca.checks.bench import machine
 from stca.manifest import WEIGHTS, GraphSpec, Manifest, StateSpec, TensorSpec
@@ -98,10 +100,7 @@ def main() -> int:
         sizes = [str(arguments.history), str(arguments.targets), str(arguments.seconds)]
         done = subprocess.run([program, Path(folder) / "bundle", *sizes], check=True, stdout=subprocess.PIPE, text=True)
     asked = {"history": arguments.history, "targets": arguments.targets, "machine": about}
-    text = json.dumps({**asked, **json.loads(done.stdout)}, indent=1)
-    if arguments.out:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    tell({**asked, **json.loads(done.stdout)}, arguments.out)
     return 0
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import random
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from outcome import tell
 
 from stca import probe
 from stca.checks.bench import machine
@@ -49,10 +49,7 @@ def main() -> None:
             rows = [_row(session, *map(int, size.split("x")), rounds=args.rounds) for size in args.sizes.split(",")]
             engine = session.engines["target_scorer"]
     load = os.getloadavg()[0]
-    text = json.dumps({"engine": engine, "machine": {**machine(1), "load": load}, "rows": rows}, indent=1)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+    tell({"engine": engine, "machine": {**machine(1), "load": load}, "rows": rows}, args.out)
 
 
 def _row(session: Session, history: int, targets: int, *, rounds: int) -> dict[str, Any]:

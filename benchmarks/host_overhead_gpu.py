@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import tempfile
 import time
@@ -21,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from outcome import tell
 
 import stca.runtime.model
 from stca import probe
@@ -133,10 +133,7 @@ def main() -> None:
         "fastest_round": round(min(rounds), 1),
         "cuda_calls": (cuda.calls - calls) / count,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    tell(result, args.out)
 
 
 def _engines(bundle: Bundle, cuda: Cuda, history: int, targets: int) -> dict[str, TensorRTEngine]:

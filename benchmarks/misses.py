@@ -11,7 +11,6 @@ the tokens of one run. The ways take turns, so that the machine's drift meets al
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from outcome import command, tell
 
 import stca.runtime.model
 from stca import probe
@@ -41,7 +41,7 @@ def main() -> None:
         session = Session.load(bundle.path, threads=args.threads, cache_bytes=1 << 40)
         split = bundle.manifest.split
         result = {
-            "command": "python benchmarks/" + " ".join([Path(__file__).name, *sys.argv[1:]]),
+            "command": command(),
             "machine": machine(args.threads),
             "engines": dict(session.engines),
             "config": bundle.manifest.model["config"],
@@ -50,10 +50,7 @@ def main() -> None:
             "together": stca.runtime.model._TOKENS_TOGETHER,
             "rows": [_row(session, users, tokens, args) for users, tokens in args.batches],
         }
-    text = json.dumps(result, indent=1)
-    if args.out:
-        Path(args.out).write_text(text + "\n", encoding="utf-8")
-    print(text)
+    tell(result, args.out)
 
 
 def _arguments() -> argparse.Namespace:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from outcome import tell
 
 from stca import probe
 from stca.bundle import Bundle
@@ -45,10 +46,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows += measured(exported(width, Path(folder)), width)
     worst = max(abs(row[f"{stage}_ratio"] - 1) for row in rows for stage in ("hit", "miss"))
-    text = json.dumps({"machine": machine(1), "layers": 4, "rows": rows, "worst": round(worst, 3)}, indent=1)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    tell({"machine": machine(1), "layers": 4, "rows": rows, "worst": round(worst, 3)}, args.out)
 
 
 def exported(width: int, folder: Path) -> Bundle:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from outcome import command, tell
 
 from stca import probe
 from stca.bundle import Bundle
@@ -42,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, bundle = _export(args, Path(folder))
         result = {
-            "command": "python benchmarks/" + " ".join([Path(__file__).name, *sys.argv[1:]]),
+            "command": command(),
             "machine": machine(args.threads),
             "versions": {"torch": torch.__version__, "engine": OnnxRuntimeEngine(bundle.file("request")).name},
             "config": json.loads(model.config.to_json()),
@@ -54,10 +55,7 @@ def main() -> None:
             "scaling": _scaling(bundle, args),
             "floor": _floor(bundle, args),
         }
-    text = json.dumps(result, indent=1)
-    if args.out:
-        Path(args.out).write_text(text + "\n", encoding="utf-8")
-    print(text)
+    tell(result, args.out)
 
 
 def _arguments() -> argparse.Namespace:

@@ -12,8 +12,6 @@ measured, and the part of the counted gain that was measured.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from outcome import command, tell
 
 from stca.arrays import Array
 from stca.bundle import Bundle
@@ -39,15 +38,12 @@ from stca.runtime import OnnxRuntimeEngine, Request, Session
 def main() -> None:
     args = _arguments()
     result = {
-        "command": "python benchmarks/" + " ".join([Path(__file__).name, *sys.argv[1:]]),
+        "command": command(),
         "machine": machine(1),
         "targets": args.targets,
         "rows": [_row(name, args) for name in args.names],
     }
-    text = json.dumps(result, indent=1)
-    if args.out:
-        Path(args.out).write_text(text + "\n", encoding="utf-8")
-    print(text)
+    tell(result, args.out)
 
 
 def _arguments() -> argparse.Namespace:

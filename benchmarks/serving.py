@@ -24,6 +24,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from outcome import tell
+
 from stca.checks.bench import machine
 from stca.load.clients import Behind
 from stca.load.inputs import Inputs
@@ -76,10 +78,7 @@ def main() -> None:
         found = _measured(args, served, traffic)
     finally:
         served.process.kill()
-    text = json.dumps(found, indent=1)
-    if args.out:
-        Path(args.out).write_text(text + "\n", encoding="utf-8")
-    print(text)
+    tell(found, args.out)
 
 
 def _measured(args: argparse.Namespace, served: Served, traffic: Traffic) -> dict[str, Any]:

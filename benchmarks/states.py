@@ -22,6 +22,7 @@ from typing import Any
 
 import misses
 import numpy as np
+from outcome import command, tell
 
 from stca import probe
 from stca.arrays import Array
@@ -35,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bundle = misses.random_bundle(args, Path(folder))
         result: dict[str, Any] = {
-            "command": "python benchmarks/" + " ".join([Path(__file__).name, *sys.argv[1:]]),
+            "command": command(),
             "machine": machine(args.threads),
             "config": bundle.manifest.model["config"],
             "state_bytes_per_token": bundle.manifest.split["bytes_per_token"],
@@ -46,10 +47,7 @@ def main() -> None:
             measure = {"one_user": _one_user, "traffic": _traffic, "ahead": _ahead}[name]
             result[name] = measure(bundle.path, Path(folder, "states"), args)
             print(name, json.dumps(result[name], indent=1), file=sys.stderr)
-    text = json.dumps(result, indent=1)
-    if args.out:
-        Path(args.out).write_text(text + "\n", encoding="utf-8")
-    print(text)
+    tell(result, args.out)
 
 
 def _arguments() -> argparse.Namespace:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from outcome import tell
 
 WIDTH, BATCH, BATCHES, TURNS = 64, 10_000, 20, 9
 
@@ -171,10 +172,7 @@ def main() -> None:
             "lookups": lookups(bundle, Path(folder)),
             "miss_ms": score(bundle),
         }
-    text = json.dumps(found, indent=1)
-    print(text)
-    if args.out:
-        Path(args.out).write_text(text + "\n", encoding="utf-8")
+    tell(found, args.out)
 
 
 if __name__ == "__main__":
