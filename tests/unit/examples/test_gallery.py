@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stca.examples import gallery
-from stca.examples.gallery import __main__ as command
-from stca.examples.gallery import measure, models, onnx_files
+from stca.examples.gallery import __main__ as command, measure, models, onnx_files
 from stca.examples.gallery.declared import GalleryModel, Input
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from onnx import helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 from support.graphs import SIZES, Case, attention_graph, cases, packed_feeds

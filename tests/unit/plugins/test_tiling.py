@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from stca.plugins import aot, tile_table, tiling
 from stca.plugins.devices import ARTIFACT_SMS, device_for

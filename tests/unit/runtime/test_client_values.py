@@ -10,8 +10,7 @@ import pytest
 from support.errors import one_line
 
 from stca.bundle import Bundle
-from stca.errors import BundleError, RequestError
-from stca.errors import one_line as on_one_line
+from stca.errors import BundleError, RequestError, one_line as on_one_line
 from stca.runtime import Session
 from stca.runtime.client_values import array_of, key_of, labels_of, mapping_of, quoted
 

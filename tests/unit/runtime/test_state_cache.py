@@ -9,8 +9,7 @@ import uuid
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from stca.runtime.cache import StateCache
 from stca.runtime.state import StateKey, UserState

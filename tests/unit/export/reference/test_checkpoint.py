@@ -8,8 +8,7 @@ import pickle
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from support import tiny
 from support.errors import nothing_or_one_line, one_line
 

@@ -11,8 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from support import tiny
