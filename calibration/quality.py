@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 import numpy as np
 
-from stca.arrays import Array
+from stca.arrays import Array, best_kept
 from stca.errors import UsageError
 
 Verdict = Literal["holds", "broken", "undecided"]
@@ -132,7 +132,7 @@ def measure(
             own, change = auc_change([a[i] for i in known], [b[i] for i in known], truth, task)
             made.append(Measure(f"auc {task}", change, budget.auc, own))
         for k, bound in budget.top.items():
-            shares = np.array([_share(x, y, k) for x, y in zip(a, b, strict=True) if len(x) > k])
+            shares = np.array([best_kept(x, y, k) / k for x, y in zip(a, b, strict=True) if len(x) > k])
             if len(shares) < LEAST_REQUESTS:  # of k targets, all are among the best k, whatever the scores are
                 raise UsageError(
                     f"{len(shares)} requests of the trace have more than {k} targets, top{k} needs {LEAST_REQUESTS}; "
@@ -188,13 +188,6 @@ def _placements(scores: Array, positive: Array) -> Array:
         below, upto = (np.searchsorted(others, scores[kind], side) for side in ("left", "right"))
         made[kind] = (below + upto) / 2 / max(1, len(others))
     return made
-
-
-def _share(exact: Array, found: Array, k: int) -> float:
-    """How many of the best `k` are among the new best; targets that tie with the k-th are as good as it."""
-    k = min(k, len(exact))
-    best = np.argsort(-found, kind="stable")[:k]
-    return float((exact[best] >= np.sort(exact)[-k]).mean())
 
 
 def _mean(values: Array) -> Estimate:

@@ -29,6 +29,17 @@ def all_finite(x: Array) -> bool:
     return x.size == 0 or all(map(math.isfinite, extremes(x)))
 
 
+def best_kept(exact: Array, found: Array, k: int, *, tie: float = 0.0) -> int:
+    """How many of the best `k` by `found` are among the best `k` by `exact`, both scores `[N]` with `N >= k`.
+
+    What lies below the k-th of `exact` by no more than `tie` is as good as it.
+    """
+    if k == 0:
+        return 0
+    best = np.argsort(-found, kind="stable")[:k]
+    return int((exact[best] >= np.sort(exact)[-k] - tie).sum())
+
+
 # Told each step of long work as it starts.
 Progress: TypeAlias = Callable[[str], None]
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from stca.arrays import Array
+from stca.arrays import Array, best_kept
 from stca.errors import ParityError
 
 TOP_K: Final = 10
@@ -126,8 +126,6 @@ def _topk_overlap(
             for task in range(got.reshape(len(got), -1).shape[1]):
                 g, t = (x.reshape(len(x), -1)[start : start + m, task] for x in (got, true))
                 k = min(TOP_K, m)
-                best = np.argsort(-g, kind="stable")[:k]
-                threshold = np.sort(t)[::-1][k - 1] - tie if k else 0.0
-                found += int((t[best] >= threshold).sum())
+                found += best_kept(t, g, k, tie=tie)
                 wanted += k
     return found / wanted if wanted else 1.0
