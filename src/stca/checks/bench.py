@@ -159,36 +159,27 @@ def bench(
     baseline = {
         n: with_tables(bundle, n, OnnxRuntimeEngine(bundle.file(n), threads=threads))
         for n in bundle.manifest.graphs
-        if n not in HALVES
+        if pointwise and n not in HALVES
     }
-    names |= {name: engine.name for name, engine in baseline.items()} if pointwise else {}
+    names |= {name: engine.name for name, engine in baseline.items()}
     rng = np.random.default_rng(0)
     rows: list[LatencyRow] = []
     ratios: list[LatencyRatios] = []
     state_bytes: dict[int, int] = {}
     if real != list(histories):
         progress(f"the model's history has a fixed length: measured with {', '.join(map(str, real))}")
-    for history, m in itertools.product(real, targets):
-        progress(Step(f"history {history}, {m} targets", len(ratios), len(real) * len(targets) * len(sessions)))
+    sizes = list(itertools.product(real, targets))
+    for history, m in sizes:
+        progress(Step(f"history {history}, {m} targets", len(ratios), len(sizes) * len(sessions)))
         request = probe.single(specs, history, m, rng)
-        timed = _measured(sessions, request, seconds)
-        alone: float | None = None
-        if pointwise:
-            k = _baseline_targets(bundle, history, m)
-            times = measure(_pointwise(baseline, bundle, request, k), seconds) * (m / k)
-            rows.append(_row(GRAPHS, "pointwise", history, m, times, k))
-            alone = float(np.median(times))
+        found = _at(bundle, sessions, baseline, request, (history, m), seconds)
+        rows += found[0]
+        ratios += found[1]
         state_bytes[history] = sessions[first].stats().bytes
-        for engine, stages in timed.items():
-            rows += [_row(engine, stage, history, m, times, m) for stage, times in stages.items()]
-            medians = {stage: float(np.median(t)) for stage, t in stages.items()}
-            over_miss = alone / medians["miss"] if alone is not None and engine == GRAPHS else None
-            ratios.append(LatencyRatios(history, m, over_miss, medians["miss"] / medians["hit"], engine))
     predicted: dict[tuple[int, int], dict[str, float]] = {}
     if predict and GRAPHS in sessions and onnxruntime is None and importlib.util.find_spec("onnx"):
         progress("this CPU's rates")
         rates = _rates(bundle, sessions[GRAPHS], threads)
-        sizes = itertools.product(real, targets)
         predicted = {(n, m): forecast(bundle, rates, n, m).milliseconds() for n, m in sizes}
     return LatencyReport(
         tuple(rows),
@@ -203,6 +194,33 @@ def bench(
         absent,
         predicted,
     )
+
+
+def _at(
+    bundle: Bundle,
+    sessions: Mapping[str, Session],
+    baseline: Mapping[str, Engine],
+    request: dict[str, Any],
+    size: tuple[int, int],
+    seconds: float,
+) -> tuple[list[LatencyRow], list[LatencyRatios]]:
+    """All stages of all engines at one size, and the baseline where there is one."""
+    history, m = size
+    timed = _measured(sessions, request, seconds)
+    rows: list[LatencyRow] = []
+    alone: float | None = None
+    if baseline:
+        k = _baseline_targets(bundle, history, m)
+        times = measure(_pointwise(baseline, bundle, request, k), seconds) * (m / k)
+        rows.append(_row(GRAPHS, "pointwise", history, m, times, k))
+        alone = float(np.median(times))
+    ratios = []
+    for engine, stages in timed.items():
+        rows += [_row(engine, stage, history, m, times, m) for stage, times in stages.items()]
+        medians = {stage: float(np.median(t)) for stage, t in stages.items()}
+        over_miss = alone / medians["miss"] if alone is not None and engine == GRAPHS else None
+        ratios.append(LatencyRatios(history, m, over_miss, medians["miss"] / medians["hit"], engine))
+    return rows, ratios
 
 
 def cpu_rates(bundle: Bundle, threads: int | None = None) -> CpuCeilings:

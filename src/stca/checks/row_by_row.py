@@ -65,11 +65,6 @@ def targets_of(manifest: Manifest, feeds: Mapping[str, Array]) -> int:
     return int(feeds[spec.name].shape[spec.shape.index(TARGETS)])
 
 
-def tokens_of(feeds: Mapping[str, Array]) -> int:
-    """The largest size of a user's input but its first: about what one row costs."""
-    return max((n for x in feeds.values() for n in x.shape[1:]), default=1)
-
-
 def in_pieces(manifest: Manifest, feeds: Sequence[Mapping[str, Array]], make: Make, run: Run) -> list[Array]:
     """Scores of all targets of each request, computed some at a time.
 

@@ -10,40 +10,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from stca import probe
 from stca.arrays import Array, Progress
 from stca.bundle import Bundle
-from stca.checks.row_by_row import in_pieces, pointwise_feeds, require_alone, some_targets, with_fewer_copies
+from stca.checks.asked import PROBES, Asked
+from stca.checks.row_by_row import in_pieces, pointwise_feeds, require_alone, some_targets
 from stca.checks.tolerance import TOP_K, StageParity, judged
 from stca.errors import BundleError, ExportError, ParityError
 from stca.manifest import GRAPHS, POINTWISE, WEIGHTS, Manifest
 from stca.runtime import Engine, OnnxRuntimeEngine, Request, RequestBatch, Session
 from stca.runtime.engine import scores_of
-from stca.runtime.request import Door
 from stca.runtime.tables import Lookups, RowSource, sources, with_tables
 
 if TYPE_CHECKING:
     from torch import nn
 
-# Requests every stage is asked: (history tokens, targets); a list of several is one ragged batch.
-PROBES: tuple[tuple[tuple[int, int], ...], ...] = (
-    ((0, 16),),
-    ((1, 16),),
-    ((64, 1),),
-    ((1000, 300),),
-    ((5, 3), (0, 2), (40, 4)),
-    ((300, 3), (700, 3)),
-)
-# And one without about half of its events: among random ids, hardly one is the id that says so.
-WITH_GAPS: tuple[tuple[int, int], ...] = ((40, 5),)
+# Of each stage, its scores for each batch.
+Outcomes: TypeAlias = list[tuple[str, list[Array]]]
+
 _NO_GAPS = (
     "a request whose user inputs hold the least integer in about half of their places, as padding often does: the "
     "model's own scores are not finite for it, in float64 too"
@@ -110,79 +101,86 @@ def verify(
         progress: told each stage as it starts.
     """
     manifest = bundle.manifest
-    specs = manifest.graphs["request"].inputs
-    rng = np.random.default_rng(seed)
-    ragged = Door(manifest).ragged
-    asked = [*(batch for batch in probes if ragged or len(batch) == 1), WITH_GAPS]
-    if POINTWISE in manifest.graphs and module is not None:
-        asked = [(request,) for batch in asked for one in batch for request in with_fewer_copies(specs, *one)]
-    shortest, longest = manifest.min_history or 0, manifest.max_history or sys.maxsize
-    asked = [tuple((min(max(n, shortest), longest), m) for n, m in batch) for batch in asked]
-    batches = [[probe.single(specs, n, m, rng) for n, m in batch] for batch in asked]
-    batches[-1] = [probe.padded(specs, request, rng) for request in batches[-1]]
-    feeds = [probe.pack(specs, batch) for batch in batches]
-    alone = [[probe.pack(specs, [request]) for request in batch] if len(batch) > 1 else [] for batch in batches]
-    everything = [*feeds, *(f for fs in alone for f in fs)]
-    sizes = [[m for _, m in batch] for batch in asked]
+    asked = Asked.of(manifest, probes, seed, few_copies=POINTWISE in manifest.graphs and module is not None)
     rows = sources(bundle)  # once for all stages: each checks the blocks that it looks into
+    name, reference, outcomes = _reference(bundle, module, asked, rows, progress)
+    left_out: tuple[str, ...] = ()
+    if not np.isfinite(reference[-1]).all():  # to this model, the least integers are no gaps
+        left_out = (_NO_GAPS,)
+        outcomes = [(stage, scores[:-1]) for stage, scores in outcomes]
+        asked, reference = asked.without_gaps(), reference[:-1]
+    outcomes += _served(bundle, asked, rows, progress)
+    _require_finite(asked, reference)
 
-    outcomes: list[tuple[str, list[Array]]] = []
+    quantized = [] if manifest.quantization is None else outcomes[-2:]  # the halves and the session
+    exact = outcomes[: len(outcomes) - len(quantized)]
+    judge = functools.partial(judged, exact, name, reference, asked.targets, manifest.precision)
+    results = judge()
+    if manifest.precision == "float32" and not all(s.passed for s in results[1:]):
+        from stca.checks.plain_sums import plain_error
+
+        progress("every sum term after term")
+        complete = Lookups(bundle, "request", rows).complete
+        results = judge(plain_error(bundle.file("request"), [*map(complete, asked.feeds)]))
+    if quantized:
+        from stca.checks.quantized import judged_quantized
+
+        progress("the quantized state in float64")
+        results += judged_quantized(bundle, asked.feeds, quantized, name, reference, asked.targets)
+    return ParityReport(
+        all(s.passed for s in results), manifest.weights, manifest.precision, name, tuple(results), left_out
+    )
+
+
+def _reference(
+    bundle: Bundle, module: nn.Module | None, asked: Asked, rows: Mapping[str, RowSource], progress: Progress
+) -> tuple[str, list[Array], Outcomes]:
+    """What the stages are held against: its name and scores, and the module's own scores where there is one."""
+    manifest = bundle.manifest
     if module is None and manifest.model["kind"] == "stca":
         module = rebuild(bundle)
     if module is not None and (axes := manifest.split.get("score_axes")):
         from stca.export.outputs import ByTarget
 
         module = ByTarget(module, list(axes.values()))
+    alone = asked.apart(manifest)
+    everything = [*asked.feeds, *(f for fs in alone for f in fs)]
+    outcomes: Outcomes = []
     if POINTWISE in manifest.graphs:
-        reference_name, reference, outcomes = _of_lifted(bundle, module, feeds, rows, progress)
+        name, reference, outcomes = _of_lifted(bundle, module, asked.feeds, rows, progress)
     elif module is not None:
         progress("float64 reference (torch)")
-        reference_name, reference = "float64 torch", run_torch(in_form(module, "projected"), everything, "float64")
+        name, reference = "float64 torch", run_torch(in_form(module, "projected"), everything, "float64")
         progress("torch")
-        outcomes.append(("torch", run_torch(in_form(module, manifest.attention), feeds)))
+        outcomes = [("torch", run_torch(in_form(module, manifest.attention), asked.feeds))]
     else:
         progress("float64 reference (onnx.reference)")
-        reference_name, reference = "float64 onnx.reference", run_double(bundle, everything, rows=rows)
-    _require_apart(reference[: len(feeds)], reference[len(feeds) :], alone)
-    reference = reference[: len(feeds)]
-    left_out: tuple[str, ...] = ()
-    if not np.isfinite(reference[-1]).all():  # to this model, the least integers are no gaps
-        left_out = (_NO_GAPS,)
-        outcomes = [(name, scores[:-1]) for name, scores in outcomes]
-        asked, batches, feeds, sizes, reference = (x[:-1] for x in (asked, batches, feeds, sizes, reference))  # type: ignore[assignment]
+        name, reference = "float64 onnx.reference", run_double(bundle, everything, rows=rows)
+    _require_apart(reference[: len(asked.feeds)], reference[len(asked.feeds) :], alone)
+    return name, reference[: len(asked.feeds)], outcomes
+
+
+def _served(bundle: Bundle, asked: Asked, rows: Mapping[str, RowSource], progress: Progress) -> Outcomes:
+    """Scores of the bundle's own stages: its request graph, its halves joined, a session."""
     progress("request graph")
     engines = {name: with_tables(bundle, name, OnnxRuntimeEngine(bundle.file(name)), rows) for name in GRAPHS}
-    outcomes.append(("request_graph", [_run(engines["request"], bundle, "request", f) for f in feeds]))
+    outcomes = [("request_graph", [_run(engines["request"], bundle, "request", f) for f in asked.feeds])]
     progress("joined halves")
-    outcomes.append(("joined_halves", [_run_joined(engines, bundle, f) for f in feeds]))
+    outcomes.append(("joined_halves", [_run_joined(engines, bundle, f) for f in asked.feeds]))
     progress("session")
     session = Session.load(bundle.path, engine="graphs", check_finite=False, tables=rows)
-    outcomes.append(("session", [_run_session(session, batch, ragged) for batch in batches]))
+    outcomes.append(("session", [_run_session(session, batch) for batch in asked.batches]))
+    return outcomes
 
-    for batch, scores in zip(asked, reference, strict=True):
+
+def _require_finite(asked: Asked, reference: Sequence[Array]) -> None:
+    for batch, scores in zip(asked.sizes, reference, strict=True):
         if not np.isfinite(scores).all():
-            sizes_ = ", ".join(f"{n} history tokens and {m} targets" for n, m in batch)
+            sizes = ", ".join(f"{n} history tokens and {m} targets" for n, m in batch)
             raise ParityError(
-                f"the model's own scores are not finite for a request of {sizes_}, in float64 too; "
+                f"the model's own scores are not finite for a request of {sizes}, in float64 too; "
                 "guard the model (a mean or softmax over an empty history, say) and export it again"
             )
-    served = [] if manifest.quantization is None else outcomes[-2:]  # the halves and the session
-    exact = outcomes[: len(outcomes) - len(served)]
-    judge = functools.partial(judged, exact, reference_name, reference, sizes, manifest.precision)
-    results = judge()
-    if manifest.precision == "float32" and not all(s.passed for s in results[1:]):
-        from stca.checks.plain_sums import plain_error
-
-        progress("every sum term after term")
-        results = judge(plain_error(bundle.file("request"), [*map(Lookups(bundle, "request", rows).complete, feeds)]))
-    if served:
-        from stca.checks.quantized import judged_quantized
-
-        progress("the quantized state in float64")
-        results += judged_quantized(bundle, feeds, served, reference_name, reference, sizes)
-    return ParityReport(
-        all(s.passed for s in results), manifest.weights, manifest.precision, reference_name, tuple(results), left_out
-    )
 
 
 def _of_lifted(
@@ -191,7 +189,7 @@ def _of_lifted(
     feeds: Sequence[Mapping[str, Array]],
     rows: Mapping[str, RowSource],
     progress: Progress,
-) -> tuple[str, list[Array], list[tuple[str, list[Array]]]]:
+) -> tuple[str, list[Array], Outcomes]:
     """What a lifted bundle is held against: its module, or its graph in float64; some targets of each request alone.
 
     Returns:
@@ -357,7 +355,7 @@ def _run_joined(engines: Mapping[str, Engine], bundle: Bundle, feeds: Mapping[st
     return _run(engines["target_scorer"], bundle, "target_scorer", {**feeds, **state})
 
 
-def _run_session(session: Session, batch: Sequence[Mapping[str, Array]], ragged: bool) -> Array:
+def _run_session(session: Session, batch: Sequence[Mapping[str, Array]]) -> Array:
     """Through the front door, twice: the second time from kept states, which must not change a bit."""
     users = [f"user {i}" for i in range(len(batch))]
     if len(batch) == 1:
