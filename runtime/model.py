@@ -307,6 +307,11 @@ class Model:
         """Whether a state tensor says where each user's tokens begin: then it is made anew, not cut or joined."""
         return spec.input in self.door.offsets
 
+    def told(self) -> str:
+        """Weights and engines, for the log."""
+        engines = ", ".join(dict.fromkeys((self.encoder.name, self.scorer.name)))
+        return f"weights {self.manifest.weights[:12]}, {engines}"
+
     def extend(self, old: UserState, new: UserState) -> tuple[UserState, int]:
         """The state of both histories one after the other, its oldest tokens dropped beyond the window; and how many
         bytes were written for it.

@@ -144,7 +144,7 @@ class Session:
         )
         began = time.perf_counter()
         model = opened(bundle, lambda found: Model.load(found, options), trusted=trusted)
-        LOG.info("loaded %s", _told(bundle, model, began))
+        LOG.info("loaded %r: %s, in %.2f s", os.fspath(bundle), model.told(), time.perf_counter() - began)
         if options.state_folder is not None and not on_cpu(model.encoder):
             raise UsageError(f"state_folder: is for engines on a CPU, not {model.encoder.name}; leave it out")
         store = StateStore.of(
@@ -321,7 +321,7 @@ class Session:
         self._running()
         began = time.perf_counter()
         model = opened(bundle, load, trusted=self._options.trusted)
-        LOG.info("swapped in %s", _told(bundle, model, began))
+        LOG.info("swapped in %r: %s, in %.2f s", os.fspath(bundle), model.told(), time.perf_counter() - began)
         with self._swapping:  # else, of two at once, one's model would be served and the other's states kept
             self._model = model
             self._store.serve(model.manifest.weights, model.format)
@@ -393,10 +393,3 @@ class Session:
         """What the state store holds and did."""
         self._check_here()
         return self._store.stats()
-
-
-def _told(bundle: str | os.PathLike[str], model: Model, began: float) -> str:
-    """A loaded bundle for the log."""
-    engines = ", ".join(dict.fromkeys((model.encoder.name, model.scorer.name)))
-    seconds = time.perf_counter() - began
-    return f"{os.fspath(bundle)!r}: weights {model.manifest.weights[:12]}, {engines}, in {seconds:.2f} s"
