@@ -8,7 +8,6 @@ where it stopped. Exit codes: 0 nothing went wrong, 1 something did, 2 bad usage
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gzip
 import http.client
@@ -247,16 +246,7 @@ def found(cases: Iterable[str]) -> Iterator[Outcome]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what was asked and has not been run yet; returns the exit code."""
-    p = argparse.ArgumentParser(prog="python tests/fuzz/bodies.py", description=__doc__, allow_abbrev=False)
-    p.add_argument("names", nargs="*", metavar="NUMBER", help="run these alone, and say what became of each")
-    p.add_argument("--rounds", type=int, default=5000, metavar="N", help="changed requests; default 5000")
-    p.add_argument("--first", type=int, default=0, metavar="N", help="number of the first of them; default 0")
-    p.add_argument(
-        "--out", type=Path, metavar="FILE", help="what was found, a JSON object a line; read first, if there"
-    )
-    args = p.parse_args(argv)
-    asked = args.names or [str(n) for n in range(args.first, args.first + args.rounds)]
-    return outcomes.run(asked, found, args.out, loud=bool(args.names))
+    return outcomes.command(__file__, found, argv, about=__doc__, rounds=5000, of="changed requests")
 
 
 if __name__ == "__main__":

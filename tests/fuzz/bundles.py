@@ -9,7 +9,6 @@ command again goes on where it stopped. Exit codes: 0 nothing went wrong, 1 some
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import random
@@ -233,17 +232,15 @@ def found(asked: Iterable[str]) -> Iterator[Outcome]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what was asked and has not been run yet; returns the exit code."""
-    p = argparse.ArgumentParser(prog="python tests/fuzz/bundles.py", description=__doc__, allow_abbrev=False)
-    p.add_argument("names", nargs="*", metavar="BASE/NUMBER", help="run these alone, and say what became of each")
-    p.add_argument("--rounds", type=int, default=5000, metavar="N", help="changed bundles; default 5000")
-    p.add_argument("--first", type=int, default=0, metavar="N", help="number of the first of them; default 0")
-    p.add_argument(
-        "--out", type=Path, metavar="FILE", help="what was found, a JSON object a line; read first, if there"
+    return outcomes.command(
+        __file__,
+        found,
+        argv,
+        about=__doc__,
+        rounds=5000,
+        of="changed bundles",
+        name=lambda i: f"{BASES[i % len(BASES)].name}/{i}",
     )
-    args = p.parse_args(argv)
-    numbers = range(args.first, args.first + args.rounds)
-    asked = args.names or [f"{BASES[i % len(BASES)].name}/{i}" for i in numbers]
-    return outcomes.run(asked, found, args.out, loud=bool(args.names))
 
 
 if __name__ == "__main__":

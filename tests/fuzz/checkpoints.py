@@ -9,7 +9,6 @@ stopped. Exit codes: 0 nothing went wrong, 1 something did, 2 bad usage.
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 import random
@@ -239,16 +238,7 @@ def found(asked: Iterable[str]) -> Iterator[Outcome]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what was asked and has not been run yet; returns the exit code."""
-    p = argparse.ArgumentParser(prog="python tests/fuzz/checkpoints.py", description=__doc__, allow_abbrev=False)
-    p.add_argument("names", nargs="*", metavar="NUMBER", help="run these alone, and say what became of each")
-    p.add_argument("--rounds", type=int, default=500, metavar="N", help="checkpoints; default 500")
-    p.add_argument("--first", type=int, default=0, metavar="N", help="number of the first of them; default 0")
-    p.add_argument(
-        "--out", type=Path, metavar="FILE", help="what was found, a JSON object a line; read first, if there"
-    )
-    args = p.parse_args(argv)
-    asked = args.names or [str(i) for i in range(args.first, args.first + args.rounds)]
-    return outcomes.run(asked, found, args.out, loud=bool(args.names))
+    return outcomes.command(__file__, found, argv, about=__doc__, rounds=500, of="checkpoints")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -75,6 +76,40 @@ def run(
                 print(f"{outcome.case}: {outcome.kind}: {outcome.said}", file=sys.stderr, flush=True)
     print(summary(all_, time.monotonic() - start))
     return 1 if any(o.kind in BAD for o in all_) else 0
+
+
+def command(
+    file: str,
+    found: Callable[[Iterable[str]], Iterator[Outcome]],
+    argv: Sequence[str] | None,
+    *,
+    about: str | None,
+    rounds: int,
+    of: str,
+    name: Callable[[int], str] = str,
+) -> int:
+    """The command of a fuzzer whose cases have numbers: run what was asked and has not been run yet.
+
+    Args:
+        file, about: the fuzzer's, for its help.
+        found: see `run`.
+        argv: its arguments; None for those of the process.
+        rounds: how many cases there are by default.
+        of: what a case is.
+        name: a case's, by its number.
+    """
+    p = argparse.ArgumentParser(prog=f"python tests/fuzz/{Path(file).name}", description=about, allow_abbrev=False)
+    p.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"run these alone ({name(0)}, …), and say what became of each"
+    )
+    p.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"{of}; default {rounds}")
+    p.add_argument("--first", type=int, default=0, metavar="N", help="number of the first of them; default 0")
+    p.add_argument(
+        "--out", type=Path, metavar="FILE", help="what was found, a JSON object a line; read first, if there"
+    )
+    args = p.parse_args(argv)
+    asked = args.names or [name(i) for i in range(args.first, args.first + args.rounds)]
+    return run(asked, found, args.out, loud=bool(args.names))
 
 
 def summary(found: Sequence[Outcome], seconds: float) -> str:
