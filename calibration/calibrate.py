@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -136,20 +137,18 @@ def calibrate(
     tried: list[Tried] = []
     high: list[str] = []
     order: list[str] = []
-    with scratch("stca-calibrate") as folder:
-        while True:
-            chosen = {n: f for n, f in formats.items() if n not in high}
-            progress(f"{options.kind} in {len(chosen)} of {len(formats)} tensors of the state")
-            made = write_quantized(bundle, chosen, folder / f"tried{len(tried)}")
-            found = list(run.scores(made, trace()))
-            measures = measure(exact, found, labels, tasks, budget)
-            tried.append(_tried(bundle, made, chosen, tuple(high), measures, exact, found))
-            if not tried[-1].broken:
-                break
-            if len(chosen) == 1:
-                raise ParityError(_blamed(bundle, next(iter(chosen)), options, tried[-1]))
-            order = order or _by_harm(bundle, formats, trace, run, exact, folder, progress)
-            high.append(next(n for n in order if n not in high))
+    while True:
+        chosen = {n: f for n, f in formats.items() if n not in high}
+        progress(f"{options.kind} in {len(chosen)} of {len(formats)} tensors of the state")
+        made, found = _scored(bundle, chosen, run, trace())
+        measures = measure(exact, found, labels, tasks, budget)
+        tried.append(_tried(bundle, made, chosen, tuple(high), measures, exact, found))
+        if not tried[-1].broken:
+            break
+        if len(chosen) == 1:
+            raise ParityError(_blamed(bundle, next(iter(chosen)), options, tried[-1]))
+        order = order or _by_harm(bundle, formats, trace, run, exact, progress)
+        high.append(next(n for n in order if n not in high))
     if not tried[-1].holds:
         raise UsageError(_too_small(tried[-1], len(exact)))
     return _finished(bundle, chosen, out, budget, tried, len(exact), prove, progress), tried
@@ -204,18 +203,25 @@ def _by_harm(
     trace: Callable[[], Iterable[Traced]],
     run: Runner,
     exact: Sequence[Array],
-    folder: Path,
     progress: Progress,
 ) -> list[str]:
     """The tensors, first the one that alone moves the scores most."""
     harm: dict[str, float] = {}
     for name, format in formats.items():
         progress(f"{name} alone")
-        made = write_quantized(bundle, {name: format}, folder / f"alone{len(harm)}")
-        some = [r for r, _ in zip(trace(), range(_ALONE), strict=False)]
-        moved = [np.square(x - y).mean() for x, y in zip(run.scores(made, some), exact, strict=False)]
+        _, found = _scored(bundle, {name: format}, run, itertools.islice(trace(), _ALONE))
+        moved = [np.square(x - y).mean() for x, y in zip(found, exact, strict=False)]
         harm[name] = float(np.mean(moved))
     return sorted(harm, key=lambda n: -harm[n])
+
+
+def _scored(
+    bundle: Bundle, formats: Mapping[str, StateFormat], run: Runner, requests: Iterable[Traced]
+) -> tuple[Manifest, list[Array]]:
+    """What a bundle with tensors in other formats says of itself and scores; it is gone afterwards."""
+    with scratch("stca-calibrate") as folder:
+        made = write_quantized(bundle, formats, folder / "tried")
+        return made.manifest, list(run.scores(made, requests))
 
 
 def write_quantized(bundle: Bundle, formats: Mapping[str, StateFormat], folder: Path) -> Bundle:
@@ -256,7 +262,7 @@ def _write(bundle: Bundle, formats: Mapping[str, StateFormat], folder: Path) -> 
 
 def _tried(
     bundle: Bundle,
-    made: Bundle,
+    made: Manifest,
     chosen: Mapping[str, StateFormat],
     high: tuple[str, ...],
     measures: Sequence[Measure],
@@ -264,7 +270,7 @@ def _tried(
     found: Sequence[Array],
 ) -> Tried:
     largest = max(float(np.abs(x - y).max(initial=0.0)) for x, y in zip(exact, found, strict=True))
-    ratio = state_bytes(made.manifest) / state_bytes(bundle.manifest)
+    ratio = state_bytes(made) / state_bytes(bundle.manifest)
     return Tried(tuple(chosen), high, ratio, tuple(measures), largest)
 
 
