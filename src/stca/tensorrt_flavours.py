@@ -187,8 +187,9 @@ def look_into(trt: Any, engine: Any) -> dict[str, Any]:
 def _environment(folder: Path) -> dict[str, str]:
     """The building process's: TensorRT-RTX opens its own library by a name without version, which its wheel lacks."""
     spec = importlib.util.find_spec("tensorrt_rtx_libs")
-    for library in Path(str(spec.origin)).parent.glob("libtensorrt_rtx.so.*") if spec else ():
-        (folder / "libtensorrt_rtx.so").symlink_to(library)  # the same file, so it is not loaded twice
+    found = sorted(Path(str(spec.origin)).parent.glob("libtensorrt_rtx.so.*")) if spec else []
+    if found:  # of a library and its shorter names, which are links to it, any will do
+        (folder / "libtensorrt_rtx.so").symlink_to(found[0])  # the same file, so it is not loaded twice
     path = [str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(path)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -90,17 +91,18 @@ def speed(bundles: Mapping[str, Bundle], traced: Traced, threads: int | None, se
         Medians in milliseconds by bundle and stage, the machine, and the request's sizes.
     """
     request = Request(traced.inputs, user="speed", version=0)
-    sessions = {n: Session.load(b.path, engine="graphs", threads=threads) for n, b in bundles.items()}
     runs: dict[str, Callable[[], object]] = {}
-    for name, session in sessions.items():
+    with contextlib.ExitStack() as opened:
+        for name, bundle in bundles.items():
+            session = opened.enter_context(Session.load(bundle.path, engine="graphs", threads=threads))
 
-        def miss(session: Session = session) -> None:
-            session.forget("speed")
-            session.score(request)
+            def miss(session: Session = session) -> None:
+                session.forget("speed")
+                session.score(request)
 
-        runs[f"{name} miss"] = miss
-        runs[f"{name} hit"] = functools.partial(session.score, request)
-    times = measure_in_turn(runs, seconds)
-    stages = {n: {w: float(np.median(times[f"{n} {w}"])) * 1e3 for w in ("hit", "miss")} for n in sessions}
+            runs[f"{name} miss"] = miss
+            runs[f"{name} hit"] = functools.partial(session.score, request)
+        times = measure_in_turn(runs, seconds)
+    stages = {n: {w: float(np.median(times[f"{n} {w}"])) * 1e3 for w in ("hit", "miss")} for n in bundles}
     sizes = {n: list(x.shape) for n, x in traced.inputs.items()}
     return {"stages": stages, "machine": machine(threads), "inputs": sizes}

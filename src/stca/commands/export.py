@@ -54,14 +54,23 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.out is None:
         raise UsageError("--out BUNDLE is missing: the directory of the bundle")
+    if args.triton_repository is None:
+        return exported(args, _exported(args))
+    from stca.serve.triton_repository import new_model
+
+    new_model(args.triton_repository, _triton_name(args, Path(args.out)))  # an export takes longer than to find out
     bundle = _exported(args)
-    return exported(args, bundle, _for_triton(args, bundle.path) if args.triton_repository is not None else None)
+    return exported(args, bundle, _for_triton(args, bundle.path))
 
 
 def _for_triton(args: argparse.Namespace, bundle: Path) -> Path:
     from stca.serve.triton_repository import write_repository
 
-    return write_repository(bundle, args.triton_repository, args.name or bundle.resolve().name)
+    return write_repository(bundle, args.triton_repository, _triton_name(args, bundle))
+
+
+def _triton_name(args: argparse.Namespace, bundle: Path) -> str:
+    return args.name or bundle.resolve().name
 
 
 def _exported(args: argparse.Namespace) -> Bundle:

@@ -74,6 +74,7 @@ STATUS: Final[Mapping[str, Status]] = {
     "deadline": Status(504, "DEADLINE_EXCEEDED"),
 }
 INTERNAL: Final = Status(500, "INTERNAL")
+INTERNAL_MESSAGE: Final = "the server failed, and its log says where; this is a bug of stca"
 
 
 def status_of(error: StcaError) -> Status:

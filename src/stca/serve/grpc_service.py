@@ -10,9 +10,9 @@ from typing import Any, Final, TypeAlias
 import grpc
 
 from stca.errors import StcaError
-from stca.serve.errors import INTERNAL, ServeError, status_of
+from stca.serve.errors import INTERNAL, INTERNAL_MESSAGE, ServeError, status_of
 from stca.serve.grpc_body import decoded, encoded, parsed
-from stca.serve.http_app import INTERNAL_MESSAGE, SERVER, Serving
+from stca.serve.http_app import SERVER, Serving
 from stca.serve.log import LOG, told
 from stca.serve.messages import SERVICE, message
 from stca.serve.models import Served

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from stca.errors import CancelledError, StcaError
-from stca.serve.errors import INTERNAL, ServeError, SlowBodyError, TooLargeError, status_of
+from stca.serve.errors import INTERNAL, INTERNAL_MESSAGE, ServeError, SlowBodyError, TooLargeError, status_of
 from stca.serve.http_body import HEADER_LENGTH, decoded, encoded, plain
 from stca.serve.log import LOG, told
 from stca.serve.metrics import CONTENT_TYPE, Metrics
@@ -35,7 +35,6 @@ SERVER: Final[Mapping[str, Any]] = {
 }
 # How long a refused client may go on sending: it reads no answer before its body is out.
 _SECONDS_REFUSED: Final = 5.0
-INTERNAL_MESSAGE: Final = "the server failed, and its log says where; this is a bug of stca"
 
 
 @dataclass(frozen=True)

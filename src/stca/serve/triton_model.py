@@ -11,8 +11,9 @@ import triton_python_backend_utils as triton  # there inside of Triton alone
 
 from stca.errors import StcaError, UsageError
 from stca.runtime import Session
-from stca.serve.errors import status_of
+from stca.serve.errors import INTERNAL_MESSAGE, status_of
 from stca.serve.inference import InferRequest
+from stca.serve.log import LOG
 from stca.serve.models import Served
 from stca.serve.work import Call
 
@@ -71,5 +72,9 @@ class TritonPythonModel:
         except StcaError as e:
             code = _CODES.get(status := status_of(e).grpc, status)
             told = triton.TritonError(f"{e.code}: {e}", getattr(triton.TritonError, code, triton.TritonError.INTERNAL))
+            return triton.InferenceResponse(output_tensors=[], error=told)
+        except Exception:  # a bug of ours is one request's, not that of those that Triton hands over with it
+            LOG.exception("a request failed")
+            told = triton.TritonError(f"internal: {INTERNAL_MESSAGE}", triton.TritonError.INTERNAL)
             return triton.InferenceResponse(output_tensors=[], error=told)
         return triton.InferenceResponse([triton.Tensor(name, x) for name, x in answer.outputs.items()])

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from stca import folders
 from stca.bundle import Bundle
 from stca.errors import UsageError
 from stca.manifest import OFFSETS, TensorSpec
@@ -44,7 +45,7 @@ states of its own. Options of `Session.load` are JSON in `config.pbtxt`:
 
     parameters [ {{ key: "session" value: {{ string_value: "{{\\"cache_bytes\\": 4294967296}}" }} }} ]
 
-`append`, `forget` and `warm` are of `stca serve`: here a new version of a history is sent whole.
+`append`, `amend`, `forget`, `warm` and `swap` are of `stca serve`: here a new version of a history is sent whole.
 """
 
 
@@ -63,11 +64,8 @@ def write_repository(bundle: str | os.PathLike[str], repository: str | os.PathLi
         BundleError: when the bundle is missing or damaged.
         UsageError: when there is such a model, the name is none, or the backend cannot hand over the bundle's tensors.
     """
-    found, root = Bundle.load(bundle), Path(repository)
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise UsageError(f"{quoted(name)}: is no name of a model; use letters, digits, '_', '-' and '.'")
-    if (made := root / name).exists():
-        raise UsageError(f"{made}: is there already; remove it, or choose another repository")
+    root, made = Path(repository), new_model(repository, name)
+    found = Bundle.load(bundle)
     graph = found.manifest.graphs["request"]
     inputs = [s for s in graph.inputs if s.shape != (OFFSETS,)]
     for spec in (*inputs, *graph.outputs):
@@ -78,11 +76,25 @@ def write_repository(bundle: str | os.PathLike[str], repository: str | os.PathLi
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}.", suffix=".tmp", dir=root) as folder:
         work = Path(folder, name)
-        shutil.copytree(found.path, work / "1" / _BUNDLE)
+        # A table beyond memory is one file under two names.
+        shutil.copytree(found.path, work / "1" / _BUNDLE, copy_function=lambda a, b: folders.share(Path(a), Path(b)))
         (work / "1" / "model.py").write_text(_MODEL, encoding="utf-8")
         (work / "config.pbtxt").write_text(_config(name, inputs, graph.outputs), encoding="utf-8")
         (work / "README.md").write_text(_README.format(name=name, repository=root, made=made), encoding="utf-8")
         work.rename(made)
+    return made
+
+
+def new_model(repository: str | os.PathLike[str], name: str) -> Path:
+    """Where a model will be, before anything is written there.
+
+    Raises:
+        UsageError: when there is such a model, or the name is none.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise UsageError(f"{quoted(name)}: is no name of a model; use letters, digits, '_', '-' and '.'")
+    if (made := Path(repository, name)).exists():
+        raise UsageError(f"{made}: is there already; remove it, or choose another repository")
     return made
 
 

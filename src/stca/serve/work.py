@@ -17,6 +17,8 @@ from stca.serve.errors import OverloadedError, UnavailableError
 T = TypeVar("T")
 # Of the running mean of how long a request is computed, the newest one's part.
 _NEWEST: Final = 0.05
+# Threads on which jobs wait to be gathered. A run takes no more than a few; a longer queue waits before the threads.
+_MOST_THREADS: Final = 256
 
 
 class Call:
@@ -64,7 +66,7 @@ class Work:
 
     def __init__(self, workers: int, queue: int, *, gathered: bool = False) -> None:
         self.limit = workers + queue
-        self._threads = self.limit if gathered else workers
+        self._threads = max(workers, min(self.limit, _MOST_THREADS)) if gathered else workers
         self.admitted_now = 0
         self.open = False
         self._mean = 0.0

@@ -166,6 +166,22 @@ def test_what_is_wrong_is_told_by_code_and_others_go_on(repository, asked):
     assert right.error is None
 
 
+def test_what_nobody_foresaw_is_one_requests_own(repository, asked, monkeypatch):
+    model, (whole, _) = started(repository), asked
+    infer = model._served.infer
+
+    def sometimes(asked: Any, call: Any) -> Any:
+        if "note" in asked.parameters:
+            raise ZeroDivisionError("of ann's")
+        return infer(asked, call)
+
+    monkeypatch.setattr(model._served, "infer", sometimes)
+    failed, right = model.execute([Asked(whole, note=1), Asked(whole)])
+    assert (failed.error.code, right.error) == (TritonError.INTERNAL, None)
+    assert failed.error.message.startswith("internal: ")
+    assert "ann" not in failed.error.message, "it may hold a client's values"
+
+
 def test_options_of_the_session_are_the_configurations(repository, asked):
     whole, rest = asked
     model = started(repository, '{"cache_bytes": 0}')
@@ -189,6 +205,11 @@ def test_nothing_is_overwritten_and_no_damaged_bundle_handed_on(bundle_dir, tmp_
     with one_line(BundleError):
         write_repository(tmp_path, models, "other")
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["ranker"]
+    with pytest.MonkeyPatch.context() as patch:  # before an export of minutes
+        patch.setattr("stca.commands.export._exported", lambda _: pytest.fail("it exports first"))
+        taken = ["export", "x.safetensors", "--out", "x", "--triton-repository", models, "--name", "ranker"]
+        assert commands.main(taken) == 2
+        assert "is there already" in capsys.readouterr().err
     for wrong in ([*command[:2]], [*command, "--out", "x"], ["export", "x.safetensors"], [*command[:2], "--name", "a"]):
         assert commands.main(wrong) == 2
         assert "Traceback" not in capsys.readouterr().err

@@ -18,6 +18,7 @@ from support.serving import DATATYPES, Held, Running, body_of, running
 from stca import probe
 from stca.runtime import Request
 from stca.serve.messages import SERVICE, message
+from stca.serve.work import Work
 
 
 @pytest.fixture
@@ -29,6 +30,13 @@ def held(bundle_dir) -> Iterator[tuple[Running, Held]]:
             yield made, session
         finally:
             session.go.set()
+
+
+def test_a_long_queue_is_not_as_many_threads():
+    for workers, queue, threads in ((1, 2, 3), (2, 1 << 20, 256), (300, 1 << 20, 300)):
+        work = Work(workers, queue, gathered=True)
+        assert (work.limit, work._pool._max_workers) == (workers + queue, threads)
+        work.close()
 
 
 def some(server: Running) -> dict[str, Any]:
