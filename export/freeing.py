@@ -20,12 +20,14 @@ from stca.export.passes.flat_rows import RowsKept
 from stca.export.passes.fuse import FuseAttention
 from stca.export.passes.rules import Rule, Verdict, View, apply
 from stca.export.passes.slopes import SlopeApart
+from stca.export.passes.spectra import SpectrumAsProduct
 from stca.export.passes.sums import SumOfProducts
 from stca.export.passes.to_double import distance, in_double
 from stca.manifest import OFFSETS, TensorSpec
 
 # In the order in which they are applied: a later rule sees what the earlier ones made, so that one pass mostly does.
 RULES: Final[tuple[Rule, ...]] = (
+    SpectrumAsProduct(),
     FuseAttention(),
     FlatApart(),
     NormInLayer(),

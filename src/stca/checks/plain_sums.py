@@ -35,7 +35,7 @@ def plain_error(request_graph: Path, feeds: Sequence[Mapping[str, Array]]) -> fl
         0 where ONNX's reference cannot run the graph, or not to finite scores: nothing is excused then.
     """
     graph = onnx.inliner.inline_local_functions(onnx.load(request_graph))
-    plain = reference_of(graph, [MatMul, Gemm, Einsum, ReduceSum, ReduceMean])
+    plain = reference_of(graph, [MatMul, Gemm, Einsum, ReduceSum, ReduceMean, DFT])
     worst = 0.0
     try:
         exact = reference_of(to_double(graph))
@@ -108,3 +108,28 @@ class ReduceMean(OpRun):
             return (x,)
         summed = total(x, None if none else axes, keepdims)
         return (summed / x.dtype.type(max(x.size, 1) / max(summed.size, 1)),)
+
+
+def spectrum(x: Array, length: int, axis: int, inverse: bool, onesided: bool) -> Array:
+    """The Fourier transform of `x`, as ONNX's `DFT` lays out real and imaginary parts, its sums in order."""
+    values = np.moveaxis(x[..., 0] + 1j * (x[..., 1] if x.shape[-1] > 1 else 0), axis, -1)[..., :length]
+    if inverse and onesided:  # the half stands for its mirror image, too
+        ends = (np.arange(values.shape[-1]) * 2) % length == 0
+        values = np.where(ends, values.real, 2 * values)
+    columns = length // 2 + 1 if onesided and not inverse else length
+    places = np.arange(values.shape[-1])[:, None] * np.arange(columns) % length
+    waves = np.exp((2j if inverse else -2j) * np.pi * places / length) / (length if inverse else 1)
+    out = np.moveaxis(product(values, waves.astype(values.dtype)), -1, axis)
+    parts = [out.real] if inverse and onesided else [out.real, out.imag]
+    return np.stack(parts, -1).astype(x.dtype)
+
+
+class DFT(OpRun):
+    def _run(
+        self, x: Array, dft_length: Any = None, axis: Any = None, inverse: int = 0, onesided: int = 0
+    ) -> tuple[Array]:
+        where = -2 if axis is None else int(np.ravel(axis)[0])  # an attribute before opset 20, with a default there
+        where %= x.ndim
+        whole = 2 * (x.shape[where] - 1) if inverse and onesided else x.shape[where]
+        length = whole if dft_length is None else int(np.ravel(dft_length)[0])
+        return (spectrum(x, length, where, bool(inverse), bool(onesided)),)

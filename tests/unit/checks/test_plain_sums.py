@@ -29,6 +29,34 @@ def test_totals_are_numpys(axes, keep):
     np.testing.assert_allclose(plain_sums.total(x, axes, keep), x.sum(axis=axes, keepdims=bool(keep)))
 
 
+@pytest.mark.parametrize("n", [1, 8, 9])
+@pytest.mark.parametrize("padded", [0, 3])
+def test_spectra_are_numpys(n, padded):
+    rng = np.random.default_rng(0)
+    x, length = rng.normal(size=(2, n, 3, 2)), n + padded
+    z = x[..., 0] + 1j * x[..., 1]
+
+    def parts(z):
+        return np.stack([z.real, z.imag], -1)
+
+    np.testing.assert_allclose(plain_sums.spectrum(x, length, 1, False, False), parts(np.fft.fft(z, length, 1)))
+    np.testing.assert_allclose(plain_sums.spectrum(x, length, 1, True, False), parts(np.fft.ifft(z, length, 1)))
+    real = plain_sums.spectrum(x[..., :1], length, 1, False, True)
+    np.testing.assert_allclose(real, parts(np.fft.rfft(z.real, length, 1)), atol=1e-12)
+    half = plain_sums.spectrum(real, length, 1, True, True)
+    np.testing.assert_allclose(half[..., 0], np.fft.irfft(np.fft.rfft(z.real, length, 1), length, 1), atol=1e-12)
+
+
+@pytest.mark.parametrize("opset", [18, 20])
+def test_a_spectrum_loses_by_its_length(tmp_path, opset):
+    x = helper.make_node("Unsqueeze", ["x", "last"], ["z"])
+    last = helper.make_node("Constant", [], ["last"], value_ints=[2])
+    axis = helper.make_node("Constant", [], ["axis"], value_int=0)
+    given = {"inputs": ["z", "", "axis"]} if opset == 20 else {"inputs": ["z"], "axis": 0}
+    file = graph(tmp_path / "s.onnx", [last, axis, x, helper.make_node("DFT", outputs=["y"], **given)], opset)
+    assert 0 < loss(file, 30) < loss(file, 3000) / 4
+
+
 def graph(path, nodes, opset=18):
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
