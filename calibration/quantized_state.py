@@ -87,10 +87,10 @@ def quantizable(state: Sequence[StateSpec]) -> tuple[StateSpec, ...]:
     )
 
 
-def kept_as(spec: StateSpec, format: StateFormat) -> tuple[StateSpec, ...]:
+def kept_as(spec: StateSpec, kind: Kind, granularity: Granularity) -> tuple[StateSpec, ...]:
     """The tensors that stand for `spec` in the state."""
-    made = [StateSpec(f"{spec.name}_{format.kind}", _TYPES[format.kind][1], spec.shape, 0)]
-    if format.granularity == "token":
+    made = [StateSpec(f"{spec.name}_{kind}", _TYPES[kind][1], spec.shape, 0)]
+    if granularity == "token":
         made.append(StateSpec(f"{spec.name}_scale", "float16", (*spec.shape[:-1], 1), 0))
     return tuple(StateSpec(s.name, s.dtype, s.shape, _bytes_per_token(s)) for s in made)
 
@@ -124,7 +124,7 @@ def quantize(
         if (format := formats.get(spec.name)) is None:
             made.append(spec)
             continue
-        kept = kept_as(spec, format)
+        kept = kept_as(spec, format.kind, format.granularity)
         ends.end(spec, format, kept)
         begins.begin(spec, format, kept)
         made += kept

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from stca.bundle import Bundle
+from stca.calibration.quantized_state import kept_as, quantizable
 from stca.checks.forecast import Item, Machine, forecast
 from stca.errors import UsageError
 from stca.manifest import ITEM_BYTES, OFFSETS, TOKENS, StateSpec
@@ -22,8 +23,8 @@ from stca.plugins.devices import Device, device_for
 _RESERVED: Final = 0.1
 # What a dense product reaches of a datasheet's rate.
 _REACHED: Final = 0.7
-# Bytes of a value in each format that a state may have; those of one byte need `stca calibrate`.
-FORMATS: Final = {"float32": 4, "bfloat16": 2, "int8": 1}
+# What the float32 tensors of a state can be kept in; 8 bits need `stca calibrate`.
+FORMATS: Final = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,14 @@ class Plan:
 
     Attributes:
         state_format: of a kept value. state_bytes: of a user.
+        weights_bytes: of the bundle's files, and of its tables where they lie in the same memory.
         users: whose states fit. hit_share: of the requests.
         hit_ms, miss_ms: of one request, computation alone. per_second: requests, one after the other.
     """
 
     state_format: str
     state_bytes: int
+    weights_bytes: int
     users: int
     hit_share: float
     hit_ms: float
@@ -144,8 +147,8 @@ def plan(bundle: Bundle, machine: Machine, demand: Demand, memory: int, state_fo
         bundle: what is served.
         machine: its rates.
         demand: who asks.
-        memory: bytes, for weights, states and the rest.
-        state_format: one of `FORMATS`.
+        memory: bytes, for weights, states and the rest; a CPU's tables in files lie there too, a GPU's on its host.
+        state_format: one of `FORMATS`, of what is float32 in the bundle's own state.
 
     Raises:
         UsageError: when the history is longer than the bundle serves, or the weights alone do not fit.
@@ -154,23 +157,47 @@ def plan(bundle: Bundle, machine: Machine, demand: Demand, memory: int, state_fo
     if limit is not None and demand.history > limit:
         raise UsageError(f"--workload history={demand.history}: the bundle serves at most {limit} tokens")
     weights = sum(f["bytes"] for f in bundle.manifest.files.values() if "bytes" in f)
-    room = int(memory * (1 - _RESERVED)) - weights
+    tables = 0 if isinstance(machine, GpuRates) else table_bytes(bundle)
+    room = int(memory * (1 - _RESERVED)) - weights - tables
     if room < 0:
-        raise UsageError(f"--memory: {memory:,} bytes do not hold the bundle's {weights:,}; give more")
-    size = sum(_bytes(s, demand.history, FORMATS[state_format]) for s in bundle.manifest.state)
+        has = f" and {tables:,} of tables, whose rows take longer than is predicted from a disk" if tables else ""
+        raise UsageError(f"--memory: {memory:,} bytes do not hold the bundle's {weights:,}{has}; give more")
+    size = sum(_bytes(s, demand.history) for s in _kept(bundle.manifest.state, state_format))
     expected = forecast(bundle, machine, demand.history, demand.targets)
     users = room // max(1, size)
     share = demand.hits(users)
     mean = share * expected.hit + (1 - share) * expected.miss
     hit, miss = (round(1e3 * seconds, 4) for seconds in (expected.hit, expected.miss))
-    return Plan(state_format, size, users, share, hit, miss, 1 / mean)
+    return Plan(state_format, size, weights + tables, users, share, hit, miss, 1 / mean)
 
 
-def _bytes(state: StateSpec, history: int, value: int) -> int:
-    """Of one user's tensor; integers keep their type, whatever floating-point values become."""
+def table_bytes(bundle: Bundle) -> int:
+    """Of the tables that left the graphs."""
+    return sum(t.bytes for t in bundle.manifest.tables or ())
+
+
+def formats_for(bundle: Bundle, gpu: bool) -> tuple[str, ...]:
+    """The `FORMATS` that a bundle's state can have: a CPU has no bfloat16, and what is calibrated is so for good."""
+    return tuple(
+        name
+        for name in FORMATS
+        if (gpu or name != "bfloat16") and (bundle.manifest.quantization is None or name != "int8")
+    )
+
+
+def _kept(state: Sequence[StateSpec], state_format: str) -> list[StateSpec]:
+    """A state in another format: engines of another precision change what is float32, and nothing else of it."""
+    if state_format == "int8":
+        able = {s.name for s in quantizable(state)}
+        return [kept for s in state for kept in (kept_as(s, "int8", "token") if s.name in able else (s,))]
+    return [dataclasses.replace(s, dtype=state_format) if s.dtype == "float32" else s for s in state]
+
+
+def _bytes(state: StateSpec, history: int) -> int:
+    """Of one user's tensor."""
     known = {TOKENS: history, OFFSETS: 2}
     sizes = (n if isinstance(n, int) else known.get(n, 1) for n in state.shape)
-    return math.prod(sizes) * (value if state.dtype.startswith(("float", "bfloat")) else ITEM_BYTES[state.dtype])
+    return math.prod(sizes) * ITEM_BYTES[state.dtype]
 
 
 def next_steps(bundle: Bundle, machine: Machine, demand: Demand, memory: int, state_format: str) -> dict[str, float]:
@@ -181,7 +208,7 @@ def next_steps(bundle: Bundle, machine: Machine, demand: Demand, memory: int, st
         "twice the memory": plan(bundle, machine, demand, 2 * memory, state_format),
         "half the history": plan(bundle, machine, shorter, memory, state_format),
     }
-    if state_format != "int8":
+    if state_format != "int8" and bundle.manifest.quantization is None:
         steps["states of 8 bits (stca calibrate)"] = plan(bundle, machine, demand, memory, "int8")
     gains = {name: made.per_second / now for name, made in steps.items()}
     return dict(sorted(gains.items(), key=lambda gain: -gain[1]))

@@ -60,10 +60,13 @@ def run(args: argparse.Namespace) -> int:
         machine, memory, own = planning.GpuRates(gpu.device), args.memory or gpu.memory, "bfloat16"
     else:
         raise UsageError(f"--gpu {args.gpu}: not known; there are {', '.join(planning.GPUS)} and cpu")
-    formats = [name for name in planning.FORMATS if own == "bfloat16" or name != "bfloat16"]  # of which a CPU has none
+    formats = planning.formats_for(bundle, gpu=own == "bfloat16")
     plans = {name: planning.plan(bundle, machine, demand, memory, name) for name in formats}
     steps = planning.next_steps(bundle, machine, demand, memory, own)
-    chosen = plans[own]
+    chosen, tables = plans[own], planning.table_bytes(bundle)
+    quantized = (bundle.manifest.quantization or {}).get("state", {}).get("kind")
+    states = f"{quantized} as calibrated, the rest in {own}" if quantized else own
+    where = "this memory too" if args.gpu == "cpu" else "the host's memory, not the GPU's"
     needed = -(-demand.rate // chosen.per_second)
     data = {
         "form": bundle.manifest.attention,
@@ -72,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         "machine": args.gpu,
         "memory": memory,
         "state_format": own,
+        "quantized": quantized,
+        "table_bytes": tables,
         "plans": {name: dataclasses.asdict(made) for name, made in plans.items()},
         "machines_for_rate": needed or None,
         "next": steps,
@@ -79,13 +84,15 @@ def run(args: argparse.Namespace) -> int:
     }
     told = "this CPU's rates, measured now" if args.gpu == "cpu" else "datasheet rates; nothing was run on a GPU"
     lines = [
-        f"form {bundle.manifest.attention}, cached {100 * bundle.manifest.cached:.1f} % of the work, states in {own}",
+        f"form {bundle.manifest.attention}, cached {100 * bundle.manifest.cached:.1f} % of the work, states in "
+        f"{states}",
         f"a hit {chosen.hit_ms:.3f} ms, a miss {chosen.miss_ms:.3f} ms, computation alone, predicted from {told}",
         *(
             f"{name:<9} {p.state_bytes:>13,} bytes a user, {p.users:>11,} users fit, {100 * p.hit_share:5.1f} % hits, "
             f"{p.per_second:,.1f} requests a second, one at a time"
             for name, p in plans.items()
         ),
+        *([f"tables in files: {tables:,} bytes, mapped into {where}"] if tables else []),
         *([f"{demand.rate:,.0f} requests a second take {needed:.0f} of them"] if demand.rate else []),
         "what helps throughput most: " + ", ".join(f"{name} {gain:.2f} x" for name, gain in steps.items()),
     ]
