@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "export/reference": frozenset({"ground", "plugins"}),
     "calibration": MODEL,
     "examples": MODEL | {"calibration", "runtime", "checks", "serve"},
-    "checks": MODEL | {"runtime"},
+    "checks": MODEL | {"runtime", "calibration"},
     "engines": MODEL | {"runtime", "checks"},
     "serve": frozenset({"ground", "plugins", "runtime"}),
     "load": frozenset({"ground", "plugins", "runtime", "serve"}),
