@@ -20,7 +20,7 @@ from markupsafe import Markup
 from stca.bundle import Bundle
 from stca.errors import StcaError
 from stca.manifest import check_account
-from stca.report import formats, page
+from stca.report import formats, latency, page
 from stca.report.blocks import Condensed, condense
 from stca.report.markup import clean
 from stca.report.picture import block_picture
@@ -124,7 +124,10 @@ def _context(data: ReportData, graph: Condensed) -> dict[str, Any]:
     events = m.split["workload"].get("N_h")
     attention = f"{m.attention} attention" if m.attention else None
     parity, bench = data.parity, data.bench if data.bench and data.bench.get("rows") else None
-    side_by_side, bench = page.engine_tables(bench) if bench else [], page.of_first_engine(bench) if bench else None
+    side_by_side, bench = (
+        latency.engine_tables(bench) if bench else [],
+        latency.of_first_engine(bench) if bench else None,
+    )
     accuracy = page.accuracy(data.auc, data.trained_history) if data.auc else None
     return {
         "title": data.title,
@@ -149,12 +152,12 @@ def _context(data: ReportData, graph: Condensed) -> dict[str, Any]:
         if parity
         else [],
         "parity_table": page.parity_table(parity) if parity else None,
-        "latency": page.latency_charts(bench) if bench else None,
+        "latency": latency.charts_of(bench) if bench else None,
         "engine_tables": side_by_side,
-        "latency_tables": page.latency_tables(bench) if bench else [],
+        "latency_tables": latency.tables_of(bench) if bench else [],
         "ways": [
             (kind, name, says)
-            for name, (kind, says) in page.WAYS.items()
+            for name, (kind, says) in latency.WAYS.items()
             if bench and any(r["stage"] == name for r in bench["rows"])
         ],
         "accuracy": accuracy,

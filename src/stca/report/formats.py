@@ -1,13 +1,26 @@
-"""Numbers as a person reads them; none of them depends on the page that shows it."""
+"""Numbers and tables as a person reads them; none of them depends on the page that shows it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
+Row = Mapping[str, Any]
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table. `kinds` has a letter for each column: `n` of numbers, `c` of code, anything else of words."""
+
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    kinds: str
 
 
 def number(value: float | None, show: Callable[[float], str]) -> Markup:

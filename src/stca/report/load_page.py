@@ -10,8 +10,7 @@ from markupsafe import Markup
 
 from stca.report import charts, filled, put
 from stca.report.charts import Bar, Panel, Point, Series
-from stca.report.formats import finite, milliseconds, number, share, times, whole
-from stca.report.page import Row, Table
+from stca.report.formats import Row, Table, finite, milliseconds, number, share, times, whole
 
 # As `stca load --json` calls the runs of one page, and what people call them.
 RUNS: Mapping[str, str] = {"load": "with states", "without_store": "without a store"}
