@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stca.arrays import Array
-from stca.bundle import Bundle, opened
+from stca.bundle import Bundle
 from stca.errors import EngineError, RequestError, UsageError
 from stca.manifest import Manifest
+from stca.opening import opened
 from stca.runtime.batching import ALONE, Batcher, Runs
 from stca.runtime.changing import Way, change
 from stca.runtime.client_values import mapping_of

@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from stca import folders
 from stca.errors import BuildError, BundleError
@@ -26,9 +25,6 @@ from stca.signature import SIGNATURE, Key, check_signature, signature_of
 
 # What a bundle's files end in; a directory with anything else is not replaced by a bundle.
 _SUFFIXES = (".json", ".onnx", ".safetensors", ".plan", ".weights", ".sig", ".rows", ".digests")
-# How often a bundle that is being replaced is read where it lies.
-_PATIENCE = 3
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,76 +75,6 @@ class Bundle:
         return cls(root, manifest)
 
 
-def opened(
-    path: str | os.PathLike[str], use: Callable[[Bundle], T], *, trusted: Key | None = None, tries: int = 50
-) -> T:
-    """Load a bundle and open what is in it, so that what was checked is what is open.
-
-    Another process may replace the bundle between the moments at which its files are read. Then all of it is read
-    again, and nothing that was opened meanwhile is used; where that happens again and again, out of a copy of its own.
-
-    Args:
-        path, trusted: see `Bundle.load`.
-        use: opens the files of a checked bundle.
-        tries: how often a bundle may be replaced meanwhile.
-
-    Raises:
-        BundleError: as `Bundle.load`, and when the bundle is replaced faster than it can be read.
-        Exception: what `use` raises on a bundle that stays as it is.
-    """
-    last: Exception | None = None
-    for turn in range(tries):
-        settled: Exception | None = None
-        source = _identity(path)  # of before the copy, which may be made of a bundle that is being removed
-        try:
-            with contextlib.nullcontext(path) if turn < _PATIENCE else _copy(Path(path)) as place:
-                own = turn >= _PATIENCE
-                lies_there, whole = _identity(place, own), False
-                try:
-                    found = Bundle.load(place, trusted=trusted)
-                    whole = own
-                    made = use(found)
-                except Exception as e:
-                    # What could be read whole out of a copy is a bundle as it was once: what fails is its own fault.
-                    if _identity(place, own) == lies_there and (whole or _identity(path) == source):
-                        settled = e
-                    raise
-                if _identity(place, own) == lies_there:  # a copy too: its files may be the writer's own
-                    return made
-        except Exception as e:
-            if e is settled:
-                raise
-            last = e
-    why = f" (the last try: {last})" if last else ""
-    raise BundleError(f"{path}: is replaced faster than it can be read{why}; load it when its writer has finished")
-
-
-@contextlib.contextmanager
-def _copy(root: Path) -> Iterator[Path]:
-    """The files of a directory in one of our own, linked where that can be had: too quick to be overtaken twice."""
-    with tempfile.TemporaryDirectory(prefix="stca-bundle-") as own:
-        for name in _names(root):
-            file = os.path.realpath(root / name)
-            try:
-                os.link(file, Path(own) / name)
-            except OSError:
-                shutil.copy2(file, Path(own) / name)
-        yield Path(own)
-
-
-def _identity(path: str | os.PathLike[str], own: bool = False) -> tuple[tuple[object, ...], ...]:
-    """What changes when a bundle, or a file of it, is replaced or written to; of links, what they lead to. Of an `own`
-    copy, when it is written to: that its files' other names come and go is no change.
-    """
-    try:
-        files = sorted(_names(path))
-        stats = [(name, os.stat(os.path.join(path, name) if name else path)) for name in ("", *files)]
-    except (OSError, TypeError, ValueError):  # no path at all: whoever loads it says so
-        return ()
-    # Numbers of removed files are given again, and copies keep the time of their contents: only ctime is never set.
-    return tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns if own else s.st_ctime_ns) for name, s in stats)
-
-
 def _manifest_of(root: Path) -> bytes:
     """The manifest as it lies there, which is not read to its end when it is too large.
 
@@ -162,7 +88,7 @@ def _manifest_of(root: Path) -> bytes:
 
 
 def _check_files(root: Path, manifest: Manifest) -> None:
-    present = {*_names(root)} - {SIGNATURE}
+    present = {*names(root)} - {SIGNATURE}
     named = {MANIFEST, *manifest.names}
     if missing := sorted(named - present):
         raise BundleError(f"{root}: {missing[0]!r} is missing; copy the bundle again or export it anew")
@@ -206,7 +132,7 @@ def _weights_version(manifest: Manifest) -> str:
     return weights_version(manifest.files[WEIGHTS]["sha256"], digests)
 
 
-def _names(root: str | os.PathLike[str]) -> list[str]:
+def names(root: str | os.PathLike[str]) -> list[str]:
     """Entries of a bundle's directory, but for those a mounted volume keeps its versions in (`..data`)."""
     return [name for name in os.listdir(root) if not name.startswith("..")]
 

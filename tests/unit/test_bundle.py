@@ -22,6 +22,7 @@ from support.errors import nothing_or_one_line, one_line
 from support.tiny import contents
 
 import stca.bundle as bundle_module
+from stca import opening
 from stca.bundle import Bundle, seal, sha256_of, writing
 from stca.errors import BuildError, BundleError
 from stca.manifest import FORMAT_VERSION, MANIFEST, WEIGHTS, EngineEntry, GraphSpec, Manifest, StateSpec, TensorSpec
@@ -184,7 +185,7 @@ def test_what_fails_while_the_bundle_is_replaced_is_told(root):
         raise BuildError("the engine does not fit")
 
     with one_line(BuildError, "the engine does not fit"):
-        bundle_module.opened(root, use, tries=20)
+        opening.opened(root, use, tries=20)
     assert calls[0] == root
     assert calls[-1] != root
 
@@ -198,12 +199,12 @@ def test_a_copy_that_is_written_to_is_read_again(root):
             touched(found.path)
         return len(calls)
 
-    assert bundle_module.opened(root, use) == 6
+    assert opening.opened(root, use) == 6
     assert calls[5].parent != root.parent
 
 
 def test_a_copy_of_a_bundle_that_was_being_removed_is_made_again(root, monkeypatch):
-    whole, copies = bundle_module._copy, []
+    whole, copies = opening._copy, []
 
     @contextlib.contextmanager
     def copy(path):
@@ -219,16 +220,16 @@ def test_a_copy_of_a_bundle_that_was_being_removed_is_made_again(root, monkeypat
             touched(root)
         return found.path
 
-    monkeypatch.setattr(bundle_module, "_copy", copy)
-    assert bundle_module.opened(root, use) == copies[1]
+    monkeypatch.setattr(opening, "_copy", copy)
+    assert opening.opened(root, use) == copies[1]
 
 
 def test_the_last_error_is_told_where_a_bundle_is_never_at_rest(root, monkeypatch):
     numbers = itertools.count()
-    monkeypatch.setattr(bundle_module, "_identity", lambda *_: next(numbers))
+    monkeypatch.setattr(opening, "_identity", lambda *_: next(numbers))
     (root / WEIGHTS).unlink()
     with one_line(BundleError, "replaced faster", WEIGHTS, "is missing"):
-        bundle_module.opened(root, lambda found: found, tries=5)
+        opening.opened(root, lambda found: found, tries=5)
 
 
 @pytest.mark.parametrize("name", [MANIFEST, *FILES])
@@ -289,14 +290,14 @@ def test_a_bundle_of_links(tmp_path, root, kind):
     """What the links lead to is held against the manifest, and changes of it are seen."""
     place = linked(root, tmp_path, kind)
     assert Bundle.load(place).manifest == Bundle.load(root).manifest
-    before = bundle_module._identity(place)
-    with bundle_module._copy(place) as copied:
+    before = opening._identity(place)
+    with opening._copy(place) as copied:
         assert Bundle.load(copied).manifest == Bundle.load(root).manifest
         assert not any(p.is_symlink() for p in copied.iterdir())
-    assert bundle_module._identity(place) != ()
+    assert opening._identity(place) != ()
     target = (place / "request.onnx").resolve()
     target.write_bytes(target.read_bytes()[:-1] + b"?")
-    assert bundle_module._identity(place) != before
+    assert opening._identity(place) != before
     with one_line(BundleError, "request.onnx", "changed"):
         Bundle.load(place)
 
@@ -304,11 +305,11 @@ def test_a_bundle_of_links(tmp_path, root, kind):
 def test_a_volume_that_shows_another_version(tmp_path, root):
     """Kubernetes replaces `..data` in one step; every file is another one then."""
     place = linked(root, tmp_path, "volume")
-    before = bundle_module._identity(place)
+    before = opening._identity(place)
     shutil.copytree(place / "..2026_11_26", place / "..2026_11_27")
     (place / "..data_tmp").symlink_to("..2026_11_27")
     (place / "..data_tmp").rename(place / "..data")
-    assert bundle_module._identity(place) != before
+    assert opening._identity(place) != before
     Bundle.load(place)
 
 
