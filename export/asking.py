@@ -41,7 +41,7 @@ class Accepted:
     """What a graph takes.
 
     Attributes:
-        inputs: with the ranges of integers found.
+        inputs: with the ranges of integers found, and what stands for no event where it has no score for that alone.
         min_history: the shortest history that it takes and gives finite scores for; None where that is an empty one.
         max_history: the longest history it takes; None where the longest that was asked went well.
     """
@@ -51,8 +51,19 @@ class Accepted:
     max_history: int | None
 
 
-def ask(model: Path, inputs: Sequence[TensorSpec], max_history: int | None = None) -> Accepted:
+def ask(
+    model: Path,
+    inputs: Sequence[TensorSpec],
+    max_history: int | None = None,
+    marks: Mapping[str, int] | None = None,
+) -> Accepted:
     """Find what the graph in `model` takes, beyond what `inputs` and `max_history` say already.
+
+    Args:
+        model: the file of the graph.
+        inputs: of the graph.
+        max_history: longest history to serve; None for as long as the graph takes.
+        marks: the id that means no event, of inputs where that is known.
 
     Raises:
         SplitError: when it runs on no request that was tried, with what ONNX Runtime says.
@@ -60,14 +71,15 @@ def ask(model: Path, inputs: Sequence[TensorSpec], max_history: int | None = Non
     with contextlib.closing(Child(model)) as child:
         asked = _Questions(child.run, tuple(inputs))
         base, events = asked.any_request(max_history)
-        shortest = asked.shortest(base, events) if asked.varies else asked.least_of_padded(base, events)
+        shortest = asked.shortest(base, events) if asked.varies else None
         longest = max_history
         most = min(max_history or _LONGEST, _LONGEST)
         if asked.varies and not asked.takes(base, most):
             longest = _largest(lambda n: asked.takes(base, n), events, most)
         child.seconds = _SECONDS / 4  # these requests are small: what takes long is no id
         ranged = [asked.range_of(s, base, events) if _is_integer(s) else s for s in inputs]
-        return Accepted(tuple(ranged), shortest, longest)
+        made = [dataclasses.replace(s, blank=asked.blank_of(s, base, events, (marks or {}).get(s.name))) for s in ranged]
+        return Accepted(tuple(made), shortest, longest)
 
 
 class _Questions:
@@ -94,25 +106,29 @@ class _Questions:
         )
 
     def answer(
-        self, integers: Mapping[str, int], events: int, by: str = "onnxruntime", none_in_first: str = ""
+        self, values: Mapping[str, int], events: int, by: str = "onnxruntime", first: tuple[str, int] | None = None
     ) -> list[Array] | str:
-        """What the graph makes of these integers in all places, and of a 0 in the first of `none_in_first`."""
+        """What the graph makes of these values in all places of inputs, and of another in the first place of one."""
         request = probe.single(self.inputs, events, _TARGETS, np.random.default_rng(0))
-        request |= {n: np.full_like(request[n], v) for n, v in integers.items()}
-        if none_in_first:
-            request[none_in_first].flat[0] = 0
+        request |= {n: np.full_like(request[n], v) for n, v in values.items()}
+        if first:
+            request[first[0]].flat[0] = first[1]
         return self.run(probe.pack(self.inputs, [request]), by)
 
-    def least_of_padded(self, base: Mapping[str, int], events: int) -> int | None:
-        """1 where a history of zeros alone is refused, one with a zero is not: zeros are no events; None for others."""
-        of_events = [s for s in self.inputs if s.scope == "user" and _is_integer(s) and len(s.shape) > 1]
-        return 1 if any(self.refuses_none_alone(s, base, events) for s in of_events) else None
+    def blank_of(self, spec: TensorSpec, base: Mapping[str, int], events: int, mark: int | None) -> int | None:
+        """The value that stands for no event, where a history of it alone has no score; None where there is none."""
+        if spec.scope != "user" or spec.shape == (OFFSETS,) or spec.length_of:
+            return None
+        tried = [mark, 0, 1]
+        if _is_integer(spec):
+            tried += [n for n in (-1, (spec.limit or 0) - 1) if n >= np.iinfo(spec.dtype).min]
+        return next((v for v in tried if v is not None and self.refuses_only(spec, v, base, events)), None)
 
-    def refuses_none_alone(self, spec: TensorSpec, base: Mapping[str, int], events: int) -> bool:
-        """Whether zeros in all places are refused, and one in the first place is not."""
-        ones = {**base, spec.name: max(base.get(spec.name, 1), 1)}
-        return isinstance(self.answer({**base, spec.name: 0}, events), str) and not isinstance(
-            self.answer(ones, events, none_in_first=spec.name), str
+    def refuses_only(self, spec: TensorSpec, value: int, base: Mapping[str, int], events: int) -> bool:
+        """Whether this value in all places is refused, and in the first alone is not."""
+        other = next(v for v in (base.get(spec.name, 1), 0, 1) if v != value)
+        return isinstance(self.answer({**base, spec.name: value}, events), str) and not isinstance(
+            self.answer({**base, spec.name: other}, events, first=(spec.name, value)), str
         )
 
     def takes(self, integers: Mapping[str, int], events: int) -> bool:
@@ -152,7 +168,7 @@ class _Questions:
             self.answer({**base, spec.name: v}, events) for v in (-1, 0, 1, largest - 1, largest)
         )
         wraps = _same(zero, last) and _same(below, but_one) and not _same(zero, one) and not _same(zero, below)
-        refused = isinstance(zero, str) and not isinstance(one, str) and not self.refuses_none_alone(spec, base, events)
+        refused = isinstance(zero, str) and not isinstance(one, str) and not self.refuses_only(spec, 0, base, events)
         return dataclasses.replace(spec, limit=largest + 1, low=1 if largest > 1 and (wraps or refused) else None)
 
 

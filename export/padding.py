@@ -131,6 +131,18 @@ def unpacked(inputs: Sequence[TensorSpec]) -> list[tuple[EventInput, ...]]:
     return [tuple(events) for size, events in by_size.items() if size in whole]
 
 
+def least_events(inputs: Sequence[TensorSpec]) -> int:
+    """1 where a history without events has no score, as `blank` and the least of a length tell; 0 where one may have.
+
+    Of a model with several histories, one may be empty where another is not: then only its inputs tell.
+    """
+    packed = {s.name for s in inputs if s.scope == "user" and TOKENS in s.shape}
+    counts = any(s.length_of == TOKENS and (s.low or 0) > 0 for s in inputs)
+    blank = {s.name for s in inputs if s.blank is not None}
+    each = [{e.name for e in events} for events in unpacked(inputs)]
+    return int(counts or bool(packed & blank) or (bool(each) and all(names & blank for names in each)))
+
+
 class _Asked:
     """One history, and requests that differ in it."""
 

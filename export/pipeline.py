@@ -28,7 +28,7 @@ from stca.export.lifting import lifted_and_proven
 from stca.export.modules import adapted
 from stca.export.one_batch import of_one_request, with_one_batch
 from stca.export.outputs import lay_out_by_target, name_rows, score_axes
-from stca.export.padding import Found, PadOptions, padding_of, unpacked
+from stca.export.padding import Found, PadOptions, least_events, padding_of, unpacked
 from stca.export.passes.rules import View
 from stca.export.passes.sequences import without_sequences
 from stca.export.passes.spelled_out import spell_out
@@ -368,11 +368,14 @@ def _answers(
     histories = unpacked(request.specs)
     if source["kind"] == "stca" and not histories and cut.pad == PadOptions():
         return takes, Found(None, takes.inputs)  # its config says it all
+    known = marks(request.graph) if histories else {}
     with askable(request.graph, request.asked, work) as (graph, before):
         if source["kind"] != "stca":
             progress("asking the graph what it takes")
-            takes = ask(before, request.specs, max_history)
-        return takes, padding_of(graph, marks(request.graph) if histories else {}, takes, cut.pad)
+            takes = ask(before, request.specs, max_history, {**known, **cut.pad.values})
+        found = padding_of(graph, known, takes, cut.pad)
+    shortest = max(takes.min_history or 0, least_events(found.inputs)) or None
+    return dataclasses.replace(takes, min_history=shortest), found
 
 
 def _state_spec(t: StateTensor) -> StateSpec:

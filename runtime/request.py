@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from stca.arrays import Array
 from stca.errors import RequestError
-from stca.manifest import OFFSETS, TARGETS, TOKENS, USERS, Manifest, packable
+from stca.manifest import OFFSETS, TARGETS, TOKENS, USERS, Manifest, TensorSpec, packable
 from stca.runtime.client_values import array_of, key_of, labels_of, mapping_of, quoted
 from stca.runtime.input_check import InputCheck, Limits, Sizes
 from stca.runtime.padding import History
@@ -83,6 +83,7 @@ class Door:
         self._names: dict[tuple[str, ...], tuple[str, ...]] = {}  # asked for several times per request
         self._no_user = frozenset(self.names("request", "target"))
         self._lengths = [s for s in self.inputs.values() if s.length_of is not None]
+        self._blanks = [s for s in self.inputs.values() if s.blank is not None]
 
     def names(self, *scopes: str) -> tuple[str, ...]:
         """Inputs of these scopes, offsets aside."""
@@ -125,6 +126,9 @@ class Door:
                 _check_length(spec.name, arrays[spec.name], *sizes[of])
         if "user" in scopes:
             self._limit_history(arrays, sizes)
+        for spec in self._blanks:
+            if spec.name in arrays:
+                _check_not_blank(spec, arrays[spec.name])
         for spec in self.offsets.values():
             if spec.scope in scopes:
                 rows = sizes.get(TOKENS if spec.scope == "user" else TARGETS, (0, ""))[0]
@@ -151,7 +155,9 @@ class Door:
     def placeholder(self, name: str) -> Array:
         """One valid row of an input there is once per user, for a run whose result does not depend on it."""
         spec = self.inputs[name]
-        return np.zeros([n if isinstance(n, int) else 1 for n in spec.shape], spec.dtype)
+        least = spec.low or 0
+        value = least + 1 if least == spec.blank else least
+        return np.full([n if isinstance(n, int) else 1 for n in spec.shape], value, spec.dtype)
 
     def unpack(self, batch: RequestBatch) -> list[Request]:
         """Check a batch's offsets and cut it into its requests, without copying.
@@ -262,6 +268,14 @@ class Door:
 def _check_length(name: str, values: Array, size: int, of: str) -> None:
     if values.size and values.max() > size:
         raise RequestError(f"{name}: holds {values.max()}, which is more than the {size} rows of {of}")
+
+
+def _check_not_blank(spec: TensorSpec, values: Array) -> None:
+    if values.size and (values == spec.blank).all():
+        raise RequestError(
+            f"{spec.name}: holds nothing but {spec.blank}, for which the model has no finite score; send at least one "
+            "other value"
+        )
 
 
 _ALL = ("user", "request", "target")

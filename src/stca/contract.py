@@ -59,8 +59,9 @@ def check_contract(manifest: Manifest) -> None:
                 raise ValueError(f"{twice!r} comes twice in graphs.{name}")
         for spec in (*graph.inputs, *graph.outputs):
             _check_tensor(spec, f"graphs.{name}")
-            if spec.low is not None and not -(1 << 63) <= spec.low < 1 << 63:
-                raise ValueError(f"{spec.name!r} in graphs.{name} has a least value of more than 64 bits")
+            for what, value in (("a least value", spec.low), ("a blank", spec.blank)):
+                if value is not None and not -(1 << 63) <= value < 1 << 63:
+                    raise ValueError(f"{spec.name!r} in graphs.{name} has {what} of more than 64 bits")
             if spec.dtype == FLOAT8 and not any(spec.name == s.name for s in manifest.state):
                 raise ValueError(f"{spec.name!r} in graphs.{name} is {_said(spec)}; that type is for states alone")
     for state in manifest.state:

@@ -51,6 +51,7 @@ _ADDED = frozenset(
     {
         "low",
         "length_of",
+        "blank",
         "min_history",
         "padding",
         "provider",

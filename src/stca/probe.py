@@ -38,7 +38,7 @@ def single(
         shape = tuple(
             1 if i in copies else n if isinstance(n, int) else known.get(n, 1) for i, n in enumerate(spec.shape)
         )
-        made[spec.name] = _draw(spec, shape, known, rng).astype(spec.dtype)
+        made[spec.name] = _with_an_event(spec, _draw(spec, shape, known, rng).astype(spec.dtype))
         for axis in copies:
             made[spec.name] = made[spec.name].repeat(targets, axis)
     return made
@@ -54,8 +54,17 @@ def padded(inputs: Sequence[TensorSpec], request: Mapping[str, Array], rng: np.r
         if spec.scope == "user" and np.dtype(spec.dtype).kind in "iu" and spec.length_of is None and spec.name in made:
             least = rng.random(made[spec.name].shape) < 0.5
             least.flat[:1] = False
-            made[spec.name] = np.where(least, max(spec.low or 0, 0), made[spec.name]).astype(spec.dtype)
+            gaps = np.where(least, max(spec.low or 0, 0), made[spec.name]).astype(spec.dtype)
+            made[spec.name] = _with_an_event(spec, gaps)
     return made
+
+
+def _with_an_event(spec: TensorSpec, values: Array) -> Array:
+    """The values, the first place changed where all hold what stands for no event and the model has no score for it."""
+    if spec.blank is not None and values.size and (values == spec.blank).all():
+        lower = spec.blank > max(spec.low or 0, 0)
+        values.flat[0] = spec.blank - 1 if lower else spec.blank + 1
+    return values
 
 
 def _draw(spec: TensorSpec, shape: tuple[int, ...], sizes: Mapping[str, int], rng: np.random.Generator) -> Array:

@@ -40,6 +40,8 @@ class TensorSpec:
         limit: ids must be in `[low, limit)`; None when any value will do.
         low: the least valid integer; None is 0 where there is a limit.
         length_of: the dimension whose rows the value counts, so that it must not be larger; None when it counts none.
+        blank: the value that stands for no event, where the model has no finite score for an input of it alone; None
+            where there is none, or an input of it alone is scored.
     """
 
     name: str
@@ -49,6 +51,7 @@ class TensorSpec:
     limit: int | None = None
     low: typed_json.Signed | None = None
     length_of: str | None = None
+    blank: typed_json.Signed | None = None
 
 
 @dataclass(frozen=True)

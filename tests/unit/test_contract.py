@@ -85,6 +85,8 @@ BROKEN = {
         lambda m: change_all(m, "target_item", limit=1 << 64), ("limit is 18446744073709551616",)),
     "a least value beyond 64 bits": (
         lambda m: change_all(m, "target_item", low=1 << 64), ("more than 64 bits",)),
+    "a blank beyond 64 bits": (
+        lambda m: change_all(m, "target_item", blank=1 << 64), ("more than 64 bits",)),
     "an input without a scope": (
         lambda m: tensor(m["graphs"]["request"]["inputs"], "history_item").update(scope=None), ("no scope",)),
     "a target input in the encoder": (

@@ -23,6 +23,17 @@ SPECS = (
 sizes = st.integers(0, 30)
 
 
+@pytest.mark.parametrize(("dtype", "blank"), [("bool", 0), ("bool", 1), ("int64", 0), ("int64", 2), ("float32", 0)])
+def test_no_request_is_of_what_stands_for_no_event_alone(dtype, blank):
+    limit = 3 if dtype == "int64" else None
+    specs = (TensorSpec("mask", dtype, (1, "N_h"), "user", limit, blank=blank), *SPECS[-2:])
+    for seed in range(20):
+        made = probe.single(specs, 1, 2, np.random.default_rng(seed))
+        for request in (made, probe.padded(specs, made, np.random.default_rng(seed))):
+            assert (request["mask"] != blank).any()
+            assert request["mask"].max() <= 2 or limit is None
+
+
 @given(sizes, sizes, st.integers(0, 2**32))
 def test_a_single_request_is_valid(tokens, targets, seed):
     made = probe.single(SPECS, tokens, targets, np.random.default_rng(seed))

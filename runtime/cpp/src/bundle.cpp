@@ -39,7 +39,8 @@ TensorSpec read_spec(const Json& json, const std::string& place) {
   spec.limit = fields.optional_count("limit", 0, true).value_or(0);
   spec.low = fields.optional_count("low", std::numeric_limits<std::int64_t>::min(), true);
   spec.length_of = fields.optional_string("length_of").value_or("");
-  fields.only({"name", "dtype", "shape", "scope", "limit", "low", "length_of"});
+  spec.blank = fields.optional_count("blank", std::numeric_limits<std::int64_t>::min(), true);
+  fields.only({"name", "dtype", "shape", "scope", "limit", "low", "length_of", "blank"});
   return spec;
 }
 

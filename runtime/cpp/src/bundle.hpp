@@ -34,6 +34,7 @@ struct TensorSpec {
   std::int64_t limit = 0;            ///< ids are in [low, limit); 0 when any value will do
   std::optional<std::int64_t> low;   ///< the least valid integer; nothing is 0 where there is a limit
   std::string length_of;             ///< the dimension whose rows the value counts; empty when it counts none
+  std::optional<std::int64_t> blank; ///< what stands for no event, where the model has no score for it alone
 
   /// Whether the first axis has this symbol.
   bool rows_are(std::string_view symbol) const { return !shape.empty() && shape[0].symbol == symbol; }

@@ -219,6 +219,7 @@ void Door::admit_sorted(const Given& given, int scopes, bool events, Row& row) c
     limit_history(row, sizes[tokens_id]);
     row.tokens = sizes[tokens_id].size;
   }
+  if (!events) check_not_blank(row);
   row.sizes.resize(sizes.size(), -1);
   for (std::size_t i = 0; i < sizes.size(); ++i) {
     if (sizes[i].size >= 0) row.sizes[i] = sizes[i].size;
@@ -305,6 +306,17 @@ void Door::check_lengths(const Row& row, const Sizes& sizes) const {
     for (std::size_t k = 0; k < row.arrays[i].shape.elements(); ++k) most = std::max(most, integer_at(row.arrays[i], k));
     if (most > of.size) {
       request_error(inputs_[i].name, ": holds ", most, ", which is more than the ", of.size, " rows of ", of.because);
+    }
+  }
+}
+
+void Door::check_not_blank(const Row& row) const {
+  for (std::size_t i = 0; i < inputs_.size(); ++i) {
+    const std::optional<std::int64_t>& blank = inputs_[i].blank;
+    if (!blank || row.arrays[i].data == nullptr || row.arrays[i].shape.elements() == 0) continue;
+    if (holds_only(row.arrays[i], *blank)) {
+      request_error(inputs_[i].name, ": holds nothing but ", *blank,
+                    ", for which the model has no finite score; send at least one other value");
     }
   }
 }

@@ -109,6 +109,7 @@ class Door {
   Array array(std::size_t index, Array raw, Sizes& sizes) const;
   History::Sent complete(const Given& given) const;
   void check_lengths(const Row& row, const Sizes& sizes) const;
+  void check_not_blank(const Row& row) const;
   void check_history(const Bound& tokens) const;
   void limit_history(Row& row, Bound& tokens) const;
   /// The last `window_` tokens of a user input.

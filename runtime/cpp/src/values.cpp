@@ -117,6 +117,21 @@ Array view_of(const stca_tensor& tensor) {
   return array;
 }
 
+bool holds_only(const Array& array, std::int64_t value) {
+  const std::size_t count = array.shape.elements();
+  const auto only = [&](auto type, auto number) {
+    const auto* data = static_cast<const decltype(type)*>(array.data);
+    return std::all_of(data, data + count, [&](auto x) { return static_cast<decltype(number)>(x) == number; });
+  };
+  switch (kind_of(array.dtype)) {
+    case Kind::boolean: return only(std::uint8_t{}, value);
+    case Kind::integer: return visit_integer(array.dtype, [&](auto type) { return only(type, value); });
+    case Kind::floating:
+      return visit_floating(array.dtype, [&](auto type) { return only(type, static_cast<double>(value)); });
+  }
+  return false;
+}
+
 Array checked(const TensorSpec& spec, const Array& raw) {
   const bool any = raw.shape.elements() > 0;
   if (any && kind_of(spec.dtype) == Kind::integer) check_range(spec, raw);

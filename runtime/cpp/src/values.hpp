@@ -13,4 +13,7 @@ Array view_of(const stca_tensor& tensor);
 /// where the dtype is right already.
 Array checked(const TensorSpec& spec, const Array& raw);
 
+/// Whether an array has this number in every place.
+bool holds_only(const Array& array, std::int64_t value);
+
 }  // namespace stca::core

@@ -106,6 +106,7 @@ def _tensors(m: Manifest) -> list[str]:
         ids = f", ids below {i.limit:,}" if i.limit else ""
         ids += f", at least {i.low:,}" if i.low is not None else ""
         ids += f", counts {i.length_of}" if i.length_of else ""
+        ids += f", not all {i.blank}" if i.blank is not None else ""
         lines.append(f"  {i.name:<24} {i.dtype:<8} {dims(i.shape):<16} {i.scope}{ids}")
     lines += ["outputs", *(f"  {o.name:<24} {o.dtype:<8} {dims(o.shape)}" for o in request.outputs)]
     limit = "no limit" if m.max_history is None else f"at most {m.max_history:,} events"

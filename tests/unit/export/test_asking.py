@@ -20,7 +20,7 @@ def of(tmp_path):
     """What is accepted by nodes over `weights` that make `score`."""
 
     def run(inputs, nodes, max_history=None, **weights):
-        kinds = {"int64": TensorProto.INT64, "int32": TensorProto.INT32, "float32": TensorProto.FLOAT}
+        kinds = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT, "bool": TensorProto.BOOL}
         values = [helper.make_tensor_value_info(s.name, kinds[s.dtype], s.shape) for s in inputs]
         out = [helper.make_tensor_value_info("score", TensorProto.FLOAT, None)]
         constants = [numpy_helper.from_array(np.asarray(w), n) for n, w in weights.items()]
@@ -130,7 +130,39 @@ def test_a_padded_history_without_an_event_is_no_range_of_ids(of):
         ("Div", ["sum", "count"], ["score"]),
     ]
     found = of((history, ITEM), nodes, table=table(33))
-    assert (found.inputs[0].low, found.min_history) == (None, 1)
+    assert (found.inputs[0].low, found.inputs[0].blank) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_event", "blank"), [("float32", 1, 0), ("int64", 1, 0), ("int64", 0, 1), ("bool", 0, 1)]
+)
+def test_a_mask_that_leaves_nothing_has_no_score(of, dtype, of_event, blank):
+    """A mean over the places that the mask leaves, whatever it holds there."""
+    history, mask = TensorSpec("history", "float32", (1, "N_h"), "user"), TensorSpec("mask", dtype, (1, "N_h"), "user")
+    nodes = [
+        ("Cast", ["mask"], ["m"], {"to": TensorProto.FLOAT}),
+        *([] if of_event else [("Sub", ["one", "m"], ["left"])]),
+        ("Mul", ["history", "m" if of_event else "left"], ["x"]),
+        ("ReduceSum", ["m" if of_event else "left"], ["count"]),
+        ("ReduceSum", ["x"], ["sum"]),
+        ("Div", ["sum", "count"], ["score"]),
+    ]
+    found = of((history, mask, ITEM), nodes, one=np.float32(1))
+    assert [s.blank for s in found.inputs] == [None, blank, None]
+
+
+def test_an_id_that_masks_may_be_the_last(of):
+    history = TensorSpec("history", "int64", (1, 4), "user", limit=33)
+    nodes = [
+        ("Equal", ["history", "last"], ["is"]),
+        ("Not", ["is"], ["real"]),
+        ("Cast", ["real"], ["kept"], {"to": TensorProto.FLOAT}),
+        ("ReduceSum", ["kept"], ["count"]),
+        ("Div", ["one", "count"], ["rate"]),
+        ("Mul", ["rate", "count"], ["score"]),
+    ]
+    (found, _) = of((history, ITEM), nodes, last=np.int64(32), one=np.float32(1)).inputs
+    assert (found.limit, found.blank) == (33, 32)
 
 
 def test_the_two_best_events_need_two(of):

@@ -192,3 +192,24 @@ def test_ids_beyond_a_table_are_the_inputs_fault(tmp_path):
     onnx.save(model, file)
     with pytest.raises(SplitError, match=r"ids that its table lacks: say its limit \(TensorSpec, --ids\)$"):
         split_onnx(file, SCOPES, tmp_path / "bundle", prove=prove)
+
+
+@pytest.mark.parametrize("history", ["6", "L"])
+def test_a_history_that_is_masked_whole_is_refused_at_the_door(tmp_path, history):
+    """A softmax over nothing but -inf is no number; an empty history and one of padding alone are the same."""
+    body = """
+        none = Constant<value: tensor = int64[1] {0}>() low = Constant<value: tensor = float[1] {-inf}>()
+        width = Constant<value_ints: ints = [2]>() out = Constant<value_ints: ints = [1]>()
+        h = Gather(items, hist) t = Gather(items, item) logits = ReduceSum<keepdims=0>(h, width)
+        pad = Equal(hist, none) masked = Where(pad, low, logits) p = Softmax<axis=1>(masked)
+        weight = Unsqueeze(p, width) weighted = Mul(weight, h) user = ReduceSum<keepdims=0>(weighted, out)
+        x = Mul(user, t) y = ReduceSum<keepdims=1>(x, i1)
+    """
+    bundle = split_onnx(write(tmp_path / "m.onnx", history=history, body=body), SCOPES, tmp_path / "b", prove=prove)
+    assert bundle.manifest.min_history == 1
+    session = Session.load(bundle.path)
+    with pytest.raises(RequestError, match="hist: has 0 events, the model needs at least 1"):
+        session.score(Request({"hist": [], "item": [1, 2]}))
+    with pytest.raises(RequestError, match="hist: holds nothing but 0, for which the model has no finite score"):
+        session.score(Request({"hist": [0] * 6, "item": [1, 2]}))
+    assert np.isfinite(session.score(Request({"hist": [0] * 5 + [3], "item": [1, 2]}))).all()

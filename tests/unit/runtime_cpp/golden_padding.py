@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ INPUTS = (
     TensorSpec("item", "int64", ("N_t",), "target", 100),
     TensorSpec("price", "float32", ("N_t", 2), "target"),
 )
+# Of a model that has no score for a history without events.
+BLANKS = {"items": 7, "mask": 0}
 EVENTS = (EventInput("items", 1, 7), EventInput("vectors", 1, -1), EventInput("mask", 1, 0, 1))
 ITEMS, VECTORS = [4, 5, 6], [[1.0, 2.0], [3.0, 4.0], [0.5, 0.25]]
 TARGETS = {"item": tensor("int64", [1, 2]), "price": tensor("float32", [[0.5, 0], [1, 2]])}
@@ -27,13 +30,15 @@ TARGETS = {"item": tensor("int64", [1, 2]), "price": tensor("float32", [[0.5, 0]
 def write_bundles() -> None:
     state = (StateSpec("sum", "float32", (1,), 0),)
     outputs = (TensorSpec("scores", "float32", ("N_t", 1)),)
-    for name, side, lengths in (
-        ("padded_right", "right", "count"),
-        ("padded_left", "left", "count"),
-        ("exact", None, None),
+    needy = tuple(dataclasses.replace(s, blank=BLANKS.get(s.name)) for s in INPUTS)
+    for name, inputs, side, lengths in (
+        ("padded_right", INPUTS, "right", "count"),
+        ("padded_left", INPUTS, "left", "count"),
+        ("padded_not_blank", needy, "right", "count"),
+        ("exact", INPUTS, None, None),
     ):
         padding = (Padding(EVENTS, side, lengths),)  # type: ignore[arg-type]
-        write_bundle(name, INPUTS, state, outputs, _halves(), 0.0, appendable=False, max_history=None, padding=padding)
+        write_bundle(name, inputs, state, outputs, _halves(), 0.0, appendable=False, max_history=None, padding=padding)
 
 
 def _halves() -> Any:
@@ -83,7 +88,7 @@ def request(items: Any = ITEMS, vectors: Any = VECTORS, /, **others: Any) -> dic
 
 
 def cases() -> list[Any]:
-    return [*_layouts(), *_refusals()]
+    return [*_layouts(), *_refusals(), *_blanks()]
 
 
 def _layouts() -> list[Any]:
@@ -167,4 +172,19 @@ def _refusals() -> list[Any]:
             score(request(count=tensor("int32", [3])), refused("items", "3 events", "exactly 5", "--pad")),
             bundle="exact",
         ),
+    ]
+
+
+def _blanks() -> list[Any]:
+    none = tensor("float32", [0.0, 0.0, 0.0])
+    said = ("nothing but", "no finite score", "at least one other")
+    return [
+        case(f"blank: {name}", score(inputs, outcome), bundle="padded_not_blank")
+        for name, inputs, outcome in (
+            ("no events", request([], [], vectors=tensor("float32", [])), refused("items", "7", *said)),
+            ("ids of none alone", request([7, 7, 7], count=tensor("int32", [3])), refused("items", "7", *said)),
+            ("a mask of all", request(mask=none), refused("mask", "0", *said)),
+            ("events", request(), expected(ITEMS, VECTORS, "right")),
+            ("one event", request([4], [[1.0, 2.0]]), expected([4], [[1.0, 2.0]], "right")),
+        )
     ]
