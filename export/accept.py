@@ -198,7 +198,7 @@ def name_history(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> tuple[
 def nominal_sizes(
     graph: onnx.GraphProto, inputs: Sequence[TensorSpec], given: Mapping[str, int]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """A size for every symbolic dimension of the inputs, and those of them that were assumed.
+    """A size for every symbolic dimension of the inputs and no others, and those of them that were assumed.
 
     Which are not given follow from the inputs' scopes, as `probe.row_sizes` says: events of a history, targets, or 1.
 
@@ -211,4 +211,4 @@ def nominal_sizes(
     by_scope = probe.row_sizes(inputs, *({**DEFAULT_WORKLOAD, **given}[n] for n in (TOKENS, TARGETS)))
     unnamed = {f"{s.name}.{axis}": n for s in inputs for axis, n in enumerate(s.shape) if isinstance(n, str)}
     assumed = {n: by_scope.get(unnamed.get(n, n), 1) for n in dims if n not in given}
-    return {**given, **assumed}, assumed
+    return {**{n: size for n, size in given.items() if n in dims}, **assumed}, assumed

@@ -28,6 +28,7 @@ from stca.manifest import OFFSETS, TOKENS, TensorSpec
 
 # Sizes of the requests asked, and the longest history asked for: that of the longest probe of `stca.checks.verify`.
 _EVENTS, _TARGETS, _LONGEST = 5, 3, 1000
+_LONGEST_TABLE = 1 << 16
 # Where it runs on none of `_EVENTS`: a model may take a longer history alone, or none.
 _TRIED: Final = (_EVENTS, 1, 0, 20, 80, 320)
 # Integers that are accepted up to here are seconds or counts, and not ids: the range that probes draw from.
@@ -56,6 +57,7 @@ def ask(
     inputs: Sequence[TensorSpec],
     max_history: int | None = None,
     marks: Mapping[str, int] | None = None,
+    tables: Sequence[int] = (),
 ) -> Accepted:
     """Find what the graph in `model` takes, beyond what `inputs` and `max_history` say already.
 
@@ -64,6 +66,7 @@ def ask(
         inputs: of the graph.
         max_history: longest history to serve; None for as long as the graph takes.
         marks: the id that means no event, of inputs where that is known.
+        tables: rows of tables of positions, smallest first: lengths beyond which the graph may take no history.
 
     Raises:
         SplitError: when it runs on no request that was tried, with what ONNX Runtime says.
@@ -76,9 +79,15 @@ def ask(
         most = min(max_history or _LONGEST, _LONGEST)
         if asked.varies and not asked.takes(base, most):
             longest = _largest(lambda n: asked.takes(base, n), events, most)
+        elif asked.varies:
+            beyond = (n for n in tables if most < n < (max_history or _LONGEST_TABLE))
+            ends = (n for n in beyond if asked.takes(base, n) and not asked.takes(base, n + 1))
+            longest = next(ends, max_history)
         child.seconds = _SECONDS / 4  # these requests are small: what takes long is no id
         ranged = [asked.range_of(s, base, events) if _is_integer(s) else s for s in inputs]
-        made = [dataclasses.replace(s, blank=asked.blank_of(s, base, events, (marks or {}).get(s.name))) for s in ranged]
+        made = [
+            dataclasses.replace(s, blank=asked.blank_of(s, base, events, (marks or {}).get(s.name))) for s in ranged
+        ]
         return Accepted(tuple(made), shortest, longest)
 
 

@@ -20,6 +20,7 @@ from stca.export.accept import drop_unused, load_onnx, name_history, nominal_siz
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured
 from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE
 from stca.export.analysis.marks import marks
+from stca.export.analysis.positions import position_tables
 from stca.export.analysis.rows import Rows
 from stca.export.asking import Accepted, ask
 from stca.export.files import askable, finish, spec_of
@@ -311,8 +312,9 @@ def _write(
 ) -> Bundle:
     with writing(out) as (work, commit):
         request = _request_graph(graph, specs, large, work, cut, progress)
+        takes, padded = _answers(request, source, max_history, cut, work, progress)
         progress("splitting by dataflow")
-        halves = _halves(request, cut)
+        halves = _halves(request, cut, takes.max_history)
         obstacle = why_not_appendable(halves, request.specs)
         notes = [*halves.report.notes, *request.notes]
         if obstacle is not None:
@@ -321,7 +323,6 @@ def _write(
         models = {"request": request.graph, "user_encoder": halves.user_encoder, "target_scorer": halves.target_scorer}
         if request.pointwise is not None:
             models[POINTWISE] = request.pointwise
-        takes, padded = _answers(request, source, max_history, cut, work, progress)
         graphs = finish(models, request.left.tables, padded.inputs, work)
         manifest = Manifest(
             model=source,
@@ -343,11 +344,13 @@ def _write(
         return commit(dataclasses.replace(manifest, parity=parity))
 
 
-def _halves(request: _Request, cut: CutOptions) -> Split:
+def _halves(request: _Request, cut: CutOptions, max_history: int | None) -> Split:
+    """The two halves, cut for the nominal request or, where that has a longer history, for the longest served."""
+    longest = {n: max_history for n in request.workload if n == TOKENS and max_history is not None}
     return split(
         request.graph,
         _scopes(request.specs),
-        workload=request.workload,
+        workload={n: min(size, longest.get(n, size)) for n, size in request.workload.items()},
         flops_per_byte=cut.flops_per_byte,
         never=lambda model, of: not_one_users(model, of, request.specs) | stand_ins(model),
         measured=request.measured,
@@ -372,7 +375,8 @@ def _answers(
     with askable(request.graph, request.asked, work) as (graph, before):
         if source["kind"] != "stca":
             progress("asking the graph what it takes")
-            takes = ask(before, request.specs, max_history, {**known, **cut.pad.values})
+            tables = position_tables(request.asked)
+            takes = ask(before, request.specs, max_history, {**known, **cut.pad.values}, tables)
         found = padding_of(graph, known, takes, cut.pad)
     shortest = max(takes.min_history or 0, least_events(found.inputs)) or None
     return dataclasses.replace(takes, min_history=shortest), found

@@ -21,8 +21,9 @@ from stca.errors import SplitError
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured, Sizes, without_weights
 from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE, Cut, RequestDependency
 from stca.export.analysis.onnx_reference import reference_of
+from stca.export.analysis.reasons import reasons
 from stca.export.analysis.scope import Dataflow, Scope, infer_scopes, input_scopes, label, walk
-from stca.manifest import TOKENS
+from stca.manifest import TOKENS, Reason
 from stca.plugins.spec import DOMAIN
 
 Runner = Callable[[onnx.ModelProto, Mapping[str, Array]], Sequence[Array]]
@@ -58,6 +59,7 @@ class SplitReport:
 
     `user_work` is all that could be cached, `recomputed_work` the part of it the scorer does again each time.
     `recomputed_nodes` are the user-scope nodes of the scorer; some of them the encoder may compute for itself too.
+    `reasons` tell of each node why it is where it is.
     """
 
     workload: Mapping[str, int]
@@ -71,6 +73,7 @@ class SplitReport:
     encoder_nodes: tuple[str, ...]
     scorer_nodes: tuple[str, ...]
     recomputed_nodes: tuple[str, ...]
+    reasons: tuple[Reason, ...]
     request_dependencies: tuple[RequestDependency, ...]
     notes: tuple[str, ...]
 
@@ -167,6 +170,7 @@ def _report(
         encoder_nodes=tuple(label(node) for node in encoder.graph.node),
         scorer_nodes=tuple(label(node) for node in scorer.graph.node),
         recomputed_nodes=tuple(label(cut.nodes[i]) for i in sorted(recomputed)),
+        reasons=reasons(cut, [t.value for t in state], recomputed),
         request_dependencies=cut.request_dependencies(scopes),
         notes=_notes(cut, state),
     )

@@ -30,6 +30,7 @@ from stca.specs import (  # what users import from here
     GraphSpec as GraphSpec,
     Lookup as Lookup,
     Padding as Padding,
+    Reason as Reason,
     Scope as Scope,
     StateSpec as StateSpec,
     TableSpec as TableSpec,
@@ -333,6 +334,13 @@ def _check_account(manifest: Manifest) -> None:
     for name in ("state_bytes", "bytes_per_token", "user_work", "recomputed_work", "request_work", "target_work"):
         typed_json.as_type(int, split.get(name), f"split: {name}")
     typed_json.as_type(Mapping[str, int], split.get("workload"), "split: workload")
+    typed_json.as_type(tuple[Reason, ...], split.get("reasons", []), "split: reasons")
+    for name in ("encoder_nodes", "scorer_nodes"):
+        typed_json.as_type(tuple[str, ...], split.get(name, []), f"split: {name}")
+    lifted = typed_json.as_type(Mapping[str, Any], split.get("lifted", {}), "split: lifted")
+    typed_json.as_type(Mapping[str, str], lifted.get("decisions", {}), "split: lifted: decisions")
+    for name in ("tables", "rules"):
+        typed_json.as_type(tuple[Mapping[str, Any], ...], split.get(name, []), f"split: {name}")
     notes, dependencies = (
         list(told) if isinstance(told := split.get(name, []), tuple) else told  # as an export in this process has it
         for name in ("notes", "request_dependencies")

@@ -178,3 +178,22 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
     lookups: tuple[Lookup, ...] | None = None
     ids: str | None = None
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Nodes of a half, in the order they run, that are there for one reason.
+
+    Attributes:
+        half: of `HALVES`.
+        scope: of what they compute.
+        inputs: of the model, that reach them.
+        why: when they run, and what put them there.
+        nodes: by name.
+    """
+
+    half: str
+    scope: str
+    inputs: tuple[str, ...]
+    why: str
+    nodes: tuple[str, ...]

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 
+from stca import probe
 from stca.bundle import Bundle
 from stca.commands.options import dims, emit, memory
 from stca.manifest import EngineEntry, Manifest, Padding, check_account
 
 # What `inspect` says of an engine; --json has the rest.
 _ENGINE_FACTS = ("graph", "flavour", "version", "sm", "precision", "lowering", "file", "bytes", "requests")
+
+# Inputs named in a reason; a model may have hundreds.
+_MOST_INPUTS = 6
 
 HELP = "what is inside a bundle: graphs, scopes, state, sizes, costs"
 EXAMPLES = (
@@ -49,43 +54,50 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _why(m: Manifest) -> list[str]:
-    """What was decided of each input and node when the model was lifted and cut; nodes in the order they run."""
+    """What was decided of each input and node when the model was lifted and cut; nodes alike have one reason."""
     report = m.split
     lifted: Mapping[str, str] = report.get("lifted", {}).get("decisions", {})
-    state = {s.name for s in m.state}
-    again = set(report.get("recomputed_nodes", ()))
-    encoder = report.get("encoder_nodes", ())
-
-    def line(name: str, *facts: str) -> str:
-        told = [f for f in (*facts, lifted.get(name)) if f]
-        return f"  {name:<40} {'; '.join(told)}"
-
-    kept = [s for s in m.state if s.input is not None]
-    copies = {s.input: f"kept as it came, as {s.name}" for s in kept}
+    inputs = m.graphs["request"].inputs
+    copies = {s.input: f"kept as it came, as {s.name}" for s in m.state if s.input is not None}
     lines = ["why: inputs"]
-    lines += [line(i.name, f"scope {i.scope}", copies.get(i.name, "")) for i in m.graphs["request"].inputs]
-    lines.append("why: nodes of the user encoder, run when no state is kept")
-    lines += [
-        line(n, "computed for each request too" if n in again else "", "kept" if n in state else "") for n in encoder
-    ]
-    lines.append("why: nodes of the target scorer, run for each request")
-    lines += [
-        line(n, "a user's, cheaper to compute again than to keep" if n in again else "")
-        for n in report.get("scorer_nodes", ())
-    ]
-    nodes = {*encoder, *report.get("scorer_nodes", ()), *(i.name for i in m.graphs["request"].inputs)}
-    if rest := [n for n in lifted if n not in nodes]:
-        lines += ["why: values", *(line(n) for n in rest)]
+    for i in inputs:
+        told = [f"scope {i.scope}", *(d[i.name] for d in (copies, lifted) if i.name in d)]
+        lines.append(_line(i.name, "; ".join(told)))
+    for half, when in (("user_encoder", "no state is kept"), ("target_scorer", "there is a request")):
+        lines.append(f"why: nodes of the {half.replace('_', ' ')}, run when {when}")
+        for r in report.get("reasons", ()):
+            if r["half"] == half:
+                lines += _reason(f"{r['scope']}{_from(r['inputs'])}: {r['why']}", r["nodes"])
+        if half == "user_encoder" and all(s.input is not None for s in m.state):
+            lines.append("  none; the state is user inputs as they came")
+        if "reasons" not in report:  # of a bundle that an earlier release wrote
+            names = report.get("encoder_nodes" if half == "user_encoder" else "scorer_nodes", ())
+            lines += _reason("their reasons are not told; export the bundle again", names)
+    if rest := [n for n in lifted if n not in {i.name for i in inputs}]:
+        lines += ["why: what lifting did", *(_line(n, lifted[n]) for n in rest)]
     if tables := report.get("tables"):
         lines.append("why: tables that may leave the graphs")
-        lines += [
-            line(v["table"], f"{v['bytes']:,} bytes", f"stays: {v['why']}" if v["why"] else "left the graphs")
-            for v in tables
-        ]
+        for v in tables:
+            verdict = f"stays: {v['why']}" if v["why"] else "left the graphs"
+            lines.append(_line(v["table"], f"{v['bytes']:,} bytes; {verdict}"))
     if rules := report.get("rules"):
         lines.append("why: rules that free user work")
-        lines += [line(v["node"], f"{v['rule']}: {v['why'] or 'rewritten'}") for v in rules]
+        lines += [_line(v["node"], f"{v['rule']}: {v['why'] or 'rewritten'}") for v in rules]
     return lines
+
+
+def _line(name: str, told: str) -> str:
+    return f"  {name:<40} {told}"
+
+
+def _from(inputs: Sequence[str]) -> str:
+    more = f" and {len(inputs) - _MOST_INPUTS} more" if len(inputs) > _MOST_INPUTS else ""
+    return f", from {', '.join(inputs[:_MOST_INPUTS])}{more}" if inputs else ""
+
+
+def _reason(why: str, nodes: Sequence[str]) -> list[str]:
+    """A reason, and the nodes that it is of, some on each line."""
+    return [f"  {why}", *textwrap.wrap(", ".join(nodes), 112, initial_indent=" " * 6, subsequent_indent=" " * 6)]
 
 
 def _tables(m: Manifest) -> list[str]:
@@ -109,10 +121,22 @@ def _tensors(m: Manifest) -> list[str]:
         ids += f", not all {i.blank}" if i.blank is not None else ""
         lines.append(f"  {i.name:<24} {i.dtype:<8} {dims(i.shape):<16} {i.scope}{ids}")
     lines += ["outputs", *(f"  {o.name:<24} {o.dtype:<8} {dims(o.shape)}" for o in request.outputs)]
-    limit = "no limit" if m.max_history is None else f"at most {m.max_history:,} events"
-    least = f", at least {m.min_history:,}" if m.min_history else ""
-    lines.append(f"history: {limit}{least}")
+    lines.append(f"history: {_limits(m)}")
     return lines + [_padding(m, p) for p in m.padding or ()]
+
+
+def _limits(m: Manifest) -> str:
+    """How many events a session takes."""
+    inputs = m.graphs["request"].inputs
+    fixed = probe.history_of(inputs, -1)
+    if fixed == 0:
+        return "none; no user input has a size of events"
+    exact = bool(m.padding) and all(p.side is None for p in m.padding or ())
+    if fixed > 0 and (exact or not m.padding):
+        return f"exactly {fixed:,} events"
+    most = min((n for n in (m.max_history, fixed) if n is not None and n > 0), default=None)
+    limit = "no limit" if most is None else f"at most {most:,} events"
+    return limit + (f", at least {m.min_history:,}" if m.min_history else "")
 
 
 def _padding(m: Manifest, history: Padding) -> str:
@@ -121,7 +145,7 @@ def _padding(m: Manifest, history: Padding) -> str:
     first = history.inputs[0]
     size = next(s.shape[first.axis] for s in m.graphs["request"].inputs if s.name == first.name)
     unpadded = f"exactly {size} events" if isinstance(size, int) else "as many events as are sent"
-    side = f"padded on the {history.side}" if history.side else unpadded
+    side = f"padded on the {history.side} to {size} events" if history.side else unpadded
     made = [*([history.lengths] if history.lengths else []), *(e.name for e in history.inputs if e.event is not None)]
     return f"  {side}: {events}" + (f"; made when left out: {', '.join(made)}" if made else "")
 
@@ -139,6 +163,8 @@ def _work(m: Manifest) -> list[str]:
     split = m.split
     user, again = split["user_work"], split["recomputed_work"]
     sizes = ", ".join(f"{name} {size:,}" for name, size in split["workload"].items())
+    if (fixed := probe.history_of(m.graphs["request"].inputs, -1)) > 0:
+        sizes += f"{', ' if sizes else ''}the history's {fixed:,} events"
     return [
         f"cached {100 * m.cached:.3g} % of the work of a request of {sizes}",
         f"  user {user / 1e9:.3g} GFLOP, {again / 1e9:.3g} of them redone per request; request "

@@ -21,7 +21,7 @@ from stca.bundle import Bundle
 from stca.export.analysis import operators
 from stca.export.analysis.cost import Sizes
 from stca.export.analysis.scope import Scope, reads
-from stca.manifest import ITEM_BYTES, Lookup, StateSpec
+from stca.manifest import ITEM_BYTES, OFFSETS, Lookup, StateSpec
 from stca.plugins.spec import DOMAIN
 
 Side = Literal["user", "target"]
@@ -387,7 +387,8 @@ class _Joined:
         rows = {int(row) for kind, row in readers if kind in ("attention", "request_encode")}
         size = math.prod(self.workload.get(n, 1) if isinstance(n, str) else n for n in spec.shape)
         nbytes = size * ITEM_BYTES[spec.dtype]
-        history = nbytes >= LIGHT * self.manifest.split["state_bytes"]  # offsets and flags, too, go to every layer
+        # Offsets and flags, too, go to every layer.
+        history = spec.shape != (OFFSETS,) and nbytes >= LIGHT * self.manifest.split["state_bytes"]
         shared = len(rows) > 1 or any(kind == "request_tokens" for kind, _ in readers)
         return State(
             name=spec.name,

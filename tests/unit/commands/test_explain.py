@@ -97,6 +97,10 @@ ODD = {
         {"notes": "x"},
         {"notes": None},
         {"request_dependencies": [3]},
+        {"reasons": "x"},
+        {"encoder_nodes": 5},
+        {"lifted": []},
+        {"rules": [3]},
     ],
 }
 

@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from stca.errors import SplitError
 from stca.export import asking
+from stca.export.analysis.positions import position_tables
 from stca.export.asking import ask
 from stca.manifest import TensorSpec
 
@@ -28,9 +29,10 @@ def of(tmp_path):
             [helper.make_node(*n[:3], **(n[3] if n[3:] else {})) for n in nodes], "g", values, out, constants
         )
         model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-        onnx.save(model, tmp_path / "m.onnx")
-        return ask(tmp_path / "m.onnx", inputs, max_history)
+        onnx.save(model, run.file)
+        return ask(run.file, inputs, max_history, tables=position_tables(model))
 
+    run.file = tmp_path / "m.onnx"
     return run
 
 
@@ -110,6 +112,22 @@ def test_positions_say_how_long_a_history_may_be(of):
     weights = {"zero": np.int64(0), "one": np.int64(1), "positions": table(200, 2)}
     assert of((history, ITEM), nodes, **weights).max_history == 200
     assert of((history, ITEM), nodes, 50, **weights).max_history == 50
+
+
+def test_a_table_of_positions_beyond_what_is_asked_ends_a_history_too(of):
+    """One that is looked up by the length of the history alone; that of the items is none."""
+    history = TensorSpec("history", "int64", (1, "N_h"), "user", limit=1500)
+    nodes = [
+        ("Shape", ["history"], ["size"], {"start": 1, "end": 2}),
+        ("Slice", ["positions", "begin", "size"], ["p"]),
+        ("Gather", ["items", "history"], ["x"]),
+        ("Add", ["x", "p"], ["y"]),
+        ("ReduceSum", ["y"], ["score"]),
+    ]
+    weights = {"begin": np.int64([0]), "positions": table(1200, 2), "items": table(1500, 2)}
+    found = of((history, ITEM), nodes, **weights)
+    assert position_tables(onnx.load(of.file)) == (1200,)
+    assert (found.max_history, of((history, ITEM), nodes, 1100, **weights).max_history) == (1200, 1100)
 
 
 def test_a_mean_over_nothing_needs_an_event(of):

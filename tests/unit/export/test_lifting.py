@@ -142,6 +142,16 @@ def test_inspect_says_why(lifted, capsys):
     assert "expanded to the targets, for c (Concat)" in told
 
 
+def test_every_node_has_one_reason(lifted):
+    report = lifted.manifest.split
+    for half, names in (("user_encoder", report["encoder_nodes"]), ("target_scorer", report["scorer_nodes"])):
+        told = [node for r in report["reasons"] if r["half"] == half for node in r["nodes"]]
+        assert sorted(told) == sorted(n for n in names if not n.startswith("state_"))  # these only rename
+    meets = [r for r in report["reasons"] if "; it meets " in r["why"]]
+    assert meets
+    assert all((r["scope"], r["inputs"]) == ("target", ["hist", "item"]) for r in meets)
+
+
 def test_counts_that_are_never_all_zero_are_no_obstacle(tmp_path):
     model = parser.parse_model(
         """<ir_version: 10, opset_import: ["": 20]> g (int64[B, 9] a, int64[B, 9] b, float[B] item)
@@ -195,7 +205,7 @@ def test_ids_beyond_a_table_are_the_inputs_fault(tmp_path):
 
 
 @pytest.mark.parametrize("history", ["6", "L"])
-def test_a_history_that_is_masked_whole_is_refused_at_the_door(tmp_path, history):
+def test_a_history_that_is_masked_whole_is_refused_at_the_door(tmp_path, history, capsys):
     """A softmax over nothing but -inf is no number; an empty history and one of padding alone are the same."""
     body = """
         none = Constant<value: tensor = int64[1] {0}>() low = Constant<value: tensor = float[1] {-inf}>()
@@ -213,3 +223,9 @@ def test_a_history_that_is_masked_whole_is_refused_at_the_door(tmp_path, history
     with pytest.raises(RequestError, match="hist: holds nothing but 0, for which the model has no finite score"):
         session.score(Request({"hist": [0] * 6, "item": [1, 2]}))
     assert np.isfinite(session.score(Request({"hist": [0] * 5 + [3], "item": [1, 2]}))).all()
+    assert cli.main(["inspect", str(bundle.path)]) == 0
+    told = capsys.readouterr().out
+    assert ("history: at most 6 events, at least 1" in told) == (history == "6")
+    assert "user, ids below 500, not all 0" in told
+    sizes = "N_t 300, the history's 6 events" if history == "6" else "N_h 10,000, N_t 300"
+    assert f"of the work of a request of {sizes}\n" in told
