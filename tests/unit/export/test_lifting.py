@@ -149,7 +149,7 @@ def test_every_node_has_one_reason(lifted):
         assert sorted(told) == sorted(n for n in names if not n.startswith("state_"))  # these only rename
     meets = [r for r in report["reasons"] if "; it meets " in r["why"]]
     assert meets
-    assert all((r["scope"], r["inputs"]) == ("target", ["hist", "item"]) for r in meets)
+    assert all((r["scope"], *r["inputs"]) == ("target", "hist", "item") for r in meets)
 
 
 def test_counts_that_are_never_all_zero_are_no_obstacle(tmp_path):

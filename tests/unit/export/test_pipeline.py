@@ -73,7 +73,7 @@ def test_what_a_bundle_records(exported, checkpoint_file, form):
     assert {s.name for s in m.graphs["user_encoder"].outputs} == state
     from_outside = {s.name for s in m.graphs["target_scorer"].inputs} - state
     assert {scopes[n] for n in from_outside} == {"request", "target"}
-    assert m.split["state_bytes"] >= 10_000 * m.split["bytes_per_token"]
+    assert m.split["state_bytes"] >= tiny.MAX_HISTORY * m.split["bytes_per_token"]
     assert m.split["bytes_per_token"] == sum(s.bytes_per_token for s in m.state)
 
 
@@ -88,10 +88,10 @@ def test_a_time_delta_is_reported_with_its_path_and_price(exported, capsys):
     assert set(dependency["encodings"]) == {f"attention_{i}_{r}" for i in (0, 1) for r in ("key", "value")}
     assert "request_time" in dependency["text"]
     assert "cannot be cached" in dependency["text"]
-    # The price: all that the other model caches, and about the work its encoder does for 10,000 tokens.
-    assert dependency["bytes"] == 10_000 * log.split["bytes_per_token"]
+    # The price: all that the other model caches, and about the work its encoder does for the longest history.
+    assert dependency["bytes"] == tiny.MAX_HISTORY * log.split["bytes_per_token"]
     cached_work = log.split["user_work"] - log.split["recomputed_work"]
-    assert 0.9 * cached_work < dependency["flops"] < 1.1 * cached_work + 10_000 * 100
+    assert 0.9 * cached_work < dependency["flops"] < 1.1 * cached_work + tiny.MAX_HISTORY * 100
     # The state is ids and buckets: integers, and no attention encoding among them.
     assert {s.dtype for s in delta.state} <= {"int64", "int32"}
     assert {s.input for s in delta.state} >= {"history_item", "history_action", "history_category", "history_time"}
