@@ -108,12 +108,14 @@ class StateCache:
 
     def get(self, key: StateKey) -> UserState | None:
         """The state with exactly this key, or None."""
+        user = key.user
         with self._lock:
-            self._expire(key.user)
-            held = self._held.get(key.user)
+            if self._until:
+                self._expire(user)
+            held = self._held.get(user)
             if held is None or held.key != key:
                 return None
-            self._held.move_to_end(key.user)
+            self._held.move_to_end(user)
             return held.state
 
     def why_not(self, key: StateKey) -> str:

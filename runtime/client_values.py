@@ -19,6 +19,7 @@ from stca.errors import RequestError
 # value takes no memory of its own, whatever its length.
 MOST_VALUES: Final = 1 << 27
 _LONGEST_INTEGER: Final = 1024  # bits of an id
+_TEXT: Final = frozenset((str,))
 _DEEPEST: Final = 8  # tuples in tuples of an id; looking up thousands of them would end the process
 
 
@@ -81,7 +82,7 @@ def key_of(what: str, value: Hashable, depth: int = 0) -> Hashable:
     Raises:
         RequestError: when it is something else.
     """
-    if type(value) in (str, bytes):
+    if type(value) in (str, bytes) or (type(value) is int and value.bit_length() <= _LONGEST_INTEGER):
         return value
     if isinstance(value, str):
         return str.__str__(value)
@@ -107,9 +108,9 @@ def mapping_of(what: str, value: Any) -> dict[str, Any]:
         RequestError: when it is no mapping, or a name is no text.
     """
     found = value if type(value) is dict else _dict_of(what, value)
-    for name in found:
-        if type(name) is not str:
-            raise RequestError(f"{what}: has the name {quoted(name)}, expected text")
+    if not _TEXT.issuperset(map(type, found)):
+        name = next(name for name in found if type(name) is not str)
+        raise RequestError(f"{what}: has the name {quoted(name)}, expected text")
     return found
 
 

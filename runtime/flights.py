@@ -26,17 +26,30 @@ class _Flight:
 
     def __init__(self, call: _Call) -> None:
         self._call = weakref.ref(call)
-        self.landed = threading.Event()
+        self.landed = False
+        self._told: threading.Event | None = None  # made for those who wait: mostly nobody does
         self.state: UserState | None = None
         self.keep = True
 
     def over(self) -> bool:
         """Whether it has landed, or never will: an interrupt can end a call between any two steps, even its last."""
-        return self.landed.is_set() or self._call() is None
+        return self.landed or self._call() is None
+
+    def awaited(self) -> None:
+        """Somebody is going to `wait`. With the lock of all flights, as `land`."""
+        if self._told is None:
+            self._told = threading.Event()
 
     def wait(self, seconds: float | None) -> None:
         """Wait until it has landed, and no longer than it takes to see that it won't."""
-        self.landed.wait(_LOOK_SECONDS if seconds is None else seconds)
+        assert self._told is not None
+        self._told.wait(_LOOK_SECONDS if seconds is None else seconds)
+
+    def land(self, state: UserState | None) -> None:
+        """It is over."""
+        self.state, self.landed = state, True
+        if self._told is not None:
+            self._told.set()
 
 
 class Flights:
@@ -82,6 +95,7 @@ class Flights:
                             continue
                         if (flight := self._under_way.get(key)) is not None and not flight.over():
                             others[key] = flight
+                            flight.awaited()
                         elif (state := find(key)) is not None:
                             made[key] = state
                         else:
@@ -107,14 +121,14 @@ class Flights:
         """End the flights that are not yet, and keep what they made of users who were not forgotten meanwhile."""
         with self._lock:
             for key, flight in mine.items():
-                if flight.landed.is_set():
+                if flight.landed:
                     continue
-                flight.state = made.get(key)
+                state = made.get(key)
                 if self._under_way.get(key) is flight:
                     del self._under_way[key]
-                if flight.state is not None and flight.keep:
-                    keep(key, flight.state)
-                flight.landed.set()
+                if state is not None and flight.keep:
+                    keep(key, state)
+                flight.land(state)
 
     def forget(self, user: Hashable, drop: Callable[[Hashable], bool]) -> bool:
         """Let no encoding of `user` that is under way be kept or joined, and drop what is; whether anything was."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike
 from stca.arrays import Array, all_finite, extremes
 from stca.errors import RequestError
 from stca.manifest import TARGETS, TOKENS, USERS, TensorSpec
-from stca.runtime.client_values import array_of
+from stca.runtime.client_values import MOST_VALUES, array_of
 
 # By its name, how long a dimension of a request is, and which input said so first.
 Sizes = dict[str, tuple[int, str]]
@@ -62,6 +63,35 @@ class InputCheck:
         self._bounds = _Bounds.of(spec, self.dtype) if self.dtype.kind in "iu" else None
         # Whether one target's value may stand for all of them, without the axis of targets.
         self._of_targets = spec.scope == "target" and isinstance(next(iter(spec.shape), 0), str)
+        self._plain = _Plain.of(spec, self.dtype, limits, self._bounds)
+
+    def ready(self, value: ArrayLike, sizes: Sizes) -> Array | None:
+        """The value itself where it is an array that graphs take as it is; None where `of_kind` and `array` are to say.
+
+        Most requests bring nothing else, and these few comparisons are all that their inputs cost.
+
+        Args:
+            value: what was sent.
+            sizes: as of `array`.
+        """
+        if type(value) is not np.ndarray:
+            return None
+        dtype, size, behind, most, any_value, below, above = self._plain
+        shape = value.shape
+        if value.dtype is not dtype or not shape or shape[1:] != behind or not value.flags.c_contiguous:
+            return None
+        rows = shape[0]
+        known = sizes.get(size) if isinstance(size, str) else (size, "")
+        if (known is not None and known[0] != rows) or rows > most or value.size > MOST_VALUES:
+            return None
+        # As in `extremes`, without its call; no comparison with NaN holds.
+        if not (any_value or not value.size or below < value.item(value.argmin())):
+            return None
+        if not (any_value or not value.size or value.item(value.argmax()) < above):
+            return None
+        if known is None:
+            sizes[str(size)] = rows, self.name
+        return value
 
     def of_kind(self, value: ArrayLike) -> Array:
         """What was sent as an array of the input's kind.
@@ -179,6 +209,36 @@ class _Bounds(NamedTuple):
         if value < self.low and self.highest and not self.lowest:
             return f"at least {self.low}"
         return f"in [{self.low}, {self.high}]"
+
+
+class _Plain(NamedTuple):
+    """An array of an input that needs no more than a few comparisons.
+
+    Attributes:
+        dtype: its own.
+        rows: the size of its first axis, a number or a name.
+        behind: the other sizes, in which a name equals none.
+        most: most rows.
+        any_value: whether all values of the dtype are allowed.
+        below, above: what its values must be between.
+    """
+
+    dtype: np.dtype[Any]
+    rows: int | str
+    behind: tuple[int | str, ...]
+    most: int
+    any_value: bool
+    below: float
+    above: float
+
+    @classmethod
+    def of(cls, spec: TensorSpec, dtype: np.dtype[Any], limits: Limits, bounds: _Bounds | None) -> _Plain:
+        rows = spec.shape[0] if spec.shape else -1  # a number of its own is no array's first axis
+        limit = {TARGETS: limits.max_targets, TOKENS: limits.max_history}.get(str(rows))
+        most = MOST_VALUES if limit is None else limit
+        if bounds is not None:
+            return cls(dtype, rows, spec.shape[1:], most, bounds.whole, bounds.low - 1, bounds.high + 1)
+        return cls(dtype, rows, spec.shape[1:], most, dtype.kind != "f", -math.inf, math.inf)
 
 
 def shape_of(spec: TensorSpec) -> str:

@@ -179,13 +179,19 @@ class Model:
         ]
 
     def _score(self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]]) -> list[Array]:
-        state = self._joined(states)
-        if len(states) == 1 and self._shared:
-            self._check_shared(states[0], rows[0])
-        row = self._pack(rows)
-        outputs = self.scorer.run({n: state[n] if n in state else row[n] for n in self._taken})
-        scores = scores_of([outputs[n] for n in self._given])
-        self._check_count(scores, rows)
+        if len(states) == 1:
+            state, row = states[0].tensors, rows[0]
+            if self._shared:
+                self._check_shared(states[0], row)
+        else:
+            state, row = self._joined(states), self._pack(rows)
+        feeds = {**row, **state}
+        if not self._takes_all:
+            feeds = {n: feeds[n] for n in self._taken}
+        outputs = self.scorer.run(feeds)
+        scores = scores_of(list(map(outputs.__getitem__, self._given)))
+        if self._counted is not None:
+            self._check_count(scores, rows, *self._counted)
         if self.check_finite and not all_finite(scores):
             wrong = next(n for n in self._given if not np.isfinite(outputs[n]).all())
             raise EngineError(
@@ -222,6 +228,12 @@ class Model:
         return tuple(s.name for s in self.manifest.graphs["target_scorer"].inputs)
 
     @cached_property
+    def _takes_all(self) -> bool:
+        """Whether the target scorer takes each state tensor and each input that requests bring it."""
+        of_requests = {s.name for s in self.door.inputs.values() if s.scope != "user"}
+        return {s.name for s in self.manifest.state} | of_requests == set(self._taken)
+
+    @cached_property
     def _given(self) -> tuple[str, ...]:
         """Outputs of the target scorer."""
         return tuple(s.name for s in self.manifest.graphs["target_scorer"].outputs)
@@ -250,10 +262,12 @@ class Model:
                     f"{name}: has shape {list(row[name].shape)}, with {n} = {has}; the user's inputs had {kept}"
                 )
 
-    def _check_count(self, scores: Array, rows: Sequence[Mapping[str, Array]]) -> None:
+    def _check_count(self, scores: Array, rows: Sequence[Mapping[str, Array]], name: str, axis: int) -> None:
         """As many scores as targets: a model may broadcast one user to several, or read one row alone."""
-        name, axis = self._counted or ("", 0)
-        if name and len(scores) != (targets := sum(row[name].shape[axis] for row in rows)):
+        targets = 0
+        for row in rows:
+            targets += row[name].shape[axis]
+        if len(scores) != targets:
             raise EngineError(
                 f"the model gave {len(scores)} scores for {targets} targets ({name}); give each target a row of every "
                 "input, or export the model anew"
@@ -261,8 +275,6 @@ class Model:
 
     def _joined(self, states: Sequence[UserState]) -> Mapping[str, StateArray]:
         """The tensors of several users' states as one ragged batch."""
-        if len(states) == 1:
-            return states[0].tensors
         tokens = np.cumsum([0, *(s.tokens for s in states)])
         return {
             s.name: tokens.astype(s.dtype) if self._is_offsets(s) else join([one.tensors[s.name] for one in states])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -54,6 +55,25 @@ class RequestBatch:
     versions: Sequence[Hashable] = field(default=())
 
 
+class _Part(NamedTuple):
+    """What the door knows of some scopes: their inputs without offsets, the checks of these, and each offsets input
+    with its dtype and the size that it counts.
+    """
+
+    names: tuple[str, ...]
+    checks: tuple[InputCheck, ...]
+    offsets: tuple[tuple[str, str, str], ...]
+    has_user: bool
+
+
+@functools.lru_cache(1024)
+def _from_0_to(rows: int, dtype: str) -> Array:
+    """Offsets of one request, shared by all that have as many rows."""
+    offsets = np.array([0, rows], dtype=dtype)
+    offsets.flags.writeable = False
+    return offsets
+
+
 class Door:
     """Checks requests against a bundle's manifest and turns them into arrays the graphs take.
 
@@ -80,17 +100,24 @@ class Door:
         ]
         self._min_history = manifest.min_history
         self._checks = {n: InputCheck(s, self.limits) for n, s in self.inputs.items() if n not in self.offsets}
-        self._names: dict[tuple[str, ...], tuple[str, ...]] = {}  # asked for several times per request
+        self._parts: dict[tuple[str, ...], _Part] = {}
         self._no_user = frozenset(self.names("request", "target"))
         self._lengths = [s for s in self.inputs.values() if s.length_of is not None]
         self._blanks = [s for s in self.inputs.values() if s.blank is not None]
 
     def names(self, *scopes: str) -> tuple[str, ...]:
         """Inputs of these scopes, offsets aside."""
-        if scopes not in self._names:
-            found = (s.name for s in self.inputs.values() if s.scope in scopes and s.name not in self.offsets)
-            self._names[scopes] = tuple(found)
-        return self._names[scopes]
+        return self._part(scopes).names
+
+    def _part(self, scopes: tuple[str, ...]) -> _Part:
+        if (part := self._parts.get(scopes)) is None:
+            of = [s for s in self.inputs.values() if s.scope in scopes]
+            checks = tuple(self._checks[s.name] for s in of if s.name not in self.offsets)
+            counted = {"user": TOKENS, "target": TARGETS}
+            offsets = tuple((s.name, s.dtype, counted[str(s.scope)]) for s in of if s.name in self.offsets)
+            part = _Part(tuple(c.name for c in checks), checks, offsets, "user" in scopes)
+            self._parts[scopes] = part
+        return part
 
     def has_user(self, inputs: dict[str, ArrayLike]) -> bool:
         """Whether anything is sent that is not the request's or its targets'."""
@@ -105,15 +132,19 @@ class Door:
         """
         if not inputs.keys() <= self._checks.keys():
             raise self._unknown(inputs)
-        if self.histories and "user" in scopes:
+        part = self._part(scopes)
+        if self.histories and part.has_user:
             inputs = {**inputs, **self._completed(inputs)}
         sizes: Sizes = {USERS: (1, "one request")} if self.offsets else {}
         arrays: dict[str, Array] = {}
         of_any_target: list[tuple[InputCheck, Array]] = []
-        for name in self.names(*scopes):
+        for check in part.checks:
+            name = check.name
             if name not in inputs:
-                raise RequestError(f"{name}: is missing; the model needs it ({self.inputs[name].scope} input)")
-            check = self._checks[name]
+                raise RequestError(f"{name}: is missing; the model needs it ({check.spec.scope} input)")
+            if (ready := check.ready(inputs[name], sizes)) is not None:
+                arrays[name] = ready
+                continue
             raw = check.of_kind(inputs[name])
             if check.for_any_target(raw):
                 of_any_target.append((check, raw))
@@ -124,15 +155,13 @@ class Door:
         for spec in self._lengths:
             if spec.name in arrays and (of := str(spec.length_of)) in sizes:
                 _check_length(spec.name, arrays[spec.name], *sizes[of])
-        if "user" in scopes:
+        if part.has_user:
             self._limit_history(arrays, sizes)
         for spec in self._blanks:
             if spec.name in arrays:
                 _check_not_blank(spec, arrays[spec.name])
-        for spec in self.offsets.values():
-            if spec.scope in scopes:
-                rows = sizes.get(TOKENS if spec.scope == "user" else TARGETS, (0, ""))[0]
-                arrays[spec.name] = np.array([0, rows], dtype=spec.dtype)
+        for name, dtype, size in part.offsets:
+            arrays[name] = _from_0_to(sizes[size][0] if size in sizes else 0, dtype)
         return arrays
 
     def _unknown(self, inputs: Mapping[str, ArrayLike]) -> RequestError:

@@ -66,13 +66,20 @@ class Scoring:
         model, began = asked[0].model, time.perf_counter()
         self._turns.enter()
         try:
-            states, hits = self._states.complete(model, [one.found for one in asked], wanted)
+            found, rows = [], []
+            for _, one, row in asked:
+                found.append(one)
+                rows.append(row)
+            states, hits = self._states.complete(model, found, wanted)
             encoded = time.perf_counter()
-            scores = model.score(states, [one.row for one in asked], wanted)
+            scores = model.score(states, rows, wanted)
         finally:
             self._turns.leave()
         seconds = {"encode": encoded - began, "score": time.perf_counter() - encoded}
-        return [Answer(own, (hit,), seconds) for own, hit in zip(scores, hits, strict=True)]
+        answers = []
+        for own, hit in zip(scores, hits, strict=True):
+            answers.append(Answer(own, (hit,), seconds))
+        return answers
 
     def answer_several(self, asked: Sequence[Asked], wanted: Deadline) -> list[Answer]:
         """As `answer`, of callers who came together: before and after a swap, perhaps."""

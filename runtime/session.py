@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -185,32 +185,49 @@ class Session:
         if not isinstance(request, (Request, RequestBatch)):
             raise RequestError(f"score takes a Request or a RequestBatch, got {type(request).__name__}")
         model = self._running()
-        requests = model.door.unpack(request) if isinstance(request, RequestBatch) else [request]
-        sent = [mapping_of("inputs", r.inputs) for r in requests]
-        rows = [model.door.admit(inputs, "request", "target") for inputs in sent]
-        targets = [model.targets(row) for row in rows]
-        if not any(n != 0 for n in targets):  # nothing is run, and nobody encoded, for no scores
-            return Answer(model.none(), (False,) * len(rows), {"check": time.perf_counter() - began})
-        if self._recorder is not None:
-            for r, row, n in zip(requests, rows, targets, strict=True):
-                if n != 0:
-                    self._recorder.offer(model.door, r.inputs, row, r.user)
-        if len(rows) > 1:
-            model.door.limits.check_targets(sum(n or 0 for n in targets), "targets of all requests")
-        found = [self._states.find(model, x, r.user, r.version) for x, r in zip(sent, requests, strict=True)]
+        requests = model.door.unpack(request) if isinstance(request, RequestBatch) else (request,)
+        asked = self._asked(model, requests)
+        if not asked:  # nothing is run, and nobody encoded, for no scores
+            return Answer(model.none(), (False,) * len(requests), {"check": time.perf_counter() - began})
         checked = time.perf_counter() - began
-        asked = [Asked(model, one, row) for one, row in zip(found, rows, strict=True)]
         if self._batcher is not None and len(asked) == 1:
             cost = asked[0].cost if model.door.ragged and asked[0].ready else ALONE
             answers = [self._batcher.call(asked[0], cost, wanted)]
         else:
             answers = self._scoring.answer(asked, wanted)
-        scores = [answer.scores for answer in answers]
-        return Answer(
-            np.concatenate(scores) if len(scores) > 1 else scores[0],
-            tuple(hit for answer in answers for hit in answer.hits),
-            {"check": checked, **answers[0].seconds},
-        )
+        first = answers[0]
+        seconds = {"check": checked, **first.seconds}
+        if len(answers) == 1:
+            return Answer(first.scores, first.hits, seconds)
+        scores = np.concatenate([answer.scores for answer in answers])
+        return Answer(scores, tuple(hit for answer in answers for hit in answer.hits), seconds)
+
+    def _asked(self, model: Model, requests: Sequence[Request]) -> list[Asked]:
+        """Requests that passed the door, all of them before any state is looked for; none where nobody has targets.
+
+        Raises:
+            RequestError: as `score`.
+        """
+        admitted, total, any_targets = [], 0, False
+        for request in requests:
+            inputs = mapping_of("inputs", request.inputs)
+            row = model.door.admit(inputs, "request", "target")
+            targets = model.targets(row)
+            any_targets |= targets != 0
+            total += targets or 0
+            admitted.append((inputs, row, targets))
+        if not any_targets:
+            return []
+        if self._recorder is not None:
+            for request, (_, row, targets) in zip(requests, admitted, strict=True):
+                if targets != 0:
+                    self._recorder.offer(model.door, request.inputs, row, request.user)
+        if len(requests) > 1:
+            model.door.limits.check_targets(total, "targets of all requests")
+        asked = []
+        for request, (inputs, row, _) in zip(requests, admitted, strict=True):
+            asked.append(Asked(model, self._states.find(model, inputs, request.user, request.version), row))
+        return asked
 
     def append(
         self, user: Hashable, events: Mapping[str, ArrayLike], version: Hashable, *, after: Hashable = None
@@ -374,8 +391,8 @@ class Session:
         Raises:
             EngineError: in a process that was forked after the session was loaded, or when it is closed.
         """
-        self._check_here()
-        if self._closed:
+        if self.forked or self._closed:
+            self._check_here()
             raise EngineError("the session is closed; load another")
         return self._model
 

@@ -6,7 +6,8 @@ import logging
 import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -37,6 +38,9 @@ def join(parts: Sequence[StateArray]) -> StateArray:
     return np.concatenate(on_host) if on_host else join_on_device([x for x in parts if isinstance(x, DeviceArray)])
 
 
+_BYTES: Final = attrgetter("nbytes")
+
+
 @dataclass(frozen=True)
 class UserState:
     """What the user encoder made of one user: tensors by name, and the number of history tokens in them.
@@ -54,7 +58,7 @@ class UserState:
     @property
     def row_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(x.nbytes for x in self.tensors.values())
+        return sum(map(_BYTES, self.tensors.values()))
 
     @property
     def nbytes(self) -> int:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, TypeAlias
 
 from stca.runtime.cache import EVICTED, NEW, VERSION, StateCache
 from stca.runtime.file_tier import FileStats, FileTier
@@ -63,11 +63,8 @@ class StoreStats:
     file: FileStats | None = None
 
 
-class LookedUp(NamedTuple):
-    """A state and where it was, or None and why it is not kept."""
-
-    state: UserState | None
-    came: str
+# A state and where it was, or None and why it is not kept.
+LookedUp: TypeAlias = tuple[UserState | None, str]
 
 
 class StateStore:
@@ -122,20 +119,20 @@ class StateStore:
         """The state with exactly this key."""
         state = self.memory.get(key)
         if state is not None:
-            return LookedUp(state, MEMORY)
+            return state, MEMORY
         why = self.memory.why_not(key)
         if self.file is None:
-            return LookedUp(None, why)
+            return None, why
         state, damaged = self.file.read(key, lambda found, age: self.memory.put(key, found, age=age))
         if state is not None:
-            return LookedUp(state, FILE)
+            return state, FILE
         other = why in (NEW, EVICTED) and self.file.has(key.user)
-        return LookedUp(None, DAMAGED if damaged else VERSION if other else why)
+        return None, DAMAGED if damaged else VERSION if other else why
 
     def find(self, user: Hashable, *wanted: StateKey) -> tuple[StateKey, UserState] | None:
         """Whatever is kept of `user` in memory, or else in a file under one of the keys `wanted`, for an append."""
         held = self.memory.find(user)
-        if held is None and self.file is not None and any(self.look_up(key).state is not None for key in wanted):
+        if held is None and self.file is not None and any(self.look_up(key)[0] is not None for key in wanted):
             held = self.memory.find(user)
         return held
 

@@ -15,21 +15,20 @@ class Turns:
     """
 
     def __init__(self, places: int) -> None:
-        self._places = places
-        self._running = self._waiting = 0
-        self._lock = threading.Lock()
-        self._free = threading.Condition(self._lock)
+        self._places, self._waiting = places, 0
+        # One entry for each call that computes. A list, because it grows and shrinks without a lock: every score does.
+        self._running: list[None] = []
+        self._free = threading.Condition(threading.Lock())
 
     def enter(self) -> None:
         """A score begins to compute; it waits for nobody."""
-        with self._lock:
-            self._running += 1
+        self._running.append(None)
 
     def leave(self) -> None:
         """Whoever entered is done."""
-        with self._lock:
-            self._running -= 1
-            if self._waiting:
+        self._running.pop()
+        if self._waiting:  # who begins to wait from now on sees that this call is gone
+            with self._free:
                 self._free.notify()
 
     def enter_when_free(self, deadline: Deadline) -> None:
@@ -38,10 +37,10 @@ class Turns:
         Raises:
             CancelledError, DeadlineError: when that does not come soon enough.
         """
-        with self._lock:
+        with self._free:
             self._waiting += 1
             try:
-                deadline.wait(self._free.wait, lambda: self._running < self._places)
+                deadline.wait(self._free.wait, lambda: len(self._running) < self._places)
             finally:
                 self._waiting -= 1
-            self._running += 1
+            self._running.append(None)

@@ -10,11 +10,10 @@ from numpy.typing import ArrayLike
 
 from stca.arrays import Array
 from stca.errors import HistoryNeededError, RequestError
-from stca.runtime.client_values import quoted
+from stca.runtime.client_values import key_of, quoted
 from stca.runtime.deadline import Deadline
 from stca.runtime.flights import Flights
 from stca.runtime.model import Model
-from stca.runtime.request import Door
 from stca.runtime.state import StateKey, UserState
 from stca.runtime.store import JOINED, StateStore
 
@@ -53,7 +52,7 @@ class UserStates:
         Raises:
             RequestError: when an input is wrong; HistoryNeededError where neither is there.
         """
-        user, version = plain_key(user, version)
+        user, version = key_of("user", user), key_of("version", version)
         if user is None:
             return Found(None, None, model.door.admit(inputs, "user"))
         if version is None:
@@ -86,10 +85,15 @@ class UserStates:
         """Of each request, the kept state or a new one, and whether there was one to be had; a user with several
         requests in the batch is encoded once.
         """
-        at_hand = [one.came for one in found if one.state is not None]
-        self._store.count(hits=at_hand)
-        if len(at_hand) == len(found):
-            return [one.state for one in found if one.state is not None], (True,) * len(found)
+        at_hand, kept = [], []
+        for one in found:
+            if one.state is not None:
+                kept.append(one.state)
+                at_hand.append(one.came)
+        if at_hand:
+            self._store.count(hits=at_hand)
+        if len(kept) == len(found):
+            return kept, (True,) * len(found)
         states, own = self._made(model, found, deadline, lambda begun: self._store.count(misses=begun))
         misses: set[StateKey] = set()
         hits = []
@@ -142,4 +146,4 @@ def _history_needed(key: StateKey) -> HistoryNeededError:
 
 def plain_key(user: Hashable, version: Hashable) -> tuple[Hashable, Hashable]:
     """Both, as plain values that can be looked up."""
-    return Door.key_of("user", user), Door.key_of("version", version)
+    return key_of("user", user), key_of("version", version)

@@ -26,7 +26,7 @@ def all_finite(x: Array) -> bool:
     """Whether no value is NaN or infinite."""
     if x.dtype.kind != "f":  # of a dtype that is not numpy's own
         return bool(np.isfinite(x).all())
-    return x.size == 0 or all(map(math.isfinite, extremes(x)))
+    return x.size == 0 or (math.isfinite(x.item(x.argmin())) and math.isfinite(x.item(x.argmax())))
 
 
 def best_kept(exact: Array, found: Array, k: int, *, tie: float = 0.0) -> int:

@@ -121,5 +121,5 @@ def test_a_swap_and_a_budget_are_told_as_reasons(log_session, bundle_dir, other_
 def test_each_part_of_a_key_counts(field):
     store = StateStore.of(10_000)
     store.put(key("ann"), state(3))
-    assert store.look_up(key("ann")).state is not None
-    assert store.look_up(key("ann")._replace(**{field: "other"})).state is None
+    assert store.look_up(key("ann"))[0] is not None
+    assert store.look_up(key("ann")._replace(**{field: "other"}))[0] is None

@@ -131,7 +131,7 @@ def test_a_score_joins_the_warm_under_way(log_session, specs, inputs, monkeypatc
     assert gate.reached.wait(60)
     rest = part(specs, inputs, "request", "target")
     scores = [Call(lambda x=x: log_session.answer(Request(x, "ann", "v1"))) for x in (inputs, rest)]
-    while log_session._turns._running < 3:
+    while len(log_session._turns._running) < 3:
         time.sleep(0.001)
     gate.opened.set()
     assert warm.done() is True
@@ -149,7 +149,7 @@ def test_where_a_warm_fails_the_score_goes_on(log_session, specs, inputs, monkey
     assert gate.reached.wait(60)
     rest = part(specs, inputs, "request", "target")
     score, bare = (Call(lambda x=x: log_session.score(Request(x, "ann", "v1"))) for x in (inputs, rest))
-    while log_session._turns._running < 3:
+    while len(log_session._turns._running) < 3:
         time.sleep(0.001)
     gate.opened.set()
     warm.done()
