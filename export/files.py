@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import onnx
 
+from stca.arrays import Array
 from stca.errors import ExportError, SplitError
-from stca.export.tables import with_rows
+from stca.export.tables import Left, put_back, with_rows
 from stca.export.weights import externalize
-from stca.manifest import GraphSpec, TableSpec, TensorSpec
+from stca.manifest import GraphSpec, TensorSpec
 
 
 @contextlib.contextmanager
@@ -35,42 +36,49 @@ def askable(request: onnx.ModelProto, asked: onnx.ModelProto, folder: Path) -> I
         yield Path(place, "request.onnx"), Path(place, f"{next(reversed(copies))}.onnx")
 
 
-def save(models: Mapping[str, onnx.ModelProto], folder: Path) -> None:
+def save(models: Mapping[str, onnx.ModelProto], folder: Path, contents: Mapping[str, Array] | None = None) -> None:
     """Write models and their weights, each checked as a file; the models' weights are in the file afterwards.
+
+    Args:
+        models: by name.
+        folder: where to.
+        contents: of weights that are hollow in the models, by name.
 
     Raises:
         ExportError: naming the file that fails ONNX's own check.
     """
-    externalize(models.values(), folder)
+    externalize(models.values(), folder, contents)
     for name, model in models.items():
         onnx.save(model, folder / f"{name}.onnx")
         _check_file(folder / f"{name}.onnx")
 
 
 def finish(
-    models: Mapping[str, onnx.ModelProto], tables: Sequence[TableSpec], known: Sequence[TensorSpec], folder: Path
+    models: Mapping[str, onnx.ModelProto], left: Left, known: Sequence[TensorSpec], folder: Path
 ) -> dict[str, GraphSpec]:
-    """Write a bundle's graphs, with inputs of rows for the tables that left.
+    """Write a bundle's graphs, with inputs of rows for the tables that left for good.
 
     Args:
         models: by name; weights move from them into the file.
-        tables: that left.
+        left: the tables of which stand-ins are in the models.
         known: inputs of the request graph, with what is known of each.
         folder: the bundle's.
     """
     files: dict[str, onnx.ModelProto] = {}
     specs: dict[str, GraphSpec] = {}
     for name, model in models.items():
-        own = with_rows(model, tables) if tables else None
+        own = with_rows(model, left.tables) if left.tables else None
         spec = _graph_spec(name, model, known)
         files[name] = own.model if own else model
+        if left.apart:
+            put_back(files[name], left.apart)
         if own and own.lookups:
             spec = dataclasses.replace(spec, lookups=own.lookups)
         if own and own.ids:
             files[f"{name}.ids"] = own.ids
             spec = dataclasses.replace(spec, ids=f"{name}.ids.onnx")
         specs[name] = spec
-    save(files, folder)
+    save(files, folder, left.apart)
     return specs
 
 

@@ -214,7 +214,7 @@ class _Request:
         workload: nominal size of each symbolic dimension.
         measured: shapes of values as runs showed them.
         asked: the graph before the rules, to ask what the model takes: they may leave out what refuses a request.
-        left: the tables that left; stand-ins are in their place.
+        left: the tables that stand-ins are in the place of.
         facts: for the split's report.
     """
 
@@ -323,7 +323,7 @@ def _write(
         models = {"request": request.graph, "user_encoder": halves.user_encoder, "target_scorer": halves.target_scorer}
         if request.pointwise is not None:
             models[POINTWISE] = request.pointwise
-        graphs = finish(models, request.left.tables, padded.inputs, work)
+        graphs = finish(models, request.left, padded.inputs, work)
         manifest = Manifest(
             model=source,
             weights=sha256_of(work / WEIGHTS),

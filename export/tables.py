@@ -1,16 +1,16 @@
-"""Embedding tables leave the graphs: which may, how the pipeline does without them, and what takes their place.
+"""Embedding tables stay out of the graphs while these are worked on, and large ones leave them for good.
 
-A table larger than memory is never part of a model here. Its weight is hollow: a name, a type and a shape, its contents
-an array that is read by slices. A table that may leave is written to the bundle, and until the graphs are finished a
-stand-in of some of its rows is in its place, looked up by the ids modulo its rows: so every pass, proof and question
-has a whole and ordinary graph. Last, the look-up gives way to an input of rows.
+A table is copied by no pass here. Its weight is hollow: a name, a type and a shape, its contents an array that is read
+by slices. Until the graphs are finished a stand-in of some of its rows is in its place, looked up by the ids modulo its
+rows: so every pass, proof and question has a whole and ordinary graph. Last, the table comes back into the graphs; of
+one that leaves, which is in a file of the bundle by then, the look-up gives way to an input of rows.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +31,8 @@ from stca.tables import write_table
 DEFAULT_ABOVE: Final = 1 << 30
 # A weight of fewer bytes stays, whatever was asked for: a file of its own would be no gain.
 LEAST: Final = 1 << 16
+# Weights of more bytes are kept out of the graphs while these are worked on: passes and proofs copy what is in them.
+APART: Final = 1 << 20
 _DTYPES: Final[Mapping[int, str]] = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
@@ -42,6 +44,7 @@ _INTEGERS: Final = frozenset((TensorProto.INT64, TensorProto.INT32, TensorProto.
 # Rows of a stand-in: primes, so that one is found to which the table's rows are not congruent by 1. Then no id stands
 # for the same row as the id before the first, or as the last.
 _STAND_INS: Final = (1009, 1013, 1019)
+_ROWS_AT_ONCE: Final = 1 << 14
 
 
 @dataclass
@@ -49,7 +52,7 @@ class Large:
     """Weights that are kept out of a model while it is read.
 
     Attributes:
-        above: those of more bytes; None for none.
+        above: tables of more bytes leave the graphs; None for none.
         contents: by name.
     """
 
@@ -58,9 +61,14 @@ class Large:
 
     def takes(self, dtype: int, dims: Sequence[int]) -> bool:
         """Whether such a weight is kept out."""
-        if self.above is None or dtype not in _DTYPES or len(dims) != 2:
+        if dtype not in _DTYPES or len(dims) != 2:
             return False
-        return math.prod(dims) * helper.tensor_dtype_to_np_dtype(dtype).itemsize > max(self.above, LEAST)
+        size = math.prod(dims) * helper.tensor_dtype_to_np_dtype(dtype).itemsize
+        return size > APART or self.leaves(size)
+
+    def leaves(self, size: int) -> bool:
+        """Whether a table of so many bytes leaves the graphs, if it may."""
+        return self.above is not None and size > max(self.above, LEAST)
 
     def hollow(self, tensor: TensorProto, contents: Array) -> None:
         """Keep a weight's contents, and leave its name, type and shape in the model."""
@@ -89,14 +97,16 @@ class Large:
 
 @dataclass(frozen=True)
 class Left:
-    """The tables that left a graph, and what was decided of each large weight.
+    """The tables that left a graph, for good or while it is worked on, and what was decided of each large weight.
 
     Attributes:
-        tables: in the order of the graph's weights.
+        tables: that left for good, in the order of the graph's weights.
+        apart: contents of those that come back, by name.
         verdicts: `{"table", "bytes", "why"}`; `why` it stays, None for those that left.
     """
 
     tables: tuple[TableSpec, ...] = ()
+    apart: Mapping[str, Array] = field(default_factory=dict)
     verdicts: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -106,7 +116,7 @@ def stand_ins(model: onnx.ModelProto) -> frozenset[str]:
 
 
 def leave(model: onnx.ModelProto, large: Large, folder: Path, progress: Progress) -> Left:
-    """Write the tables that may leave to `folder`, and put stand-ins in their place; other weights are put back.
+    """Put stand-ins in the place of tables, and write those that leave to `folder`; other weights are put back.
 
     Args:
         model: with hollow weights, its functions but the operator's inlined. Changed in place.
@@ -116,20 +126,39 @@ def leave(model: onnx.ModelProto, large: Large, folder: Path, progress: Progress
         SplitError: when a table has values that are not finite.
     """
     tables: list[TableSpec] = []
+    apart: dict[str, Array] = {}
     verdicts: list[dict[str, Any]] = []
     why = _why_not(model, large.contents)
     for tensor in [t for t in model.graph.initializer if t.name in large.contents]:
         contents, reason = large.contents[tensor.name], why[tensor.name]
         size = math.prod(tensor.dims) * contents.dtype.itemsize
-        if reason is None:
+        leaves = large.leaves(size)
+        if reason is not None:
+            tensor.raw_data = np.ascontiguousarray(contents).tobytes()
+        elif leaves:
             progress(f"table {tensor.name!r} leaves the graphs: {size:,} bytes")
             tables.append(_written(tensor, contents, folder, f"table_{len(tables)}"))
         else:
+            apart[tensor.name] = contents
+            for begin in range(0, len(contents), _ROWS_AT_ONCE):
+                _require_finite(tensor.name, contents[begin : begin + _ROWS_AT_ONCE])
+        if leaves and reason is not None:
             progress(f"table {tensor.name!r} stays in the graphs: {reason}")
-            tensor.raw_data = np.ascontiguousarray(contents).tobytes()
-        verdicts.append({"table": tensor.name, "bytes": size, "why": reason})
-    _stand_in(model, {t.name: large.contents[t.name] for t in tables})
-    return Left(tuple(tables), tuple(verdicts))
+        verdicts += [{"table": tensor.name, "bytes": size, "why": reason}] * leaves
+    _stand_in(model, {n: large.contents[n] for n in (*apart, *(t.name for t in tables))})
+    return Left(tuple(tables), apart, tuple(verdicts))
+
+
+def with_mapped_tables(file: Path) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """A model of a bundle, and its large tables: hollow in the model, and mapped, so that only rows are read."""
+    model, large = onnx.load(file, load_external_data=False), Large()
+    large.hollow_external(model, file.parent)
+    why = _why_not(model, large.contents)
+    for tensor in model.graph.initializer:
+        if why.get(tensor.name):
+            tensor.raw_data = np.ascontiguousarray(large.contents.pop(tensor.name)).tobytes()
+    onnx.load_external_data_for_model(model, str(file.parent))
+    return model, large.contents
 
 
 def _why_not(model: onnx.ModelProto, names: Iterable[str]) -> dict[str, str | None]:
@@ -181,13 +210,17 @@ def _written(tensor: TensorProto, contents: Array, folder: Path, stem: str) -> T
         rows = np.array(contents[begin:end])
         if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)  # read-only and of a file: nothing is lost
-        values = rows.astype(np.float32, copy=False)  # bfloat16 is not of numpy's own kinds
-        if (np.isnan(values) | np.isposinf(values)).any():
-            raise SplitError(f"weight {tensor.name!r} has NaN or infinite values; export an earlier step")
+        _require_finite(tensor.name, rows)
         return rows
 
     rows, width = tensor.dims
     return write_table(folder, stem, tensor.name, rows, width, _DTYPES[tensor.data_type], read)
+
+
+def _require_finite(name: str, rows: Array) -> None:
+    values = rows.astype(np.float32, copy=False)  # bfloat16 is not of numpy's own kinds
+    if (np.isnan(values) | np.isposinf(values)).any():
+        raise SplitError(f"weight {name!r} has NaN or infinite values; export an earlier step")
 
 
 def _stand_in(model: onnx.ModelProto, contents: Mapping[str, Array]) -> None:
@@ -258,13 +291,7 @@ def with_rows(model: onnx.ModelProto, tables: Sequence[TableSpec]) -> WithRows:
         if not known.keys() & set(node.input):
             new.nodes.append(node)
             continue
-        before = model.graph.node[flow.writer[node.input[1]]] if node.input[1] in flow.writer else None
-        if node.op_type != "Gather" or node.input[0] not in known or before is None or not is_stand_in(before):
-            raise SplitError(
-                f"node {label(node)!r} ({node.op_type}) reads a table that left the graphs; export with "
-                "--tables-above off"
-            )
-        table, ids = known[node.input[0]], _origin(model.graph, flow, before.input[0])
+        table, ids = known[node.input[0]], _origin(model.graph, flow, _true_ids(flow, node, known))
         key = (table.name, ids)
         if key not in inputs:
             name = new.name(f"{table.name}_rows")
@@ -282,6 +309,39 @@ def with_rows(model: onnx.ModelProto, tables: Sequence[TableSpec]) -> WithRows:
     done.graph.input.extend(inputs.values())
     _drop_unread(done)
     return WithRows(done, tuple(lookups), _ids_graph(model, flow, wanted) if wanted else None)
+
+
+def put_back(model: onnx.ModelProto, contents: Mapping[str, Array]) -> None:
+    """Let tables take the place of their stand-ins again, in place; their weights are hollow.
+
+    Args:
+        model: finished but for that.
+        contents: of the tables, by name.
+
+    Raises:
+        SplitError: when a pass made something else of a stand-in.
+    """
+    flow = Dataflow(model.graph)
+    for node in model.graph.node:
+        if contents.keys() & set(node.input):
+            node.input[1] = _true_ids(flow, node, contents)
+    for tensor in model.graph.initializer:
+        if tensor.name in contents:
+            tensor.CopyFrom(TensorProto(name=tensor.name, data_type=tensor.data_type, dims=contents[tensor.name].shape))
+    kept = [v for v in model.graph.value_info if v.name not in stand_ins(model)]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
+    _drop_unread(model)
+
+
+def _true_ids(flow: Dataflow, node: onnx.NodeProto, tables: Container[str]) -> str:
+    """The ids of a look-up in a stand-in as they were before they were made to fit it."""
+    before = flow.graph.node[flow.writer[node.input[1]]] if node.input[1] in flow.writer else None
+    if node.op_type != "Gather" or node.input[0] not in tables or before is None or not is_stand_in(before):
+        raise SplitError(
+            f"node {label(node)!r} ({node.op_type}) reads the table {node.input[0]!r}, which only look-ups may"
+        )
+    return str(before.input[0])
 
 
 def _origin(graph: onnx.GraphProto, flow: Dataflow, ids: str) -> str:

@@ -6,14 +6,17 @@ The graphs then hold structure alone, the weights exist once on disk, and new we
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 import safetensors.torch
 import torch
 from onnx import TensorProto, external_data_helper
 
+from stca.arrays import Array
 from stca.errors import ExportError
 from stca.manifest import WEIGHTS
 
@@ -27,11 +30,18 @@ _DTYPES = {
 _RESERVED = "__metadata__"
 
 
-def externalize(models: Iterable[onnx.ModelProto], directory: Path) -> None:
+def externalize(
+    models: Iterable[onnx.ModelProto], directory: Path, contents: Mapping[str, Array] | None = None
+) -> None:
     """Move the floating-point initializers of `models` into `directory/weights.safetensors`, in place.
 
     An initializer of one name is one tensor, whichever graphs use it. Integers stay in the graphs: they are structure.
     The file depends on names, dtypes, shapes and values alone, so equal weights have equal digests.
+
+    Args:
+        models: with their weights inline.
+        directory: of the file.
+        contents: of weights that are hollow in the models, by name.
 
     Raises:
         ExportError: when two graphs have different tensors of one name, or one has a name that cannot be saved.
@@ -44,6 +54,10 @@ def externalize(models: Iterable[onnx.ModelProto], directory: Path) -> None:
                 continue
             if tensor.name == _RESERVED:
                 raise ExportError(f"weight {_RESERVED!r} has a name that safetensors keeps for itself; give it another")
+            uses.append(tensor)
+            if contents and tensor.name in contents:
+                tensors[tensor.name] = _shared(contents[tensor.name], _DTYPES[tensor.data_type])
+                continue
             data = onnx.numpy_helper.to_array(tensor).reshape(-1).view("u1").copy()
             weight = torch.empty(list(tensor.dims), dtype=_DTYPES[tensor.data_type])
             _bytes(weight)[:] = torch.from_numpy(data)
@@ -51,7 +65,6 @@ def externalize(models: Iterable[onnx.ModelProto], directory: Path) -> None:
             same = (known.dtype, known.shape) == (weight.dtype, weight.shape)
             if not same or not torch.equal(_bytes(known), _bytes(weight)):
                 raise ExportError(f"weight {tensor.name!r} differs between graphs; give the two tensors two names")
-            uses.append(tensor)
     file = directory / WEIGHTS
     safetensors.torch.save_file(tensors, file)
     places = offsets(file)
@@ -63,6 +76,13 @@ def externalize(models: Iterable[onnx.ModelProto], directory: Path) -> None:
         tensor.raw_data = b""
         external_data_helper.set_external_data(tensor, WEIGHTS, offset=begin, length=end - begin)
         tensor.ClearField("raw_data")
+
+
+def _shared(array: Array, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of the array's own memory, which may be of a file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it may not be written to: nothing does
+        return torch.from_numpy(np.ascontiguousarray(array).view("u1")).view(dtype)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

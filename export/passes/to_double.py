@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, MutableSequence
+from collections.abc import Callable, Container, Mapping, MutableSequence
 from typing import TypeAlias
 
 import numpy as np
@@ -21,17 +21,22 @@ _TYPES = {("Cast", "to"), ("EyeLike", "dtype")}
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
-def to_double(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_double(model: onnx.ModelProto, but: Container[str] = ()) -> onnx.ModelProto:
     """`model` with every floating-point type, weight, constant and cast widened to float64.
 
     For `onnx.reference`, which follows the values it is given; a strict runtime would also want every type constraint
     of every operator met.
+
+    Args:
+        model: not changed.
+        but: weights to leave as they are.
     """
     wide = onnx.ModelProto()
     wide.CopyFrom(model)
     graph = wide.graph
     for tensor in graph.initializer:
-        _widen(tensor)
+        if tensor.name not in but:
+            _widen(tensor)
     for info in (*graph.input, *graph.output):
         if info.type.tensor_type.elem_type in _FLOATS:
             info.type.tensor_type.elem_type = TensorProto.DOUBLE
@@ -41,17 +46,40 @@ def to_double(model: onnx.ModelProto) -> onnx.ModelProto:
     return wide
 
 
-def in_double(model: onnx.ModelProto) -> Run:
-    """What computes the outputs of `model` in float64, given inputs of its own types."""
-    evaluator = reference_of(to_double(model))
+def in_double(model: onnx.ModelProto, tables: Mapping[str, Array] | None = None) -> Run:
+    """What computes the outputs of `model` in float64, given inputs of its own types.
+
+    Args:
+        model: not changed.
+        tables: contents of weights that are hollow in the model and only looked up in: rows are widened, not tables.
+    """
+    tables = tables or {}
+    evaluator = reference_of(_taking(to_double(model, tables), tables))
 
     def run(feeds: Mapping[str, Array]) -> list[Array]:
-        wide = {n: x.astype(np.float64) if x.dtype.kind == "f" else x for n, x in feeds.items()}
+        wide = {n: x.astype(np.float64) if x.dtype.kind == "f" else x for n, x in feeds.items()} | dict(tables)
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")  # a mean over an empty history: both graphs have it
             return list(evaluator.run(None, wide))
 
     return run
+
+
+def _taking(model: onnx.ModelProto, tables: Mapping[str, Array]) -> onnx.ModelProto:
+    """The model with these weights as inputs, and what is looked up in them widened; changed in place."""
+    graph = model.graph
+    weights, nodes = [t for t in graph.initializer if t.name not in tables], list[onnx.NodeProto]()
+    for node in graph.node:
+        nodes.append(node)
+        if node.input and node.input[0] in tables:
+            narrow, wide = f"{node.output[0]}_narrow", node.output[0]
+            node.output[0] = narrow
+            nodes.append(helper.make_node("Cast", [narrow], [wide], to=TensorProto.DOUBLE))
+    del graph.initializer[:], graph.node[:]
+    graph.initializer.extend(weights)
+    graph.node.extend(nodes)
+    graph.input.extend(onnx.ValueInfoProto(name=name) for name in tables)
+    return model
 
 
 def distance(found: Array, wanted: Array) -> float:

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
-# Weights of more bytes are neither copied nor converted: of a table larger than memory, the rows that are looked up.
-LARGE = 1 << 30
+# Weights of more bytes are neither copied nor converted: of a table, the rows that are looked up.
+LARGE = 1 << 24
 _ATEN = torch.ops.aten
 _EMBEDDING, _SELECT, _INDEX = _ATEN.embedding.default, _ATEN.index_select.default, _ATEN.index.Tensor
 _BAGS = (_ATEN._embedding_bag.default, _ATEN._embedding_bag_forward_only.default)

@@ -24,7 +24,7 @@ from stca.checks.asked import PROBES, Asked
 from stca.checks.row_by_row import in_pieces, pointwise_feeds, require_alone, some_targets
 from stca.checks.tolerance import TOP_K, StageParity, judged
 from stca.errors import BundleError, ExportError, ParityError
-from stca.manifest import GRAPHS, POINTWISE, WEIGHTS, Manifest
+from stca.manifest import HALVES, POINTWISE, WEIGHTS, Manifest
 from stca.runtime import Engine, OnnxRuntimeEngine, Request, RequestBatch, Session
 from stca.runtime.engine import scores_of
 from stca.runtime.tables import Lookups, RowSource, sources, with_tables
@@ -163,10 +163,10 @@ def _reference(
 def _served(bundle: Bundle, asked: Asked, rows: Mapping[str, RowSource], progress: Progress) -> Outcomes:
     """Scores of the bundle's own stages: its request graph, its halves joined, a session."""
     progress("request graph")
-    engines = {name: with_tables(bundle, name, OnnxRuntimeEngine(bundle.file(name)), rows) for name in GRAPHS}
-    outcomes = [("request_graph", [_run(engines["request"], bundle, "request", f) for f in asked.feeds])]
+    # Each stage's engines are let go before the next one's map the same weights.
+    outcomes = [("request_graph", _of_request_graph(bundle, asked, rows))]
     progress("joined halves")
-    outcomes.append(("joined_halves", [_run_joined(engines, bundle, f) for f in asked.feeds]))
+    outcomes.append(("joined_halves", _of_halves(bundle, asked, rows)))
     progress("session")
     session = Session.load(bundle.path, engine="graphs", check_finite=False, tables=rows)
     outcomes.append(("session", [_run_session(session, batch) for batch in asked.batches]))
@@ -318,11 +318,10 @@ def run_double(
     rows: Mapping[str, RowSource] | None = None,
 ) -> list[Array]:
     """Scores of one of the bundle's graphs in float64; `rows` as `stca.runtime.tables.sources` gives them."""
-    import onnx
-
     from stca.export.passes.to_double import in_double
+    from stca.export.tables import with_mapped_tables
 
-    run = in_double(onnx.load(bundle.file(graph)))
+    run = in_double(*with_mapped_tables(bundle.file(graph)))
     lookups = Lookups(bundle, graph, rows)
     try:
         runs = [run(lookups.complete(f)) for f in feeds]
@@ -343,16 +342,26 @@ def _node_of(error: Exception) -> str:
     return f"at node {label(nodes[0])!r} ({nodes[0].op_type}), " if nodes else ""
 
 
+def _of_request_graph(bundle: Bundle, asked: Asked, rows: Mapping[str, RowSource]) -> list[Array]:
+    engine = _opened(bundle, "request", rows)
+    return [_run(engine, bundle, "request", f) for f in asked.feeds]
+
+
+def _of_halves(bundle: Bundle, asked: Asked, rows: Mapping[str, RowSource]) -> list[Array]:
+    encoder, scorer = (_opened(bundle, half, rows) for half in HALVES)
+    wanted = [s.name for s in bundle.manifest.graphs["user_encoder"].inputs]
+    states = ({**f, **encoder.run({n: f[n] for n in wanted})} for f in asked.feeds)
+    return [_run(scorer, bundle, "target_scorer", f) for f in states]
+
+
+def _opened(bundle: Bundle, graph: str, rows: Mapping[str, RowSource]) -> Engine:
+    return with_tables(bundle, graph, OnnxRuntimeEngine(bundle.file(graph)), rows)
+
+
 def _run(engine: Engine, bundle: Bundle, graph: str, feeds: Mapping[str, Array]) -> Array:
     wanted = [s.name for s in bundle.manifest.graphs[graph].inputs]
     outputs = engine.run({n: feeds[n] for n in wanted})
     return scores_of([outputs[s.name] for s in bundle.manifest.graphs[graph].outputs])
-
-
-def _run_joined(engines: Mapping[str, Engine], bundle: Bundle, feeds: Mapping[str, Array]) -> Array:
-    wanted = [s.name for s in bundle.manifest.graphs["user_encoder"].inputs]
-    state = engines["user_encoder"].run({n: feeds[n] for n in wanted})
-    return _run(engines["target_scorer"], bundle, "target_scorer", {**feeds, **state})
 
 
 def _run_session(session: Session, batch: Sequence[Mapping[str, Array]]) -> Array:

@@ -379,3 +379,54 @@ def test_the_command_line_splits_and_scores(tmp_path, capsys):
     assert cli.main(["score", out, str(tmp_path / "r.json"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["requests"][0]["scores"]
     np.testing.assert_allclose(found, tables.expected(tables.model(), HIST, ITEM), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def small_is_large(monkeypatch):
+    """Tables of these tests are kept apart while their graphs are worked on."""
+    monkeypatch.setattr("stca.export.tables.APART", 1 << 16)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_table_that_stays_comes_back_whole(tmp_path, small_is_large, way):
+    model = tables.model(WAYS[way][0], WAYS[way][1])
+    bundle = tables.split(model, tmp_path, prove, above=None)
+    assert bundle.manifest.tables is None
+    assert "tables" not in bundle.manifest.split
+    assert safetensors.torch.load_file(bundle.path / "weights.safetensors")["table"].numpy().tobytes() == (
+        tables.table().tobytes()
+    )
+    for graph in GRAPHS:
+        file = onnx.load(bundle.file(graph), load_external_data=False).graph
+        (weight,) = [t for t in file.initializer if t.name == "table"]
+        assert list(weight.dims) == [tables.ROWS, tables.WIDTH]
+        assert sum(n.op_type == "Mod" for n in file.node) == sum(n.name in ("mod", "low") for n in file.node)
+    hist = [n for n in HIST if n] if way == "an offset" else HIST
+    np.testing.assert_allclose(scores(bundle, hist), tables.expected(model, hist, ITEM), rtol=2e-5, atol=1e-5)
+
+
+def test_no_step_looks_at_all_of_a_table_that_is_kept_apart(tmp_path, small_is_large, monkeypatch):
+    """Passes have a stand-in, and the reference in float64 reads rows: widened, a table takes twice its bytes."""
+    import stca.export.passes.to_double as widened
+
+    largest = []
+    whole = widened._widen
+    monkeypatch.setattr(widened, "_widen", lambda t: (largest.append(t.ByteSize()), whole(t)))
+    tables.split(tables.model(), tmp_path, prove, above=None)
+    assert 0 < max(largest) < tables.ROWS * tables.WIDTH * 4 / 3
+
+
+def test_a_table_that_is_read_otherwise_is_widened_whole(tmp_path, small_is_large):
+    model = tables.model()
+    model.graph.node.append(NODE("ReduceMax", ["table"], ["largest"], "largest", keepdims=1))
+    model.graph.node[-2].output[0] = "scores_"
+    model.graph.node.append(NODE("Add", ["scores_", "largest"], ["scores"], "sum"))
+    bundle = tables.split(model, tmp_path, prove, above=None)
+    np.testing.assert_allclose(scores(bundle), tables.expected(model, HIST, ITEM), rtol=2e-5, atol=1e-5)
+
+
+def test_numbers_that_are_none_are_found_in_a_table_that_stays(tmp_path, small_is_large):
+    values = tables.table()
+    values[-1, -1] = np.nan
+    with pytest.raises(SplitError, match="weight 'table' has NaN or infinite values"):
+        tables.split(tables.model(values=values), tmp_path, prove, above=None)
