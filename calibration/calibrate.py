@@ -157,6 +157,11 @@ def calibrate(
 def _candidates(bundle: Bundle) -> tuple[StateSpec, ...]:
     if bundle.manifest.quantization is not None:
         raise UsageError(f"{bundle.path}: is quantized already; calibrate the bundle that it was made from")
+    if summed := next((s.name for s in bundle.manifest.state if s.append), None):
+        raise UsageError(
+            f"{bundle.path}: its state {summed!r} is a sum that is added to, and is of one size whatever the history; "
+            "there is nothing to gain in 8 bits"
+        )
     if not (found := quantizable(bundle.manifest.state)):
         raise UsageError(
             f"{bundle.path}: its state has no computed float32 tensor with several values a row, so there is nothing "

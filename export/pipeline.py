@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE
 from stca.export.analysis.marks import marks
 from stca.export.analysis.positions import position_tables
 from stca.export.analysis.rows import Rows
+from stca.export.appending import Appending, appending, counts_all
 from stca.export.asking import Accepted, ask
 from stca.export.files import askable, finish, spec_of
 from stca.export.freeing import RULES, freed_and_proven
@@ -39,12 +40,14 @@ from stca.export.reference.checkpoint import Checkpoint
 from stca.export.reference.config import StcaConfig
 from stca.export.reference.module import AttentionForm, request_inputs
 from stca.export.split import Split, StateTensor, inlined, split
-from stca.export.state import not_one_users, why_not_appendable
+from stca.export.state import not_one_users
 from stca.export.tables import DEFAULT_ABOVE, Large, Left, leave, stand_ins
 from stca.export.to_onnx import RequestModel, to_request_graph
 from stca.manifest import (
+    GROWER,
     OFFSETS,
     POINTWISE,
+    SUM,
     TARGETS,
     TOKENS,
     WEIGHTS,
@@ -314,15 +317,20 @@ def _write(
         request = _request_graph(graph, specs, large, work, cut, progress)
         takes, padded = _answers(request, source, max_history, cut, work, progress)
         progress("splitting by dataflow")
-        halves = _halves(request, cut, takes.max_history)
-        obstacle = why_not_appendable(halves, request.specs)
+        free = _halves(request, cut, takes.max_history)
+        appends = appending(free, request.specs)
+        if appends.sums and (counts := next((p.lengths for p in padded.padding or () if p.lengths), None)):
+            appends = Appending(free, counts_all(counts))
+        halves = appends.halves
         notes = [*halves.report.notes, *request.notes]
-        if obstacle is not None:
-            notes.append(f"new events cannot be appended to a state: {obstacle}")
+        if appends.why_not is not None:
+            notes.append(f"new events cannot be appended to a state: {appends.why_not}")
         progress("writing the bundle")
         models = {"request": request.graph, "user_encoder": halves.user_encoder, "target_scorer": halves.target_scorer}
         if request.pointwise is not None:
             models[POINTWISE] = request.pointwise
+        if appends.grower is not None:
+            models[GROWER] = appends.grower
         graphs = finish(models, request.left, padded.inputs, work)
         manifest = Manifest(
             model=source,
@@ -330,8 +338,8 @@ def _write(
             precision=_precision(graphs["request"]),
             attention=attention,
             graphs=graphs,
-            state=tuple(map(_state_spec, halves.state)),
-            appendable=obstacle is None,
+            state=tuple(_state_spec(t, appends.sums) for t in halves.state),
+            appendable=appends.why_not is None,
             max_history=takes.max_history,
             min_history=takes.min_history,
             padding=padded.padding,
@@ -382,8 +390,9 @@ def _answers(
     return dataclasses.replace(takes, min_history=shortest), found
 
 
-def _state_spec(t: StateTensor) -> StateSpec:
-    return StateSpec(t.name, t.dtype, t.shape, t.bytes_per_token, t.value if t.verbatim else None)
+def _state_spec(t: StateTensor, sums: Collection[str]) -> StateSpec:
+    append: Literal["sum"] | None = SUM if t.name in sums else None
+    return StateSpec(t.name, t.dtype, t.shape, t.bytes_per_token, t.value if t.verbatim else None, append)
 
 
 def _precision(graph: GraphSpec) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple
 
+import numpy as np
 from numpy.typing import ArrayLike
 
+from stca.arrays import Array
 from stca.errors import RequestError
 from stca.manifest import TOKENS
-from stca.runtime.client_values import mapping_of
+from stca.runtime.client_values import mapping_of, quoted
 from stca.runtime.model import Model
-from stca.runtime.state import UserState
+from stca.runtime.room import Room
+from stca.runtime.state import UserState, join
 from stca.runtime.store import StateStore
 from stca.runtime.turns import Turns
 from stca.runtime.user_states import plain_key
@@ -24,11 +27,13 @@ class Way(NamedTuple):
         name: of the session's call.
         done: the same, as it is told.
         result: of a kept state and that of the events: the changed one, and how many bytes were written for it.
+        adds: whether it is made to sums: what an event gave to one cannot be taken out.
     """
 
     name: str
     done: str
     result: Callable[[UserState, UserState], tuple[UserState, int]]
+    adds: bool
 
 
 def change(
@@ -52,12 +57,13 @@ def change(
         raise RequestError("version: is None; name the history with the new events, or no request will find it")
     if not model.manifest.appendable:
         raise RequestError(f"{model.door.why_not_appendable()}; send the whole history with a new version")
+    if model.sums and not way.adds:
+        raise RequestError(
+            f"{way.name}: this bundle's states are sums over all events, and what one of them gave is not known any "
+            "more; send the whole history with a new version"
+        )
     user, version = plain_key(user, version)
-    events, names = mapping_of("inputs", events), model.door.names("user")
-    once = {n: model.door.placeholder(n) for n in names if model.door.inputs[n].shape[:1] != (TOKENS,)}
-    if given := [n for n in events if n in once or n in model.door.names("request", "target")]:
-        raise RequestError(f"{given[0]}: is no part of an event; {way.name} takes the per-token user inputs alone")
-    arrays = model.door.admit({**once, **events}, "user")
+    arrays = _admitted(way, model, mapping_of("inputs", events))
     follows = plain_key(None, after)[1]
     held = store.find(user, model.key(user, version), *([] if after is None else [model.key(user, follows)]))
     if held is None or (held[0].weights, held[0].format) != (model.manifest.weights, model.format):
@@ -66,12 +72,76 @@ def change(
         return True  # the same call again, after a timeout perhaps: its events are in
     if after is not None and held[0].version != follows:
         return False
+    if model.sums and model.window is not None and held[1].tokens + model.tokens(arrays) > model.window:
+        return False  # the oldest events would have to leave the sums
     turns.enter()
     try:
-        state, written = way.result(held[1], model.encode([arrays])[0])
+        fresh = model.grown(held[1], arrays) if model.sums else model.encode([arrays])[0]
+        state, written = way.result(held[1], fresh)
     finally:
         turns.leave()
     kept = store.put(model.key(user, version), state, instead_of=held[1])
     if kept:
         store.count_made(appended_bytes=written)
     return kept
+
+
+def _admitted(way: Way, model: Model, events: dict[str, ArrayLike]) -> dict[str, Array]:
+    """The events as the encoder takes them. With sums in the state, what follows from no event is made again, so the
+    user's other inputs come along as they are now; else nothing is made of these, and any valid row will do.
+    """
+    door = model.door
+    once = [n for n in door.names("user") if door.inputs[n].shape[:1] != (TOKENS,) and not model.sums]
+    if given := [n for n in events if n in once or n in door.names("request", "target")]:
+        taken = "the user inputs" if model.sums else "the per-token user inputs"
+        raise RequestError(f"{given[0]}: is no part of an event; {way.name} takes {taken} alone")
+    return door.admit({**{n: door.placeholder(n) for n in once}, **events}, "user")
+
+
+def extend(model: Model, old: UserState, new: UserState) -> tuple[UserState, int]:
+    """The state of both histories one after the other, its oldest tokens dropped beyond the window; and how many
+    bytes were written for it. Where states hold sums, `new` was grown from `old`, and all but rows of tokens is its.
+    """
+    total = old.tokens + new.tokens
+    kept = total if model.window is None else min(total, model.window)
+    names = [spec.name for spec in model.manifest.state if spec.shape[:1] == (TOKENS,)]
+    tensors = dict(new.tensors if model.sums else old.tensors)
+    made = sum(x.nbytes for n, x in tensors.items() if n not in names) if model.sums else 0
+    for spec in model.manifest.state:
+        if model.is_offsets(spec):
+            tensors[spec.name] = np.array([0, kept], dtype=spec.dtype)
+    dropped = total - kept
+    if dropped >= old.tokens or not names:  # none of the old ones is left
+        fresh = {n: new.tensors[n][max(0, dropped - old.tokens) :] for n in names}
+        return UserState(tensors | fresh, kept), made + sum(x.nbytes for x in fresh.values())
+    rows = {n: x for n in names if isinstance(x := new.tensors[n], np.ndarray)}
+    earlier = {n: x[dropped:] for n in names if isinstance(x := old.tensors[n], np.ndarray)}
+    if len(rows) < len(names) or len(earlier) < len(names):
+        tensors |= {n: join([old.tensors[n][dropped:], new.tensors[n]]) for n in names}
+        return UserState(tensors, kept), sum(tensors[n].nbytes for n in names)
+    room, end, written = old.room, old.end, made + sum(x.nbytes for x in rows.values())
+    if room is None or not room.take(end, new.tokens):
+        room, end = Room(earlier, new.tokens), kept - new.tokens
+        room.take(end, new.tokens)
+        written += sum(x.nbytes for x in earlier.values())
+    return UserState(tensors | room.write(end, rows, kept), kept, None, room, end + new.tokens), written
+
+
+def replace(model: Model, old: UserState, new: UserState, at: int) -> tuple[UserState, int]:
+    """The state with `new`'s events in the place of those from `at` on, which counts from the newest where it is
+    negative; and how many bytes were written for it: all, since requests may be reading the old ones.
+
+    Raises:
+        RequestError: when the events are not all within the history.
+    """
+    if not isinstance(at, int | np.integer) or isinstance(at, bool):
+        raise RequestError(f"at: is {quoted(at)}; the place of an event is a whole number")
+    first = at + old.tokens if at < 0 else at
+    if not 0 <= first <= old.tokens - new.tokens:
+        raise RequestError(
+            f"at: is {at}; the kept history has {old.tokens} events, and all {new.tokens} from there on must be in it"
+        )
+    names = [spec.name for spec in model.manifest.state if spec.shape[:1] == (TOKENS,)]
+    last = first + new.tokens
+    rows = {n: join([old.tensors[n][:first], new.tensors[n], old.tensors[n][last:]]) for n in names}
+    return UserState({**old.tensors, **rows}, old.tokens), sum(x.nbytes for x in rows.values())

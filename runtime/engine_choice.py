@@ -119,13 +119,22 @@ def open_engines(
         BuildError: when an engine cannot be loaded here.
     """
     engines: dict[str, Engine] = {}
-    own = onnxruntime or OnnxRuntimeOptions()
     for half in HALVES:
         entry = choice.entries.get(half)
         if entry is None:
-            engines[half] = OnnxRuntimeEngine(
-                bundle.file(half), threads=threads, providers=own.providers, config=own.config
-            )
+            engines[half] = open_own(bundle, half, threads=threads, onnxruntime=onnxruntime)
         else:
             engines[half] = server_of(choice.flavour).open(bundle, half, entry, threads=threads, gpu=gpu)
     return engines
+
+
+def open_own(
+    bundle: Bundle, graph: str, *, threads: int | None = None, onnxruntime: OnnxRuntimeOptions | None = None
+) -> Engine:
+    """One of the bundle's own graphs on ONNX Runtime; arguments as of `open_engines`.
+
+    Raises:
+        BuildError: when it cannot be loaded here.
+    """
+    own = onnxruntime or OnnxRuntimeOptions()
+    return OnnxRuntimeEngine(bundle.file(graph), threads=threads, providers=own.providers, config=own.config)

@@ -7,23 +7,21 @@ import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from stca.arrays import Array, all_finite
 from stca.bundle import Bundle
-from stca.contract import as_built, check_engine
+from stca.contract import as_built, check_engine, kept_sums
 from stca.errors import EngineError, RequestError
-from stca.manifest import HALVES, TARGETS, TOKENS, USERS, Manifest, StateSpec
-from stca.runtime.client_values import quoted
+from stca.manifest import GROWER, HALVES, TARGETS, TOKENS, USERS, Manifest, StateSpec, TensorSpec
 from stca.runtime.deadline import NEVER, Deadline
 from stca.runtime.engine import Engine, scores_of
-from stca.runtime.engine_choice import Choice, best_engine, open_engines, own_graphs
+from stca.runtime.engine_choice import Choice, best_engine, open_engines, open_own, own_graphs
 from stca.runtime.machine import processors
 from stca.runtime.options import Options
 from stca.runtime.request import Door
-from stca.runtime.room import Room
 from stca.runtime.state import StateArray, StateKey, UserState, join
 from stca.runtime.tables import on_cpu, sources, with_tables
 from stca.tensorrt_flavours import largest_sizes
@@ -49,6 +47,7 @@ class Model:
     window: int | None
     check_finite: bool = True
     threads: int | None = None
+    grower: Engine | None = None
 
     @classmethod
     def load(cls, bundle: Bundle, options: Options) -> Model:
@@ -62,11 +61,14 @@ class Model:
         engines = open_engines(
             bundle, choice, threads=options.threads, onnxruntime=options.onnxruntime, gpu=options.gpu
         )
+        if GROWER in manifest.graphs:
+            engines[GROWER] = open_own(bundle, GROWER, threads=options.threads, onnxruntime=options.onnxruntime)
         rows = sources(bundle, options.tables)
         engines = {half: with_tables(bundle, half, engine, rows) for half, engine in engines.items()}
         for half, engine in engines.items():
             entry = choice.entries.get(half)
-            promised = as_built(manifest, half, choice.precision, requests=entry.requests if entry else None)
+            precision = "fp32" if half == GROWER else choice.precision
+            promised = as_built(manifest, half, precision, requests=entry.requests if entry else None)
             check_engine(half, promised, *engine.signature(), may_leave_out=engine.may_leave_out)
         layout = ";".join(f"{s.name}:{s.dtype}:{','.join(map(str, s.shape))}" for s in manifest.state)
         # Equal weights do not make equal states: what the encoder computes, for which window, and in what, counts too.
@@ -81,8 +83,18 @@ class Model:
             truncate=options.truncate,
             max_targets=options.max_targets,
         )
-        encoder_, scorer = engines["user_encoder"], engines["target_scorer"]
-        return cls(manifest, door, encoder_, scorer, layout, choice, window, options.check_finite, options.threads)
+        return cls(
+            manifest,
+            door,
+            engines["user_encoder"],
+            engines["target_scorer"],
+            layout,
+            choice,
+            window,
+            options.check_finite,
+            options.threads,
+            engines.get(GROWER),
+        )
 
     @property
     def side_by_side(self) -> int:
@@ -102,13 +114,13 @@ class Model:
         """
         if not users:
             return []
-        tokens = [len(arrays[self._per_token]) if self._per_token else 0 for arrays in users]
+        tokens = [self.tokens(arrays) for arrays in users]
         if len(users) == 1:
             deadline.check()
             return self._encode(users, tokens)
         limits = _limits(self.choice, "user_encoder")
         limits[TOKENS] = min(limits[TOKENS], _TOKENS_TOGETHER)
-        if not all(self._is_offsets(s) or s.shape[:1] in ((TOKENS,), (USERS,)) for s in self.manifest.state):
+        if not all(self.is_offsets(s) or s.shape[:1] in ((TOKENS,), (USERS,)) for s in self.manifest.state):
             limits[USERS] = 1  # what is neither per token nor per user cannot be parted
         if self.door.stacked:
             limits[USERS] = 1
@@ -131,6 +143,31 @@ class Model:
             for i, (n, end) in enumerate(zip(tokens, ends.tolist(), strict=True))
         ]
 
+    def grown(self, old: UserState, arrays: Mapping[str, Array]) -> UserState:
+        """What the user grower makes of new events on top of the sums of an old state.
+
+        Args:
+            old: whose sums are added to.
+            arrays: admitted user inputs: the new events, and the others as they are now.
+
+        Raises:
+            RequestError: when the encoder's engine keeps sums elsewhere, or of another type, than the grower adds in.
+        """
+        assert self.grower is not None
+        feeds: dict[str, Any] = {}
+        for name, kept in self.sums.items():
+            value = old.tensors[name]
+            if not isinstance(value, np.ndarray) or value.dtype.name != kept.dtype:
+                raise RequestError(
+                    f"append: the {self.choice.flavour} engine keeps sums as {self.choice.precision} of its own, to "
+                    "which nothing is added; send the whole history with a new version, or load with engine='graphs'"
+                )
+            feeds[kept.name] = value
+        feeds |= {s.name: arrays[s.name] for s in self.manifest.graphs[GROWER].inputs if s.scope is not None}
+        out, tokens = self.grower.run(feeds), self.tokens(arrays)
+        self._check_rows(out, tokens, 1)
+        return UserState({n: x.copy() for n, x in out.items()}, tokens)
+
     def _check_rows(self, state: Mapping[str, StateArray], tokens: int, users: int) -> None:
         """A row for each token, and for each user: a row too many would be the next user's."""
         for name, size in self._rows_of.items():
@@ -140,7 +177,7 @@ class Model:
 
     def _part(self, spec: StateSpec, rows: StateArray, user: int, begin: int, end: int) -> StateArray:
         """One user's rows of a state tensor of several, copied: a view would keep all of them alive, uncounted."""
-        if self._is_offsets(spec):
+        if self.is_offsets(spec):
             return np.array([0, end - begin], spec.dtype)
         return rows[begin:end].copy() if spec.shape[:1] == (TOKENS,) else rows[user : user + 1].copy()
 
@@ -211,6 +248,22 @@ class Model:
         return next((n for n in self.door.names("user") if self.door.inputs[n].shape[:1] == (TOKENS,)), None)
 
     @cached_property
+    def _events(self) -> tuple[str, int] | None:
+        """An input with an entry for each event of a history of any length, and the axis of these."""
+        specs = (self.door.inputs[n] for n in self.door.names("user"))
+        return next(((s.name, s.shape.index(TOKENS)) for s in specs if TOKENS in s.shape), None)
+
+    def tokens(self, arrays: Mapping[str, Array]) -> int:
+        """History tokens in a user's admitted inputs; 0 where the model has a fixed number."""
+        name, axis = self._events or ("", 0)
+        return int(arrays[name].shape[axis]) if name else 0
+
+    @cached_property
+    def sums(self) -> Mapping[str, TensorSpec]:
+        """State tensors that are sums over all history tokens, and what takes the kept ones in the user grower."""
+        return kept_sums(self.manifest)
+
+    @cached_property
     def _encoded(self) -> tuple[str, ...]:
         """Inputs of the user encoder."""
         return tuple(s.name for s in self.manifest.graphs["user_encoder"].inputs)
@@ -277,7 +330,7 @@ class Model:
         """The tensors of several users' states as one ragged batch."""
         tokens = np.cumsum([0, *(s.tokens for s in states)])
         return {
-            s.name: tokens.astype(s.dtype) if self._is_offsets(s) else join([one.tensors[s.name] for one in states])
+            s.name: tokens.astype(s.dtype) if self.is_offsets(s) else join([one.tensors[s.name] for one in states])
             for s in self.manifest.state
         }
 
@@ -315,7 +368,7 @@ class Model:
         specs = self.manifest.graphs["request"].outputs
         return scores_of([np.zeros((0, *(n for n in s.shape if isinstance(n, int))), s.dtype) for s in specs])
 
-    def _is_offsets(self, spec: StateSpec) -> bool:
+    def is_offsets(self, spec: StateSpec) -> bool:
         """Whether a state tensor says where each user's tokens begin: then it is made anew, not cut or joined."""
         return spec.input in self.door.offsets
 
@@ -323,53 +376,6 @@ class Model:
         """Weights and engines, for the log."""
         engines = ", ".join(dict.fromkeys((self.encoder.name, self.scorer.name)))
         return f"weights {self.manifest.weights[:12]}, {engines}"
-
-    def extend(self, old: UserState, new: UserState) -> tuple[UserState, int]:
-        """The state of both histories one after the other, its oldest tokens dropped beyond the window; and how many
-        bytes were written for it.
-        """
-        total = old.tokens + new.tokens
-        kept = total if self.window is None else min(total, self.window)
-        tensors = dict(old.tensors)
-        for spec in self.manifest.state:
-            if self._is_offsets(spec):
-                tensors[spec.name] = np.array([0, kept], dtype=spec.dtype)
-        names = [spec.name for spec in self.manifest.state if spec.shape[:1] == (TOKENS,)]
-        dropped = total - kept
-        if dropped >= old.tokens or not names:  # none of the old ones is left
-            fresh = {n: new.tensors[n][max(0, dropped - old.tokens) :] for n in names}
-            return UserState(tensors | fresh, kept), sum(x.nbytes for x in fresh.values())
-        rows = {n: x for n in names if isinstance(x := new.tensors[n], np.ndarray)}
-        earlier = {n: x[dropped:] for n in names if isinstance(x := old.tensors[n], np.ndarray)}
-        if len(rows) < len(names) or len(earlier) < len(names):
-            tensors |= {n: join([old.tensors[n][dropped:], new.tensors[n]]) for n in names}
-            return UserState(tensors, kept), sum(tensors[n].nbytes for n in names)
-        room, end, written = old.room, old.end, sum(x.nbytes for x in rows.values())
-        if room is None or not room.take(end, new.tokens):
-            room, end = Room(earlier, new.tokens), kept - new.tokens
-            room.take(end, new.tokens)
-            written += sum(x.nbytes for x in earlier.values())
-        return UserState(tensors | room.write(end, rows, kept), kept, None, room, end + new.tokens), written
-
-    def replace(self, old: UserState, new: UserState, at: int) -> tuple[UserState, int]:
-        """The state with `new`'s events in the place of those from `at` on, which counts from the newest where it is
-        negative; and how many bytes were written for it: all, since requests may be reading the old ones.
-
-        Raises:
-            RequestError: when the events are not all within the history.
-        """
-        if not isinstance(at, int | np.integer) or isinstance(at, bool):
-            raise RequestError(f"at: is {quoted(at)}; the place of an event is a whole number")
-        first = at + old.tokens if at < 0 else at
-        if not 0 <= first <= old.tokens - new.tokens:
-            raise RequestError(
-                f"at: is {at}; the kept history has {old.tokens} events, and all {new.tokens} from there on must be in "
-                "it"
-            )
-        names = [spec.name for spec in self.manifest.state if spec.shape[:1] == (TOKENS,)]
-        last = first + new.tokens
-        rows = {n: join([old.tensors[n][:first], new.tensors[n], old.tensors[n][last:]]) for n in names}
-        return UserState({**old.tensors, **rows}, old.tokens), sum(x.nbytes for x in rows.values())
 
 
 def _limits(choice: Choice, half: str) -> dict[str, int]:

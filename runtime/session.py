@@ -18,7 +18,7 @@ from stca.errors import EngineError, RequestError, UsageError
 from stca.manifest import Manifest
 from stca.opening import opened
 from stca.runtime.batching import ALONE, Batcher, Runs
-from stca.runtime.changing import Way, change
+from stca.runtime.changing import Way, change, extend, replace
 from stca.runtime.client_values import mapping_of
 from stca.runtime.deadline import Deadline, Wanted
 from stca.runtime.engine import Engine
@@ -236,20 +236,23 @@ class Session:
 
         Args:
             user: whose state.
-            events: the per-token user inputs of the new events, by name.
+            events: the per-token user inputs of the new events, by name; where states are sums over events (the
+                manifest's `append`), the user's other inputs too, as they are now.
             version: of the history with the new events; the next request for it is a hit.
             after: version of the history they follow. Nothing is appended to another one, so no event lost on the way
                 goes unnoticed; None appends to whichever is kept in memory.
 
         Returns:
             Whether the state with the new events is kept. If not (none was there to append to, or it went or changed
-            meanwhile, or the new one is over the budget), the next request brings the history.
+            meanwhile, or the new one is over the budget, or a sum would hold more events than `max_history`), the next
+            request brings the history.
 
         Raises:
             RequestError: when an input is wrong, or the model's tokens depend on each other or on the request.
         """
         model = self._running()
-        return self._change(Way("append", "appended", model.extend), model, user, events, version, after)
+        way = Way("append", "appended", functools.partial(extend, model), adds=True)
+        return self._change(way, model, user, events, version, after)
 
     def amend(
         self, user: Hashable, events: Mapping[str, ArrayLike], version: Hashable, *, at: int, after: Hashable = None
@@ -270,8 +273,8 @@ class Session:
             RequestError: as `append`, and when the events are not all within the kept history.
         """
         model = self._running()
-        result = functools.partial(model.replace, at=at)
-        return self._change(Way("amend", "amended", result), model, user, events, version, after)
+        result = functools.partial(replace, model, at=at)
+        return self._change(Way("amend", "amended", result, adds=False), model, user, events, version, after)
 
     def _change(
         self,

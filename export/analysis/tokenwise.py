@@ -1,14 +1,17 @@
 """Which values have one row per history token, made from that token's inputs and the weights alone: by dataflow.
 
 Such a row does not change when tokens are added before or after it, whatever their number, and that is what a state
-that can be appended to is made of. A check on random tokens cannot show it: a convolution that looks 500 tokens back
-is unseen in any shorter history. So every operator on the way must be one of those below, used in one of the ways
-below; what is not known does not count.
+that can be appended to is made of. A sum of such rows over all tokens is the other thing that it can be made of: that
+of a longer history is the old sum and the new tokens'. A check on random tokens cannot show either: a convolution that
+looks 500 tokens back is unseen in any shorter history. So every operator on the way must be one of those below, used in
+one of the ways below; what is not known does not count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 import onnx
 from onnx import numpy_helper
@@ -19,115 +22,226 @@ from stca.export.analysis.integers import fold_integers
 from stca.export.analysis.scope import attribute, label, reads, subgraphs
 from stca.manifest import TOKENS
 
+# Operators along one axis alone, from this opset on; others, and older ones, work from their axis on to the last.
+_ONE_AXIS: Final = frozenset(("Hardmax", "LogSoftmax", "LpNormalization", "Softmax"))
+_ONE_AXIS_SINCE: Final = 13
+
 
 class Tokenwise:
     """What is shown of each value of a graph.
 
     Args:
-        model: the user encoder; its functions but the operator's are inlined.
-        tokens: its inputs with one row per token.
+        model: the graph; its functions but the operator's are inlined.
+        tokens: its inputs with an entry for each token, and the axis along which these lie.
 
     Attributes:
-        rows: values with one row per token, each made of its own token.
+        axes: values with an entry per token, each made of its own token, and the axis along which they lie.
+        sums: values that are sums over all tokens of such entries.
         fixed: values that follow from weights and constants.
         sizes: values that follow from these and from the number of tokens, such as the shape that a Reshape is given.
         why_not: of any other value, what comes in first on its way that is not known to keep tokens apart.
     """
 
-    def __init__(self, model: onnx.ModelProto, tokens: Collection[str]) -> None:
+    def __init__(self, model: onnx.ModelProto, tokens: Mapping[str, int]) -> None:
         self._inferred = Sizes(model, any_sizes(model.graph)).dims
+        self._opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
         light = without_weights(model)
         fold_integers(light)
         self._known = {t.name: numpy_helper.to_array(t) for t in light.graph.initializer}
-        self.rows = set(tokens)
+        self.axes, self.sums = dict(tokens), set[str]()
         self.fixed = {t.name for t in (*model.graph.initializer, *light.graph.initializer)}
         self.sizes: set[str] = set()
         self.why_not = {i.name: f"input {i.name!r}, which has no row per token" for i in light.graph.input}
         for node in light.graph.node:
             self._visit(node)
 
+    @property
+    def rows(self) -> set[str]:
+        """Values whose first axis is the tokens'."""
+        return {name for name, axis in self.axes.items() if axis == 0}
+
     def _visit(self, node: onnx.NodeProto) -> None:
         names = reads(node)[: 1 if node.op_type == "CastLike" else None]  # of the other, it takes the type alone
-        unknown = next((n for n in names if n not in self.rows | self.fixed | self.sizes), None)
+        unknown = next((n for n in names if n not in self.axes.keys() | self.fixed | self.sizes), None)
+        known = not node.domain and not any(subgraphs(node))
         if unknown is not None:
             self.why_not.update(dict.fromkeys(node.output, self.why_not.get(unknown, f"value {unknown!r}")))
         elif self.fixed.issuperset(names):
             self.fixed.update(node.output)
-        elif node.op_type in operators.SIZES or (self.rows.isdisjoint(names) and not self._is_repeated(node)):
+        elif node.op_type in operators.SIZES or (self.axes.keys().isdisjoint(names) and self._repeated(node) is None):
             self.sizes.update(node.output)
-        elif not node.domain and not any(subgraphs(node)) and self._keeps_tokens_apart(node):
-            self.rows.update(node.output)
+        elif known and (axis := self._axis_after(node)) is not None:
+            self.axes.update(dict.fromkeys(node.output, axis))
+        elif known and self._adds_up_tokens(node):
+            self.sums.update(node.output)
+            self.why_not[node.output[0]] = f"{node.output[0]!r}, a sum over all tokens"
         else:
             reason = f"node {label(node)!r} ({node.op_type}), which is not known to keep tokens apart"
             self.why_not.update(dict.fromkeys(node.output, reason))
 
-    def _keeps_tokens_apart(self, node: onnx.NodeProto) -> bool:
-        """Whether row i of the outputs is made of row i of those inputs that have a row per token, and of no other."""
+    def _axis_after(self, node: onnx.NodeProto) -> int | None:
+        """The tokens' axis in a node's outputs, where each entry there is made of that of the same token in those
+        inputs that have one, and of no other; None where that is not known.
+        """
         op, given = node.op_type, [name for name in node.input if name]
-        first, others, rank = given[0], given[1:], self._rank(given[0])
-        here = [name in self.rows for name in given]
-        if self.rows.isdisjoint(given):
-            return self._is_repeated(node)
+        at = [self.axes.get(name) for name in given]
+        if self.axes.keys().isdisjoint(given):
+            return self._repeated(node)
         if op == "CastLike":
-            return True
+            return at[0]
         if op not in ("Reshape", "Expand") and not self.sizes.isdisjoint(given):
-            return False  # a position, perhaps
+            return None  # a position, perhaps
         if op in operators.ELEMENTWISE:
-            width = self._rank(node.output[0])
-            return width > 0 and all(
-                self._rank(n) == width if n in self.rows else self._is_shared(n, width) for n in given
-            )
+            return self._elementwise(given, self._rank(node.output[0]))
         if op == "MatMul":
-            return here == [True, False] and rank >= 2 and 0 <= self._rank(others[0]) <= 2
+            return self._matmul(given)
         if op == "Gemm":
-            shared = all(self._is_shared(name, 2) for name in others[1:])
-            return here[0] and not any(here[1:]) and shared and not attribute(node, "transA", 0)
+            return self._gemm(node, given)
         if op == "Einsum":
-            return self._einsum(attribute(node, "equation", b"").decode(), here)
-        axis = attribute(node, "axis", 0)
-        if op == "Gather":  # a row of a table for each token, or columns of each token's row
-            return axis == 0 if here == [False, True] else here == [True, False] and axis % max(rank, 1) > 0
+            return self._einsum(node, given)[0]
+        if op == "Gather":
+            return self._gather(node, given)
         if op == "GatherND":
-            return here == [False, True] and not attribute(node, "batch_dims", 0)
+            kept = at[0] is None and at[1] is not None and at[1] < self._rank(given[1]) - 1
+            return at[1] if kept and not attribute(node, "batch_dims", 0) else None
         if op == "Concat":
-            return all(here) and axis % max(self._rank(first), 1) > 0
-        if not here[0] or any(here[1:]) or rank < 1:
-            return False
+            return at[0] if len(set(at)) == 1 and not self._works_on(node, given[0], 0, at[0]) else None
+        if at[0] is None or any(other is not None for other in at[1:]) or self._rank(given[0]) < 1:
+            return None
+        return self._of_one(node, given, at[0])
+
+    def _of_one(self, node: onnx.NodeProto, given: Sequence[str], at: int) -> int | None:
+        """As `_axis_after`, of operators whose first input alone has tokens, along `at`."""
+        op, first, others, rank = node.op_type, given[0], list(given[1:2]), self._rank(given[0])
         if op in operators.PER_SAMPLE:
-            return rank >= 2 and not attribute(node, "training_mode", 0)
-        if op in operators.ALONG_AXIS or op in ("OneHot", "Split"):
-            axis = attribute(node, "axis", 0 if op == "Split" else -1)
-            return bool(axis % (rank + (op == "OneHot")) > 0)
-        if op in operators.REDUCTIONS or op in ("ArgMax", "ArgMin", "Squeeze", "Unsqueeze"):
-            axes = self._axes(node, others[:1], rank + (op == "Unsqueeze"))
-            return bool(axes) and 0 not in axes
-        if op == "Slice":
-            axes = self._axes(node, list(node.input[3:4]), rank)
-            return bool(axes) and 0 not in axes
+            return 0 if at == 0 and rank >= 2 and not attribute(node, "training_mode", 0) else None
+        if op in operators.ALONG_AXIS:
+            axis = attribute(node, "axis", -1) % rank
+            single = op in _ONE_AXIS and self._opset >= _ONE_AXIS_SINCE
+            return at if (at != axis if single else at < axis) else None
+        if op == "OneHot":
+            axis = attribute(node, "axis", -1) % (rank + 1)
+            return at if at < axis else at + 1
+        if op == "Split":
+            return None if self._works_on(node, first, 0, at) else at
         if op == "Transpose":
-            return bool(attribute(node, "perm", [-1])[0] == 0)
+            return list(attribute(node, "perm", range(rank - 1, -1, -1))).index(at)
         if op == "Flatten":
-            return bool(attribute(node, "axis", 1) == 1)
-        if op == "Reshape":  # as many elements in a row as before, so as many rows
-            return 0 < self._row_elements(first) == self._row_elements(node.output[0])
+            return 0 if at == 0 and attribute(node, "axis", 1) == 1 else None
+        if op == "Reshape":
+            return self._reshape(first, at, node.output[0])
         if op == "Expand":
             out = self._dims(node.output[0]) or ()
-            return len(out) == rank and out[0] == TOKENS
+            to = len(out) - rank + at
+            return to if 0 <= to < len(out) and out[to] == TOKENS else None
+        if op == "Slice":
+            axes = self._axes(node, list(node.input[3:4]), rank)
+            return at if axes is not None and at not in axes else None
+        if op == "Unsqueeze":
+            axes = self._axes(node, others, rank + 1)
+            return None if axes is None else [i for i in range(rank + len(axes)) if i not in axes][at]
+        if op in operators.REDUCTIONS or op in ("ArgMax", "ArgMin", "Squeeze"):
+            axes = self._axes(node, others, rank)
+            if not axes or at in axes:
+                return None
+            dropped = op == "Squeeze" or not attribute(node, "keepdims", 1)
+            return at - sum(axis < at for axis in axes) * dropped
+        return None
+
+    def _adds_up_tokens(self, node: onnx.NodeProto) -> bool:
+        """Whether a node's result is a sum over all tokens, with nothing added to it besides."""
+        op, given = node.op_type, [name for name in node.input if name]
+        at, ranks = [self.axes.get(name) for name in given], [self._rank(name) for name in given]
+        if op == "ReduceSum":
+            axes = self._axes(node, given[1:2], ranks[0])
+            return at[0] is not None and all(n is None for n in at[1:]) and axes is not None and at[0] in axes
+        if op == "Einsum":
+            return self._einsum(node, given)[1]
+        if None in at or len(given) != 2 or min(ranks) < 1:
+            return False
+        if op == "MatMul":
+            return at == [ranks[0] - 1, max(ranks[1] - 2, 0)]
+        if op == "Gemm":
+            return at == [1 - attribute(node, "transA", 0), attribute(node, "transB", 0)]
         return False
 
-    def _is_repeated(self, node: onnx.NodeProto) -> bool:
-        """Whether a node gives every token the same constant row."""
-        out = self._dims(node.output[0]) or ()
-        if node.domain or out[:1] != (TOKENS,):
-            return False
-        if node.op_type == "Expand":
-            return node.input[0] in self.fixed and self._is_shared(node.input[0], len(out))
-        return node.op_type == "ConstantOfShape"
+    def _elementwise(self, given: Sequence[str], width: int) -> int | None:
+        from_end = {self._rank(n) - self.axes[n] if self._rank(n) > 0 else 0 for n in given if n in self.axes}
+        (place, *others) = from_end
+        shared = all(n in self.axes or self._is_shared(n, place) for n in given)
+        return width - place if not others and 0 < place <= width and shared else None
 
-    def _is_shared(self, name: str, rank: int) -> bool:
-        """Whether broadcasting a constant to `rank` axes gives every row the same."""
+    def _matmul(self, given: Sequence[str]) -> int | None:
+        """Tokens are rows of the left matrix, columns of the right one, or among the matrices of a batch."""
+        ranks = [self._rank(n) for n in given]
+        if min(ranks) < 0 or all(n in self.axes for n in given):
+            return None
+        tokens, fixed = (0, 1) if given[0] in self.axes else (1, 0)
+        rank, other, at = ranks[tokens], given[fixed], self.axes[given[tokens]]
+        place = rank - at
+        if ranks[fixed] < 2:  # its axis goes away, and that of the tokens' value beside it
+            summed = 1 if tokens == 0 else min(2, rank)
+            return None if rank < 2 or place == summed else at - (tokens == 1 and place == 1)
+        kept = 2 if tokens == 0 else 1
+        if rank < 2 or not (place == kept or (place > 2 and self._is_shared(other, place))):
+            return None
+        return max(ranks) - place
+
+    def _gemm(self, node: onnx.NodeProto, given: Sequence[str]) -> int | None:
+        turned = [attribute(node, "transA", 0), attribute(node, "transB", 0)]
+        at = [self.axes.get(n) for n in given]
+        if len([n for n in at if n is not None]) != 1:
+            return None
+        if at[0] is not None:
+            return 0 if at[0] == turned[0] and all(self._is_shared(n, 2) for n in given[2:]) else None
+        return 1 if at[1] == 1 - turned[1] and all(self._is_shared(n, 1) for n in given[2:]) else None
+
+    def _einsum(self, node: onnx.NodeProto, given: Sequence[str]) -> tuple[int | None, bool]:
+        """The tokens' axis in the result, and whether it sums over them instead: one label has them all."""
+        left, arrow, out = attribute(node, "equation", b"").decode().replace(" ", "").partition("->")
+        terms = left.split(",")
+        if not arrow or "." in left + out or any(len(t) != self._rank(n) for t, n in zip(terms, given, strict=True)):
+            return None, False
+        labels = {term[self.axes[n]] for term, n in zip(terms, given, strict=True) if n in self.axes}
+        token = min(labels, default="")
+        apart = all(term.count(token) == (n in self.axes) for term, n in zip(terms, given, strict=True))
+        if len(labels) != 1 or not apart:
+            return None, False
+        return (out.index(token), False) if out.count(token) == 1 else (None, token not in out)
+
+    def _gather(self, node: onnx.NodeProto, given: Sequence[str]) -> int | None:
+        """A row of a table for each token, or columns of each token's row."""
+        data, ids = (self.axes.get(n) for n in given)
+        rank, wide = self._rank(given[0]), self._rank(given[1])
+        if min(rank, wide) < 0 or (data is None) == (ids is None):
+            return None
+        axis = attribute(node, "axis", 0) % max(rank, 1)
+        if ids is not None:
+            return int(axis) + ids
+        return None if data is None or data == axis else data if data < axis else data + wide - 1
+
+    def _reshape(self, name: str, at: int, made: str) -> int | None:
+        """Where as many elements lie before and after a place as lay before and after the tokens' axis."""
+        given, out = self._dims(name) or (), self._dims(made) or ()
+        wanted = _elements(given[:at]), _elements(given[at + 1 :])
+        places = [i for i in range(len(out)) if (_elements(out[:i]), _elements(out[i + 1 :])) == wanted]
+        return next((i for i in places if not isinstance(out[i], int)), None) if 0 not in wanted else None
+
+    def _repeated(self, node: onnx.NodeProto) -> int | None:
+        """The tokens' axis, where a node gives every token the same constants."""
+        out = self._dims(node.output[0]) or ()
+        if node.domain or out.count(TOKENS) != 1:
+            return None
+        at = out.index(TOKENS)
+        if node.op_type == "Expand":
+            shared = node.input[0] in self.fixed and self._is_shared(node.input[0], len(out) - at)
+            return at if shared else None
+        return at if node.op_type == "ConstantOfShape" else None
+
+    def _is_shared(self, name: str, place: int) -> bool:
+        """Whether broadcasting a constant gives every entry of an axis, counted from the last as 1, the same."""
         dims = self._dims(name)
-        return name in self.fixed and dims is not None and (len(dims) < rank or dims[:1] == (1,))
+        return name in self.fixed and dims is not None and (len(dims) < place or dims[-place] == 1)
 
     def _dims(self, name: str) -> tuple[int | str | None, ...] | None:
         return self._known[name].shape if name in self._known else self._inferred(name)
@@ -136,29 +250,23 @@ class Tokenwise:
         dims = self._dims(name)
         return -1 if dims is None else len(dims)
 
-    def _row_elements(self, name: str) -> int:
-        """Elements of one row; 0 where that is not a fixed number."""
-        product = 1
-        for n in (self._dims(name) or (0, 0))[1:]:
-            product *= n if isinstance(n, int) else 0
-        return product
+    def _works_on(self, node: onnx.NodeProto, name: str, default: int, at: int | None) -> bool:
+        """Whether a node's one axis is the tokens', or not known."""
+        rank = self._rank(name)
+        return at is None or rank < 1 or bool(attribute(node, "axis", default) % rank == at)
 
-    def _axes(self, node: onnx.NodeProto, given: list[str], rank: int) -> list[int]:
-        """The axes a node works on; [0] where they are not known."""
+    def _axes(self, node: onnx.NodeProto, given: list[str], rank: int) -> list[int] | None:
+        """The axes a node works on; None where they are not known."""
         values = self._known.get(given[0]) if given else attribute(node, "axes", None)
         if values is None and node.op_type.startswith("Arg"):
             values = [attribute(node, "axis", 0)]
         if values is None:
-            return [0]
+            return None
         # An Unsqueeze of several axes counts them all in the rank that negative ones are taken from.
         rank += len(values) - 1 if node.op_type == "Unsqueeze" else 0
         return [int(n) % rank for n in values]
 
-    def _einsum(self, equation: str, here: list[bool]) -> bool:
-        """The tokens' label comes first in each operand that has them, and in the result, and nowhere else."""
-        left, arrow, out = equation.replace(" ", "").partition("->")
-        terms = left.split(",")
-        if not arrow or not out or "." in equation:
-            return False
-        token = out[0]
-        return all(t.count(token) == (t[:1] == token) == of for t, of in zip(terms, here, strict=True))
+
+def _elements(dims: Sequence[int | str | None]) -> int:
+    """Elements of these sizes; 0 where that is not a fixed number."""
+    return math.prod(n if isinstance(n, int) else 0 for n in dims)

@@ -18,9 +18,11 @@ from typing import Final
 from stca.errors import BundleError
 from stca.manifest import (
     FLOAT8,
+    GROWER,
     HALVES,
     ITEM_BYTES,
     OFFSETS,
+    SUM,
     TARGETS,
     TOKENS,
     USERS,
@@ -81,6 +83,7 @@ def check_contract(manifest: Manifest) -> None:
     if (twice := _twice(manifest.state)) is not None:
         raise ValueError(f"state {twice!r} comes twice")
     _check_states(manifest)
+    _check_grower(manifest)
     for half in ("request", "target_scorer"):
         for spec in manifest.graphs[half].outputs:
             if not spec.shape or not spec.dtype.startswith(("float", "bfloat")) or TARGETS in spec.shape[1:]:
@@ -185,11 +188,12 @@ def _check_states(manifest: Manifest) -> None:
     for state in manifest.state:
         what = f"state {state.name!r}"
         made, taken = outputs.get(state.name), scorer.get(state.name)
-        if made is None or taken is None:
+        if made is None or (taken is None and state.append != SUM):
             misses = "user encoder does not give" if made is None else "target scorer does not take"
             raise ValueError(f"the {misses} the {what}")
         _require_same(state, "state", made, "graphs.user_encoder")
-        _require_same(state, "state", taken, "graphs.target_scorer")
+        if taken is not None:
+            _require_same(state, "state", taken, "graphs.target_scorer")
         if state.input is not None:
             copied = inputs.get(state.input)
             if copied is None:
@@ -203,8 +207,52 @@ def _check_states(manifest: Manifest) -> None:
                 raise ValueError(f"{what} counts {symbol}, which no input of the encoder does")
         if TARGETS in state.shape:
             raise ValueError(f"{what} counts targets")
+        if state.append == SUM:
+            _check_sum(manifest, state)
         if manifest.appendable and TOKENS in state.shape[1:]:
             raise ValueError(f"{what} has its history tokens on another axis than the first, and cannot be appended to")
+
+
+def kept_sums(manifest: Manifest) -> dict[str, TensorSpec]:
+    """By name of the sum in the state: the input of the user grower that takes the kept one.
+
+    Raises:
+        ValueError: when they do not go together.
+    """
+    grower, sums = manifest.graphs.get(GROWER), [s for s in manifest.state if s.append == SUM]
+    taken = [s for s in grower.inputs if s.scope is None] if grower else []
+    if len(taken) != len(sums):
+        raise ValueError(f"graphs: {GROWER} takes {len(taken)} sums, the state has {len(sums)}")
+    return {s.name: kept for s, kept in zip(sums, taken, strict=True)}
+
+
+def _check_grower(manifest: Manifest) -> None:
+    """It gives what the encoder gives, of the sums that are kept and of users' inputs."""
+    kept, encoder, grower = kept_sums(manifest), manifest.graphs["user_encoder"], manifest.graphs.get(GROWER)
+    if grower is None:
+        return
+    given, where = _by_name(manifest.graphs["request"].inputs), f"graphs.{GROWER}"
+    for state in manifest.state:
+        if state.name in kept:
+            _require_same(kept[state.name], where, TensorSpec(state.name, state.dtype, state.shape), "state")
+    for spec in grower.inputs:
+        if spec.scope is not None:
+            if spec.name not in given or given[spec.name].scope != "user":
+                raise ValueError(f"{where}: input {spec.name!r} is no user input of the request graph")
+            _require_same(spec, where, given[spec.name], "graphs.request")
+    if [o.name for o in grower.outputs] != [o.name for o in encoder.outputs]:
+        raise ValueError(f"{where}: its outputs are not those of the user encoder")
+    for made, its in zip(grower.outputs, encoder.outputs, strict=True):
+        _require_same(made, where, its, "graphs.user_encoder")
+
+
+def _check_sum(manifest: Manifest, state: StateSpec) -> None:
+    """A sum is of one user, of one size whatever the history, and made."""
+    what = f"state {state.name!r}"
+    if not manifest.appendable or any(s.shape == (OFFSETS,) for s in manifest.graphs["user_encoder"].inputs):
+        raise ValueError(f"{what} is a sum over tokens, in a bundle whose states are not appended to as such")
+    if state.input is not None or state.dtype not in ("float32", "float64") or _KNOWN & set(state.shape):
+        raise ValueError(f"{what} is {_said(state)}, and no sum over tokens is: float32 or float64, of one size")
 
 
 def _check_scores(promised: Sequence[TensorSpec], given: Sequence[TensorSpec]) -> None:

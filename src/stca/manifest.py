@@ -18,11 +18,13 @@ from stca.errors import BundleError
 from stca.specs import (  # what users import from here
     FLOAT8 as FLOAT8,
     GRAPHS as GRAPHS,
+    GROWER as GROWER,
     HALVES as HALVES,
     ITEM_BYTES as ITEM_BYTES,
     OFFSETS as OFFSETS,
     POINTWISE as POINTWISE,
     SCOPES as SCOPES,
+    SUM as SUM,
     TARGETS as TARGETS,
     TOKENS as TOKENS,
     USERS as USERS,
@@ -39,7 +41,7 @@ from stca.specs import (  # what users import from here
 )
 
 FORMAT = "stca-bundle"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -61,6 +63,7 @@ _ADDED = frozenset(
         "lookups",
         "ids",
         "quantization",
+        "append",
     }
 )
 
@@ -145,7 +148,8 @@ class Manifest:
         weights: the weights' version: the SHA-256 of the weights file or, where tables left, `weights_version`.
         precision: dtype of the floating-point graph.
         attention: `projected` or `absorbed` where the operator is used, else None.
-        graphs: `request`, `user_encoder` and `target_scorer`; `pointwise` too where `request` was lifted from it.
+        graphs: `request`, `user_encoder` and `target_scorer`; `pointwise` too where `request` was lifted from it, and
+            `user_grower` where states hold sums.
         state: the tensors of a user state.
         appendable: whether encoding new events alone and joining them to a state was shown exact at export.
         max_history: longest history served, in tokens; None for no limit.
@@ -189,7 +193,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest as JSON: `format`, `version`, `digest`, then the fields."""
-        version = FORMAT_VERSION if self.tables else 1  # which older readers read, too
+        summed = any(s.append == SUM for s in self.state)
+        version = FORMAT_VERSION if summed else 2 if self.tables else 1  # the oldest that reads it
         head = {"format": FORMAT, "version": version, "digest": _NO_DIGEST}
         fields = dataclasses.asdict(self, dict_factory=_present)
         text = json.dumps({**head, **fields}, indent=1, allow_nan=False) + "\n"

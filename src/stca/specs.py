@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from stca import typed_json
 
@@ -19,6 +19,10 @@ POINTWISE = "pointwise"
 # count can be joined with other requests' rows in a ragged batch.
 TOKENS, TARGETS, USERS, OFFSETS = "N_h", "N_t", "B", "B_plus_1"
 
+# How a state tensor without a row per token is appended to: it is a sum over all of them. The graph that does it: new
+# events and the kept sums, as inputs without a scope in the order of the state → a state.
+SUM: Final = "sum"
+GROWER: Final = "user_grower"
 # An 8-bit float that states alone may have: numpy has no such type, so runtimes hand its bytes on as they are.
 FLOAT8 = "float8_e4m3fn"
 # Bytes of one element, by the dtype names that manifests use (numpy's, and ml_dtypes' for the rest).
@@ -100,6 +104,8 @@ class StateSpec:
         name, dtype, shape: as in the two graphs.
         bytes_per_token: what one history token adds; 0 when no axis is the history's.
         input: the user input it is a copy of, or None when it was computed.
+        append: `sum` where it is a sum over all history tokens, to which `GROWER` adds that of new ones; the target
+            scorer need not take it. None of any other.
     """
 
     name: str
@@ -107,6 +113,7 @@ class StateSpec:
     shape: tuple[int | str, ...]
     bytes_per_token: int
     input: str | None = None
+    append: Literal["sum"] | None = None
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,9 @@ BROKEN = {
         ("'history_item'", "is of scope user")),
     "a state that counts targets": (
         lambda m: change_all(m, per_token(m)["name"], shape=["N_t", 4]), ("counts targets",)),
+    "a sum of several users": (
+        lambda m: per_token(m).update(append="sum"), ("is a sum over tokens", "not appended to as such")),
+    "a state that is appended to in another way": (lambda m: per_token(m).update(append="rows"), ("append", "'rows'")),
     "scores of integers": (lambda m: change_all(m, "scores", dtype="int64"), ("floating-point scores",)),
     "a row of a terabyte": (lambda m: change_all(m, per_token(m)["name"], shape=["N_h", 1 << 40]), ("any row",)),
     "scores of another name": (

@@ -1,6 +1,6 @@
 """SequenceO1 (arXiv 2609.08443): a long history as a sketch of fixed size, beside recent events.
 
-Public notes leave open what the second layer's prototypes are: here, the first layer's sketch.
+Public notes leave open what the second layer reads: here, the first layer's sketch, so that tokens are summed up once.
 """
 
 import torch
@@ -21,45 +21,46 @@ class SwiGlu(nn.Module):
 
 
 class Sketch(nn.Module):
-    """Each token is shared out among the slots by a softmax over the slots, so that sums over tokens are additive."""
+    """Each token is shared out among prototypes by a softmax over these, so that sums over tokens are additive."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, slots: int) -> None:
         super().__init__()
-        self.q, self.k = (nn.Linear(NARROW, NARROW, bias=False) for _ in range(2))
-        self.ffn, self.norm = SwiGlu(NARROW), nn.LayerNorm(NARROW)
+        self.prototypes = nn.Parameter(torch.randn(1, slots, width))
+        self.q, self.k = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.ffn, self.norm, self.scale = SwiGlu(width), nn.LayerNorm(width), width**-0.5
 
-    def forward(self, slots: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        shares = torch.einsum("bkd,bld->bkl", self.q(slots), self.k(tokens)) / NARROW**0.5
-        slots = slots + (shares.softmax(dim=1) * mask[:, None, :]) @ tokens / 16
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        shares = (self.q(self.prototypes) @ self.k(tokens).transpose(1, 2) * self.scale).softmax(dim=1)
+        shares = shares if mask is None else shares * mask[:, None, :]
+        slots = self.prototypes + shares @ tokens / 16
         return self.norm(slots + self.ffn(slots))
 
 
 class CrossAttention(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.scale = width**-0.5
 
     def forward(self, query: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        logits = (self.q(query)[:, None] @ self.k(tokens).transpose(1, 2)) / WIDTH**0.5
+        logits = (self.q(query)[:, None] @ self.k(tokens).transpose(1, 2)) * self.scale
         logits = logits if mask is None else logits.masked_fill(mask[:, None] == 0, -1e9)
         return (logits.softmax(dim=-1) @ self.v(tokens))[:, 0]
 
 
 class SequenceO1(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, narrow: int = NARROW, width: int = WIDTH, slots: int = SLOTS) -> None:
         super().__init__()
-        self.item, self.action = nn.Embedding(ITEMS, NARROW, padding_idx=0), nn.Embedding(ACTIONS, NARROW)
-        self.prototypes = nn.Parameter(torch.randn(1, SLOTS, NARROW))
-        self.sketches = nn.ModuleList(Sketch() for _ in range(2))
-        self.adapter, self.recent, self.target = (nn.Linear(NARROW, WIDTH) for _ in range(3))
-        self.far, self.near = CrossAttention(), CrossAttention()
-        self.top = nn.Sequential(nn.Linear(3 * WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, 1))
+        self.item, self.action = nn.Embedding(ITEMS, narrow, padding_idx=0), nn.Embedding(ACTIONS, narrow)
+        self.sketches = nn.ModuleList(Sketch(narrow, slots) for _ in range(2))
+        self.adapter, self.recent, self.target = (nn.Linear(narrow, width) for _ in range(3))
+        self.far, self.near = CrossAttention(width), CrossAttention(width)
+        self.top = nn.Sequential(nn.Linear(3 * width, width), nn.SiLU(), nn.Linear(width, 1))
 
     def forward(self, items: Tensor, actions: Tensor, last: Tensor, target: Tensor) -> Tensor:
         tokens, mask = self.item(items) + self.action(actions), (items != 0).float()
-        slots = self.prototypes.expand(items.shape[0], -1, -1)
-        for sketch in self.sketches:
-            slots = sketch(slots, tokens, mask)
+        first, second = self.sketches
+        slots = second(first(tokens, mask))
         query = self.target(self.item(target))
         far = self.far(query, self.adapter(slots))
         near = self.near(query, self.recent(self.item(last)), (last != 0).float())

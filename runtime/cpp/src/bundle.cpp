@@ -18,7 +18,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr const char* weights_name = "weights.safetensors";
-constexpr std::int64_t format_version = 2;
+constexpr std::int64_t format_version = 3;
 // Real ones have some tens of kilobytes and some ten files.
 constexpr std::size_t largest_manifest = 16 << 20, most_files = 10'000;
 
@@ -85,7 +85,11 @@ StateSpec read_state(const Json& json, const std::string& place) {
   read_tensor(fields, spec);
   fields.count("bytes_per_token", 0);
   spec.input = fields.optional_string("input");
-  fields.only({"name", "dtype", "shape", "bytes_per_token", "input"});
+  if (const auto append = fields.optional_string("append")) {
+    if (*append != "sum") fields.wrong("append", "sum");
+    spec.is_sum = true;
+  }
+  fields.only({"name", "dtype", "shape", "bytes_per_token", "input", "append"});
   return spec;
 }
 

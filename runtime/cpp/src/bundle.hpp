@@ -51,6 +51,7 @@ inline const char* scope_name(stca_scope scope) {
 /// One tensor of a user state: leaves the user encoder and enters the target scorer under its name.
 struct StateSpec : TensorSpec {
   std::optional<std::string> input;  ///< the user input it is a copy of
+  bool is_sum = false;               ///< over all history tokens, so that new tokens' is added to it
 };
 
 /// An input with an entry for each event of a history that is not packed.

@@ -127,6 +127,19 @@ bool any_counts(const std::vector<TensorSpec>& specs, std::string_view symbol) {
   return std::any_of(specs.begin(), specs.end(), [&](const TensorSpec& spec) { return spec.counts(symbol); });
 }
 
+/// A sum is of one user, of one size whatever the history, and made.
+void check_sum(const Manifest& manifest, const StateSpec& spec) {
+  const std::string what = "state " + in_quotes(spec.name);
+  if (!manifest.appendable || any_counts(manifest.graph("user_encoder").inputs, offsets_symbol)) {
+    broken(what + " is a sum over tokens, in a bundle whose states are not appended to as such");
+  }
+  const bool varies = spec.counts(tokens_symbol) || spec.counts(targets_symbol) || spec.counts(users_symbol) ||
+                      spec.counts(offsets_symbol);
+  if (spec.input || varies || (spec.dtype != STCA_FLOAT32 && spec.dtype != STCA_FLOAT64)) {
+    broken(what + " is " + described(spec) + ", and no sum over tokens is: float32 or float64, of one size");
+  }
+}
+
 void check_state(const Manifest& manifest) {
   const GraphSpec &encoder = manifest.graph("user_encoder"), &scorer = manifest.graph("target_scorer");
   const ByName given = by_name(encoder.inputs), made = by_name(encoder.outputs), taken = by_name(scorer.inputs);
@@ -136,9 +149,9 @@ void check_state(const Manifest& manifest) {
     const std::string what = "state " + in_quotes(spec.name);
     const TensorSpec *output = find(made, spec.name), *input = find(taken, spec.name);
     if (output == nullptr) broken("the user encoder does not give the " + what);
-    if (input == nullptr) broken("the target scorer does not take the " + what);
+    if (input == nullptr && !spec.is_sum) broken("the target scorer does not take the " + what);
     same_tensor(spec, "state", *output, "graphs.user_encoder");
-    same_tensor(spec, "state", *input, "graphs.target_scorer");
+    if (input != nullptr) same_tensor(spec, "state", *input, "graphs.target_scorer");
     if (spec.input) {
       const TensorSpec* copied = find(given, *spec.input);
       if (copied == nullptr) {
@@ -155,6 +168,7 @@ void check_state(const Manifest& manifest) {
         broken(what + " counts " + std::string(symbol) + ", which no input of the encoder does");
     }
     if (spec.counts(targets_symbol)) broken(what + " counts targets");
+    if (spec.is_sum) check_sum(manifest, spec);
     if (manifest.appendable && counts_beyond_first(spec, tokens_symbol)) {
       broken(what + " has its history tokens on another axis than the first, so nothing can be appended to it");
     }

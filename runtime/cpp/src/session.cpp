@@ -259,6 +259,11 @@ bool Session::append(const std::string& user, Inputs events, const char* version
   if (!model->manifest().appendable) {
     request_error(model->door().why_not_appendable(), "; send the whole history with a new version");
   }
+  const std::vector<StateSpec>& state = model->manifest().state;
+  if (std::any_of(state.begin(), state.end(), [](const StateSpec& spec) { return spec.is_sum; })) {
+    request_error("append: this bundle's states are sums over events, to which the C++ runtime does not add; send the "
+                  "whole history with a new version");
+  }
   Row row;
   model->door().admit_events(events, row);
   const auto held = cache_->find(user);

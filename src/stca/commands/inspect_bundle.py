@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from stca import probe
 from stca.bundle import Bundle
 from stca.commands.options import dims, emit, memory
-from stca.manifest import EngineEntry, Manifest, Padding, check_account
+from stca.manifest import SUM, EngineEntry, Manifest, Padding, check_account
 
 # What `inspect` says of an engine; --json has the rest.
 _ENGINE_FACTS = ("graph", "flavour", "version", "sm", "precision", "lowering", "file", "bytes", "requests")
@@ -154,7 +154,11 @@ def _state(m: Manifest) -> list[str]:
     appends = "can be appended" if m.appendable else "cannot be appended"
     return [
         f"user state: {m.split['bytes_per_token']} bytes per token; new events {appends}",
-        *(f"  {s.name:<24} {s.dtype:<8} {dims(s.shape):<16} {s.bytes_per_token} bytes per token" for s in m.state),
+        *(
+            f"  {s.name:<24} {s.dtype:<8} {dims(s.shape):<16} "
+            + ("a sum over tokens" if s.append == SUM else f"{s.bytes_per_token} bytes per token")
+            for s in m.state
+        ),
     ]
 
 

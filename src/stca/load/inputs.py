@@ -9,7 +9,7 @@ import numpy as np
 
 from stca import probe
 from stca.arrays import Array
-from stca.manifest import OFFSETS, TOKENS, Manifest
+from stca.manifest import OFFSETS, SUM, TOKENS, Manifest
 
 # Drawn histories are kept for so many users; others are drawn again when they return.
 _USERS_KEPT = 512
@@ -28,7 +28,8 @@ class Inputs:
         specs = [s for s in manifest.graphs["request"].inputs if s.shape != (OFFSETS,)]
         self._user = [s for s in specs if s.scope == "user"]
         self._rest = [s for s in specs if s.scope != "user"]
-        self._growing = [s.name for s in self._user if s.shape[:1] == (TOKENS,)]
+        self._growing = {s.name: s.shape.index(TOKENS) for s in self._user if TOKENS in s.shape}
+        self._whole = any(s.append == SUM for s in manifest.state)  # then an append brings the other inputs too
         self._most, self._window, self._least = most, manifest.max_history, max(1, manifest.min_history or 0)
         self._seed = seed
         self._kept: OrderedDict[tuple[int, int], dict[str, Array]] = OrderedDict()
@@ -42,12 +43,16 @@ class Inputs:
         tokens = min(max(tokens, self._least), self._most)
         begin = 0 if self._window is None else max(0, tokens - self._window)
         whole = self._drawn(user, 0)
-        return {n: x[begin:tokens] if n in self._growing else x for n, x in whole.items()}
+        return {n: self._part(n, x, begin, tokens) if n in self._growing else x for n, x in whole.items()}
 
     def events(self, user: int, tokens: int, events: int) -> dict[str, Array]:
-        """The last `events` of a user's history of `tokens`."""
+        """The last `events` of a user's history of `tokens`, as `append` takes them."""
         whole = self._drawn(user, 0)
-        return {n: whole[n][max(0, tokens - events) : tokens] for n in self._growing}
+        recent = {n: self._part(n, whole[n], max(0, tokens - events), tokens) for n in self._growing}
+        return {**whole, **recent} if self._whole else recent
+
+    def _part(self, name: str, values: Array, begin: int, end: int) -> Array:
+        return values[(slice(None),) * self._growing[name] + (slice(begin, end),)]
 
     def targets(self, targets: int, number: int) -> dict[str, Array]:
         """A request's targets, and what it has of its own."""

@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from stca import probe
 from stca.runtime import Request, Session
+from stca.runtime.changing import extend
 from stca.runtime.engine import OnnxRuntimeEngine
 from stca.runtime.room import Room
 
@@ -130,10 +131,10 @@ def test_two_appends_to_one_state_are_both_right(log_session, inputs):
     model = log_session._model
     history = {n: x for n, x in inputs.items() if n.startswith(("history_", "user_"))}
     (old,) = model.encode([model.door.admit({**history, **events(inputs, 0, 8)}, "user")])
-    old, _ = model.extend(old, model.encode([model.door.admit({**history, **events(inputs, 8, 10)}, "user")])[0])
+    old, _ = extend(model, old, model.encode([model.door.admit({**history, **events(inputs, 8, 10)}, "user")])[0])
     for begin in (10, 20):
         (new,) = model.encode([model.door.admit({**history, **events(inputs, begin, begin + 5)}, "user")])
-        made, _ = model.extend(old, new)
+        made, _ = extend(model, old, new)
         joined = {n: np.concatenate([events(inputs, 0, 10)[n], events(inputs, begin, begin + 5)[n]]) for n in HISTORY}
         (whole,) = model.encode([model.door.admit({**history, **joined}, "user")])
         for name, x in whole.tensors.items():

@@ -91,6 +91,9 @@ TEST(contract_of_the_state) {
       {"counts targets", [](Tree& m) { all_places(m, "token", [](Tree& t) { t["shape"][0] = "N_t"; }); }},
       {"has its history tokens on another axis than the first",
        [](Tree& m) { all_places(m, "token", [](Tree& t) { t["shape"] = Tree::List{2, "N_h"}; }); }},
+      {"is a sum over tokens, in a bundle whose states are not appended to as such",
+       [](Tree& m) { m["state"].named("token")["append"] = "sum"; }},
+      {"append must be sum", [](Tree& m) { m["state"].named("token")["append"] = "rows"; }},
       {"larger than any row",
        [](Tree& m) { all_places(m, "token", [](Tree& t) { t["shape"][1] = std::int64_t{1} << 62; }); }},
   };

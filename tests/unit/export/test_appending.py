@@ -1,0 +1,167 @@
+"""A sum over a history is kept as one, so that events are added to it; what is no sum is not."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support import tiny
+from support.errors import one_line
+from torch import Tensor, nn
+
+from stca.bundle import Bundle
+from stca.errors import BundleError, RequestError
+from stca.export import RequestModel, TensorSpec
+from stca.export.pipeline import export_module
+from stca.load.inputs import Inputs
+from stca.manifest import Manifest
+from stca.runtime import Request, Session
+
+ITEMS, WIDTH, SLOTS = 50, 16, 4
+INPUTS = (
+    TensorSpec("history", "int64", ("batch", "seq"), "user", ITEMS),
+    TensorSpec("last", "int64", ("batch", 3), "user", ITEMS),
+    TensorSpec("target", "int64", ("batch",), "target", ITEMS),
+)
+
+
+class Pools(nn.Module):
+    """A history pooled in one of several ways, then layers over what came of it."""
+
+    def __init__(self, pool: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.pool, self.item = pool, nn.Embedding(ITEMS, WIDTH)
+        self.prototypes = nn.Parameter(torch.randn(SLOTS, WIDTH))
+        self.k = nn.Linear(WIDTH, WIDTH)
+        self.after = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.ReLU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, history: Tensor, last: Tensor, target: Tensor) -> Tensor:
+        x = torch.tanh(self.k(self.item(history)))
+        if self.pool == "sketch":
+            shares = torch.einsum("kd,bld->bkl", self.prototypes, x).softmax(dim=1)
+            pooled = torch.einsum("bkl,bld->bkd", shares, x)
+        elif self.pool == "average":
+            pooled = x.sum(dim=1, keepdim=True) / (history >= 0).float().sum(dim=1)[:, None, None]
+        elif self.pool == "attention":
+            pooled = (x @ self.prototypes.T).softmax(dim=1).transpose(1, 2) @ x
+        else:
+            pooled = x.amax(dim=1, keepdim=True)
+        user = self.after(pooled).sum(dim=1) + self.item(last).sum(dim=1)
+        return (user * self.item(target)).sum(dim=-1)
+
+
+@pytest.fixture(scope="module")
+def of_module(tmp_path_factory):
+    def export(pool, max_history=None):
+        out = tmp_path_factory.mktemp("pools") / "B"
+        model, source = RequestModel(Pools(pool), INPUTS), {"kind": "callable"}
+        return export_module(model, out, prove=tiny.no_proof, source=source, max_history=max_history)
+
+    return export
+
+
+def request(events, last=(1, 2, 3)):
+    return {"history": np.arange(events) * 7 % ITEMS, "last": np.array(last)}
+
+
+def new(first, end, last=(1, 2, 3)):
+    return {"history": request(end)["history"][first:], "last": np.array(last)}
+
+
+TARGETS = {"target": np.array([3, 9, 27])}
+
+
+@pytest.fixture(scope="module")
+def sketch(of_module):
+    return of_module("sketch").path
+
+
+@pytest.mark.parametrize(("pool", "sums"), [("sketch", 1), ("average", 2)])
+def test_a_sum_is_kept_and_added_to(of_module, pool, sums):
+    bundle = of_module(pool)
+    assert sum(s.append == "sum" for s in bundle.manifest.state) == sums
+    assert bundle.manifest.appendable
+    session = Session.load(bundle.path, threads=1)
+    session.score(Request({**request(20), **TARGETS}, "u", 20))
+    assert session.append("u", new(20, 29), 29, after=20)
+    assert session.append("u", new(29, 30), 30, after=29)
+    answer = session.answer(Request(TARGETS, "u", 30))
+    assert answer.hits == (True,)
+    np.testing.assert_allclose(answer.scores, session.score(Request({**request(30), **TARGETS})), rtol=1e-4, atol=1e-4)
+
+
+def test_what_follows_from_no_event_is_made_anew(sketch):
+    session = Session.load(sketch, threads=1)
+    session.score(Request({**request(20), **TARGETS}, "u", 1))
+    assert session.append("u", new(20, 30, last=(7, 8, 9)), 2)
+    whole = session.score(Request({**request(30, last=(7, 8, 9)), **TARGETS}))
+    np.testing.assert_allclose(session.score(Request(TARGETS, "u", 2)), whole, rtol=1e-4, atol=1e-4)
+    with one_line(RequestError, "last: is missing"):
+        session.append("u", {"history": [1]}, 3)
+    with one_line(RequestError, "target: is no part of an event; append takes the user inputs alone"):
+        session.append("u", {**new(0, 1), **TARGETS}, 3)
+    assert session.answer(Request(TARGETS, "u", 2)).hits == (True,), "a call that was refused changed nothing"
+
+
+@pytest.mark.parametrize("pool", ["attention", "largest"])
+def test_what_is_no_sum_is_not_appended_to(of_module, pool):
+    manifest = of_module(pool).manifest
+    assert not manifest.appendable
+    assert all(s.append is None for s in manifest.state)
+
+
+def test_a_hit_does_nothing_more_for_it(sketch):
+    """What follows from a sum is made by the append; the scorer takes what it would take without sums."""
+    manifest = Bundle.load(sketch).manifest
+    (kept,) = (s.name for s in manifest.state if s.append == "sum")
+    assert kept not in {s.name for s in manifest.graphs["target_scorer"].inputs}
+    assert manifest.split["recomputed_work"] < manifest.split["user_work"] / 100
+
+
+def test_nothing_is_added_beyond_the_longest_history(of_module):
+    """The oldest events would have to leave the sum."""
+    session = Session.load(of_module("sketch", max_history=32).path, threads=1)
+    session.score(Request({**request(30), **TARGETS}, "u", 30))
+    assert session.append("u", new(30, 32), 32)
+    assert not session.append("u", new(32, 33), 33)
+    assert session.answer(Request(TARGETS, "u", 32)).hits == (True,), "the old state is still there"
+
+
+def test_a_sum_is_not_amended(sketch):
+    session = Session.load(sketch, threads=1)
+    with one_line(RequestError, "amend: this bundle's states are sums over all events"):
+        session.amend("u", new(19, 20), 2, at=-1)
+
+
+def test_generated_traffic_appends_to_sums(sketch):
+    """Of the inputs with an entry per event it sends the new events alone, and the others whole."""
+    session = Session.load(sketch, threads=1)
+    inputs = Inputs(session.manifest, 30, 0)
+    session.score(Request({**inputs.user(7, 20), **TARGETS}, "u", 20))
+    assert session.append("u", inputs.events(7, 30, 10), 30, after=20)
+    whole = session.score(Request({**inputs.user(7, 30), **TARGETS}))
+    np.testing.assert_allclose(session.score(Request(TARGETS, "u", 30)), whole, rtol=1e-4, atol=1e-4)
+
+
+def grower(manifest):
+    return manifest["graphs"]["user_grower"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda m: m["graphs"].pop("user_grower"), ("user_grower takes 0 sums, the state has 1",)),
+        (lambda m: grower(m)["inputs"][-1].update(shape=[1, 3, WIDTH]), ("kept_", "[1, 3, 16]")),
+        (lambda m: grower(m)["inputs"][0].update(name="other"), ("'other' is no user input",)),
+        (lambda m: grower(m)["outputs"].reverse(), ("outputs are not those of the user encoder",)),
+        (lambda m: m.update(appendable=False), ("is a sum over tokens", "not appended to")),
+    ],
+)
+def test_a_grower_that_does_not_fit_is_refused(sketch, spoil, words):
+    manifest = json.loads((sketch / "manifest.json").read_text())
+    spoil(manifest)
+    with one_line(BundleError, *words):
+        Manifest.from_json(json.dumps(manifest))
