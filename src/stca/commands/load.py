@@ -88,6 +88,12 @@ def run(args: argparse.Namespace) -> int:
         spike=args.spike, seed=args.seed,
     )  # fmt: skip
     remote = args.target.startswith(("http://", "https://"))
+    if "//" not in args.target and ":" in args.target and not Path(args.target).exists():
+        raise UsageError(f"{args.target}: is no directory; of a server write http://{args.target:.80}")
+    if args.admin and not remote:
+        raise UsageError("--admin: is of a server; leave it out, a bundle in this process takes events as it is")
+    if remote and args.threads:
+        raise UsageError("--threads: is of a bundle in this process; give it to `stca serve`")
     if remote and args.compare:
         raise UsageError("--compare: is of a bundle in this process; start a server with --cache-mib 0 and load that")
     client = Behind(args.target, args.admin) if remote else _session(args, args.cache_mib)
@@ -174,6 +180,10 @@ def _connections(args: argparse.Namespace) -> int:
     return args.connections or (64 if args.target.startswith("http") else 2)
 
 
+def _counts(of: dict[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in of.items()) or "none"
+
+
 def _table(reports: dict[str, LoadReport]) -> list[str]:
     rows = []
     for name, r in reports.items():
@@ -184,9 +194,11 @@ def _table(reports: dict[str, LoadReport]) -> list[str]:
             f"  offered {r.offered_per_second:,.1f}/s  answered {r.answered_per_second:,.1f}/s"
             + (f"  in {r.deadline_ms:g} ms {r.goodput_per_second:,.1f}/s" if r.deadline_ms else ""),
             f"  {times}" if times else "  nothing was answered",
-            f"  hits {r.hits} ({100 * r.hits / max(1, of):.0f} %)  misses {r.misses}  appended {r.appended}  "
-            f"codes {', '.join(f'{c} {n}' for c, n in r.codes.items())}",
+            f"  hits {r.hits} ({100 * r.hits / max(1, of):.0f} %)  misses {r.misses}  "
+            f"codes {_counts(r.codes)}" + (f"  sent again with their history {r.resent}" if r.resent else ""),
+            f"  new events came {sum(r.events.values())} times: {_counts(r.events)}",
         ]
+        rows += [f"  not begun for want of time: {r.left} arrivals"] if r.left else []
         if r.late_ms > 1 and r.scenario == "server":
             rows.append(f"  all connections were busy for up to {r.late_ms:,.1f} ms (p99), which is in the latencies")
     if len(reports) == 2:

@@ -31,13 +31,14 @@ class Client(Protocol):
     """Answers requests; safe to share between threads."""
 
     manifest: Manifest
+    appends: bool  # whether there is a way to add events
 
     def score(self, user: str, version: int, inputs: Mapping[str, Array], deadline_ms: float | None) -> Answered:
         """Ask for scores."""
         ...
 
-    def append(self, user: str, version: int, after: int, events: Mapping[str, Array]) -> bool:
-        """Add new events to a kept state; whether one was there."""
+    def append(self, user: str, version: int, after: int, events: Mapping[str, Array]) -> str:
+        """Add new events to a kept state: `appended`, `no_state` where none was there, or an error's code."""
         ...
 
     def store(self) -> dict[str, Any]:
@@ -49,7 +50,7 @@ class InProcess:
     """A session in this process."""
 
     def __init__(self, session: Session) -> None:
-        self._session, self.manifest = session, session.manifest
+        self._session, self.manifest, self.appends = session, session.manifest, True
 
     def score(self, user: str, version: int, inputs: Mapping[str, Array], deadline_ms: float | None) -> Answered:
         """See `Client.score`."""
@@ -59,9 +60,12 @@ class InProcess:
         except StcaError as e:
             return Answered(e.code)
 
-    def append(self, user: str, version: int, after: int, events: Mapping[str, Array]) -> bool:
+    def append(self, user: str, version: int, after: int, events: Mapping[str, Array]) -> str:
         """See `Client.append`."""
-        return self._session.append(user, events, version, after=after)
+        try:
+            return "appended" if self._session.append(user, events, version, after=after) else "no_state"
+        except StcaError as e:
+            return e.code
 
     def store(self) -> dict[str, Any]:
         """See `Client.store`."""
@@ -76,13 +80,16 @@ class Behind:
         admin: `http://HOST:PORT` of the admin port, for events; None sends whole histories instead.
 
     Raises:
-        UsageError: when no such server answers, or it serves several models and none is named.
+        UsageError: when no such server answers, or it serves several models and none is named, or `admin` is no admin
+            port.
     """
 
     def __init__(self, url: str, admin: str | None = None) -> None:
         self._local = threading.local()
         self._at, path = _address(url)
+        self._named = bool(path)
         self._admin = None if admin is None else _address(admin)[0]
+        self.appends = self._admin is not None
         if not path:
             names = {m["name"] for m in self._asked("/v2/repository/index")}
             if len(names) != 1:
@@ -90,18 +97,20 @@ class Behind:
             path = f"/v2/models/{names.pop()}"
         self._path = path
         self.manifest = Manifest.from_json(json.dumps(self._asked(f"{path}/manifest")))
+        if self._admin is not None:
+            self._check_admin(self._admin)
 
     def score(self, user: str, version: int, inputs: Mapping[str, Array], deadline_ms: float | None) -> Answered:
         """See `Client.score`."""
         parameters = {"user": user, "version": version, "binary_data_output": True}
         parameters |= {} if deadline_ms is None else {"deadline_ms": deadline_ms}
         status, told = self._post(self._at, f"{self._path}/infer", inputs, parameters)
-        return Answered("ok", told["parameters"]["hit"]) if status == 200 else Answered(told["code"])
+        return Answered("ok", bool(told["parameters"]["hit"])) if status == 200 else Answered(_code(told))
 
-    def append(self, user: str, version: int, after: int, events: Mapping[str, Array]) -> bool:
+    def append(self, user: str, version: int, after: int, events: Mapping[str, Array]) -> str:
         """See `Client.append`."""
-        given = {"user": user, "version": version, "after": after}
-        return bool(self.change("append", given, events).get("kept"))
+        status, told = self._changed("append", {"user": user, "version": version, "after": after}, events)
+        return _code(told) if status != 200 else "appended" if told.get("kept") else "no_state"
 
     def store(self) -> dict[str, Any]:
         """See `Client.store`."""
@@ -119,17 +128,31 @@ class Behind:
         Returns:
             What came of it; nothing when it was refused, or there is no admin port.
         """
-        if self._admin is None:
-            return {}
-        status, told = self._post(self._admin, f"{self._path}/{what}", inputs or {}, parameters)
+        status, told = self._changed(what, parameters, inputs or {})
         return dict(told) if status == 200 else {}
+
+    def _changed(
+        self, what: str, parameters: Mapping[str, Any], inputs: Mapping[str, Array]
+    ) -> tuple[int, Mapping[str, Any]]:
+        if self._admin is None:
+            return 0, {"code": "no_admin"}
+        return self._post(self._admin, f"{self._path}/{what}", inputs, parameters)
+
+    def _check_admin(self, at: tuple[str, int]) -> None:
+        """Raises UsageError unless changes of this model are asked there: a user that nobody has is forgotten."""
+        status, told = self._post(at, f"{self._path}/forget", {}, {"user": "nobody of stca load"})
+        if status != 200:
+            raise UsageError(
+                f"--admin http://{at[0]}:{at[1]}: {_why(told)}; name the server's admin port, 8002 unless --admin-port "
+                "says otherwise, or leave --admin out to send whole histories"
+            )
 
     def _asked(self, path: str) -> Any:
         status, told = self._sent(self._at, "GET", path, None, {})
-        if status != 200:
-            why = told.get("error", told["code"])
-            raise UsageError(f"http://{self._at[0]}:{self._at[1]}{path}: {why}; is that a server of stca?")
-        return told
+        if status == 200:
+            return told
+        fix = "name a model that is served" if _code(told) == "not_found" and self._named else _NO_SERVER
+        raise UsageError(f"http://{self._at[0]}:{self._at[1]}{path}: {_why(told)}; {fix}")
 
     def _post(
         self, at: tuple[str, int], path: str, inputs: Mapping[str, Array], parameters: Mapping[str, Any]
@@ -160,17 +183,34 @@ class Behind:
             connection.request(method, path, body, headers)
             answer = connection.getresponse()
             text = answer.read()
-            return answer.status, json.loads(text[: int(answer.headers.get(HEADER_LENGTH, len(text)))])
-        except (OSError, http.client.HTTPException, ValueError) as e:
+            told = json.loads(text[: int(answer.headers.get(HEADER_LENGTH, len(text)))])
+            return answer.status, told if isinstance(told, dict | list) else {}
+        except (http.client.HTTPException, ValueError):
             connection.close()
-            return 0, {"code": "connection", "error": getattr(e, "strerror", None) or type(e).__name__}
+            return 0, {"code": "connection", "error": "what answers there speaks another protocol"}
+        except OSError as e:
+            connection.close()
+            return 0, {"code": "connection", "error": e.strerror or str(e) or type(e).__name__}
+
+
+_NO_SERVER = "start `stca serve BUNDLE` and name its HTTP port, 8000 unless --http-port says otherwise"
+
+
+def _code(told: Any) -> str:
+    """An error's code, of whatever a server says."""
+    return str(told.get("code", "no_code")) if isinstance(told, Mapping) else "no_code"
+
+
+def _why(told: Any) -> str:
+    return str(told.get("error", _code(told))) if isinstance(told, Mapping) else _code(told)
 
 
 def _address(url: str) -> tuple[tuple[str, int], str]:
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError
         return (parts.hostname, parts.port or 80), parts.path.rstrip("/")
     except ValueError:
-        raise UsageError(f"{url!r:.80}: is no URL of a server; write http://HOST:PORT") from None
+        tls = "; TLS is for a proxy in front of the server" if url.startswith("https:") else ""
+        raise UsageError(f"{url!r:.80}: is no URL of a server; write http://HOST:PORT{tls}") from None

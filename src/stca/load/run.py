@@ -22,6 +22,7 @@ from stca.load.traffic import Arrival
 
 # A run's timeline has so many equal parts.
 _PARTS: Final = 30
+_WITH_REQUEST: Final = "with_request"
 _PERCENTILES: Final = (50, 75, 90, 95, 99, 99.9)
 
 
@@ -54,7 +55,10 @@ class LoadReport:
         latency_ms: of those with scores, from the moment they were to be sent: p50, p95, p99, mean, max.
         codes: how often each code came; `ok` are scores.
         hits, misses: of those with scores. resent: requests sent again with their history.
-        appended, not_appended: arrivals of events, by whether there was a state to append them to.
+        events: how often new events came, by what became of them: `appended`; `no_state` to append them to;
+            `with_request`, as model or server take none by themselves, so that the next request brings them; or an
+            error's code.
+        appended, not_appended: the first of these, and the others that were sent.
         late_ms: how much later than at their time requests were sent, p99, as all connections were busy; part of the
             latency.
         left: arrivals left out for want of time.
@@ -75,6 +79,7 @@ class LoadReport:
     hits: int
     misses: int
     resent: int
+    events: dict[str, int]
     appended: int
     not_appended: int
     late_ms: float
@@ -95,7 +100,7 @@ class _Tally:
     latencies: list[tuple[float, float, Answered]] = field(default_factory=list)
     late: list[float] = field(default_factory=list)
     resent: list[int] = field(default_factory=list)
-    appended: list[bool] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
     errors: list[BaseException] = field(default_factory=list)
 
 
@@ -112,7 +117,8 @@ class _Users:
         self._lock = threading.Lock()
 
     def event(self, arrival: Arrival) -> None:
-        if not self._inputs.appendable:
+        if not (self._inputs.appendable and self._client.appends):
+            self._tally.events.append(_WITH_REQUEST)
             return
         appended = threading.Event()
         with self._lock:
@@ -123,7 +129,7 @@ class _Users:
                 before.wait()
             events = self._inputs.events(arrival.user, arrival.tokens, arrival.events)
             after = arrival.tokens - arrival.events
-            self._tally.appended.append(self._client.append(str(arrival.user), arrival.tokens, after, events))
+            self._tally.events.append(self._client.append(str(arrival.user), arrival.tokens, after, events))
         finally:
             appended.set()
 
@@ -245,8 +251,9 @@ def _report(
         hits=hits,
         misses=len(ok) - hits,
         resent=len(tally.resent),
-        appended=sum(tally.appended),
-        not_appended=len(tally.appended) - sum(tally.appended),
+        events=dict(Counter(tally.events)),
+        appended=tally.events.count("appended"),
+        not_appended=sum(of not in ("appended", _WITH_REQUEST) for of in tally.events),
         late_ms=round(float(np.percentile(tally.late, 99)) * 1e3, 3) if tally.late else 0.0,
         percentiles_ms={
             "all": _percentiles(ok),

@@ -26,7 +26,7 @@ _COUNTS: Mapping[str, str] = {
     "misses": "misses",
     "resent": "sent again with the history",
     "appended": "events appended",
-    "not_appended": "events without a state to append to",
+    "not_appended": "events sent and not appended",
 }
 _LINES: Mapping[str, tuple[str, str]] = {
     "all": ("all", "ink"),

@@ -62,6 +62,7 @@ STATUS: Final[Mapping[str, Status]] = {
     "bad_request": Status(400, "INVALID_ARGUMENT"),
     "usage": Status(400, "INVALID_ARGUMENT"),
     "not_found": Status(404, "NOT_FOUND"),
+    "bad_method": Status(405, "UNIMPLEMENTED"),
     "slow_body": Status(408, "DEADLINE_EXCEEDED"),
     "history_needed": Status(409, "FAILED_PRECONDITION"),
     "too_large": Status(413, "RESOURCE_EXHAUSTED"),

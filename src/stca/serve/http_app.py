@@ -19,7 +19,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from stca.errors import CancelledError, StcaError
-from stca.serve.errors import INTERNAL, INTERNAL_MESSAGE, ServeError, SlowBodyError, TooLargeError, status_of
+from stca.serve.errors import (
+    INTERNAL,
+    INTERNAL_MESSAGE,
+    NotFoundError,
+    ServeError,
+    SlowBodyError,
+    TooLargeError,
+    status_of,
+)
 from stca.serve.http_body import HEADER_LENGTH, decoded, encoded, plain
 from stca.serve.log import LOG, told
 from stca.serve.metrics import CONTENT_TYPE, Metrics
@@ -112,8 +120,13 @@ class _Body:
             pass
 
 
-def clients_app(serving: Serving) -> Starlette:
-    """What clients ask: health, metadata, scores, metrics."""
+def clients_app(serving: Serving, admin: str | None = None) -> Starlette:
+    """What clients ask: health, metadata, scores, metrics.
+
+    Args:
+        serving: what is served.
+        admin: host and port of `admin_app`, for who asks a change here; None where there is none.
+    """
     app = _Endpoints(serving)
     model = "/v2/models/{model}"
     routes = [
@@ -133,15 +146,24 @@ def clients_app(serving: Serving) -> Starlette:
             *_routes(f"{at}/stats", app.statistics),
             *_routes(f"{at}/infer", app.infer, methods=("POST",)),
         ]
+        for change in CHANGES if admin else ():
+            routes += _elsewhere(f"{at}/{change}", f"the admin port, http://{admin}")
     return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
 
 
-def admin_app(serving: Serving) -> Starlette:
-    """What changes states and bundles, for whoever reaches this port; and the metrics."""
+def admin_app(serving: Serving, clients: str | None = None) -> Starlette:
+    """What changes states and bundles, for whoever reaches this port; and the metrics.
+
+    Args:
+        serving: what is served.
+        clients: host and port of `clients_app`, for who asks it here; None where there is none.
+    """
     app, routes = _Endpoints(serving), []
     for at in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         for change in CHANGES:
             routes += _routes(f"{at}/{change}", functools.partial(app.change, change), methods=("POST",))
+        if clients:
+            routes += _elsewhere(f"{at}/infer", f"the clients' port, http://{clients}")
     for path, endpoint in (("/v2/health/live", app.live), ("/v2/health/ready", app.ready), ("/metrics", app.metrics)):
         routes += _routes(path, endpoint)
     return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
@@ -270,11 +292,21 @@ def _routes(path: str, endpoint: Endpoint, methods: tuple[str, ...] = ("GET",)) 
     return [Route(path, answer, methods=list(methods))]
 
 
+def _elsewhere(path: str, port: str) -> list[Route]:
+    """A path of the other port, whatever the method."""
+
+    async def refused(request: Request) -> Response:
+        raise NotFoundError(f"{path.rpartition('/')[2]}: is not asked here; send it to {port}")
+
+    return _routes(path, refused, methods=("GET", "POST", "PUT", "DELETE"))
+
+
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     allowed = (error.headers or {}).get("Allow")
     said = f"{error.detail}: {request.method} of this path" + (f"; it takes {allowed}" if allowed else "")
-    return _error(said, "not_found" if error.status_code == 404 else "bad_request", error.status_code)
+    codes = {404: "not_found", 405: "bad_method"}
+    return _error(said, codes.get(error.status_code, "bad_request"), error.status_code)
 
 
 def _json(value: object, status: int = 200) -> Response:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -64,9 +66,11 @@ class Server:
         """
         s = self.settings
         self._grpc = grpc_server(self.serving)  # before what can fail: the end stops it
+        http, admin = _bound(s.host, s.http_port, "http-port"), _bound(s.admin_host, s.admin_port, "admin-port")
+        clients = f"{_bracketed(s.host)}:{http.getsockname()[1]}"
         sockets = {
-            "http": (_bound(s.host, s.http_port, "http-port"), clients_app(self.serving)),
-            "admin": (_bound(s.admin_host, s.admin_port, "admin-port"), admin_app(self.serving)),
+            "http": (http, clients_app(self.serving, f"{_bracketed(s.admin_host)}:{admin.getsockname()[1]}")),
+            "admin": (admin, admin_app(self.serving, clients)),
         }
         try:
             self.ports["grpc"] = self._grpc.add_insecure_port(f"{_bracketed(s.host)}:{s.grpc_port}")
@@ -107,22 +111,31 @@ class Server:
         server = _Uvicorn(config)
         return server, asyncio.ensure_future(server.serve([bound]))
 
-    async def drain(self) -> bool:
+    async def drain(self, hurry: asyncio.Event | None = None) -> bool:
         """Refuse what comes and tell that it is not ready, finish what runs, then listen no more.
+
+        Args:
+            hurry: when it is set, nothing more is waited for; None for nothing to set.
 
         Returns:
             Whether all that ran was finished in time.
         """
-        running = (self.serving.work, self.serving.changes)
+        running, hurry = (self.serving.work, self.serving.changes), hurry or asyncio.Event()
         for work in running:
             work.open = False
-        told("draining", running=sum(work.admitted_now for work in running))
-        finished = all(await asyncio.gather(*(work.idle(self.settings.drain_seconds) for work in running)))
+        told("draining", running=sum(work.admitted_now for work in running), at_most=self.settings.drain_seconds)
+        idle = asyncio.gather(*(work.idle(self.settings.drain_seconds) for work in running))
+        finished = await _first(idle, hurry) and all(idle.result())
         for work in running:
             work.close()
         for server, _ in self._http:
             server.should_exit = True
-        await asyncio.gather(*(task for _, task in self._http), self._grpc.stop(1.0))
+        closed = asyncio.gather(*(task for _, task in self._http), self._grpc.stop(0.0 if hurry.is_set() else 1.0))
+        await _first(closed, hurry)
+        if hurry.is_set():
+            left = sum(work.admitted_now for work in running)
+            told("ended", finished=not left, unanswered=left, why="a second signal came before the drain was over")
+            return not left
         for served in self.serving.models:
             if served.loaded is not None and finished:
                 served.loaded.close()
@@ -131,7 +144,7 @@ class Server:
 
 
 async def serve(settings: Settings, ready: Callable[[Server], None]) -> bool:
-    """Serve until SIGTERM or SIGINT; a second one ends at once.
+    """Serve until SIGTERM or SIGINT, and finish what runs; a second one ends that at once.
 
     Args:
         settings: of the server.
@@ -144,10 +157,14 @@ async def serve(settings: Settings, ready: Callable[[Server], None]) -> bool:
         UsageError, BundleError, BuildError: as `Server.start`.
     """
     _give_back_what_is_freed()
-    server, stop = Server(settings), asyncio.Event()
+    server, stop, hurry = Server(settings), asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def signalled() -> None:
+        (hurry if stop.is_set() else stop).set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, signalled)
     starting = asyncio.ensure_future(server.start())
     stopping = asyncio.ensure_future(stop.wait())
     try:
@@ -157,12 +174,25 @@ async def serve(settings: Settings, ready: Callable[[Server], None]) -> bool:
             ready(server)
             await stopping
     finally:
+        stop.set()  # also where the start failed: a signal then is a second one
+        starting.cancel()
+        finished = await server.drain(hurry)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-        stopping.cancel()
-        starting.cancel()
-        finished = await server.drain()
+    if hurry.is_set() or not finished:  # a thread that still computes would keep the process
+        logging.shutdown()
+        os._exit(0 if finished else 1)
     return finished
+
+
+async def _first(work: asyncio.Future[Any], hurry: asyncio.Event) -> bool:
+    """Wait until `work` is done, and no longer than until `hurry` is set; whether it is done."""
+    waiting = asyncio.ensure_future(hurry.wait())
+    await asyncio.wait([work, waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if not work.done():
+        work.cancel()
+    return work.done() and not work.cancelled()
 
 
 def _give_back_what_is_freed() -> None:

@@ -73,6 +73,8 @@ def test_a_trace_comes_back_from_its_file(tmp_path):
 class Stalls:
     """Answers at once, but for one pause in which it answers nobody."""
 
+    appends = True
+
     def __init__(self, manifest: Any) -> None:
         self.manifest, self._began, self._lock = manifest, time.monotonic(), threading.Lock()
 
@@ -82,8 +84,8 @@ class Stalls:
             time.sleep(0.5 - now if 0.1 < now < 0.5 else 0)
         return Answered("ok", True)
 
-    def append(self, *_: object) -> bool:
-        return True
+    def append(self, *_: object) -> str:
+        return "appended"
 
     def store(self) -> dict[str, Any]:
         return {}
@@ -103,6 +105,8 @@ def test_requests_that_had_to_wait_count_from_when_they_were_due(bundle_dir):
 class Appends:
     """Keeps the version of one user, and takes its time to append the first time."""
 
+    appends = True
+
     def __init__(self, manifest: Any) -> None:
         self.manifest, self.version, self.slow = manifest, 5, True
         self.asked: list[int] = []
@@ -112,12 +116,12 @@ class Appends:
         known = version <= self.version or "history_item" in inputs
         return Answered("ok", True) if known else Answered("history_needed")
 
-    def append(self, user: str, version: int, after: int, events: Mapping[str, Any]) -> bool:
+    def append(self, user: str, version: int, after: int, events: Mapping[str, Any]) -> str:
         if self.slow:
             self.slow = False
             time.sleep(0.2)
         kept, self.version = self.version == after, version
-        return kept
+        return "appended" if kept else "no_state"
 
     def store(self) -> dict[str, Any]:
         return {}
@@ -148,6 +152,7 @@ def test_against_a_session_every_request_is_scored(bundle_dir):
     offered = sum(part.offered_per_second for part in found.timeline) * long
     assert offered == pytest.approx(found.requests, rel=0.01 + rounded)
     assert found.appended > 0
+    assert sum(found.events.values()) == len(trace) - found.requests
     assert found.store["misses"] == found.misses
     without = InProcess(Session.load(bundle_dir, threads=1, cache_bytes=0))
     assert run(without, inputs, trace, connections=1, offline=True).hits == 0
@@ -163,12 +168,20 @@ def test_against_a_server_as_against_a_session(bundle_dir):
         assert found.codes == {"ok": len(requests(trace))}
         assert found.appended > 0
         assert server.served.session.stats().misses == found.misses
+        without = run(Behind(url), inputs, trace, connections=3, offline=True)
+        assert without.events == {"with_request": len(trace) - found.requests}
+        for wrong in (url, "http://127.0.0.1:1", f"http://127.0.0.1:{server.ports['grpc']}"):
+            with one_line(UsageError, "--admin", wrong, "8002"):
+                Behind(url, wrong)
+        for wrong in (admin, f"http://127.0.0.1:{server.ports['grpc']}"):
+            with one_line(UsageError, wrong, "stca serve", "--http-port"):
+                Behind(wrong)
         assert capacity(client, inputs, trace, 2, 0.1) > 0
         with one_line(UsageError, "other"):
             Behind(f"{url}/v2/models/other")
     with one_line(UsageError):
         Behind(url)
-    for wrong in ("ftp://a", "http://", "http://a:b"):
+    for wrong in ("ftp://a", "http://", "http://a:b", "http://[", "https://a"):
         with one_line(UsageError):
             Behind(wrong)
 
@@ -183,7 +196,16 @@ def test_the_command_reports(bundle_dir, tmp_path, capsys):
     assert commands.main(["load", str(bundle_dir), "--trace", str(record), "--scenario", "offline"]) == 0
     assert "offline scenario" in capsys.readouterr().out
     assert commands.main(["load", str(bundle_dir), *options]) == 0
-    assert commands.main(["load", "http://127.0.0.1:1", "--compare"]) == 2
+    capsys.readouterr()
+    for argv, said in (
+        (["http://127.0.0.1:1", "--compare"], "--compare"),
+        (["http://127.0.0.1:1", "--threads", "2"], "stca serve"),
+        (["localhost:8000"], "write http://localhost:8000"),
+        ([str(bundle_dir), "--admin", "http://127.0.0.1:1"], "--admin"),
+        ([str(tmp_path / "none")], "no such bundle"),
+    ):
+        assert commands.main(["load", *argv]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_what_a_session_recorded_is_traffic(tmp_path, bundle_dir):

@@ -50,7 +50,9 @@ def test_states_are_changed_on_the_admin_port_alone(server, asked):
     per_token = {s.name for s in specs if s.shape[0] == "N_h"}
     events = {n: x[:2] for n, x in inputs.items() if n in per_token}
     appended = body_of(events, user="bob", version=2, after=1)
-    assert server.http("/v2/models/ranker/append", appended)[0] == 404
+    status, _, told = server.http("/v2/models/ranker/append", appended)
+    assert (status, told["code"]) == (404, "not_found")
+    assert f"send it to the admin port, http://127.0.0.1:{server.ports['admin']}" in told["error"]
     assert server.http("/v2/models/ranker/append", appended, port="admin")[2] == {"kept": True}
     longer = {n: np.concatenate([x, events[n]]) if n in events else x for n, x in inputs.items()}
     hit = server.infer(targets_alone(server, inputs), user="bob", version=2)[2]

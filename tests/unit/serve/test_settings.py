@@ -125,6 +125,38 @@ def test_the_command_serves_until_it_is_told_to_end(bundle_dir: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_second_signal_ends_the_drain_and_says_so(bundle_dir: Path) -> None:
+    """A request whose body never comes keeps its place, and the drain waiting."""
+    command = [sys.executable, "-m", "stca", "serve", f"m={bundle_dir}", "--json", "--drain-seconds", "60"]
+    for port in ("http", "grpc", "admin"):
+        command += [f"--{port}-port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout
+        assert process.stderr
+        port = json.loads(process.stdout.readline())["ports"]["http"]
+        with socket.create_connection(("127.0.0.1", port)) as stuck:
+            stuck.sendall(b"POST /v2/models/m/infer HTTP/1.1\r\nHost: m\r\nContent-Length: 99\r\n\r\n")
+            while not _admitted(port):
+                pass
+            process.send_signal(signal.SIGTERM)
+            while json.loads(process.stderr.readline())["event"] != "draining":
+                pass
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    (ended,) = [json.loads(line) for line in err.splitlines()]
+    assert (ended["event"], ended["finished"], ended["unanswered"]) == ("ended", False, 1)
+    assert "second signal" in ended["why"]
+
+
+def _admitted(port: int) -> bool:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        return b"stca_admitted_requests 1.0" in answer.read()
+
+
 def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         commands.main(["serve", "--help"])
