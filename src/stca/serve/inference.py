@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from stca import typed_json
 from stca.arrays import Array
 from stca.errors import RequestError
 
+# What Triton's own clients tell Triton with each request, whatever it is; nothing of it has a meaning here.
+_TRITONS: Final = "triton_"
 Label: TypeAlias = str | typed_json.Signed | None
 P = TypeVar("P")
 
@@ -91,7 +93,8 @@ def parameters(kind: type[P], raw: Mapping[str, Any]) -> P:
         RequestError: naming the parameter that is not known, or of the wrong kind.
     """
     try:
-        made: P = typed_json.as_type(kind, raw, "parameters")
+        own = {name: value for name, value in raw.items() if not name.startswith(_TRITONS)}
+        made: P = typed_json.as_type(kind, own, "parameters")
     except (TypeError, ValueError, RecursionError) as e:
         known = ", ".join(kind.__dataclass_fields__)  # type: ignore[attr-defined]
         raise RequestError(f"{e}; it takes {known}") from e
