@@ -25,8 +25,9 @@ from outcome import command, tell
 from stca import probe
 from stca.arrays import Array
 from stca.bundle import Bundle
-from stca.calibration.calibrate import Options, formats_of, state_bytes, write_quantized
+from stca.calibration.calibrate import Options, formats_of, state_bytes
 from stca.calibration.quality import Budget, measure
+from stca.calibration.quantized_bundle import write_quantized
 from stca.calibration.quantized_state import StateFormat, quantizable
 from stca.checks.bench import machine
 from stca.checks.trace_runs import TraceRuns, speed, tasks_of

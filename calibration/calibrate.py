@@ -1,4 +1,6 @@
-"""Which parts of a user state can be kept in 8 bits without the ranking moving: tried on a trace, under a budget."""
+"""Which parts of a state and of the weights can be kept in 8 bits without the ranking moving: tried on a trace, under a
+budget.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +10,26 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
 import onnx
 
-from stca import folders
 from stca.arrays import Array, Progress
 from stca.bundle import Bundle, place_for, scratch, seal, writing
 from stca.calibration.collectors import Collector, Granularity, Method
 from stca.calibration.quality import Budget, Measure, measure
-from stca.calibration.quantized_state import Kind, StateFormat, levels, quantizable, quantize
+from stca.calibration.quantized_bundle import Formats, formats_told, weights_bytes, write_files, write_quantized
+from stca.calibration.quantized_state import Kind, StateFormat, levels, quantizable
+from stca.calibration.quantized_weights import LEAST_TABLE, RowFormat, quantizable_files, quantizable_tables
 from stca.errors import ParityError, StcaError, UsageError
-from stca.manifest import HALVES, ITEM_BYTES, TOKENS, Manifest, StateSpec, TensorSpec
+from stca.manifest import HALVES, ITEM_BYTES, TOKENS, Manifest, StateSpec
 from stca.trace import Traced
 
 # Requests on which each tensor is tried alone, to know which to keep as it is first.
 _ALONE: Final = 16
+# In how many steps the tensors are given up, where there are many.
+_TRIES: Final = 8
 
 
 class Runner(Protocol):
@@ -42,17 +46,19 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """How a state is quantized.
+    """What is quantized, and how.
 
     Attributes:
-        kind: int8 or fp8.
+        kind: int8 or fp8, of the state; None leaves it.
         granularity: what has a scale of its own; all but `token` are constants, taken from the trace by `method`.
         method: how a range is chosen; of `token` it is absmax.
+        tables: of the embedding tables' rows; None leaves them. Those in graphs can be int8 alone.
     """
 
-    kind: Kind
+    kind: Kind | None
     granularity: Granularity = "token"
     method: Method = "absmax"
+    tables: Kind | None = None
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,9 @@ class Tried:
     """One choice of tensors, and what came of it.
 
     Attributes:
-        quantized: the tensors in 8 bits. high: those that could be, and were kept as they are.
-        ratio: bytes of the state's rows, of float32's.
+        quantized: the tensors in 8 bits, of the state and of the weights. high: those that could be, and were kept as
+            they are.
+        ratio, weights_ratio: bytes of the state's rows, and of weights and tables, of float32's.
         measures: against the budget.
         largest: largest difference of a score.
     """
@@ -69,6 +76,7 @@ class Tried:
     quantized: tuple[str, ...]
     high: tuple[str, ...]
     ratio: float
+    weights_ratio: float
     measures: tuple[Measure, ...]
     largest: float
 
@@ -100,14 +108,15 @@ def calibrate(
     prove: Callable[[Bundle], Mapping[str, Any]],
     progress: Progress = lambda _: None,
 ) -> tuple[Bundle, list[Tried]]:
-    """Write a bundle whose state is in 8 bits as far as the budget allows.
+    """Write a bundle that is in 8 bits as far as the budget allows.
 
-    All tensors are tried first; while the budget breaks, the one that alone moves the scores most is kept as it is.
+    All tensors are tried first; while the budget breaks, the one that alone moves the scores most is kept as it is, of
+    many an eighth of them.
 
     Args:
         bundle: in float32, with its own graphs.
         trace: begins the trace anew; each request is looked at alone, so it may be longer than memory.
-        options: of the new state.
+        options: what becomes of it.
         budget: how far the ranking may move.
         out: where the new bundle goes.
         run: what computes scores and states.
@@ -122,7 +131,8 @@ def calibrate(
         UsageError: when the trace cannot decide, or there is nothing to quantize.
         ParityError: when no tensor can be in 8 bits under the budget, naming the one to blame and the node it is from.
     """
-    candidates = _candidates(bundle)
+    weights = _weights(bundle, options)
+    candidates = _candidates(bundle, options, weights)
     if os.path.realpath(out) == os.path.realpath(bundle.path):
         raise UsageError(f"{out}: is the bundle to calibrate, which is compared with the new one; name another place")
     place_for(out)
@@ -132,42 +142,70 @@ def calibrate(
         raise UsageError("--budget: auc needs labels, and the trace has none; add labels, or bound top10 alone")
     exact = list(run.scores(bundle, trace()))
     measure(exact, exact, labels, tasks, budget)  # what the trace lacks is said before the long work
-    progress("ranges of the state")
-    formats = formats_of(bundle, candidates, options, run.states(bundle, trace()))
+    formats: dict[str, StateFormat | RowFormat] = dict(weights)
+    if candidates:
+        progress("ranges of the state")
+        formats |= formats_of(bundle, candidates, options, run.states(bundle, trace()))
+    step = -(-len(formats) // _TRIES)
     tried: list[Tried] = []
     high: list[str] = []
     order: list[str] = []
     while True:
         chosen = {n: f for n, f in formats.items() if n not in high}
-        progress(f"{options.kind} in {len(chosen)} of {len(formats)} tensors of the state")
+        progress(f"8 bits in {len(chosen)} of {len(formats)} tensors")
         made, found = _scored(bundle, chosen, run, trace())
         measures = measure(exact, found, labels, tasks, budget)
         tried.append(_tried(bundle, made, chosen, tuple(high), measures, exact, found))
         if not tried[-1].broken:
             break
         if len(chosen) == 1:
-            raise ParityError(_blamed(bundle, next(iter(chosen)), options, tried[-1]))
+            raise ParityError(_blamed(bundle, next(iter(chosen)), formats, tried[-1]))
         order = order or _by_harm(bundle, formats, trace, run, exact, progress)
-        high.append(next(n for n in order if n not in high))
+        high = order[: min(len(high) + step, len(order) - 1)]
     if not tried[-1].holds:
         raise UsageError(_too_small(tried[-1], len(exact)))
     return _finished(bundle, chosen, out, budget, tried, len(exact), prove, progress), tried
 
 
-def _candidates(bundle: Bundle) -> tuple[StateSpec, ...]:
-    if bundle.manifest.quantization is not None:
-        raise UsageError(f"{bundle.path}: is quantized already; calibrate the bundle that it was made from")
-    if summed := next((s.name for s in bundle.manifest.state if s.append), None):
+def _candidates(bundle: Bundle, options: Options, weights: Mapping[str, RowFormat]) -> tuple[StateSpec, ...]:
+    """The tensors of the state to quantize."""
+    summed = next((s.name for s in bundle.manifest.state if s.append), None)
+    if options.kind is not None and summed is not None:
         raise UsageError(
             f"{bundle.path}: its state {summed!r} is a sum that is added to, and is of one size whatever the history; "
             "there is nothing to gain in 8 bits"
         )
-    if not (found := quantizable(bundle.manifest.state)):
+    found = quantizable(bundle.manifest.state) if options.kind is not None else ()
+    if options.kind is not None and not (found or weights):
         raise UsageError(
             f"{bundle.path}: its state has no computed float32 tensor with several values a row, so there is nothing "
             "to quantize"
         )
     return found
+
+
+def _weights(bundle: Bundle, options: Options) -> dict[str, RowFormat]:
+    """The tables to quantize, and how."""
+    if bundle.manifest.quantization is not None:
+        raise UsageError(f"{bundle.path}: is quantized already; calibrate the bundle that it was made from")
+    if options.kind is None and options.tables is None:
+        raise UsageError("nothing is to be quantized; ask for 8 bits of the state or of the tables")
+    if options.tables is None:
+        return {}
+    files = quantizable_files(bundle.manifest.tables or ())
+    graphs = [onnx.load(bundle.file(name), load_external_data=False) for name in bundle.manifest.graphs]
+    inside = quantizable_tables(graphs)
+    if options.tables == "fp8" and inside:
+        raise UsageError(
+            f"--tables fp8: table {inside[0]!r} is in the graphs, where ONNX looks up no 8-bit floats; take int8, or "
+            "export with --tables-above, so that tables leave the graphs"
+        )
+    if not (files or inside):
+        raise UsageError(
+            f"{bundle.path}: has no embedding table in float32 of 8 numbers a row or more and over "
+            f"{LEAST_TABLE >> 10} KiB that is read by look-ups alone, so --tables has nothing to quantize"
+        )
+    return dict.fromkeys((*files, *inside), RowFormat(options.tables))
 
 
 def formats_of(
@@ -184,6 +222,8 @@ def formats_of(
     Raises:
         UsageError: when a state holds NaN, naming the tensor and its node, or there is none.
     """
+    if options.kind is None:
+        return {}
     collectors = {s.name: Collector(options.granularity) for s in candidates}
     for state in states:
         for name, collector in collectors.items():
@@ -204,7 +244,7 @@ def formats_of(
 
 def _by_harm(
     bundle: Bundle,
-    formats: Mapping[str, StateFormat],
+    formats: Formats,
     trace: Callable[[], Iterable[Traced]],
     run: Runner,
     exact: Sequence[Array],
@@ -220,55 +260,17 @@ def _by_harm(
     return sorted(harm, key=lambda n: -harm[n])
 
 
-def _scored(
-    bundle: Bundle, formats: Mapping[str, StateFormat], run: Runner, requests: Iterable[Traced]
-) -> tuple[Manifest, list[Array]]:
+def _scored(bundle: Bundle, formats: Formats, run: Runner, requests: Iterable[Traced]) -> tuple[Manifest, list[Array]]:
     """What a bundle with tensors in other formats says of itself and scores; it is gone afterwards."""
     with scratch("stca-calibrate") as folder:
         made = write_quantized(bundle, formats, folder / "tried")
         return made.manifest, list(run.scores(made, requests))
 
 
-def write_quantized(bundle: Bundle, formats: Mapping[str, StateFormat], folder: Path) -> Bundle:
-    """Write a bundle with tensors of its state in other formats as a new directory; nothing is proven of it.
-
-    Args:
-        bundle: in float32.
-        formats: of those tensors that change, by name; all of one kind.
-        folder: to make.
-    """
-    folder.mkdir()
-    return seal(folder, _write(bundle, formats, folder))
-
-
-def _write(bundle: Bundle, formats: Mapping[str, StateFormat], folder: Path) -> Manifest:
-    """Write the files of a quantized bundle; engines are left behind, they have the old state."""
-    manifest = bundle.manifest
-    halves = {half: onnx.load(bundle.file(half), load_external_data=False) for half in HALVES}
-    state = quantize(halves["user_encoder"], halves["target_scorer"], manifest.state, formats)
-    engines = {name for e in manifest.engines for name in (e.file, str(Path(e.file).with_suffix(".weights")))}
-    own = {graph.file for graph in manifest.graphs.values()}
-    rewritten = {manifest.graphs[half].file for half in HALVES}
-    for name in manifest.names - rewritten - (engines - own):
-        folders.share(bundle.path / name, folder / name)
-    graphs = dict(manifest.graphs)
-    for half, model in halves.items():
-        file = folder / manifest.graphs[half].file
-        onnx.save(model, file)
-        onnx.checker.check_model(str(file), full_check=True)
-    new = [TensorSpec(s.name, s.dtype, s.shape) for s in state]
-    encoder, scorer = graphs["user_encoder"], graphs["target_scorer"]
-    old = {s.name for s in manifest.state}
-    inputs = [i for i in scorer.inputs if i.name not in old]
-    graphs["user_encoder"] = dataclasses.replace(encoder, outputs=tuple(new))
-    graphs["target_scorer"] = dataclasses.replace(scorer, inputs=(*new, *inputs))
-    return dataclasses.replace(manifest, graphs=graphs, state=state, engines=(), quantization=_told(formats))
-
-
 def _tried(
     bundle: Bundle,
     made: Manifest,
-    chosen: Mapping[str, StateFormat],
+    chosen: Formats,
     high: tuple[str, ...],
     measures: Sequence[Measure],
     exact: Sequence[Array],
@@ -276,7 +278,8 @@ def _tried(
 ) -> Tried:
     largest = max(float(np.abs(x - y).max(initial=0.0)) for x, y in zip(exact, found, strict=True))
     ratio = state_bytes(made) / state_bytes(bundle.manifest)
-    return Tried(tuple(chosen), high, ratio, tuple(measures), largest)
+    weights = weights_bytes(made) / max(1, weights_bytes(bundle.manifest))
+    return Tried(tuple(chosen), high, ratio, weights, tuple(measures), largest)
 
 
 def state_bytes(manifest: Manifest, tokens: int = 10_000) -> int:
@@ -291,7 +294,7 @@ def state_bytes(manifest: Manifest, tokens: int = 10_000) -> int:
 
 def _finished(
     bundle: Bundle,
-    chosen: Mapping[str, StateFormat],
+    chosen: Formats,
     out: str | os.PathLike[str],
     budget: Budget,
     tried: Sequence[Tried],
@@ -300,7 +303,7 @@ def _finished(
     progress: Progress,
 ) -> Bundle:
     told = {
-        **(_told(chosen) or {}),
+        **(formats_told(chosen) or {}),
         "budget": {"auc": budget.auc, "top": {str(k): x for k, x in budget.top.items()}},
         "requests": requests,
         "found": tried[-1].as_dict(),
@@ -308,19 +311,12 @@ def _finished(
     with writing(out) as (work, commit):
         progress("writing the bundle")
         split = bundle.manifest.split
-        manifest = _write(bundle, chosen, work)
+        manifest = write_files(bundle, chosen, work)
         rows = sum(s.bytes_per_token for s in manifest.state)
         split = {**split, "bytes_per_token": rows, "state_bytes": state_bytes(manifest, _tokens(split))}
         manifest = dataclasses.replace(manifest, quantization=told, split=split, parity={})
         parity = prove(seal(work, manifest))
         return commit(dataclasses.replace(manifest, parity=parity))
-
-
-def _told(formats: Mapping[str, StateFormat]) -> dict[str, Any] | None:
-    if not formats:
-        return None
-    first = next(iter(formats.values()))
-    return {"state": {"kind": first.kind, "granularity": first.granularity, "tensors": list(formats)}}
 
 
 def _tokens(split: Mapping[str, Any]) -> int:
@@ -334,12 +330,22 @@ def _maker(bundle: Bundle, name: str) -> str:
     return f"node {node.name or node.output[0]!r} ({node.op_type})" if node is not None else "no node"
 
 
-def _blamed(bundle: Bundle, name: str, options: Options, tried: Tried) -> str:
+def _reader(bundle: Bundle, name: str) -> str:
+    """A node that reads a weight, for a message."""
+    graphs = (onnx.load(bundle.file(half), load_external_data=False).graph for half in HALVES)
+    node = next((n for graph in graphs for n in graph.node if name in n.input), None)
+    return f"node {node.name or node.output[0]!r} ({node.op_type})" if node is not None else "the runtime"
+
+
+def _blamed(bundle: Bundle, name: str, formats: Formats, tried: Tried) -> str:
     worst = next(m for m in tried.measures if m.verdict == "broken")
+    of_state = isinstance(formats[name], StateFormat)
+    where = f"made by {_maker(bundle, name)}" if of_state else f"read by {_reader(bundle, name)}"
+    what = "tensor of the state" if all(isinstance(f, StateFormat) for f in formats.values()) else "tensor"
     return (
-        f"no tensor of the state can be {options.kind} under the budget: {name!r}, made by {_maker(bundle, name)}, "
-        f"alone gives {worst.name} {worst.estimate.value:+.6f}, allowed {worst.bound:g}; loosen --budget or change "
-        "--granularity"
+        f"no {what} can be {formats[name].kind} under the budget: {name!r}, {where}, "
+        f"alone gives {worst.name} {worst.estimate.value:+.6f}, allowed {worst.bound:g}; loosen --budget"
+        f"{' or change --granularity' if of_state else ''}"
     )
 
 

@@ -74,6 +74,11 @@ def levels(kind: Kind) -> int:
     return _TYPES[kind][2]
 
 
+def onnx_type(kind: Kind) -> int:
+    """ONNX's number of the type."""
+    return _TYPES[kind][0]
+
+
 def quantizable(state: Sequence[StateSpec]) -> tuple[StateSpec, ...]:
     """The tensors of a state that can be kept in 8 bits: computed, float32, with a row per token or user."""
     return tuple(
@@ -117,7 +122,7 @@ def quantize(
         StcaError: when the graphs are of an ONNX version that is too old.
     """
     for half in (encoder, scorer):
-        _raise_version(half)
+        require_opset(half)
     ends, begins = _Half(encoder), _Half(scorer)
     made: list[StateSpec] = []
     for spec in state:
@@ -135,8 +140,10 @@ def quantize(
     return tuple(made)
 
 
-def _raise_version(model: onnx.ModelProto) -> None:
-    """ONNX 19 is 18 with more types, which needs no other change; from older ones a graph would have to be converted.
+def require_opset(model: onnx.ModelProto) -> None:
+    """Let a graph have quantized types, in place.
+
+    ONNX 19 is 18 with more types, which needs no other change; from older ones a graph would have to be converted.
 
     Raises:
         StcaError: when it is older.
@@ -144,7 +151,7 @@ def _raise_version(model: onnx.ModelProto) -> None:
     own = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     if own < _OPSET - 1:
         raise StcaError(
-            f"the graphs are of ONNX opset {own}, and 8-bit states need {_OPSET - 1}; export the model in a newer opset"
+            f"the graphs are of ONNX opset {own}, 8-bit numbers need {_OPSET - 1}; export the model in a newer opset"
         )
     for imports in (model.opset_import, *(f.opset_import for f in model.functions)):
         for one in imports:

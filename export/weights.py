@@ -26,6 +26,8 @@ _DTYPES = {
     TensorProto.FLOAT16: torch.float16,
     TensorProto.BFLOAT16: torch.bfloat16,
 }
+# Numbers of weights that were quantized, where they are no single ones.
+_QUANTIZED = {TensorProto.INT8: torch.int8, TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn}
 # The key of a safetensors header that holds no tensor.
 _RESERVED = "__metadata__"
 
@@ -33,9 +35,11 @@ _RESERVED = "__metadata__"
 def externalize(
     models: Iterable[onnx.ModelProto], directory: Path, contents: Mapping[str, Array] | None = None
 ) -> None:
-    """Move the floating-point initializers of `models` into `directory/weights.safetensors`, in place.
+    """Move the floating-point initializers of `models`, and their matrices of 8 bits, into
+    `directory/weights.safetensors`, in place.
 
-    An initializer of one name is one tensor, whichever graphs use it. Integers stay in the graphs: they are structure.
+    An initializer of one name is one tensor, whichever graphs use it. Other integers stay in the graphs: they are
+    structure.
     The file depends on names, dtypes, shapes and values alone, so equal weights have equal digests.
 
     Args:
@@ -50,16 +54,19 @@ def externalize(
     uses: list[TensorProto] = []
     for model in models:
         for tensor in model.graph.initializer:
-            if tensor.data_type not in _DTYPES or 0 in tensor.dims:  # runtimes refuse external data of no length
+            dtype = _DTYPES.get(tensor.data_type) or (
+                _QUANTIZED.get(tensor.data_type) if len(tensor.dims) > 1 else None
+            )
+            if dtype is None or 0 in tensor.dims:  # runtimes refuse external data of no length
                 continue
             if tensor.name == _RESERVED:
                 raise ExportError(f"weight {_RESERVED!r} has a name that safetensors keeps for itself; give it another")
             uses.append(tensor)
             if contents and tensor.name in contents:
-                tensors[tensor.name] = _shared(contents[tensor.name], _DTYPES[tensor.data_type])
+                tensors[tensor.name] = _shared(contents[tensor.name], dtype)
                 continue
             data = onnx.numpy_helper.to_array(tensor).reshape(-1).view("u1").copy()
-            weight = torch.empty(list(tensor.dims), dtype=_DTYPES[tensor.data_type])
+            weight = torch.empty(list(tensor.dims), dtype=dtype)
             _bytes(weight)[:] = torch.from_numpy(data)
             known = tensors.setdefault(tensor.name, weight)
             same = (known.dtype, known.shape) == (weight.dtype, weight.shape)

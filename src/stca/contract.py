@@ -23,6 +23,7 @@ from stca.manifest import (
     ITEM_BYTES,
     OFFSETS,
     SUM,
+    TABLE_DTYPES,
     TARGETS,
     TOKENS,
     USERS,
@@ -101,8 +102,9 @@ def _check_tables(manifest: Manifest) -> None:
         raise ValueError("tables: two have one name")
     for table in tables.values():
         where = f"table {table.name!r:.80}"
-        if table.dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"{where}: dtype is {table.dtype!r:.60}, expected float32, float16 or bfloat16")
+        if table.dtype not in TABLE_DTYPES:
+            known = f"{', '.join(TABLE_DTYPES[:-1])} or {TABLE_DTYPES[-1]}"
+            raise ValueError(f"{where}: dtype is {table.dtype!r:.60}, expected {known}")
         small = 0 < table.rows < _MOST_ROWS and 0 < table.row_bytes <= _LARGEST_ROW
         if not small or table.rows * table.row_bytes > _MOST_BYTES:
             raise ValueError(f"{where}: has the shape [{table.rows}, {table.width}], which is no table's")

@@ -25,6 +25,7 @@ from stca.specs import (  # what users import from here
     POINTWISE as POINTWISE,
     SCOPES as SCOPES,
     SUM as SUM,
+    TABLE_DTYPES as TABLE_DTYPES,
     TARGETS as TARGETS,
     TOKENS as TOKENS,
     USERS as USERS,
@@ -38,6 +39,7 @@ from stca.specs import (  # what users import from here
     TableSpec as TableSpec,
     TensorSpec as TensorSpec,
     packable as packable,
+    table_row_bytes as table_row_bytes,
 )
 
 FORMAT = "stca-bundle"
@@ -158,6 +160,7 @@ class Manifest:
         split: the cut's report. parity: the report of the export's own checks. producer: versions that made it.
         engines: what `build` added.
         tables: embedding tables that left the graphs; None where there is none.
+        quantization: the parts in 8 bits (`state`, `tables`), and the budget that they were held to; None for none.
         files: name → `{"sha256", "bytes"}` for every file but the manifest and the tables' rows.
     """
 
@@ -191,10 +194,16 @@ class Manifest:
         whole = sum(int(report.get(f"{scope}_work", 0)) for scope in ("user", "request", "target"))
         return (int(report.get("user_work", 0)) - int(report.get("recomputed_work", 0))) / max(1, whole)
 
+    @property
+    def rounding(self) -> str | None:
+        """The 8-bit kind that the halves round to as they compute; None where at most their weights were rounded."""
+        kind: str | None = (self.quantization or {}).get("state", {}).get("kind")
+        return kind
+
     def to_json(self) -> str:
         """The manifest as JSON: `format`, `version`, `digest`, then the fields."""
-        summed = any(s.append == SUM for s in self.state)
-        version = FORMAT_VERSION if summed else 2 if self.tables else 1  # the oldest that reads it
+        newest = any(s.append == SUM for s in self.state) or any(t.has_scales for t in self.tables or ())
+        version = FORMAT_VERSION if newest else 2 if self.tables else 1  # the oldest that reads it
         head = {"format": FORMAT, "version": version, "digest": _NO_DIGEST}
         fields = dataclasses.asdict(self, dict_factory=_present)
         text = json.dumps({**head, **fields}, indent=1, allow_nan=False) + "\n"

@@ -116,6 +116,15 @@ class StateSpec:
     append: Literal["sum"] | None = None
 
 
+# What an embedding table's numbers may be: of 8 bits, each row has a scale of its own.
+TABLE_DTYPES = ("float32", "float16", "bfloat16", "int8", FLOAT8)
+
+
+def table_row_bytes(width: int, dtype: str) -> int:
+    """Bytes of a table's row of so many numbers, with its scale where it has one."""
+    return width * ITEM_BYTES[dtype] + (ITEM_BYTES["float32"] if ITEM_BYTES[dtype] == 1 else 0)
+
+
 @dataclass(frozen=True)
 class TableSpec:
     """An embedding table that left the graphs: rows that the runtime looks up.
@@ -124,7 +133,8 @@ class TableSpec:
         name: of the weight that it was.
         file: its rows, one after the other, little-endian, and nothing else.
         digests: a file of the SHA-256 of each block of rows, 32 bytes each; the last block may be shorter.
-        dtype: of the file's elements: `float32`, `float16` or `bfloat16`. Rows are looked up as float32.
+        dtype: of the file's elements: `float32`, `float16`, `bfloat16`; `int8` or `float8_e4m3fn`, whose rows end in
+            the float32 that their numbers are multiplied with. Rows are looked up as float32.
         rows, width: its shape.
         block_rows: rows of a block, a power of two.
     """
@@ -138,9 +148,14 @@ class TableSpec:
     block_rows: int
 
     @property
+    def has_scales(self) -> bool:
+        """Whether each row ends in a scale."""
+        return ITEM_BYTES[self.dtype] == 1
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row in the file."""
-        return self.width * ITEM_BYTES[self.dtype]
+        return table_row_bytes(self.width, self.dtype)
 
     @property
     def bytes(self) -> int:

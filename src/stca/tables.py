@@ -10,21 +10,37 @@ import hashlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from stca.arrays import Array
 from stca.errors import BundleError, RequestError
-from stca.manifest import ITEM_BYTES, TableSpec
+from stca.manifest import FLOAT8, TableSpec, table_row_bytes
 
 # Rows of a block have about as many bytes: little enough to be checked within a request, enough for few digests.
 BLOCK_BYTES: Final = 1 << 20
 # Tables up to this size are checked as a whole at load.
 CHECKED_AT_LOAD: Final = 1 << 30
 DIGEST_BYTES: Final = 32
-# How rows lie in memory; numpy has no bfloat16, whose bits are the upper half of a float32's.
+# How rows lie in memory; numpy has no bfloat16, whose bits are the upper half of a float32's. Rows of 8-bit numbers are
+# bytes: the numbers', and four of a scale.
 _STORED: Final = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+_BYTES: Final = np.dtype("u1")
+
+
+def _e4m3() -> Array:
+    """The number of each byte (OCP 8-bit floating point, E4M3): 4 bits of exponent, of bias 7, and 3 of mantissa."""
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, (byte & 7) / 8
+    size = np.where(exponent > 0, np.ldexp(1 + mantissa, exponent - 7), np.ldexp(mantissa, -6))
+    size[byte & 127 == 127] = np.nan
+    made: Array = np.where(byte > 127, -size, size).astype(np.float32)
+    return made
+
+
+# The float32 of each byte of a row.
+_LEVELS: Final = {"int8": np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32), FLOAT8: _e4m3()}
 
 
 def write_table(folder: Path, stem: str, name: str, rows: int, width: int, dtype: str, read: Reader) -> TableSpec:
@@ -33,9 +49,10 @@ def write_table(folder: Path, stem: str, name: str, rows: int, width: int, dtype
     Args:
         folder: where to. stem: of the two files' names.
         name: of the weight. rows, width, dtype: of the table.
-        read: gives rows `[begin, end)`, `(end - begin, width)`, in a dtype of as many bytes.
+        read: gives rows `[begin, end)` as they are kept: `(end - begin, width)` in a dtype of as many bytes or, of
+            8-bit numbers and their scale, `(end - begin, row_bytes)` uint8.
     """
-    row_bytes = width * ITEM_BYTES[dtype]
+    row_bytes = table_row_bytes(width, dtype)
     block_rows = 1 << max(0, (BLOCK_BYTES // row_bytes).bit_length() - 1)
     spec = TableSpec(name, f"{stem}.rows", f"{stem}.digests", dtype, rows, width, block_rows)
     zeros = hashlib.sha256(bytes(block_rows * row_bytes)).digest()
@@ -73,9 +90,9 @@ class TableFile:
             if found != size:
                 has = "is no plain file" if found is None else f"has {found} bytes"
                 raise BundleError(f"{root}: {name} {has}, table {spec.name!r} needs {size}; copy it again")
-        stored = _STORED[spec.dtype]
+        stored: np.dtype[Any] = _STORED.get(spec.dtype, _BYTES)
         self._file, self._reading = (root / spec.file).open("rb", buffering=0), threading.Lock()
-        self._rows: Array = np.memmap(self._file, stored, "r", 0, (spec.rows, spec.width))  # type: ignore[call-overload]
+        self._rows: Array = np.memmap(self._file, stored, "r", 0, (spec.rows, spec.row_bytes // stored.itemsize))  # type: ignore[call-overload]
         self._digests = (root / spec.digests).read_bytes()
         self._shift = spec.block_rows.bit_length() - 1
         self._unchecked = np.ones(spec.blocks, bool)
@@ -94,6 +111,11 @@ class TableFile:
             self._check(ids)
         # Clipped, because `take` copies twice where it has to look out for wrong indices.
         found: Array = np.take(self._rows, ids, axis=0, mode="clip")
+        if (levels := _LEVELS.get(self.spec.dtype)) is not None:
+            numbers, scale = found[:, : self.spec.width], found[:, self.spec.width :].copy().view("<f4")
+            found = np.take(levels, numbers)
+            found *= scale
+            return found
         if self.spec.dtype == "bfloat16":
             found = np.left_shift(found, 16, dtype=np.uint32).view(np.float32)
         return found.astype(np.float32, copy=False)

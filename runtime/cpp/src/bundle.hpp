@@ -91,7 +91,11 @@ struct TableSpec {
   DType dtype = STCA_FLOAT32;  ///< of the file's elements; rows are looked up as float32
   std::int64_t rows = 0, width = 0, block_rows = 0;
 
-  std::size_t row_bytes() const { return static_cast<std::size_t>(width) * item_bytes(dtype); }
+  /// Rows of 8-bit numbers end in the float32 that these are multiplied with.
+  bool has_scales() const { return item_bytes(dtype) == 1; }
+  std::size_t row_bytes() const {
+    return static_cast<std::size_t>(width) * item_bytes(dtype) + (has_scales() ? sizeof(float) : 0);
+  }
   std::size_t bytes() const { return static_cast<std::size_t>(rows) * row_bytes(); }
   std::int64_t blocks() const { return (rows + block_rows - 1) / block_rows; }
 };

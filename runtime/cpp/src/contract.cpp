@@ -1,6 +1,7 @@
 #include "contract.hpp"
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <string_view>
 #include <tuple>
@@ -212,8 +213,10 @@ void check_tables(const Manifest& manifest) {
   for (const TableSpec& table : manifest.tables) {
     if (!names.insert(table.name).second) broken("tables: two have one name");
     const std::string where = "table " + in_quotes(table.name);
-    if (table.dtype != STCA_FLOAT32 && table.dtype != STCA_FLOAT16 && table.dtype != STCA_BFLOAT16) {
-      broken(where + ": dtype is '" + dtype_name(table.dtype) + "', expected float32, float16 or bfloat16");
+    constexpr DType known[] = {STCA_FLOAT32, STCA_FLOAT16, STCA_BFLOAT16, STCA_INT8, STCA_FLOAT8_E4M3};
+    if (std::find(std::begin(known), std::end(known), table.dtype) == std::end(known)) {
+      broken(where + ": dtype is '" + dtype_name(table.dtype) +
+             "', expected float32, float16, bfloat16, int8 or float8_e4m3fn");
     }
     const bool narrow = table.width > 0 && table.width <= static_cast<std::int64_t>(largest_row);
     const bool large = !narrow || table.row_bytes() > largest_row || table.rows >= most_rows;

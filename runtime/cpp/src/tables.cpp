@@ -4,9 +4,12 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cerrno>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <system_error>
 #include <utility>
 
@@ -19,6 +22,20 @@ namespace {
 /// Tables up to this size are checked as a whole at load.
 constexpr std::size_t checked_at_load = std::size_t{1} << 30;
 constexpr std::size_t digest_bytes = 32;
+
+/// The number of each byte: an int8's, or E4M3's (4 bits of exponent, of bias 7, and 3 of mantissa).
+std::array<float, 256> byte_levels(DType dtype) {
+  std::array<float, 256> levels{};
+  for (int byte = 0; byte < 256; ++byte) {
+    const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+    float size = std::ldexp(static_cast<float>(exponent > 0 ? 8 + mantissa : mantissa), std::max(exponent, 1) - 10);
+    if ((byte & 127) == 127) size = std::numeric_limits<float>::quiet_NaN();
+    const float small = byte > 127 ? -size : size;
+    levels[static_cast<std::size_t>(byte)] =
+        dtype == STCA_FLOAT8_E4M3 ? small : static_cast<float>(static_cast<std::int8_t>(byte));
+  }
+  return levels;
+}
 
 /// A table of a bundle, mapped. Safe to use from several threads.
 class TableFile final : public RowSource {
@@ -48,16 +65,23 @@ class TableFile final : public RowSource {
   }
 
   Array rows(const TableSpec&, const std::vector<std::int64_t>& ids) override {
-    auto [found, to] =
-        make_array(Memory::host(), table_.dtype, {static_cast<std::int64_t>(ids.size()), table_.width});
+    const bool scaled = table_.has_scales();
+    auto [found, to] = make_array(Memory::host(), scaled ? STCA_FLOAT32 : table_.dtype,
+                                  {static_cast<std::int64_t>(ids.size()), table_.width});
     const std::size_t bytes = table_.row_bytes();
     for (const std::int64_t id : ids) {
       if (const auto block = static_cast<std::size_t>(id >> shift_); unchecked_[block]) {
         check_block(static_cast<std::int64_t>(block));
         unchecked_[block] = false;
       }
-      std::memcpy(to, rows_ + static_cast<std::size_t>(id) * bytes, bytes);
-      to += bytes;
+      const std::byte* const row = rows_ + static_cast<std::size_t>(id) * bytes;
+      if (scaled) {
+        scale_row(row, reinterpret_cast<float*>(to));
+        to += static_cast<std::size_t>(table_.width) * sizeof(float);
+      } else {
+        std::memcpy(to, row, bytes);
+        to += bytes;
+      }
     }
     return converted(found, STCA_FLOAT32);
   }
@@ -68,6 +92,14 @@ class TableFile final : public RowSource {
   }
 
  private:
+  /// A row of 8-bit numbers, times its scale.
+  void scale_row(const std::byte* row, float* to) const {
+    const auto width = static_cast<std::size_t>(table_.width);
+    float scale = 0;
+    std::memcpy(&scale, row + width, sizeof scale);  // at any address
+    for (std::size_t i = 0; i < width; ++i) to[i] = levels_[static_cast<std::size_t>(row[i])] * scale;
+  }
+
   void check_size(const std::string& file, std::size_t size, std::size_t needed) const {
     if (size == needed) return;
     bundle_error(root_, ": ", shown(file), " has ", size, " bytes, table ", in_quotes(table_.name), " needs ", needed,
@@ -104,7 +136,8 @@ class TableFile final : public RowSource {
   std::string digests_;
   int file_ = -1;
   const std::byte* rows_ = nullptr;
-  int shift_ = 0;                             // of a row's number, to its block's
+  const std::array<float, 256> levels_ = byte_levels(table_.dtype);  // of an 8-bit number's byte
+  int shift_ = 0;                                                    // of a row's number, to its block's
   std::vector<std::atomic<bool>> unchecked_;  // by block
 };
 

@@ -211,7 +211,7 @@ def verify_engine(
     # In a low precision PyTorch's own scores need not rank as the reference does; they are what they are.
     yardstick = dataclasses.replace(yardstick, passed=True, limit=None)
     yardsticks = [yardstick]
-    if manifest.quantization is not None:
+    if manifest.rounding is not None:
         progress("the quantized state in float64")
         yardsticks.append(own_error(bundle, feeds, against, reference, sizes))
     tolerance = Tolerance.of(sum(y.max_abs for y in yardsticks), reference, EPS[precision])

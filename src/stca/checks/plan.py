@@ -179,9 +179,7 @@ def table_bytes(bundle: Bundle) -> int:
 def formats_for(bundle: Bundle, gpu: bool) -> tuple[str, ...]:
     """The `FORMATS` that a bundle's state can have: a CPU has no bfloat16, and what is calibrated is so for good."""
     return tuple(
-        name
-        for name in FORMATS
-        if (gpu or name != "bfloat16") and (bundle.manifest.quantization is None or name != "int8")
+        name for name in FORMATS if (gpu or name != "bfloat16") and (bundle.manifest.rounding is None or name != "int8")
     )
 
 
@@ -208,7 +206,7 @@ def next_steps(bundle: Bundle, machine: Machine, demand: Demand, memory: int, st
         "twice the memory": plan(bundle, machine, demand, 2 * memory, state_format),
         "half the history": plan(bundle, machine, shorter, memory, state_format),
     }
-    if state_format != "int8" and bundle.manifest.quantization is None:
+    if state_format != "int8" and bundle.manifest.rounding is None:
         steps["states of 8 bits (stca calibrate)"] = plan(bundle, machine, demand, memory, "int8")
     gains = {name: made.per_second / now for name, made in steps.items()}
     return dict(sorted(gains.items(), key=lambda gain: -gain[1]))

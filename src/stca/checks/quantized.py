@@ -42,12 +42,12 @@ def own_error(
     """What the format alone costs: the halves in float64 but for the kept state. It must keep half of its digits.
 
     Args:
-        bundle: with `quantization` in its manifest.
+        bundle: whose manifest has a `rounding`.
         feeds: of the request graph.
         against, reference: name and scores of the float64 reference.
         sizes: targets of each request of each batch.
     """
-    kind = bundle.manifest.quantization["state"]["kind"]  # type: ignore[index]
+    kind = str(bundle.manifest.rounding)
     return compare(f"{kind} in float64", against, run_halves_double(bundle, feeds), reference, sizes, _EPS[kind], None)
 
 

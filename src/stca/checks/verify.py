@@ -28,6 +28,7 @@ from stca.manifest import HALVES, POINTWISE, WEIGHTS, Manifest
 from stca.runtime import Engine, OnnxRuntimeEngine, Request, RequestBatch, Session
 from stca.runtime.engine import scores_of
 from stca.runtime.tables import Lookups, RowSource, sources, with_tables
+from stca.tables import TableFile
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,7 +113,7 @@ def verify(
     outcomes += _served(bundle, asked, rows, progress)
     _require_finite(asked, reference)
 
-    quantized = [] if manifest.quantization is None else outcomes[-2:]  # the halves and the session
+    quantized = [] if manifest.rounding is None else outcomes[-2:]  # the halves and the session
     exact = outcomes[: len(outcomes) - len(quantized)]
     judge = functools.partial(judged, exact, name, reference, asked.targets, manifest.precision)
     results = judge()
@@ -262,7 +263,14 @@ def rebuild(bundle: Bundle) -> nn.Module:
     if form not in ("projected", "absorbed"):
         raise BundleError(f"{bundle.path}: attention is {form!r}; expected projected or absorbed, export it anew")
     tensors = read_tensors(bundle.path / WEIGHTS)[0]
-    for t in bundle.manifest.tables or ():  # mapped, as a checkpoint's are
+    for name in (bundle.manifest.quantization or {}).get("tables", {}).get("tensors", ()):
+        if (numbers := tensors.pop(f"{name}_int8", None)) is not None:
+            tensors[name] = numbers.float() * tensors.pop(f"{name}_scale")
+    for t in bundle.manifest.tables or ():
+        if t.has_scales:
+            tensors[t.name] = torch.from_numpy(TableFile(bundle.path, t).rows(np.arange(t.rows)))
+            continue
+        # mapped, as a checkpoint's are
         file, dtype = str(bundle.path / t.file), getattr(torch, t.dtype)
         tensors[t.name] = torch.from_file(file, size=t.rows * t.width, dtype=dtype).view(t.rows, t.width)
     return Checkpoint(config, tensors).build(form)  # type: ignore[arg-type]

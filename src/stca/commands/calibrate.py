@@ -1,4 +1,4 @@
-"""`stca calibrate`: a bundle whose user state is in 8 bits, as far as a trace proves that the ranking stays."""
+"""`stca calibrate`: a bundle whose state and weights are in 8 bits, as far as a trace proves that the ranking stays."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from stca.errors import UsageError
 if TYPE_CHECKING:
     from stca.calibration.calibrate import Tried
 
-HELP = "keep the user state in 8 bits, as far as a trace proves that the ranking stays"
+HELP = "keep the user state and weights in 8 bits, as far as a trace proves that the ranking stays"
 EXAMPLES = (
     "stca calibrate bundle --trace trace --precision int8 --budget auc=0.0005,top10=0.99 --out bundle-int8",
-    "stca calibrate demo-out/bundle --trace demo --precision int8 --out bundle-int8 --json",
+    "stca calibrate demo-out/bundle --trace demo --precision int8 --tables int8 --out bundle-int8 --json",
 )
 DEMO = "demo"
 
@@ -27,7 +27,8 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--trace", required=True, metavar="DIR", help=f"recorded requests; {DEMO} for those of the generated log"
     )
-    p.add_argument("--precision", choices=("int8", "fp8"), required=True, help="of the state; fp8 is E4M3")
+    p.add_argument("--precision", choices=("int8", "fp8"), help="of the state; fp8 is E4M3")
+    p.add_argument("--tables", choices=("int8", "fp8"), help="of embedding tables' rows; those in graphs can be int8")
     p.add_argument("--budget", default="auc=0.0005,top10=0.99", help="how far the ranking may move")
     p.add_argument(
         "--granularity",
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     import functools
 
     from stca.calibration.calibrate import Options, calibrate, state_bytes
+    from stca.calibration.quantized_bundle import weights_bytes
     from stca.checks.trace_runs import TraceRuns, speed, tasks_of
     from stca.checks.verify import prove
 
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     made, tried = calibrate(
         bundle,
         trace,
-        options=Options(args.precision, args.granularity, args.method),
+        options=Options(args.precision, args.granularity, args.method, args.tables),
         budget=budget,
         out=args.out,
         run=TraceRuns(args.threads),
@@ -74,17 +76,20 @@ def run(args: argparse.Namespace) -> int:
     )
     progress("speed")
     request = next(iter(trace()))
-    times = speed({"float32": bundle, args.precision: made}, request, args.threads, args.seconds)
+    new = args.precision or args.tables
+    times = speed({"float32": bundle, new: made}, request, args.threads, args.seconds)
     data: dict[str, Any] = {
         "bundle": str(made.path),
         "precision": args.precision,
         "granularity": args.granularity,
         "tried": [t.as_dict() for t in tried],
-        "state_bytes": {"float32": state_bytes(bundle.manifest), args.precision: state_bytes(made.manifest)},
+        "tables": args.tables,
+        "state_bytes": {"float32": state_bytes(bundle.manifest), new: state_bytes(made.manifest)},
+        "weights_bytes": {"float32": weights_bytes(bundle.manifest), new: weights_bytes(made.manifest)},
         "speed": times,
         "parity": made.manifest.parity,
     }
-    emit(args, data, "\n".join(_table(args, data, tried)))
+    emit(args, data, "\n".join(_table(data, tried, new)))
     return 0
 
 
@@ -105,12 +110,15 @@ def _trace(args: argparse.Namespace, bundle: Bundle) -> Any:
     return lambda: made
 
 
-def _table(args: argparse.Namespace, data: dict[str, Any], tried: list[Tried]) -> list[str]:
+def _table(data: dict[str, Any], tried: list[Tried], new: str) -> list[str]:
     lines = []
     for t in tried:
-        what = f"{args.precision} in {len(t.quantized)} of {len(t.quantized) + len(t.high)} tensors"
+        what = f"8 bits in {len(t.quantized)} of {len(t.quantized) + len(t.high)} tensors"
         high = f", kept high: {', '.join(t.high)}" if t.high else ""
-        lines.append(f"{what}{high}: state {t.ratio:.3f} of float32, largest change of a score {t.largest:.2g}")
+        lines.append(
+            f"{what}{high}: state {t.ratio:.3f} of float32, weights {t.weights_ratio:.3f}, largest change of a score "
+            f"{t.largest:.2g}"
+        )
         for m in t.measures:
             e = m.estimate
             of = f" of {m.exact:.4f}" if m.exact is not None else ""
@@ -119,7 +127,7 @@ def _table(args: argparse.Namespace, data: dict[str, Any], tried: list[Tried]) -
             )
     for name, stages in data["speed"]["stages"].items():
         lines.append(f"{name}: hit {stages['hit']:.2f} ms, miss {stages['miss']:.2f} ms (medians)")
-    size = data["state_bytes"]
-    lines.append(f"state of a user: {size['float32']:,} bytes, now {size[args.precision]:,}")
+    for what, size in (("state of a user", data["state_bytes"]), ("weights and tables", data["weights_bytes"])):
+        lines.append(f"{what}: {size['float32']:,} bytes, now {size[new]:,}")
     lines.append(f"{data['bundle']}: verified")
     return lines

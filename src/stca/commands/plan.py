@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     plans = {name: planning.plan(bundle, machine, demand, memory, name) for name in formats}
     steps = planning.next_steps(bundle, machine, demand, memory, own)
     chosen, tables = plans[own], planning.table_bytes(bundle)
-    quantized = (bundle.manifest.quantization or {}).get("state", {}).get("kind")
+    quantized = bundle.manifest.rounding
     states = f"{quantized} as calibrated, the rest in {own}" if quantized else own
     where = "this memory too" if args.gpu == "cpu" else "the host's memory, not the GPU's"
     needed = -(-demand.rate // chosen.per_second)

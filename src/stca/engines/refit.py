@@ -76,6 +76,7 @@ def refit(
     """
     old = Bundle.load(bundle)
     target = Path(out) if out is not None else old.path
+    _require_own_weights(old)
     cache = trusted(cache, progress)
     progress("reading the checkpoint")
     given, module = _read(old, Path(checkpoint))
@@ -126,6 +127,15 @@ def _format_of(manifest: Manifest, progress: Progress) -> Mapping[str, Any] | No
         return None
     progress("the state stays in 8 bits; `stca calibrate` of a float32 bundle measures its budget for these weights")
     return {"state": manifest.quantization["state"]}
+
+
+def _require_own_weights(old: Bundle) -> None:
+    """Raise BundleError where new weights would first have to be held to a budget."""
+    if kinds := [part for part in old.manifest.quantization or {} if part in ("tables", "weights")]:
+        raise BundleError(
+            f"{old.path}: its {kinds[0]} are in 8 bits, and what that costs with other weights is not known; refit the "
+            "bundle that it was calibrated from, and calibrate the new one"
+        )
 
 
 def _read(old: Bundle, file: Path) -> tuple[Mapping[str, Tensor], nn.Module | None]:

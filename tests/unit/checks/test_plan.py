@@ -12,7 +12,8 @@ from support.errors import one_line
 
 from stca import commands
 from stca.bundle import Bundle
-from stca.calibration.calibrate import Options, formats_of, state_bytes, write_quantized
+from stca.calibration.calibrate import Options, formats_of, state_bytes
+from stca.calibration.quantized_bundle import write_quantized
 from stca.calibration.quantized_state import Kind, quantizable
 from stca.checks.ceilings import CpuCeilings
 from stca.checks.forecast import items

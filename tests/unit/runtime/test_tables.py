@@ -68,6 +68,26 @@ def test_rows_are_what_was_written(tmp_path, monkeypatch, huge, count, dtype):
     TableFile(tmp_path, spec).check()
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_rows_of_8_bits_are_their_numbers_times_their_scale(tmp_path, dtype):
+    import ml_dtypes
+
+    rng = np.random.default_rng(0)
+    bytes_ = np.tile(np.arange(256, dtype=np.uint8), (300, 1))
+    numbers = bytes_.view(getattr(ml_dtypes, dtype, None) or np.dtype(dtype)).astype(np.float32)
+    scales = rng.standard_normal((300, 1)).astype(np.float32)
+    rows = np.concatenate([bytes_, scales.view(np.uint8)], axis=1)
+    spec = write_table(tmp_path, "t", "items", 300, 256, dtype, lambda begin, end: rows[begin:end])
+    assert spec.row_bytes == 260
+    assert (tmp_path / spec.file).stat().st_size == spec.bytes == 300 * 260
+    ids = rng.integers(0, 300, 1000)
+    found = TableFile(tmp_path, spec).rows(ids)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, (numbers * scales)[ids])
+    TableFile(tmp_path, spec).check()
+    assert TableFile(tmp_path, spec).rows(np.zeros(0, np.int64)).shape == (0, 256)
+
+
 def test_negative_ids_count_from_the_end_and_others_are_refused():
     spec = TableSpec("items", "t.rows", "t.digests", "float32", 10, 4, 1)
     np.testing.assert_array_equal(row_numbers(spec, np.array([[-1, 0], [9, -10]], np.int32)), [9, 0, 9, 0])

@@ -18,6 +18,8 @@ from support import tables
 
 from stca import commands as cli
 from stca.bundle import Bundle
+from stca.calibration.quantized_bundle import write_quantized
+from stca.calibration.quantized_weights import RowFormat
 from stca.errors import StcaError
 from stca.manifest import MANIFEST
 from stca.runtime import Request, Session
@@ -56,6 +58,9 @@ MODELS = {
     "brain": tables.model(kind=TensorProto.BFLOAT16),
     "hashed": hashed(),
 }
+# Of the table, as its manifest has it.
+TYPES = tuple(f'"digests": "table_0.digests",\n   "dtype": "{name}"' for name in ("float32", "float64"))
+NAMES = (*MODELS, "int8", "fp8")  # the last two are the first one's, quantized
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +71,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         place = root / f"{name} made"
         place.mkdir()
         tables.split(model, place).path.rename(root / name)
+    for kind in ("int8", "fp8"):
+        write_quantized(Bundle.load(root / "straight"), {"table": RowFormat(kind)}, root / kind)
     return root
 
 
@@ -98,9 +105,9 @@ def request(hist: list[int] = HIST, item: list[int] = ITEM) -> dict[str, Any]:
 
 def test_scores_and_refusals_are_pythons(build: Path, onnxruntime_library: Path, folder: Path, tmp_path: Path) -> None:
     wrong = request(hist=[1, 5000])
-    cases = [case(folder, name, request(), request([0]), request(item=[4999])) for name in MODELS]
+    cases = [case(folder, name, request(), request([0]), request(item=[4999])) for name in NAMES]
     cases += [case(folder, "straight", request(), wrong), case(folder, "hashed", wrong)]
-    cases += [case(folder, name, request(), own={"table": {"width": 16, "most": 9999}}) for name in MODELS]
+    cases += [case(folder, name, request(), own={"table": {"width": 16, "most": 9999}}) for name in NAMES]
     assert any("error" in step for one in cases for step in one["steps"])
     run(build, onnxruntime_library, folder, {"cases": cases}, tmp_path / "cases.json")
 
@@ -149,6 +156,7 @@ def test_damaged_tables_are_refused_alike(build: Path, onnxruntime_library: Path
         ("no rows", {"op": "remove", "file": "table_0.rows"}, "table_0.rows", "missing"),
         ("other digests", {"op": "flip", "file": "table_0.digests", "at": 3}, "table_0.digests", "changed"),
         ("no such table", edit('"table": "table"', '"table": "other"'), "'other'", "does not have"),
+        ("another type", edit(*TYPES), "'float64'", "int8 or float8_e4m3fn"),
         ("blocks of three", edit('"block_rows": 16384', '"block_rows": 3'), "block_rows is 3", "power of two"),
         ("a file elsewhere", edit('"file": "table_0.rows"', '"file": "../t.rows"'), "no name of a file"),
         ("ids of nothing", edit('"ids": "hist"', '"ids": "none"'), "'none'", "no input"),

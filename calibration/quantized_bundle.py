@@ -1,0 +1,109 @@
+"""A bundle with parts in 8 bits, as files: its graphs, weights and tables, and what its manifest says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import onnx
+
+from stca import folders
+from stca.bundle import Bundle, seal, sha256_of
+from stca.calibration.quantized_state import StateFormat, quantize
+from stca.calibration.quantized_weights import RowFormat, quantize_tables, write_rows
+from stca.export.weights import externalize
+from stca.manifest import HALVES, WEIGHTS, GraphSpec, Manifest, TableSpec, TensorSpec
+
+# Of tensors of the state and of weights, by name.
+Formats: TypeAlias = Mapping[str, StateFormat | RowFormat]
+
+
+def write_quantized(bundle: Bundle, formats: Formats, folder: Path) -> Bundle:
+    """Write a bundle with parts in other formats as a new directory; nothing is proven of it.
+
+    Args:
+        bundle: in float32.
+        formats: of the parts that change, by name; the state's are of one kind, and so are the weights'.
+        folder: to make.
+    """
+    folder.mkdir()
+    return seal(folder, write_files(bundle, formats, folder))
+
+
+def write_files(bundle: Bundle, formats: Formats, folder: Path) -> Manifest:
+    """Write the files of a quantized bundle; engines are left behind, they have the old state and weights.
+
+    Args:
+        bundle, formats: as of `write_quantized`.
+        folder: an empty one.
+
+    Returns:
+        The manifest, without digests.
+    """
+    manifest, state = bundle.manifest, _of(formats, StateFormat)
+    tables = tuple(_table(bundle, t, formats, folder) for t in manifest.tables or ()) or None
+    inside = formats.keys() - state.keys() - {t.name for t in tables or ()}
+    changed = tuple(manifest.graphs) if inside else HALVES
+    models = {name: onnx.load(bundle.file(name), load_external_data=bool(inside)) for name in changed}
+    if inside:
+        for model in models.values():
+            quantize_tables(model, inside)
+    kept = quantize(models["user_encoder"], models["target_scorer"], manifest.state, state)
+    weights = manifest.weights
+    if inside:
+        externalize(models.values(), folder)
+        weights = sha256_of(folder / WEIGHTS)
+    engines = {name for e in manifest.engines for name in (e.file, str(Path(e.file).with_suffix(".weights")))}
+    own = {graph.file for graph in manifest.graphs.values()}
+    for name in manifest.names - {manifest.graphs[name].file for name in changed} - (engines - own):
+        if not (folder / name).exists():
+            folders.share(bundle.path / name, folder / name)
+    for name, model in models.items():
+        onnx.save(model, folder / manifest.graphs[name].file)
+        onnx.checker.check_model(str(folder / manifest.graphs[name].file), full_check=True)
+    graphs = _with_state(manifest, [TensorSpec(s.name, s.dtype, s.shape) for s in kept])
+    return dataclasses.replace(
+        manifest, weights=weights, graphs=graphs, state=kept, tables=tables, engines=(),
+        quantization=formats_told(formats),
+    )  # fmt: skip
+
+
+def _of(formats: Formats, kind: type[StateFormat]) -> dict[str, StateFormat]:
+    return {name: f for name, f in formats.items() if isinstance(f, kind)}
+
+
+def _table(bundle: Bundle, table: TableSpec, formats: Formats, folder: Path) -> TableSpec:
+    """A table in a file, its rows in 8 bits where that is asked for."""
+    format = formats.get(table.name)
+    return table if format is None else write_rows(bundle.path, table, format.kind, folder)
+
+
+def _with_state(manifest: Manifest, new: Collection[TensorSpec]) -> dict[str, GraphSpec]:
+    encoder, scorer = (manifest.graphs[half] for half in HALVES)
+    old = {s.name for s in manifest.state}
+    inputs = [i for i in scorer.inputs if i.name not in old]
+    return {
+        **manifest.graphs,
+        "user_encoder": dataclasses.replace(encoder, outputs=tuple(new)),
+        "target_scorer": dataclasses.replace(scorer, inputs=(*new, *inputs)),
+    }
+
+
+def formats_told(formats: Formats) -> dict[str, Any] | None:
+    """What a manifest says of the parts in 8 bits."""
+    told: dict[str, Any] = {}
+    for name, format in formats.items():
+        if isinstance(format, StateFormat):
+            part = told.setdefault("state", {"kind": format.kind, "granularity": format.granularity, "tensors": []})
+        else:
+            part = told.setdefault("tables", {"kind": format.kind, "tensors": []})
+        part["tensors"].append(name)
+    return told or None
+
+
+def weights_bytes(manifest: Manifest) -> int:
+    """Bytes of the weights file and of the tables in files."""
+    files = manifest.files.get(WEIGHTS, {"bytes": 0})["bytes"]
+    return int(files) + sum(t.bytes for t in manifest.tables or ())
