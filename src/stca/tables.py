@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,8 +25,11 @@ CHECKED_AT_LOAD: Final = 1 << 30
 DIGEST_BYTES: Final = 32
 # How rows lie in memory; numpy has no bfloat16, whose bits are the upper half of a float32's. Rows of 8-bit numbers are
 # bytes: the numbers', and four of a scale.
-_STORED: Final = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
-_BYTES: Final = np.dtype("u1")
+_STORED: Final[Mapping[str, np.dtype[Any]]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+}
 
 
 def _e4m3() -> Array:
@@ -90,9 +93,9 @@ class TableFile:
             if found != size:
                 has = "is no plain file" if found is None else f"has {found} bytes"
                 raise BundleError(f"{root}: {name} {has}, table {spec.name!r} needs {size}; copy it again")
-        stored: np.dtype[Any] = _STORED.get(spec.dtype, _BYTES)
+        stored = _STORED.get(spec.dtype, np.dtype("u1"))
         self._file, self._reading = (root / spec.file).open("rb", buffering=0), threading.Lock()
-        self._rows: Array = np.memmap(self._file, stored, "r", 0, (spec.rows, spec.row_bytes // stored.itemsize))  # type: ignore[call-overload]
+        self._rows: Array = np.memmap(self._file, stored, "r", 0, (spec.rows, spec.row_bytes // stored.itemsize))
         self._digests = (root / spec.digests).read_bytes()
         self._shift = spec.block_rows.bit_length() - 1
         self._unchecked = np.ones(spec.blocks, bool)
