@@ -21,7 +21,7 @@ import numpy as np
 from stca import probe
 from stca.errors import HistoryNeededError, StcaError
 from stca.manifest import OFFSETS, TARGETS, TOKENS, Padding
-from stca.runtime import Request, RequestBatch, Session
+from stca.runtime import Deadline, Request, RequestBatch, Session
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "bundle-v1"
 DTYPES = [np.dtype(t) for t in ("?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8")]
@@ -137,7 +137,8 @@ class Fuzzer:
         return self._kinds(rng)(rng)
 
     def _kinds(self, rng: random.Random) -> Callable[[random.Random], str]:
-        kinds = [self._right, self._right, self._by_version, self._batch, self._append, self._forget]
+        kinds = [self._right, self._right, self._by_version, self._batch, self._append, self._amend, self._late]
+        kinds.append(self._forget)
         if len(self._bundles) > 1:
             kinds.append(self._swap)
         return rng.choice(kinds) if rng.random() < 0.5 else rng.choice(self._spoilt())
@@ -256,6 +257,47 @@ class Fuzzer:
         self._expect(inputs, self.session.score(Request(targets if kept else inputs, user, "after")))
         self.session.forget(user)
         return "appends"
+
+    def _amend(self, rng: random.Random) -> str:
+        """Other events in the place of some; at a place where they are not all within the history, now and then."""
+        inputs, others, user = self._inputs(rng), self._inputs(rng), self._user(rng)
+        before, after = (f"{n}{rng.randrange(10**9)}" for n in ("before", "after"))
+        if not self.alone.manifest.appendable:
+            return self._refused("amendments", lambda: self.session.amend(user, {}, after, at=0))
+        count = len(inputs[self._events[0]])
+        rows = rng.randint(0, min(count, len(others[self._events[0]])))
+        begin = rng.randint(0, count - rows)
+        late = {n: others[n][:rows] for n in self._events}
+        self._expect(inputs, self.session.score(Request(inputs, user, before)))
+        if rng.random() < 0.2:
+            at = rng.choice((count - rows + 1, -count - 1, 1 << 40))
+            return self._refused("amendments", lambda: self.session.amend(user, late, after, at=at, after=before))
+        at = begin - count if begin < count and rng.random() < 0.5 else begin
+        kept = self.session.amend(user, late, after, at=at, after=rng.choice((None, before)))
+        dtypes = {s.name: s.dtype for s in self._specs}
+        for n in self._events:
+            parts = inputs[n][:begin], late[n], inputs[n][begin + rows :]
+            inputs[n] = np.concatenate([np.asarray(x, dtypes[n]) for x in parts])
+        targets = {n: x for n, x in inputs.items() if n not in self._events}
+        self._expect(inputs, self.session.score(Request(targets if kept else inputs, user, after)))
+        return "amendments"
+
+    def _late(self, rng: random.Random) -> str:
+        """Scores that are not wanted any more, or for long enough."""
+        inputs, user, version = self._inputs(rng), self._user(rng), f"v{rng.randrange(10**9)}"
+        deadline = Deadline(seconds := rng.choice((0, -1.5, 1e9, None)))
+        if cancelled := rng.random() < 0.3:
+            deadline.cancel()
+        of_user = {n: x for n, x in inputs.items() if self._of[n] == "user"}
+        warm = rng.random() < 0.3
+        if cancelled or seconds in (0, -1.5):
+            if warm:
+                return self._refused("late", lambda: self.session.warm(user, of_user, version, deadline=deadline))
+            return self._refused("late", lambda: self.session.score(Request(inputs, user, version), deadline=deadline))
+        if warm:
+            self.session.warm(user, of_user, version, deadline=deadline)
+        self._expect(inputs, self.session.score(Request(inputs, user, version), deadline=deadline))
+        return "in time"
 
     def _spoil(self, rng: random.Random, inputs: dict[str, Any]) -> Any:
         """Inputs with something hostile, and perhaps still right by chance."""

@@ -26,7 +26,7 @@ from cpp import fuzz
 from stca import probe
 from stca.arrays import Array
 from stca.errors import RequestError, StcaError
-from stca.runtime import Request, RequestBatch, Session
+from stca.runtime import Deadline, Request, RequestBatch, Session
 from stca.runtime.cache import REASONS
 from stca.runtime.client_values import MOST_VALUES
 from stca.runtime.store import JOINED, MEMORY
@@ -92,7 +92,7 @@ class Recorder:
         self.steps: list[dict[str, Any]] = []
         self.manifest = session.manifest
 
-    def score(self, request: Request | RequestBatch) -> Array:
+    def score(self, request: Request | RequestBatch, *, deadline: Deadline | None = None) -> Array:
         if isinstance(request, RequestBatch):
             call = "score_batch"
             labels: Any = {n: [_text(x) for x in _list(getattr(request, n))] for n in ("users", "versions")}
@@ -101,8 +101,8 @@ class Recorder:
             labels = {n: _text(getattr(request, n)) for n in ("user", "version")}
         else:
             raise NotInCpp
-        step = {"call": call, "request": {"inputs": _tensors(request.inputs), **labels}}
-        scores: Array = self._noted(step, "scores", lambda: self._session.score(request))
+        step = {"call": call, "request": {"inputs": _tensors(request.inputs), **labels}, **_deadline(deadline)}
+        scores: Array = self._noted(step, "scores", lambda: self._session.score(request, deadline=deadline))
         return scores
 
     def append(self, user: Any, events: Any, version: Any, *, after: Any = None) -> bool:
@@ -110,9 +110,17 @@ class Recorder:
         step["after"] = _text(after)
         return bool(self._noted(step, "kept", lambda: self._session.append(user, events, version, after=after)))
 
-    def warm(self, user: Any, history: Any, version: Any) -> bool:
+    def amend(self, user: Any, events: Any, version: Any, *, at: Any, after: Any = None) -> bool:
+        if type(at) is not int:
+            raise NotInCpp
+        step = {"call": "amend", "user": _name(user), "events": _tensors(events), "version": _name(version), "at": at}
+        step["after"] = _text(after)
+        return bool(self._noted(step, "kept", lambda: self._session.amend(user, events, version, at=at, after=after)))
+
+    def warm(self, user: Any, history: Any, version: Any, *, deadline: Deadline | None = None) -> bool:
         step = {"call": "warm", "user": _name(user), "history": _tensors(history), "version": _text(version)}
-        return bool(self._noted(step, "kept", lambda: self._session.warm(user, history, version)))
+        step |= _deadline(deadline)
+        return bool(self._noted(step, "kept", lambda: self._session.warm(user, history, version, deadline=deadline)))
 
     def forget(self, user: Any) -> bool:
         return bool(self._noted({"call": "forget", "user": _name(user)}, "kept", lambda: self._session.forget(user)))
@@ -138,6 +146,14 @@ class Recorder:
         value = made.tolist() if isinstance(made, np.ndarray) else made
         self.steps.append(step | ({} if result is None else {result: value}))
         return made
+
+
+def _deadline(deadline: Deadline | None) -> dict[str, Any]:
+    """A deadline as it is when the call begins: over, or so far away that it does not matter."""
+    if deadline is None:
+        return {}
+    left = deadline.remaining()
+    return {"deadline": {"seconds": 1e9 if left is None else left, "cancelled": deadline._cancelled.is_set()}}
 
 
 def _list(labels: Any) -> Sequence[Any]:

@@ -31,6 +31,11 @@ Inputs inputs_of(const stca_tensor* data, std::size_t count, const char* what) {
   return {data, count};
 }
 
+/// A null pointer is for ever.
+const Deadline& deadline_of(const stca_deadline* deadline) {
+  return deadline == nullptr ? Deadline::never() : deadline->deadline;
+}
+
 /// Copies `text` into the caller's `size` bytes, cut to fit with its final NUL.
 void copy_text(const std::string& text, char* to, std::size_t size) {
   if (size == 0) return;
@@ -208,7 +213,24 @@ int32_t stca_session_load(const char* bundle, const stca_options* options, stca_
 }
 void stca_session_release(stca_session* session) { delete session; }
 
+int32_t stca_deadline_make(double seconds, stca_deadline** deadline) {
+  return guarded([&] {
+    stca_deadline*& place = given(deadline, "deadline");
+    place = nullptr;
+    place = new stca_deadline{Deadline(seconds)};
+  });
+}
+int32_t stca_deadline_cancel(stca_deadline* deadline) {
+  return guarded([&] { given(deadline, "deadline").deadline.cancel(); });
+}
+void stca_deadline_release(stca_deadline* deadline) { delete deadline; }
+
 int32_t stca_session_score(stca_session* session, const stca_request* requests, size_t count, stca_scores** scores) {
+  return stca_session_score_by(session, requests, count, nullptr, scores);
+}
+
+int32_t stca_session_score_by(stca_session* session, const stca_request* requests, size_t count,
+                              const stca_deadline* deadline, stca_scores** scores) {
   return guarded([&] {
     given(session, "session");
     given(scores, "scores") = nullptr;
@@ -219,11 +241,16 @@ int32_t stca_session_score(stca_session* session, const stca_request* requests, 
       const stca_request& r = requests[i];
       views.push_back({inputs_of(r.inputs, r.input_count, "inputs"), r.user, r.version});
     }
-    *scores = hand_out(session->session.score(views));
+    *scores = hand_out(session->session.score(views, deadline_of(deadline)));
   });
 }
 
 int32_t stca_session_score_batch(stca_session* session, const stca_request_batch* batch, stca_scores** scores) {
+  return stca_session_score_batch_by(session, batch, nullptr, scores);
+}
+
+int32_t stca_session_score_batch_by(stca_session* session, const stca_request_batch* batch,
+                                    const stca_deadline* deadline, stca_scores** scores) {
   return guarded([&] {
     given(session, "session");
     given(scores, "scores") = nullptr;
@@ -231,7 +258,7 @@ int32_t stca_session_score_batch(stca_session* session, const stca_request_batch
     inputs_of(batch->inputs, batch->input_count, "inputs");
     if (batch->user_count > 0) given(batch->users, "users");
     if (batch->version_count > 0) given(batch->versions, "versions");
-    *scores = hand_out(session->session.score(*batch));
+    *scores = hand_out(session->session.score(*batch, deadline_of(deadline)));
   });
 }
 
@@ -258,12 +285,30 @@ int32_t stca_session_append(stca_session* session, const char* user, const stca_
   });
 }
 
+int32_t stca_session_amend(stca_session* session, const char* user, const stca_tensor* events, size_t event_count,
+                           const char* version, int64_t at, const char* after, int32_t* kept) {
+  return guarded([&] {
+    given(session, "session"), given(user, "user");
+    const bool done = session->session.amend(user, inputs_of(events, event_count, "events"), version, at, after);
+    if (kept != nullptr) *kept = done ? 1 : 0;
+  });
+}
+
 int32_t stca_session_warm(stca_session* session, const char* user, const stca_tensor* history, size_t history_count,
                           const char* version, double seconds, int32_t* kept) {
+  stca_deadline* deadline = nullptr;
+  const int32_t code = stca_deadline_make(seconds, &deadline);
+  if (code != STCA_OK) return code;
+  const std::unique_ptr<stca_deadline> owner(deadline);
+  return stca_session_warm_by(session, user, history, history_count, version, deadline, kept);
+}
+
+int32_t stca_session_warm_by(stca_session* session, const char* user, const stca_tensor* history, size_t history_count,
+                             const char* version, const stca_deadline* deadline, int32_t* kept) {
   return guarded([&] {
     given(session, "session"), given(user, "user");
     const Inputs inputs = inputs_of(history, history_count, "history");
-    const bool done = session->session.warm(user, inputs, version, seconds);
+    const bool done = session->session.warm(user, inputs, version, deadline_of(deadline));
     if (kept != nullptr) *kept = done ? 1 : 0;
   });
 }

@@ -18,6 +18,9 @@ struct stca_bundle {
 struct stca_session {
   stca::core::Session session;
 };
+struct stca_deadline {
+  stca::core::Deadline deadline;
+};
 struct stca_scores {
   stca::core::Array own;     // in the model's type
   stca::core::Array values;  // as float32

@@ -225,12 +225,13 @@ void Model::check_output(const Engine& engine, std::size_t index, const Array& o
   }
 }
 
-std::vector<StateCache::State> Model::encode(const std::vector<Row>& rows) const {
+std::vector<StateCache::State> Model::encode(const std::vector<Row>& rows, const Deadline& deadline) const {
   std::vector<RunSize> sizes;
   for (const Row& row : rows) sizes.push_back({1, std::max<std::int64_t>(row.tokens, 0), 0});
   std::vector<StateCache::State> states;
   std::size_t begin = 0;
   for (std::size_t end : run_ends(sizes, encoded_together_)) {
+    deadline.check();
     encode_together(part(rows, begin, end), states);
     begin = end;
   }
@@ -278,7 +279,9 @@ Array Model::join(std::size_t index, const std::vector<StateCache::State>& state
   return concatenate(engines_.scorer->memory(), state_[index].name, parts);
 }
 
-Array Model::score(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const {
+Array Model::score(const std::vector<StateCache::State>& states, const std::vector<Row>& rows,
+                   const Deadline& deadline) const {
+  deadline.check();
   if (rows.size() == 1) return score_together(states, rows);
   std::vector<RunSize> sizes;
   for (std::size_t i = 0; i < rows.size(); ++i) {
@@ -289,6 +292,7 @@ Array Model::score(const std::vector<StateCache::State>& states, const std::vect
   std::vector<Array> scores;
   std::size_t begin = 0;
   for (std::size_t end : ends) {
+    deadline.check();
     scores.push_back(score_together(part(states, begin, end), part(rows, begin, end)));
     begin = end;
   }
@@ -347,6 +351,27 @@ StateCache::State Model::extend(const UserState& old, const UserState& fresh) co
     } else {
       state->tensors.push_back(old.tensors[i]);
     }
+  }
+  return state;
+}
+
+StateCache::State Model::replace(const UserState& old, const UserState& fresh, std::int64_t at) const {
+  const std::int64_t first = at < 0 ? at + old.tokens : at, last = old.tokens - fresh.tokens;
+  if (first < 0 || first > last) {
+    request_error("at: is ", at, "; the kept history has ", old.tokens, " events, and all ", fresh.tokens,
+                  " from there on must be in it");
+  }
+  auto state = std::make_shared<UserState>();
+  state->tokens = old.tokens;
+  for (std::size_t i = 0; i < state_.size(); ++i) {
+    if (is_offsets(i) || !state_[i].rows_are(tokens_symbol)) {
+      state->tensors.push_back(old.tensors[i]);
+      continue;
+    }
+    const Array before = rows(old.tensors[i], 0, first);
+    const Array after = rows(old.tensors[i], first + fresh.tokens, old.tokens);
+    state->tensors.push_back(
+        concatenate(engines_.encoder->memory(), state_[i].name, {&before, &fresh.tensors[i], &after}));
   }
   return state;
 }

@@ -35,13 +35,18 @@ class Model {
   /// Runs the user encoder on one user's admitted inputs.
   StateCache::State encode(const Row& row) const { return encode(std::vector<Row>{row})[0]; }
   /// The same for several users, those with short histories together.
-  std::vector<StateCache::State> encode(const std::vector<Row>& rows) const;
+  /// The deadline is looked at before each run, and throws.
+  std::vector<StateCache::State> encode(const std::vector<Row>& rows, const Deadline& deadline = Deadline::never()) const;
   /// Runs the target scorer for several users, all at once where it can; `rows` hold their request and target inputs.
-  Array score(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const;
+  Array score(const std::vector<StateCache::State>& states, const std::vector<Row>& rows,
+              const Deadline& deadline = Deadline::never()) const;
   /// Scores of no target.
   Array no_scores() const;
   /// The state of both histories one after the other, its oldest tokens dropped beyond the window.
   StateCache::State extend(const UserState& old, const UserState& fresh) const;
+  /// The state with the events of `fresh` in the place of those from `at` on, which counts from the newest where it is
+  /// negative. Throws RequestError when they are not all within the history.
+  StateCache::State replace(const UserState& old, const UserState& fresh, std::int64_t at) const;
 
  private:
   /// Where a graph's input comes from: a state tensor, or an input of the request.

@@ -145,7 +145,7 @@ bool Door::once_per_user(std::size_t index) const {
   return inputs_[index].scope == STCA_USER && !offsets_[index] && !inputs_[index].rows_are(tokens_symbol);
 }
 
-Door::Given Door::sort(Inputs inputs, int scopes, int others) const {
+Door::Given Door::sort(Inputs inputs, int scopes, int others, const char* call) const {
   Given given(inputs_.size());
   for (const stca_tensor& tensor : inputs) {
     if (tensor.name == nullptr) request_error("an input has no name");
@@ -156,7 +156,7 @@ Door::Given Door::sort(Inputs inputs, int scopes, int others) const {
     }
     const auto i = static_cast<std::size_t>(found);
     if ((inputs_[i].scope & (scopes | others)) == 0) {
-      request_error(shown(tensor.name), ": is no part of an event; append takes the per-token user inputs alone");
+      request_error(shown(tensor.name), ": is no part of an event; ", call, " takes the per-token user inputs alone");
     }
     if (given[i] != nullptr) request_error(shown(tensor.name), ": is given twice");
     given[i] = &tensor;
@@ -165,14 +165,14 @@ Door::Given Door::sort(Inputs inputs, int scopes, int others) const {
 }
 
 void Door::admit(Inputs inputs, int scopes, int others, Row& row) const {
-  admit_sorted(sort(inputs, scopes, others), scopes, false, row);
+  admit_sorted(sort(inputs, scopes, others, ""), scopes, false, row);
 }
 
-void Door::admit_events(Inputs events, Row& row) const {
-  const Given given = sort(events, STCA_USER, 0);
+void Door::admit_events(Inputs events, const char* call, Row& row) const {
+  const Given given = sort(events, STCA_USER, 0, call);
   for (std::size_t i = 0; i < inputs_.size(); ++i) {
     if (given[i] != nullptr && once_per_user(i)) {
-      request_error(inputs_[i].name, ": is no part of an event; append takes the per-token user inputs alone");
+      request_error(inputs_[i].name, ": is no part of an event; ", call, " takes the per-token user inputs alone");
     }
   }
   admit_sorted(given, STCA_USER, true, row);

@@ -79,7 +79,8 @@ class Door {
   /// Arrays of the right dtype are not copied. Throws RequestError naming the input, the value and the limit.
   void admit(Inputs inputs, int scopes, int others, Row& row) const;
   /// `admit` for the per-token user inputs alone, with any valid value where there is one per user.
-  void admit_events(Inputs events, Row& row) const;
+  /// `call` is what takes them, for its messages.
+  void admit_events(Inputs events, const char* call, Row& row) const;
 
   /// Why new events are not appended, of a bundle whose states cannot be.
   std::string why_not_appendable() const;
@@ -103,7 +104,7 @@ class Door {
   using Sizes = std::vector<Bound>;
 
   std::vector<CutRequest> unstack(const stca_request_batch& batch) const;
-  Given sort(Inputs inputs, int scopes, int others) const;
+  Given sort(Inputs inputs, int scopes, int others, const char* call) const;
   void admit_sorted(const Given& given, int scopes, bool events, Row& row) const;
   Array of_kind(std::size_t index, const stca_tensor& value) const;
   Array array(std::size_t index, Array raw, Sizes& sizes) const;

@@ -1,8 +1,6 @@
 #include "session.hpp"
 
 #include <algorithm>
-#include <chrono>
-#include <cmath>
 #include <utility>
 
 #include "error.hpp"
@@ -59,14 +57,18 @@ stca_cache_stats Session::stats() const {
   return cache_->stats();
 }
 
-Scored Session::score(const std::vector<RequestView>& requests) { return score(*model(), requests); }
+Scored Session::score(const std::vector<RequestView>& requests, const Deadline& deadline) {
+  deadline.check();
+  return score(*model(), requests, deadline);
+}
 
-Scored Session::score(const stca_request_batch& batch) {
+Scored Session::score(const stca_request_batch& batch, const Deadline& deadline) {
+  deadline.check();
   const ModelPtr model = this->model();
   const std::vector<CutRequest> cut = model->door().unpack(batch);
   std::vector<RequestView> requests;
   for (const CutRequest& r : cut) requests.push_back({{r.inputs.data(), r.inputs.size()}, r.user, r.version});
-  return score(*model, requests);
+  return score(*model, requests, deadline);
 }
 
 /// One request on its way: what it brought, and the state it is scored with.
@@ -153,8 +155,9 @@ void Session::check_version(const Model& model, const Pending& one) const {
                 in_quotes(request.version), "; give each history a version of its own");
 }
 
-std::vector<StateCache::State> Session::encode(const Model& model, const std::vector<Row>& rows) const {
-  std::vector<StateCache::State> states = model.encode(rows);
+std::vector<StateCache::State> Session::encode(const Model& model, const std::vector<Row>& rows,
+                                               const Deadline& deadline) const {
+  std::vector<StateCache::State> states = model.encode(rows, deadline);
   for (std::size_t i = 0; options_.check_versions && i < states.size(); ++i) {
     UserState state = *states[i];
     state.history = model.door().digest(rows[i]);
@@ -168,7 +171,7 @@ void Session::history_needed(const RequestView& request) {
        " is kept; send the user inputs");
 }
 
-Scored Session::score(const Model& model, const std::vector<RequestView>& requests) {
+Scored Session::score(const Model& model, const std::vector<RequestView>& requests, const Deadline& deadline) {
   if (requests.size() > 1) model.door().check_packable();
 
   // Everything is checked before anything is computed, so a refused request leaves no trace.
@@ -186,7 +189,7 @@ Scored Session::score(const Model& model, const std::vector<RequestView>& reques
   if (requests.size() > 1) model.door().check_targets(all, "targets of all requests");
   for (Pending& one : pending) look_up(model, one);
   const Turns::Turn turn(turns_);
-  find_states(model, pending);
+  find_states(model, pending, deadline);
   std::vector<StateCache::State> states;
   std::vector<Row> rows;
   std::size_t hits = 0;
@@ -195,7 +198,7 @@ Scored Session::score(const Model& model, const std::vector<RequestView>& reques
     states.push_back(std::move(one.state));
     rows.push_back(std::move(one.row));
   }
-  return {model.score(states, rows), hits};
+  return {model.score(states, rows, deadline), hits};
 }
 
 bool Session::find_state(Pending& one) {
@@ -208,7 +211,7 @@ bool Session::find_state(Pending& one) {
   return found.ours;
 }
 
-void Session::find_states(const Model& model, std::vector<Pending>& pending) {
+void Session::find_states(const Model& model, std::vector<Pending>& pending, const Deadline& deadline) {
   const auto at_hand = std::count_if(pending.begin(), pending.end(), [](const Pending& one) { return one.hit; });
   cache_->count(Came::memory, at_hand);
   const auto count_encoding = [&](const Pending& one) {
@@ -232,26 +235,39 @@ void Session::find_states(const Model& model, std::vector<Pending>& pending) {
       count_encoding(*one);
       rows.push_back(one->row);
     }
-    std::vector<StateCache::State> states = encode(model, rows);
+    std::vector<StateCache::State> states = encode(model, rows, deadline);
     for (std::size_t i = 0; i < states.size(); ++i) leading.pending[i]->state = std::move(states[i]);
   }
   // Waiting comes last: whoever waits has nothing left to do that another could be waiting for.
   for (Pending* one : waiting) {
     while (one->state == nullptr) {
-      one->state = StateCache::wait(one->flight);
+      one->state = StateCache::wait(one->flight, deadline);
       if (one->state != nullptr) break;
       Leading leading(*cache_);  // that encoding failed; perhaps with what this request brings it does not
       if (!find_state(*one)) continue;
       joining.add(-1);
       leading.pending.push_back(one);
       count_encoding(*one);
-      one->state = encode(model, {one->row})[0];
+      one->state = encode(model, {one->row}, deadline)[0];
     }
   }
   joining.done();
 }
 
 bool Session::append(const std::string& user, Inputs events, const char* version, const char* after) {
+  return change("append", user, events, version, after,
+                [](const Model& model, const UserState& old, const UserState& fresh) { return model.extend(old, fresh); });
+}
+
+bool Session::amend(const std::string& user, Inputs events, const char* version, std::int64_t at, const char* after) {
+  return change("amend", user, events, version, after,
+                [at](const Model& model, const UserState& old, const UserState& fresh) {
+                  return model.replace(old, fresh, at);
+                });
+}
+
+bool Session::change(const char* call, const std::string& user, Inputs events, const char* version, const char* after,
+                     const Change& result) {
   const ModelPtr model = this->model();
   if (version == nullptr) {
     request_error("version: is null; name the history with the new events, or no request will find it");
@@ -265,37 +281,35 @@ bool Session::append(const std::string& user, Inputs events, const char* version
                   "whole history with a new version");
   }
   Row row;
-  model->door().admit_events(events, row);
+  model->door().admit_events(events, call, row);
   const auto held = cache_->find(user);
   if (!held || !(*held->first.kind == *model->state_kind())) return false;
   if (held->first.version == version) return true;  // the same call again, after a timeout perhaps: its events are in
   if (after != nullptr && held->first.version != after) return false;
-  const Turns::Turn turn(turns_);
-  const StateCache::State fresh = model->encode(row);
-  return cache_->put(model->key(user, version), model->extend(*held->second, *fresh), held->second);
+  StateCache::State changed;
+  {
+    const Turns::Turn turn(turns_);
+    changed = result(*model, *held->second, *model->encode(row));
+  }
+  return cache_->put(model->key(user, version), std::move(changed), held->second);
 }
 
-bool Session::warm(const std::string& user, Inputs history, const char* version, double seconds) {
-  using Seconds = std::chrono::duration<double>;
-  Turns::Until until;
-  if (!(seconds > 0)) Turns::late();
-  // Beyond a year, the clock's own range might be.
-  if (seconds < 3e7) until = Turns::Until::value_type::clock::now() +
-                             std::chrono::duration_cast<Turns::Until::value_type::duration>(Seconds(seconds));
+bool Session::warm(const std::string& user, Inputs history, const char* version, const Deadline& deadline) {
+  deadline.check();
   const ModelPtr model = this->model();
   const RequestView request{history, user.c_str(), version};
   Pending one{&request, {}, {}, nullptr, nullptr};
   look_up(*model, one);
   if (one.state != nullptr) return true;
-  const Turns::Turn turn(turns_, until);
+  const Turns::Turn turn(turns_, deadline);
   while (one.state == nullptr) {
     Leading leading(*cache_);
     if (find_state(one)) {
       leading.pending.push_back(&one);
       cache_->count_warmed();
-      one.state = encode(*model, {one.row})[0];
+      one.state = encode(*model, {one.row}, deadline)[0];
     } else if (one.state == nullptr) {
-      one.state = StateCache::wait(one.flight);
+      one.state = StateCache::wait(one.flight, deadline);
     }
   }
   return cache_->get(*one.key).state != nullptr;

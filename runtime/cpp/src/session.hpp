@@ -1,6 +1,7 @@
 // The production front: score, append, forget, swap, with the user side computed once and reused.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -28,13 +29,14 @@ class Session {
   Session& operator=(const Session&) = delete;
   ~Session();
 
-  Scored score(const std::vector<RequestView>& requests);
-  Scored score(const stca_request_batch& batch);
+  Scored score(const std::vector<RequestView>& requests, const Deadline& deadline);
+  Scored score(const stca_request_batch& batch, const Deadline& deadline);
   /// `version` must not be null; `after` may.
   bool append(const std::string& user, Inputs events, const char* version, const char* after);
-  /// Makes and keeps a state ahead of its request, once a processor is free; whether it is kept. `version` may be null;
-  /// `seconds` from now it is not wanted any more, unless they are infinite.
-  bool warm(const std::string& user, Inputs history, const char* version, double seconds);
+  /// The same with corrected events, in the place of the kept ones from `at` on.
+  bool amend(const std::string& user, Inputs events, const char* version, std::int64_t at, const char* after);
+  /// Makes and keeps a state ahead of its request, once a processor is free; whether it is kept. `version` may be null.
+  bool warm(const std::string& user, Inputs history, const char* version, const Deadline& deadline);
   bool forget(const std::string& user);
   void swap(const std::string& path);
 
@@ -46,14 +48,19 @@ class Session {
   struct Pending;
   class Leading;
   class Joining;
-  Scored score(const Model& model, const std::vector<RequestView>& requests);
+  Scored score(const Model& model, const std::vector<RequestView>& requests, const Deadline& deadline);
+  /// A kept state and that of the events, as the changed one.
+  using Change = std::function<StateCache::State(const Model&, const UserState&, const UserState&)>;
+  /// Encodes the events and keeps the changed state; whether it is kept. `call` is what was called, for messages.
+  bool change(const char* call, const std::string& user, Inputs events, const char* version, const char* after,
+              const Change& result);
   /// Its state where one is kept, its user inputs where there is none.
   void look_up(const Model& model, Pending& one);
   /// Where versions are checked, throws RequestError when a history is sent with the version of another one.
   void check_version(const Model& model, const Pending& one) const;
-  std::vector<StateCache::State> encode(const Model& model, const std::vector<Row>& rows) const;
+  std::vector<StateCache::State> encode(const Model& model, const std::vector<Row>& rows, const Deadline& deadline) const;
   /// Gives each its state: a kept one, one that is encoded here, or one that another call encodes.
-  void find_states(const Model& model, std::vector<Pending>& pending);
+  void find_states(const Model& model, std::vector<Pending>& pending, const Deadline& deadline);
   /// Whether the state is to be encoded here; if not, it is there, or there is a flight to wait for.
   bool find_state(Pending& one);
   [[noreturn]] static void history_needed(const RequestView& request);

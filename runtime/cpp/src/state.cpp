@@ -106,9 +106,9 @@ void StateCache::land(const FlightPtr& flight, State state) {
   flight->landed.notify_all();
 }
 
-StateCache::State StateCache::wait(const FlightPtr& flight) {
+StateCache::State StateCache::wait(const FlightPtr& flight, const Deadline& deadline) {
   std::unique_lock lock(flight->mutex);
-  flight->landed.wait(lock, [&] { return flight->done; });
+  deadline.wait(flight->landed, lock, [&] { return flight->done; });
   return flight->state;
 }
 

@@ -14,6 +14,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "deadline.hpp"
 #include "gone.hpp"
 #include "tensor.hpp"
 
@@ -97,8 +98,8 @@ class StateCache {
   void count_warmed();
   /// Ends an encoding: keeps its state, unless the user was forgotten meanwhile; null when it failed.
   void land(const FlightPtr& flight, State state);
-  /// Waits for an encoding that another thread runs. Null when it failed.
-  static State wait(const FlightPtr& flight);
+  /// Waits for an encoding that another thread runs. Null when it failed; throws what the deadline does.
+  static State wait(const FlightPtr& flight, const Deadline& deadline = Deadline::never());
 
   /// Keeps `state` in place of the user's last one; false when it is larger than the budget. With `instead_of`, only
   /// while that is still the one kept: what came or went meanwhile wins.

@@ -1,6 +1,7 @@
 // Sequences of calls of the C ABI, with null pointers, wrong sizes and wrong tensors among them.
 #include <cmath>
 #include <filesystem>
+#include <limits>
 
 #include "../../unit/runtime_cpp/spec_engine.hpp"
 #include "requests.hpp"
@@ -158,8 +159,20 @@ class Round {
       requests.push_back({none ? nullptr : inputs.list.data(), inputs.list.size(), maybe(user()), maybe(version())});
     }
     stca_scores* scores = nullptr;
-    ended("score", stca_session_score(maybe(session_), maybe(requests.data()), count, maybe(&scores)));
+    stca_deadline* deadline = late();
+    ended("score", stca_session_score_by(maybe(session_), maybe(requests.data()), count, deadline, maybe(&scores)));
+    stca_deadline_release(deadline);
     read(scores);
+  }
+
+  /// Mostly none; one that is over, cancelled, or far away.
+  stca_deadline* late() {
+    if (!random_.one_in(8)) return nullptr;
+    const double seconds[] = {HUGE_VAL, 0, -1, 100, std::nan("")};
+    stca_deadline* deadline = nullptr;
+    ended("deadline", stca_deadline_make(random_.among(seconds), maybe(&deadline)));
+    if (random_.one_in(2)) stca_deadline_cancel(deadline);
+    return deadline;
   }
 
   void batch() {
@@ -183,6 +196,14 @@ class Round {
     fill(specs(), STCA_USER, random_, events, !random_.one_in(5));
     spoil(events);
     std::int32_t kept = 0;
+    if (random_.one_in(3)) {
+      const std::int64_t places[] = {0, 0, 1, -1, -2, 7, std::numeric_limits<std::int64_t>::min(),
+                                     std::numeric_limits<std::int64_t>::max()};
+      ended("amend", stca_session_amend(maybe(session_), maybe(user()), maybe(events.list.data()), events.list.size(),
+                                        maybe(version()), random_.among(places), random_.one_in(2) ? nullptr : version(),
+                                        maybe(&kept)));
+      return;
+    }
     ended("append", stca_session_append(maybe(session_), maybe(user()), maybe(events.list.data()), events.list.size(),
                                         maybe(version()), random_.one_in(2) ? nullptr : version(), maybe(&kept)));
   }

@@ -209,23 +209,31 @@ class Runner {
     if (call == "score") {
       const Json& json = *step.find("request");
       const Tensors inputs(*json.find("inputs"));
-      compare(session.score({inputs.list(), name_of(*json.find("user")), name_of(*json.find("version"))}), step);
+      compare(session.score({inputs.list(), name_of(*json.find("user")), name_of(*json.find("version"))},
+                            deadline_of(step)),
+              step);
     } else if (call == "score_batch") {
       const Json& json = *step.find("request");
       const Tensors inputs(*json.find("inputs"));
       stca::RequestBatch batch{inputs.list(), {}, {}};
       for (const Json& user : *json.find("users")->list()) batch.users.push_back(name_of(user));
       for (const Json& version : *json.find("versions")->list()) batch.versions.push_back(name_of(version));
-      compare(session.score(batch), step);
+      compare(session.score(batch, deadline_of(step)), step);
     } else if (call == "append") {
       const Tensors events(*step.find("events"));
       const Json* after = step.find("after");
       compare(session.append(text_of(step, "user"), events.list(), text_of(step, "version"),
                              after == nullptr ? std::nullopt : name_of(*after)),
               step);
+    } else if (call == "amend") {
+      const Tensors events(*step.find("events"));
+      compare(session.amend(text_of(step, "user"), events.list(), text_of(step, "version"), integer_of(step, "at"),
+                            name_of(*step.find("after"))),
+              step);
     } else if (call == "warm") {
       const Tensors history(*step.find("history"));
-      compare(session.warm(text_of(step, "user"), history.list(), name_of(*step.find("version"))), step);
+      compare(session.warm(text_of(step, "user"), history.list(), name_of(*step.find("version")), deadline_of(step)),
+              step);
     } else if (call == "forget") {
       compare(session.forget(text_of(step, "user")), step);
     } else if (call == "swap") {
@@ -235,6 +243,17 @@ class Runner {
     } else {
       wrong("no such call: ", call);
     }
+  }
+
+  /// In so many seconds, and perhaps cancelled before the call.
+  static stca::Deadline deadline_of(const Json& step) {
+    const Json* json = step.find("deadline");
+    if (json == nullptr) return stca::Deadline::never();
+    double seconds = 0;
+    json->find("seconds")->number(seconds);
+    stca::Deadline deadline(seconds);
+    if (*json->find("cancelled")->boolean()) deadline.cancel();
+    return deadline;
   }
 
   void compare(const stca::Scores& scores, const Json& step) const {

@@ -876,9 +876,11 @@ def _int32(spec: TensorSpec) -> TensorSpec:
 
 def cases_text() -> str:
     """All cases as JSON, one to a line."""
+    import golden_changes
     import golden_padding
 
-    cases = {"cases": [*good_cases(), *bad_cases(), *golden_padding.cases()], "damages": damage_cases()}
+    others = (*golden_padding.cases(), *golden_changes.cases())
+    cases = {"cases": [*good_cases(), *bad_cases(), *others], "damages": damage_cases()}
     lines = (f' "{key}": [\n  ' + ",\n  ".join(map(json.dumps, value)) + "\n ]" for key, value in cases.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
 

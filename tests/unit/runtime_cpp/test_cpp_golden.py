@@ -16,7 +16,7 @@ from make_golden import cases_text
 import stca.errors
 from stca.bundle import Bundle
 from stca.errors import StcaError
-from stca.runtime import Request, RequestBatch, Session
+from stca.runtime import Deadline, Request, RequestBatch, Session
 from stca.runtime.cache import REASONS
 from stca.runtime.store import JOINED, MEMORY
 
@@ -40,22 +40,35 @@ def arrays(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: array(**tensor) for name, tensor in inputs.items()}
 
 
+def deadline_of(step: dict[str, Any]) -> Deadline | None:
+    if "deadline" not in step:
+        return None
+    deadline = Deadline(step["deadline"]["seconds"])
+    if step["deadline"]["cancelled"]:
+        deadline.cancel()
+    return deadline
+
+
 def perform(session: Session, step: dict[str, Any]) -> dict[str, Any]:
     """One step's outcome, in the form in which the file expects it."""
     match step["call"]:
         case "score":
             request = step["request"]
-            scores = session.score(Request(arrays(request["inputs"]), request["user"], request["version"]))
-            return {"scores": scores.tolist()}
+            one = Request(arrays(request["inputs"]), request["user"], request["version"])
+            return {"scores": session.score(one, deadline=deadline_of(step)).tolist()}
         case "score_batch":
             request = step["request"]
             batch = RequestBatch(arrays(request["inputs"]), request["users"], request["versions"])
-            return {"scores": session.score(batch).tolist()}
+            return {"scores": session.score(batch, deadline=deadline_of(step)).tolist()}
         case "append":
             inputs = arrays(step["events"])
             return {"kept": session.append(step["user"], inputs, step["version"], after=step.get("after"))}
+        case "amend":
+            of = {"at": step["at"], "after": step["after"]}
+            return {"kept": session.amend(step["user"], arrays(step["events"]), step["version"], **of)}
         case "warm":
-            return {"kept": session.warm(step["user"], arrays(step["history"]), step["version"])}
+            history = arrays(step["history"])
+            return {"kept": session.warm(step["user"], history, step["version"], deadline=deadline_of(step))}
         case "forget":
             return {"kept": session.forget(step["user"])}
         case "swap":

@@ -2,11 +2,10 @@
 // scores in the model's own type.
 #include <atomic>
 #include <cmath>
-#include <condition_variable>
-#include <mutex>
 #include <thread>
 
 #include "check.hpp"
+#include "gate.hpp"
 #include "log_request.hpp"
 #include "resealed.hpp"
 #include "spec_engine.hpp"
@@ -16,43 +15,6 @@ using resealed::Copy;
 using resealed::Tree;
 
 namespace {
-
-/// Holds runs of the encoder until they are let go.
-class Gate {
- public:
-  void pass() {
-    std::unique_lock lock(mutex_);
-    ++waiting_;
-    changed_.notify_all();
-    changed_.wait(lock, [&] { return open_; });
-    ++passed_;
-  }
-  void wait_for(int runs) {
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return waiting_ >= runs; });
-  }
-  void open() {
-    const std::lock_guard lock(mutex_);
-    open_ = true;
-    changed_.notify_all();
-  }
-  int passed() {
-    const std::lock_guard lock(mutex_);
-    return passed_;
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  bool open_ = false;
-  int waiting_ = 0, passed_ = 0;
-};
-
-stca::Options gated(Gate& gate) {
-  return with(spec::maker([&gate](const std::string& graph) {
-    if (graph == "user_encoder") gate.pass();
-  }));
-}
 
 stca::Options scoring(double score) {
   return with(spec::maker({}, [score](const std::string& graph, std::size_t, std::size_t element) {

@@ -31,6 +31,8 @@ struct RequestError : StcaError { using StcaError::StcaError; };
 struct HistoryNeededError : RequestError { using RequestError::RequestError; };
 /// The time that an answer was wanted for is over.
 struct DeadlineError : StcaError { using StcaError::StcaError; };
+/// The caller no longer wants the answer.
+struct CancelledError : StcaError { using StcaError::StcaError; };
 /// An engine failed on inputs that passed the door: out of memory, a broken kernel. The request may be right.
 struct EngineError : StcaError { using StcaError::StcaError; };
 /// This library was called wrongly: an option out of its range, an index too large.
@@ -48,6 +50,7 @@ inline void check(std::int32_t code) {
     case STCA_ENGINE_ERROR: throw EngineError(code, message);
     case STCA_HISTORY_NEEDED: throw HistoryNeededError(code, message);
     case STCA_DEADLINE_ERROR: throw DeadlineError(code, message);
+    case STCA_CANCELLED_ERROR: throw CancelledError(code, message);
     case STCA_USAGE_ERROR: throw UsageError(code, message);
     default: throw StcaError(code, message);
   }

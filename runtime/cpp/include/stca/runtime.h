@@ -42,7 +42,7 @@ typedef enum stca_code {
   STCA_ENGINE_ERROR = 9,     /* EngineError: an engine failed on inputs that passed the door; they may be right */
   STCA_HISTORY_NEEDED = 10, /* HistoryNeededError, a RequestError: no state of this version is kept; send the history */
   STCA_DEADLINE_ERROR = 11,  /* DeadlineError: the time that the answer was wanted for is over */
-  STCA_CANCELLED_ERROR = 12, /* CancelledError: the caller no longer wants the answer; of Python alone so far */
+  STCA_CANCELLED_ERROR = 12, /* CancelledError: the caller no longer wants the answer */
   STCA_USAGE_ERROR = 100,   /* this library was called wrongly: a null pointer, an index too large */
   STCA_INTERNAL_ERROR = 101, /* the host is out of memory, or a defect of this library */
   STCA_FORKED_ERROR = 102    /* the session was loaded before this process was forked from another: load one here */
@@ -209,7 +209,7 @@ typedef struct stca_cache_stats {
   uint64_t expired;     /* states that became older than ttl_seconds */
   uint64_t state_bytes; /* of `bytes`, the states' own tensors */
   uint64_t warmed;      /* states made ahead of a request, by stca_session_warm */
-  uint64_t appends;     /* histories that grew without being encoded again */
+  uint64_t appends;     /* histories that grew, or were corrected, without being encoded again */
   /* Of `hits`, where the state was: kept in memory, or made for another call at that moment. */
   uint64_t hits_memory, hits_joined;
   /* Of `misses`, why there was no state, as far as it is known: never seen, one of another version is kept, it became
@@ -232,6 +232,21 @@ STCA_API void stca_session_release(stca_session* session);
 STCA_API int32_t stca_session_score(stca_session* session, const stca_request* requests, size_t count,
                                     stca_scores** scores);
 STCA_API int32_t stca_session_score_batch(stca_session* session, const stca_request_batch* batch, stca_scores** scores);
+
+/* Seconds from now in which an answer is of use, and a way to say earlier that it no longer is. It is looked at before
+ * work begins and between its stages, never within an engine's run: then a call ends with STCA_DEADLINE_ERROR or
+ * STCA_CANCELLED_ERROR, and a state that was made is kept. Make it when the request arrives, so that waiting in a queue
+ * counts; 0 or less is over already, and with INFINITY it can be cancelled alone. Several calls may share one. Any
+ * thread may cancel; release it with stca_deadline_release when no call has it. */
+typedef struct stca_deadline stca_deadline;
+STCA_API int32_t stca_deadline_make(double seconds, stca_deadline** deadline);
+STCA_API int32_t stca_deadline_cancel(stca_deadline* deadline);
+STCA_API void stca_deadline_release(stca_deadline* deadline);
+/* The same calls with a deadline; NULL is for ever. */
+STCA_API int32_t stca_session_score_by(stca_session* session, const stca_request* requests, size_t count,
+                                       const stca_deadline* deadline, stca_scores** scores);
+STCA_API int32_t stca_session_score_batch_by(stca_session* session, const stca_request_batch* batch,
+                                             const stca_deadline* deadline, stca_scores** scores);
 STCA_API const float* stca_scores_values(const stca_scores* scores); /* targets × tasks, row-major */
 STCA_API size_t stca_scores_targets(const stca_scores* scores);
 STCA_API size_t stca_scores_tasks(const stca_scores* scores);
@@ -249,6 +264,12 @@ STCA_API void stca_scores_release(stca_scores* scores);
  * new one is over the budget. Then the next request brings the history. */
 STCA_API int32_t stca_session_append(stca_session* session, const char* user, const stca_tensor* events,
                                      size_t event_count, const char* version, const char* after, int32_t* kept);
+/* Puts corrected events in the place of kept ones, as when a label arrives late; exact, as an append, and with its
+ * arguments. `at` is the place of the first in the kept history: 0 is the oldest event, -1 the newest. All of them must
+ * be within it, or it is a STCA_REQUEST_ERROR. */
+STCA_API int32_t stca_session_amend(stca_session* session, const char* user, const stca_tensor* events,
+                                    size_t event_count, const char* version, int64_t at, const char* after,
+                                    int32_t* kept);
 /* Makes and keeps a user's state ahead of the request that needs it, while targets are being recalled, say: in this
  * thread, once a processor is free of scores. A request of the same version that comes meanwhile joins the encoding.
  * `history` are the user inputs, which may be left out where the version may be kept already; `version` may be NULL, as
@@ -256,6 +277,9 @@ STCA_API int32_t stca_session_append(stca_session* session, const char* user, co
  * takes. `kept` says whether the state is kept. */
 STCA_API int32_t stca_session_warm(stca_session* session, const char* user, const stca_tensor* history,
                                    size_t history_count, const char* version, double seconds, int32_t* kept);
+STCA_API int32_t stca_session_warm_by(stca_session* session, const char* user, const stca_tensor* history,
+                                      size_t history_count, const char* version, const stca_deadline* deadline,
+                                      int32_t* kept);
 /* Drops what is kept of a user, and of an encoding under way when it is done; `kept` says whether anything was kept. */
 STCA_API int32_t stca_session_forget(stca_session* session, const char* user, int32_t* kept);
 /* Serves another bundle from the next request on; running ones finish on the old. On failure nothing changes. */

@@ -1,4 +1,4 @@
-// stca runtime for C++17: the same six calls as in Python, over the C ABI of runtime.h, so that a program and the
+// stca runtime for C++17: the same seven calls as in Python, over the C ABI of runtime.h, so that a program and the
 // library it loads may come from different compilers. Header-only; docs/cpp_runtime.md is the guide.
 //
 //   stca::Session session("my.bundle");
@@ -9,7 +9,6 @@
 #include <cstring>
 #include <functional>
 #include <initializer_list>
-#include <limits>
 #include <map>
 #include <memory>
 #include <optional>
@@ -18,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "stca/deadline.hpp"
 #include "stca/errors.hpp"
 #include "stca/runtime.h"
 
@@ -258,27 +258,32 @@ class Session {
   /// As in Python: `Session::load(bundle)`.
   static Session load(const std::string& bundle, Options options = {}) { return Session(bundle, std::move(options)); }
 
-  /// Throws RequestError naming the input, the value and the limit; nothing was computed or kept.
-  Scores score(const Request& request) { return score(&request, 1); }
+  /// Throws RequestError naming the input, the value and the limit; nothing was computed or kept. DeadlineError and
+  /// CancelledError when the scores are not wanted any more; a state that was made is kept.
+  Scores score(const Request& request, const Deadline& deadline = Deadline::never()) {
+    return score(&request, 1, deadline);
+  }
   /// Several requests computed together; scores of all targets, one request after the other.
-  Scores score(const std::vector<Request>& requests) { return score(requests.data(), requests.size()); }
-  Scores score(const RequestBatch& batch) {
+  Scores score(const std::vector<Request>& requests, const Deadline& deadline = Deadline::never()) {
+    return score(requests.data(), requests.size(), deadline);
+  }
+  Scores score(const RequestBatch& batch, const Deadline& deadline = Deadline::never()) {
     std::vector<const char*> users, versions;
     for (const auto& user : batch.users) users.push_back(detail::c_str(user, "users"));
     for (const auto& version : batch.versions) versions.push_back(detail::c_str(version, "versions"));
     const stca_request_batch raw{batch.inputs.data(), batch.inputs.size(), users.data(),
                                  users.size(),        versions.data(),     versions.size()};
     stca_scores* scores = nullptr;
-    detail::check(stca_session_score_batch(session_.get(), &raw, &scores));
+    detail::check(stca_session_score_batch_by(session_.get(), &raw, deadline.deadline_.get(), &scores));
     return Scores(scores);
   }
   /// Makes and keeps a user's state ahead of its request, in this thread, once a processor is free of scores; whether it
-  /// is kept. Throws DeadlineError when its turn does not come within `seconds`, and what `score` throws.
+  /// is kept. Throws what `score` throws; without a deadline it waits for its turn as long as it takes.
   bool warm(const std::string& user, const std::vector<Tensor>& history, const std::optional<std::string>& version = {},
-            double seconds = std::numeric_limits<double>::infinity()) {
+            const Deadline& deadline = Deadline::never()) {
     std::int32_t kept = 0;
-    detail::check(stca_session_warm(session_.get(), detail::c_str(user, "user"), history.data(), history.size(),
-                                    detail::c_str(version, "version"), seconds, &kept));
+    detail::check(stca_session_warm_by(session_.get(), detail::c_str(user, "user"), history.data(), history.size(),
+                                       detail::c_str(version, "version"), deadline.deadline_.get(), &kept));
     return kept != 0;
   }
   /// Adds new events, oldest first, to a kept state; only they are encoded. `version` is that of the history with them,
@@ -288,6 +293,16 @@ class Session {
     std::int32_t kept = 0;
     detail::check(stca_session_append(session_.get(), detail::c_str(user, "user"), events.data(), events.size(),
                                       detail::c_str(version, "version"), detail::c_str(after, "after"), &kept));
+    return kept != 0;
+  }
+  /// Puts corrected events in the place of kept ones, as when a label arrives late; exact, as `append`. `at` is the place
+  /// of the first in the kept history: 0 is the oldest event, -1 the newest. Throws RequestError as `append`, and when
+  /// they are not all within the history.
+  bool amend(const std::string& user, const std::vector<Tensor>& events, const std::string& version, std::int64_t at,
+             const std::optional<std::string>& after = std::nullopt) {
+    std::int32_t kept = 0;
+    detail::check(stca_session_amend(session_.get(), detail::c_str(user, "user"), events.data(), events.size(),
+                                     detail::c_str(version, "version"), at, detail::c_str(after, "after"), &kept));
     return kept != 0;
   }
   /// Drops what is kept of a user; false when nothing was.
@@ -333,7 +348,7 @@ class Session {
     return text;
   }
 
-  Scores score(const Request* requests, std::size_t count) {
+  Scores score(const Request* requests, std::size_t count, const Deadline& deadline) {
     std::vector<stca_request> raw;
     raw.reserve(count);
     for (const Request* r = requests; r != requests + count; ++r) {
@@ -341,7 +356,8 @@ class Session {
           {r->inputs.data(), r->inputs.size(), detail::c_str(r->user, "user"), detail::c_str(r->version, "version")});
     }
     stca_scores* scores = nullptr;
-    detail::check(stca_session_score(session_.get(), raw.data(), raw.size(), &scores));
+    detail::check(
+        stca_session_score_by(session_.get(), raw.data(), raw.size(), deadline.deadline_.get(), &scores));
     return Scores(scores);
   }
 

@@ -1,0 +1,122 @@
+"""Golden cases of corrected events and of answers that are not wanted any more; `make_golden.py` writes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from make_golden import Log, append, case, events, forget, refused, score, stats, warm
+
+A = Log([1, 2, 3, 40, 50], [0, 1, 3, 2, 2])
+DEADLINE_ERROR, CANCELLED_ERROR = 11, 12
+
+
+def cases() -> list[Any]:
+    """All of them."""
+    return [*_amendments(), *_deadlines()]
+
+
+def amend(user: str, given: Any, version: str, at: int, expected: Any, after: str | None = None) -> dict[str, Any]:
+    """A step that amends, and whether the state is kept, or the error."""
+    outcome = expected if isinstance(expected, dict) else {"kept": expected}
+    return {"call": "amend", "user": user, "events": given, "version": version, "at": at, "after": after, **outcome}
+
+
+def _by(step: dict[str, Any], seconds: float, cancelled: bool = False) -> dict[str, Any]:
+    """The step with a deadline."""
+    return {**step, "deadline": {"seconds": seconds, "cancelled": cancelled}}
+
+
+def _amendments() -> list[Any]:
+    def corrected(at: int, items: list[int], actions: list[int]) -> Log:
+        end = at + len(items)
+        return Log([*A.items[:at], *items, *A.items[end:]], [*A.actions[:at], *actions, *A.actions[end:]])
+
+    kept = score(A.inputs(), A.scores(), "ann", "v1")
+    places = [(0, [9], [3]), (1, [9, 8], [3, 1]), (-1, [9], [3]), (-5, [9] * 5, [1] * 5), (5, [], []), (-2, [], [])]
+    found = []
+    for at, items, actions in places:
+        right = corrected(at % 5 if at != 5 else 5, items, actions)
+        found.append(
+            case(
+                f"{len(items)} events amended at {at}",
+                kept,
+                amend("ann", events(items, actions), "v2", at, True, "v1"),
+                score(A.rest(), right.scores(), "ann", "v2"),
+                score(A.rest(), refused("ann", "v1", "send the user inputs"), "ann", "v1"),
+                stats(hits=1, misses=1, appends=1, users=1, state_bytes=A.state_bytes()),
+            )
+        )
+    for at, items in ((5, [9]), (4, [9, 9]), (-6, [9]), (1 << 62, [9]), (-(1 << 62), [9])):
+        says = refused(f"at: is {at}; the kept history has 5 events, and all {len(items)} from there on must be in it")
+        found.append(
+            case(
+                f"{len(items)} events at {at} are not within the history",
+                kept,
+                amend("ann", events(items, [0] * len(items)), "v2", at, says),
+                score(A.rest(), A.scores(), "ann", "v1"),
+            )
+        )
+    longest = Log([*A.items, 60], [*A.actions, 0])
+    seen = Log([3, 40, 50, 60, 70, 9], [3, 2, 2, 0, 0, 3])
+    return [
+        *found,
+        case(
+            "counted from the newest where old events fell off",
+            score(longest.inputs(), longest.scores(), "ann", "v1"),
+            append("ann", events([70, 80], [0, 1]), "v2", True),
+            amend("ann", events([9], [3]), "v3", -1, True),
+            score(A.rest(), seen.scores(), "ann", "v3"),
+        ),
+        case(
+            "amended once, and after the right version alone",
+            kept,
+            amend("ann", events([9], [3]), "v3", 0, False, "v2"),
+            amend("ann", events([9], [3]), "v2", 0, True, "v1"),
+            amend("ann", events([8], [3]), "v2", 0, True, "v1"),
+            score(A.rest(), corrected(0, [9], [3]).scores(), "ann", "v2"),
+            forget("ann", True),
+            amend("ann", events([9], [3]), "v3", 0, False),
+        ),
+        case("nothing to amend", amend("bob", events([1], [1]), "v2", 0, False)),
+        case("no amending of this model", amend("ann", {}, "v2", 0, refused("send the whole history")), bundle="plain"),
+        case(
+            "no part of an event that is amended",
+            amend("ann", {**events([1], [1]), **A.rest()}, "v2", 0, refused("no part of an event; amend takes")),
+        ),
+        case(
+            "a bad event amends nothing",
+            kept,
+            amend("ann", events([1000], [1]), "v2", 0, refused("history_item", "1000", "[0, 999]")),
+            score(A.rest(), A.scores(), "ann", "v1"),
+        ),
+    ]
+
+
+def _deadlines() -> list[Any]:
+    late = refused("the deadline passed before the answer was there", code=DEADLINE_ERROR)
+    cancelled = refused("the call was cancelled", code=CANCELLED_ERROR)
+    return [
+        case(
+            "in time",
+            _by(warm("ann", A.user(), "v1", True), 1e9),
+            _by(score(A.rest(), A.scores(), "ann", "v1"), 1e9),
+            _by(score(A.inputs(), A.scores()), 1e300),
+        ),
+        *(
+            case(
+                f"{seconds} seconds are over before anything is looked at",
+                _by(score({}, late, "ann", "v1"), seconds),
+                _by(score(A.inputs(), late, "ann", "v1"), seconds),
+                _by(warm("ann", A.user(), "v1", late), seconds),
+                stats(hits=0, misses=0, users=0, warmed=0),
+            )
+            for seconds in (0, -1, -1e300)
+        ),
+        case(
+            "not wanted any more",
+            _by(score(A.inputs(), cancelled, "ann", "v1"), 1e9, cancelled=True),
+            _by(warm("ann", A.user(), "v1", cancelled), 1e9, cancelled=True),
+            _by(score(A.inputs(), cancelled, "ann", "v1"), 0, cancelled=True),
+            stats(hits=0, misses=0, users=0, warmed=0),
+        ),
+    ]
