@@ -316,7 +316,7 @@ Manifest Manifest::parse(std::string text) {
 }
 
 std::shared_ptr<const Bundle> Bundle::load(const fs::path& path) {
-  return with_folder(path, true, [](const std::shared_ptr<const Folder>& folder) { return read(folder); });
+  return with_folder(path, true, [](const std::shared_ptr<const Folder>& opened) { return read(opened); });
 }
 
 std::shared_ptr<const Bundle> Bundle::read(const std::shared_ptr<const Folder>& folder) {

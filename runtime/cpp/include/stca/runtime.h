@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 #if defined(__GNUC__)
-#define STCA_API __attribute__((visibility("default"), nothrow))
+#define STCA_API __attribute__((visibility("default")))
 #else
 #define STCA_API
 #endif
