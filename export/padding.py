@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -55,22 +55,29 @@ class Found:
     told: tuple[str, ...] = ()
 
 
-def padding_of(file: Path, known: Mapping[str, int], takes: Accepted, options: PadOptions) -> Found:
+def padding_of(
+    file: Path, known: Mapping[str, int], takes: Accepted, options: PadOptions, last: Collection[int]
+) -> Found:
     """`find_padding` of a graph, asked in a child process.
 
     Args:
         file: of the graph, its weights beside it.
         takes: what the graph takes.
-        known, options: as `find_padding` takes them.
+        known, options, last: as `find_padding` takes them.
     """
     if not unpacked(takes.inputs) and options == PadOptions():
         return Found(None, takes.inputs)
     with contextlib.closing(Child(file)) as child:
-        return find_padding(takes.inputs, options, known, child.run, takes.min_history or 0)
+        return find_padding(takes.inputs, options, known, child.run, takes.min_history or 0, last)
 
 
 def find_padding(
-    inputs: Sequence[TensorSpec], options: PadOptions, known: Mapping[str, int], run: Run, least: int = 0
+    inputs: Sequence[TensorSpec],
+    options: PadOptions,
+    known: Mapping[str, int],
+    run: Run,
+    least: int = 0,
+    last: Collection[int] = (),
 ) -> Found:
     """The histories of a model that are not packed, and how each is padded.
 
@@ -80,6 +87,7 @@ def find_padding(
         known: the id that means no event, of inputs whose graph tells (`analysis.marks`).
         run: computes the request graph's outputs; text says why it cannot.
         least: events of the shortest history that the model takes.
+        last: sizes of histories of which the graph reads the last place (`analysis.last_place`).
 
     Raises:
         SplitError: when `options` speak of a history or an input that the model does not have, or contradict it.
@@ -97,10 +105,10 @@ def find_padding(
     specs = {s.name: s for s in inputs}
     for events in groups:
         asked = _Asked(run, inputs, events, options, known, least)
-        history = asked.padding()
+        history = asked.padding(last)
         found.append(history)
         made = history.lengths or any(e.event is not None for e in history.inputs)
-        told += [_said(history, asked.size, shown=asked.shown, free=asked.free)] if events in fixed or made else []
+        told += [_said(history, asked)] if events in fixed or made else []
         if history.lengths:
             specs[history.lengths] = asked.length_spec(history.lengths)
     return Found(tuple(found) or None, tuple(specs.values()), tuple(told))
@@ -170,18 +178,23 @@ class _Asked:
         spans = [self._real(self._spanned(second, value)) for value in (1, probe.UNBOUNDED - 1)]
         self.seconds = [self._real(second), *(s for s in spans if any(s[e.name] is not second[e.name] for e in events))]
         self.kept = sorted({1, self.size // 2, self.size - 1} - {0, self.size})
-        self.shown = False
+        self.shown = ""
+        self.marked = False
 
-    def padding(self) -> Padding:
+    def padding(self, last: Collection[int]) -> Padding:
         """How this history is padded, as far as it is shown or said."""
         found = self._by_lengths() or self._by_mask() or self._by_value()
+        self.marked = found is not None
         if found is not None and found.side is not None:
-            self.shown = True
-            if self.options.side not in (None, found.side) and not self._either_side(found):
-                raise SplitError(
-                    f"--pad {self.options.side}: the model ignores {self._names()} where padding on the {found.side} "
-                    "would be, and not there; leave --pad out"
-                )
+            self.shown = "the model was seen to ignore it"
+        elif found is not None and not self.free and self.options.side is None:
+            found = self._by_place(found, last)
+        other = self.options.side and found is not None and found.side not in (None, self.options.side)
+        if found is not None and other and not self._either_side(found):
+            raise SplitError(
+                f"--pad {self.options.side}: the model ignores {self._names()} where padding on the {found.side} "
+                "would be, and not there; leave --pad out"
+            )
         side = self.options.side or (found.side if found else None)
         return dataclasses.replace(found or Padding(self.events), side=None if self.free else side)
 
@@ -235,6 +248,22 @@ class _Asked:
                 return dataclasses.replace(found, side="right" if self._either_side(found) else None)
         return None
 
+    def _by_place(self, history: Padding, last: Collection[int]) -> Padding:
+        """Padding of a model that knows places: where events still count, and before a last place that is read."""
+        counting = [side for side in _SIDES if all(self._counts(history, side, k) for k in self.kept)]
+        if len(counting) == 1:
+            self.shown = f"on the {_OTHER[counting[0]]} the model would not look at all events"
+            return dataclasses.replace(history, side=counting[0])
+        if self.size in last:
+            self.shown = "the model reads the last place, whatever it holds"
+            return dataclasses.replace(history, side="left")
+        return history
+
+    def _counts(self, history: Padding, side: Side, count: int) -> bool:
+        """Whether scores change with the events of a history of so many, padded on this side."""
+        one, *others = (self._scores(self._padded(history, side, count, r)) for r in (self.first, *self.seconds))
+        return one is not None and any(other is not None and not _same(one, other) for other in others)
+
     def _either_side(self, history: Padding) -> bool:
         """Whether scores are the same with padding on the left and on the right."""
         if history.lengths or not self.kept:
@@ -245,13 +274,16 @@ class _Asked:
                 return False
         return True
 
-    def _padded(self, history: Padding, side: Side, count: int) -> dict[str, Array]:
-        """The first `count` events of the first request, and padding."""
+    def _padded(
+        self, history: Padding, side: Side, count: int, request: Mapping[str, Array] | None = None
+    ) -> dict[str, Array]:
+        """The first `count` events of a request, the first one's where none is given, and padding."""
+        events_of = self.first if request is None else request
         made = dict(self.first)
         for e in history.inputs:
             places = np.full_like(made[e.name], e.value)
             here = (*self._all(e), self._beyond(_OTHER[side], self.size - count))
-            events = self.first[e.name][(*self._all(e), slice(0, count))]
+            events = events_of[e.name][(*self._all(e), slice(0, count))]
             places[here] = events if e.event is None else e.event
             made[e.name] = places
         return made
@@ -342,17 +374,20 @@ def _same(a: Array, b: Array) -> bool:
     return a.shape == b.shape and np.allclose(a, b, rtol=0, atol=_ROUNDING * scale)
 
 
-def _said(history: Padding, size: int, *, shown: bool, free: bool) -> str:
+def _said(history: Padding, asked: _Asked) -> str:
     names = ", ".join(e.name for e in history.inputs)
     filled = [n for n in (history.lengths, *(e.name for e in history.inputs if e.event is not None)) if n]
     made = f"; {', '.join(filled)} need not be sent" if filled else ""
-    if free:
+    if asked.free:
         return f"{names}: of any length{made}"
     if history.side is None:
+        why = "nothing shows how fewer are padded"
+        if asked.marked:
+            why = "the model tells padding from events, but scores it otherwise on the left than on the right"
         return (
-            f"{names}: exactly {size} events, as nothing shows how fewer are padded{made}; "
-            "--pad left or right serves shorter histories"
+            f"{names}: exactly {asked.size} events, as {why}{made}; pass --pad left or --pad right, as the model was "
+            "trained, to serve shorter histories"
         )
     values = ", ".join(dict.fromkeys(str(e.value) for e in history.inputs))
-    how = "the model was seen to ignore it" if shown else "as you say; nothing shows it"
-    return f"{names}: fewer than {size} events are padded on the {history.side} with {values} ({how}){made}"
+    how = asked.shown or "as you say; nothing shows it"
+    return f"{names}: fewer than {asked.size} events are padded on the {history.side} with {values} ({how}){made}"

@@ -19,6 +19,7 @@ from stca.errors import SplitError
 from stca.export.accept import drop_unused, load_onnx, name_history, nominal_sizes, refuse_unservable, with_ranges
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured
 from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE
+from stca.export.analysis.last_place import read_at_last
 from stca.export.analysis.marks import marks
 from stca.export.analysis.positions import position_tables
 from stca.export.analysis.rows import Rows
@@ -385,7 +386,7 @@ def _answers(
             progress("asking the graph what it takes")
             tables = position_tables(request.asked)
             takes = ask(before, request.specs, max_history, {**known, **cut.pad.values}, tables)
-        found = padding_of(graph, known, takes, cut.pad)
+        found = padding_of(graph, known, takes, cut.pad, read_at_last(request.graph) if histories else ())
     shortest = max(takes.min_history or 0, least_events(found.inputs)) or None
     return dataclasses.replace(takes, min_history=shortest), found
 

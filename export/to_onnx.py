@@ -279,7 +279,7 @@ def _name_sizes(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:
                 if dim.HasField("dim_value"):
                     raise ExportError(
                         f"input {spec.name!r}: size {size} became the constant {dim.dim_value} in tracing; "
-                        "make the model's code independent of it"
+                        f"write {dim.dim_value} for it in the shape, or make the model's code independent of it"
                     )
                 names[dim.dim_param] = size
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b") if names else None

@@ -25,12 +25,14 @@ Feeds = Mapping[str, Any]
 WEIGHTS = np.linspace(1, 2, 100)
 
 
-def asked(scores: Callable[[Feeds], Any], *specs: TensorSpec, known: Any = None, **options: Any) -> Found:
+def asked(
+    scores: Callable[[Feeds], Any], *specs: TensorSpec, known: Any = None, reads: Any = (), **options: Any
+) -> Found:
     def run(feeds: Feeds) -> list[Any] | str:
         out = WEIGHTS[feeds["item"]] * scores(feeds)
         return [out] if np.isfinite(out).all() else "scores are not finite"
 
-    return find_padding((*specs, TARGET), PadOptions(**options), known or {}, run)
+    return find_padding((*specs, TARGET), PadOptions(**options), known or {}, run, 0, reads)
 
 
 def events(feeds: Feeds) -> Any:
@@ -90,6 +92,35 @@ def test_where_places_count_nothing_is_guessed() -> None:
     assert "--pad" in found.told[0]
     said = asked(last, ITEMS, TIMES, side="left", values={"times": -1})
     assert said.padding == (Padding((EventInput("items", 1), EventInput("times", 1, -1)), "left"),)
+
+
+def test_padding_goes_to_the_side_on_which_events_count() -> None:
+    """The event at the place of their number: padded on the left, it would be padding."""
+
+    def newest(feeds: Feeds) -> float:
+        real = feeds["items"][0] != 0
+        return float(events(feeds)[real.sum() - 1] * real[real.sum() - 1])
+
+    found = asked(newest, ITEMS, known={"items": 0})
+    assert found.padding[0].side == "right"  # type: ignore[index]
+    assert "would not look at all events" in found.told[0]
+
+
+def test_padding_goes_before_a_last_place_that_is_read() -> None:
+    """What stands there counts for more, even if it is padding; of a sum over places nothing tells."""
+
+    def scores(feeds: Feeds) -> float:
+        return float(WEIGHTS[feeds["items"][0, -1]] + by_place(feeds))
+
+    def by_place(feeds: Feeds) -> float:
+        return float((events(feeds) * (feeds["items"][0] != 0) * np.arange(1, L + 1)).sum())
+
+    found = asked(scores, ITEMS, known={"items": 0}, reads={L})
+    assert found.padding[0].side == "left"  # type: ignore[index]
+    assert "reads the last place" in found.told[0]
+    found = asked(by_place, ITEMS, known={"items": 0})
+    assert found.padding[0].side is None  # type: ignore[index]
+    assert "otherwise on the left than on the right; pass --pad left or --pad right" in found.told[0]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
