@@ -69,12 +69,8 @@ def load_onnx(file: str | os.PathLike[str], large: Large | None = None) -> onnx.
     return modern(model)
 
 
-def refuse_unservable(model: onnx.ModelProto, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
-    """Refuse what no check or runtime here could take, naming the first such input, weight, node or output.
-
-    Raises:
-        SplitError: with what to change in the model.
-    """
+def refuse_types(inputs: Sequence[TensorSpec]) -> None:
+    """Raises SplitError naming the first input of a type that requests do not carry, and what to change."""
     for spec in inputs:
         if spec.dtype not in ITEM_BYTES:
             what = "string" if spec.dtype == "object" else spec.dtype
@@ -82,6 +78,14 @@ def refuse_unservable(model: onnx.ModelProto, inputs: Sequence[TensorSpec], outp
                 f"input {spec.name!r} is {what}, which requests do not carry; cast in the model from one of "
                 f"{', '.join(ITEM_BYTES)}"
             )
+
+
+def refuse_unservable(model: onnx.ModelProto, outputs: Sequence[TensorSpec]) -> None:
+    """Refuse what no check or runtime here could take, naming the first such weight, node or output.
+
+    Raises:
+        SplitError: with what to change in the model.
+    """
     for tensor in model.graph.initializer:
         weight = onnx.numpy_helper.to_array(tensor)
         # Masks are made of -inf; where it does harm, the proof finds scores that are not finite.

@@ -16,22 +16,27 @@ import stca
 from stca.arrays import Progress
 from stca.bundle import Bundle, place_for, seal, sha256_of, writing
 from stca.errors import SplitError
-from stca.export.accept import drop_unused, load_onnx, name_history, nominal_sizes, refuse_unservable, with_ranges
+from stca.export.accept import (
+    drop_unused,
+    load_onnx,
+    name_history,
+    nominal_sizes,
+    refuse_types,
+    refuse_unservable,
+    with_ranges,
+)
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured
 from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE
-from stca.export.analysis.last_place import read_at_last
-from stca.export.analysis.marks import marks
-from stca.export.analysis.positions import position_tables
 from stca.export.analysis.rows import Rows
+from stca.export.answers import answers
 from stca.export.appending import Appending, appending, counts_all
-from stca.export.asking import Accepted, ask
-from stca.export.files import askable, finish, spec_of
+from stca.export.files import finish, spec_of
 from stca.export.freeing import RULES, freed_and_proven
 from stca.export.lifting import lifted_and_proven
 from stca.export.modules import adapted
 from stca.export.one_batch import of_one_request, with_one_batch
 from stca.export.outputs import lay_out_by_target, name_rows, score_axes
-from stca.export.padding import Found, PadOptions, least_events, padding_of, unpacked
+from stca.export.padding import PadOptions
 from stca.export.passes.rules import View
 from stca.export.passes.sequences import without_sequences
 from stca.export.passes.spelled_out import spell_out
@@ -200,7 +205,9 @@ def split_onnx(
     if unknown:
         names = ", ".join(i.name for i in graph.graph.input)
         raise SplitError(f"the model has no input {unknown[0]!r}; its inputs are {names}")
-    specs = tuple(dataclasses.replace(spec_of(i), scope=scopes.get(i.name)) for i in graph.graph.input)
+    given = [spec_of(i) for i in graph.graph.input]
+    refuse_types(given)
+    specs = tuple(dataclasses.replace(s, scope=scopes.get(s.name)) for s in given)
     if any((n.domain, n.op_type) == (DOMAIN, OP_NAME) for n in graph.graph.node):
         onnx_function.attach(graph)
     proof = lambda bundle: prove(bundle, None)  # noqa: E731
@@ -258,7 +265,7 @@ def _request_graph(
     axes = score_axes(graph.graph, specs)
     if lay_out_by_target(graph, axes):
         facts["score_axes"] = {o.name: axis for o, axis in zip(graph.graph.output, axes, strict=True)}
-    refuse_unservable(graph, specs, [spec_of(o) for o in graph.graph.output])
+    refuse_unservable(graph, [spec_of(o) for o in graph.graph.output])
     specs, history = name_history(graph, specs)
     pointwise, sized = None, cut.workload
     notes: tuple[str, ...] = ()
@@ -316,7 +323,10 @@ def _write(
 ) -> Bundle:
     with writing(out) as (work, commit):
         request = _request_graph(graph, specs, large, work, cut, progress)
-        takes, padded = _answers(request, source, max_history, cut, work, progress)
+        takes, padded = answers(
+            request.graph, request.asked, request.specs, max_history, cut.pad, work, progress,
+            config=source["kind"] == "stca",
+        )  # fmt: skip
         progress("splitting by dataflow")
         free = _halves(request, cut, takes.max_history)
         appends = appending(free, request.specs)
@@ -365,30 +375,6 @@ def _halves(request: _Request, cut: CutOptions, max_history: int | None) -> Spli
         measured=request.measured,
         verbatim=request.pointwise is not None,
     )
-
-
-def _answers(
-    request: _Request,
-    source: Mapping[str, Any],
-    max_history: int | None,
-    cut: CutOptions,
-    work: Path,
-    progress: Progress,
-) -> tuple[Accepted, Found]:
-    """What the request graph takes, and how its histories are padded, found by asking it."""
-    takes = Accepted(request.specs, None, max_history)
-    histories = unpacked(request.specs)
-    if source["kind"] == "stca" and not histories and cut.pad == PadOptions():
-        return takes, Found(None, takes.inputs)  # its config says it all
-    known = marks(request.graph) if histories else {}
-    with askable(request.graph, request.asked, work) as (graph, before):
-        if source["kind"] != "stca":
-            progress("asking the graph what it takes")
-            tables = position_tables(request.asked)
-            takes = ask(before, request.specs, max_history, {**known, **cut.pad.values}, tables)
-        found = padding_of(graph, known, takes, cut.pad, read_at_last(request.graph) if histories else ())
-    shortest = max(takes.min_history or 0, least_events(found.inputs)) or None
-    return dataclasses.replace(takes, min_history=shortest), found
 
 
 def _state_spec(t: StateTensor, sums: Collection[str]) -> StateSpec:

@@ -27,7 +27,7 @@ from stca.arrays import Progress
 from stca.errors import ExportError
 from stca.export.tables import Large
 from stca.export.untraceable import batch_attention, by_older_exporter, plain_bags, why_untraceable
-from stca.manifest import ITEM_BYTES, OFFSETS, SCOPES, TARGETS, TOKENS, USERS, TensorSpec
+from stca.manifest import OFFSETS, SCOPES, TARGETS, TOKENS, USERS, TensorSpec
 from stca.plugins import onnx_function, torch_op  # noqa: F401  # which registers the op in torch
 from stca.plugins.spec import DOMAIN, OP_NAME, OP_VERSION
 
@@ -64,44 +64,14 @@ def check_inputs(model: RequestModel) -> None:
                 f"RequestModel.inputs has {spec!r:.80}; expected TensorSpec(name, dtype, shape, scope), as in "
                 'TensorSpec("history", "int64", ("N_h",), "user")'
             )
-        _check_kinds(spec)
         if spec.scope not in SCOPES:
             raise ExportError(
                 f"input {spec.name!r} has the scope {spec.scope!r:.40}; expected user (known before any request), "
                 "request (one for all targets) or target (one for each)"
             )
-        if spec.limit is not None and spec.dtype.startswith(("float", "bfloat")):
-            raise ExportError(
-                f"input {spec.name!r} is {spec.dtype} and has a limit, which is of ids; leave the limit out"
-            )
         if spec.name in names:
             raise ExportError(f"two inputs are called {spec.name!r}; name each once")
         names.add(spec.name)
-
-
-def _check_kinds(spec: TensorSpec) -> None:
-    """Raises ExportError when a field of an input is not of the kind that it must be, whatever was given for it."""
-    if not isinstance(spec.name, str) or not spec.name:
-        raise ExportError(f"an input has the name {spec.name!r:.40}; expected text, as the module calls it")
-    if not isinstance(spec.dtype, str) or spec.dtype not in ITEM_BYTES:
-        raise ExportError(
-            f"input {spec.name!r} has the dtype {spec.dtype!r:.40}; expected one of {', '.join(ITEM_BYTES)}"
-        )
-    sizes = spec.shape if isinstance(spec.shape, tuple) else None
-    if sizes is None or not all(_is_size(n) for n in sizes):
-        raise ExportError(
-            f"input {spec.name!r} has the shape {spec.shape!r:.80}; expected a tuple of sizes from 1, and of names for "
-            'those that vary, as in ("N_h", 64)'
-        )
-    for field in ("limit", "low"):
-        value = getattr(spec, field)
-        if value is not None and (type(value) is not int or (field == "limit" and value < 1)):
-            wanted = "a number from 1 that ids stay below" if field == "limit" else "the least id, an integer"
-            raise ExportError(f"input {spec.name!r} has the {field} {value!r:.40}; expected {wanted}")
-
-
-def _is_size(n: object) -> bool:
-    return bool(n) if isinstance(n, str) else type(n) is int and n > 0
 
 
 def to_request_graph(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from stca import typed_json
-from stca.errors import BundleError
+from stca.errors import BundleError, UsageError
 from stca.specs import (  # what users import from here
     FLOAT8 as FLOAT8,
     GRAPHS as GRAPHS,
@@ -240,7 +240,7 @@ class Manifest:
             manifest: Manifest = typed_json.as_type(cls, fields, MANIFEST)
             _check_names(manifest)
             check_contract(manifest)
-        except (TypeError, ValueError, KeyError) as e:
+        except (TypeError, ValueError, KeyError, UsageError) as e:
             raise BundleError(f"{MANIFEST} is malformed ({e}); export the bundle again") from e
         return manifest
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from stca import typed_json
+from stca import spec_check, typed_json
 
 Scope = Literal["user", "request", "target"]
 SCOPES: tuple[Scope, ...] = ("user", "request", "target")
@@ -46,6 +46,9 @@ class TensorSpec:
         length_of: the dimension whose rows the value counts, so that it must not be larger; None when it counts none.
         blank: the value that stands for no event, where the model has no finite score for an input of it alone; None
             where there is none, or an input of it alone is scored.
+
+    Raises:
+        UsageError: naming the first field of an input that is not as it must be, and what to write.
     """
 
     name: str
@@ -56,6 +59,10 @@ class TensorSpec:
     low: typed_json.Signed | None = None
     length_of: str | None = None
     blank: typed_json.Signed | None = None
+
+    def __post_init__(self) -> None:
+        if self.scope is not None:  # an input, as people write them; an engine's own may be of any kind
+            spec_check.check(self)
 
 
 @dataclass(frozen=True)

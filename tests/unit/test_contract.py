@@ -78,7 +78,8 @@ BROKEN = {
         lambda m: m.update(tables=[{"name": "x", "file": "x.rows", "digests": "x.digests", "dtype": "float32",
                                     "rows": (1 << 34) + 1, "width": 1 << 28, "block_rows": 1 << 20}]),
         ("which is no table's",)),
-    "a size without a name": (lambda m: change_all(m, "target_item", shape=[""]), ("no name",)),
+    "a size without a name": (
+        lambda m: change_all(m, "target_item", shape=[""]), ("target_item", "names for those that vary")),
     "a limit of truths": (
         lambda m: change_all(m, "request_device", dtype="bool", limit=2), ("bool and has a limit of ids",)),
     "a limit beyond 64 bits": (

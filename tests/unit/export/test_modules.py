@@ -228,18 +228,6 @@ def test_layers_that_an_exporter_stumbles_over(kind):
     [
         (("hist", "item"), ("'hist'", "TensorSpec")),
         ((TensorSpec("hist", "int64", ("N_h",)), INPUTS[1]), ("'hist'", "scope", "user")),
-        ((TensorSpec("hist", "float", ("N_h",), "user"), INPUTS[1]), ("'hist'", "'float'", "float32")),
-        ((TensorSpec("hist", np.float32, ("N_h",), "user"), INPUTS[1]), ("'hist'", "dtype", "float32")),
-        ((TensorSpec("hist", [], ("N_h",), "user"), INPUTS[1]), ("'hist'", "dtype", "float32")),
-        ((TensorSpec("hist", "int64", (-1, 50), "user"), INPUTS[1]), ("'hist'", "(-1, 50)", '("N_h", 64)')),
-        ((TensorSpec("hist", "int64", (None,), "user"), INPUTS[1]), ("'hist'", "(None,)", '("N_h", 64)')),
-        ((TensorSpec("hist", "int64", ["N_h"], "user"), INPUTS[1]), ("'hist'", "['N_h']", "tuple")),
-        ((TensorSpec("hist", "int64", "N_h", "user"), INPUTS[1]), ("'hist'", "'N_h'", "tuple")),
-        ((TensorSpec("hist", "int64", ("N_h", ""), "user"), INPUTS[1]), ("'hist'", "tuple")),
-        ((TensorSpec("hist", "int64", ("N_h",), "user", "9"), INPUTS[1]), ("'hist'", "limit", "'9'", "from 1")),
-        ((TensorSpec("hist", "int64", ("N_h",), "user", 0), INPUTS[1]), ("'hist'", "limit", "0", "from 1")),
-        ((TensorSpec("hist", "int64", ("N_h",), "user", low=0.5), INPUTS[1]), ("'hist'", "low", "0.5", "integer")),
-        ((TensorSpec(None, "int64", ("N_h",), "user"), INPUTS[1]), ("None", "text")),
         ((INPUTS[0], *INPUTS), ("two inputs", "'hist'")),
     ],
 )

@@ -22,7 +22,7 @@ from torch import nn
 from stca import probe
 from stca.bundle import Bundle, sha256_of
 from stca.checks.verify import prove
-from stca.errors import BundleError, ExportError, ParityError, SplitError
+from stca.errors import BundleError, ExportError, ParityError, SplitError, UsageError
 from stca.export.analysis.cost import DEFAULT_WORKLOAD
 from stca.export.analysis.scope import Scope, infer_scopes
 from stca.export.modules import resolve
@@ -268,8 +268,8 @@ def test_split_of_the_request_graph_gives_the_same_scores(tmp_path, bundle_dir):
 
 
 def test_bad_files(tmp_path, bundle_dir):
-    def refused(file, *words, scopes=SCOPES):
-        with one_line(SplitError, *words):
+    def refused(file, *words, scopes=SCOPES, kind=SplitError):
+        with one_line(kind, *words):
             split_onnx(file, scopes, tmp_path / "B", prove=fail)
 
     refused(tmp_path / "none.onnx", "none.onnx", "no such")
@@ -287,7 +287,8 @@ def test_bad_files(tmp_path, bundle_dir):
     refused(bundle_dir / "request.onnx", "'nothing'", "history_item", scopes={**SCOPES, "nothing": "user"})
     without = {n: s for n, s in SCOPES.items() if n != "history_gap"}
     refused(bundle_dir / "request.onnx", "'history_gap'", "scope", scopes=without)
-    refused(bundle_dir / "request.onnx", "scope", scopes={**SCOPES, "history_gap": "session"})
+    odd = {**SCOPES, "history_gap": "session"}
+    refused(bundle_dir / "request.onnx", "'history_gap'", "scope 'session'", scopes=odd, kind=UsageError)
     unknown = parser.parse_model(
         '<ir_version: 10, opset_import: ["" : 18]> g (float[N_h] u, float[N_t] t) => (float[N_t] y) '
         "{ y = Frobnicate (u, t) }"

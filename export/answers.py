@@ -1,0 +1,54 @@
+"""All that a request graph is asked before its bundle is written: what it takes, and how its histories are padded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+
+from stca.arrays import Progress
+from stca.export.analysis.last_place import read_at_last
+from stca.export.analysis.marks import marks
+from stca.export.analysis.positions import position_tables
+from stca.export.asking import Accepted, ask
+from stca.export.files import askable
+from stca.export.padding import Found, PadOptions, least_events, padding_of, unpacked
+from stca.manifest import TensorSpec
+
+
+def answers(
+    graph: onnx.ModelProto,
+    before: onnx.ModelProto,
+    specs: Sequence[TensorSpec],
+    max_history: int | None,
+    pad: PadOptions,
+    work: Path,
+    progress: Progress,
+    *,
+    config: bool,
+) -> tuple[Accepted, Found]:
+    """What the request graph takes, and how its histories are padded, found by asking it.
+
+    Args:
+        graph: that is served; weights inline.
+        before: the same before rules changed it, which may leave out what refuses a request; one model perhaps.
+        specs: of its inputs.
+        max_history: longest history to serve; None for as long as it takes.
+        pad: what is known of its padding.
+        work: a folder for files that go again.
+        progress: told when it is asked.
+        config: whether it comes of a checkpoint, whose config says what it takes.
+    """
+    takes, histories = Accepted(tuple(specs), None, max_history), unpacked(specs)
+    if config and not histories and pad == PadOptions():
+        return takes, Found(None, takes.inputs)
+    known = marks(graph) if histories else {}
+    with askable(graph, before, work) as (served, asked):
+        if not config:
+            progress("asking the graph what it takes")
+            takes = ask(asked, specs, max_history, {**known, **pad.values}, position_tables(before))
+        found = padding_of(served, known, takes, pad, read_at_last(graph) if histories else ())
+    shortest = max(takes.min_history or 0, least_events(found.inputs)) or None
+    return dataclasses.replace(takes, min_history=shortest), found
