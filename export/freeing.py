@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -166,6 +166,16 @@ def _requests(inputs: Sequence[TensorSpec], scale: int) -> Iterator[dict[str, Ar
         yield probe.pack(inputs, requests)
         if batch == _TRIED[0]:
             yield probe.pack(inputs, [probe.padded(inputs, request, rng) for request in requests])
+            yield probe.pack(inputs, [_without_events(inputs, request) for request in requests])
+
+
+def _without_events(inputs: Sequence[TensorSpec], request: Mapping[str, Array]) -> dict[str, Array]:
+    """A request in which all of a user's ids and flags are the least there is, as of a history that is masked whole."""
+    made = dict(request)
+    for spec in inputs:
+        if spec.scope == "user" and made[spec.name].dtype.kind in "biu":
+            made[spec.name] = np.full_like(made[spec.name], max(spec.low or 0, 0))
+    return made
 
 
 def _rewritten(before: onnx.ModelProto, after: onnx.ModelProto) -> list[str]:

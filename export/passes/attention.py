@@ -6,25 +6,18 @@ the graph that is no mere arrangement of another, and by the places of its eleme
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
 
 import numpy as np
 import onnx
 
 from stca.export.analysis.layout import Atom, Layout, Places, Product, Tried, atoms, before, places, product, trace
-from stca.export.analysis.operators import VIEWS
 from stca.export.analysis.scope import Scope, attribute, explain, label
 from stca.export.passes.rules import View
+from stca.export.passes.softmax import BINARY, DEEPEST, Weights, weights_of
 
 QUERY, KEY, VALUE, OUT, WEIGHTS = "query", "key", "value", "out", "weights"
-_BINARY: Final = frozenset(("Add", "Sub", "Mul", "Div"))
-_COMPARISONS: Final = frozenset(("Greater", "GreaterOrEqual", "Less", "LessOrEqual"))
-_PASSING: Final = VIEWS | {"Cast", "Dropout", "Expand", "Identity", "Tile", "Transpose"}
-# Nodes between the two products, in a row and in all, beyond which nobody writes attention.
-_DEEPEST: Final = 40
-_MOST: Final = 200
 
 
 class NotFused(Layout):
@@ -66,18 +59,17 @@ class Reading:
     run: Tried
     mix: Product
     logits: Product
-    softmax: onnx.NodeProto
-    from_weights: Places
+    weights: Weights
     to_logits: Places
     operands: dict[str, tuple[str, tuple[int, ...], str, Places]]
     steps: list[Step]
-    safe: bool
 
     def along(self, label_: int) -> dict[str, Places]:
         """Places of every value along one label of the mix, from the origin."""
         where: dict[int, Places] = {label_: np.arange(self.mix.size(label_, self.run))}
         name, labels, _, _ = self.operands[WEIGHTS]
-        element = self.from_weights.ravel()[self.mix.at(name, labels, self.run, where)]
+        place = self.mix.at(name, labels, self.run, where)
+        element = self.weights.places.ravel()[place]
         shape = self.run.shape(self.logits.out)
         of_logits = np.unravel_index(self.to_logits.ravel()[element], shape)
         coordinates = dict(zip(self.logits.out_labels, of_logits, strict=True))
@@ -86,6 +78,7 @@ class Reading:
         found[OUT] = self.mix.at(self.mix.out, self.mix.out_labels, self.run, where)
         found[WEIGHTS] = element
         found.update((str(i), step.places.ravel()[element]) for i, step in enumerate(self.steps))
+        found.update((f.role, f.places.ravel()[place]) for f in self.weights.factors)
         n = len(where[label_])
         return {name: np.broadcast_to(x, n) for name, x in found.items()}
 
@@ -119,67 +112,6 @@ class Attention:
     shared: bool = False
 
 
-def mixes(view: View, node: onnx.NodeProto) -> bool:
-    """Whether a softmax is among the operands of a product, by operators alone."""
-    if node.domain or node.op_type not in ("MatMul", "Gemm", "Einsum", "ReduceSum"):
-        return False
-    names = list(node.input[:2])
-    if node.op_type == "ReduceSum":
-        inner = view.writer(node.input[0])
-        names = list(inner.input) if inner is not None and inner.op_type == "Mul" else []
-    return any(_softmax_above(view, name) for name in names)
-
-
-def _softmax_above(view: View, name: str) -> bool:
-    """Whether a softmax is among the nearest values that `name` is arranged, scaled or masked from."""
-    pending, seen = [name], {name}
-    while pending and len(seen) < _MOST:
-        node = view.writer(name := pending.pop())
-        if node is None or node.domain:
-            continue
-        if softmax_of(view, node) is not None:
-            return True
-        sums = node.op_type == "Where" or node.op_type in _BINARY
-        above = [n for n in node.input if view.scopes[n] == view.scopes[name]] if sums else node.input[:1]
-        if sums or node.op_type in _PASSING:
-            pending += [n for n in above if n not in seen]
-            seen.update(above)
-    return False
-
-
-def softmax_of(view: View, node: onnx.NodeProto) -> onnx.NodeProto | None:
-    """The Softmax that makes `node`'s result, whether it is one or is spelled in exponentials."""
-    if node.domain or node.op_type == "Softmax":
-        return None if node.domain else node
-    above = view.writer(node.input[0]) if node.op_type in ("Exp", "Div") else None
-    if above is None:
-        return None
-    if node.op_type == "Exp" and above.op_type == "LogSoftmax":
-        return _softmax(above.input[0], node, attribute(above, "axis", -1))
-    total = view.writer(node.input[1]) if node.op_type == "Div" else None
-    if total is None or (above.op_type, total.op_type) != ("Exp", "ReduceSum") or total.input[0] != node.input[0]:
-        return None
-    if (axis := _only_axis(view, total)) is None:
-        return None
-    logits, shifted = above.input[0], view.writer(above.input[0])
-    if shifted is not None and shifted.op_type == "Sub":  # by the largest, which changes nothing but the range
-        largest = view.writer(shifted.input[1])
-        if largest is not None and largest.op_type == "ReduceMax" and largest.input[0] == shifted.input[0]:
-            logits = shifted.input[0] if _only_axis(view, largest) == axis else logits
-    return _softmax(logits, node, axis)
-
-
-def _softmax(logits: str, node: onnx.NodeProto, axis: int) -> onnx.NodeProto:
-    return onnx.helper.make_node("Softmax", [logits], node.output, label(node), axis=axis)
-
-
-def _only_axis(view: View, node: onnx.NodeProto) -> int | None:
-    axes = attribute(node, "axes", None)
-    if axes is None and len(node.input) > 1 and (given := view.constant(node.input[1])) is not None:
-        axes = given.ravel().tolist()
-    return int(axes[0]) if axes is not None and len(axes) == 1 and attribute(node, "keepdims", 1) else None
-
-
 def read(view: View, node: onnx.NodeProto) -> Attention:
     """The attention whose values `node` mixes.
 
@@ -210,26 +142,26 @@ class _Reader:
         if mix is None or len(mix.summed) != 1:
             raise NotFused("its weights meet the values in no product over the history")
         (weights, labels), (value, value_labels) = (mix.left, mix.left_labels), (mix.right, mix.right_labels)
-        found = self._softmax(weights)
+        found = weights_of(self.view, self.run, weights)
         if found is None:
             (weights, labels), (value, value_labels) = (value, value_labels), (weights, labels)
-            found = self._softmax(weights)
+            found = weights_of(self.view, self.run, weights)
         if found is None:
             raise NotFused("its weights are changed between the softmax and the values")
-        softmax, from_weights, safe = found
+        softmax = found.softmax
         if (other := self._other_reader(softmax.output[0], weights)) is not None:
             raise NotFused(f"its weights {softmax.output[0]!r} are read elsewhere too, by {other!r}")
         steps: list[Step] = []
-        climbed = self._climb(softmax.input[0], places(self.run.shape(softmax.input[0])), steps, _DEEPEST)
+        climbed = self._climb(softmax.input[0], places(self.run.shape(softmax.input[0])), steps, DEEPEST)
         if climbed is None:
             above = self.view.writer(softmax.input[0])
             what = f"{label(above)!r} ({above.op_type})" if above else repr(softmax.input[0])
             raise self._no(value, f"its logits, from {what}, are no product of a query and keys")
         logits, to_logits = climbed
-        operands = {WEIGHTS: (weights, labels, weights, from_weights)}
+        operands = {WEIGHTS: (weights, labels, weights, found.places)}
         operands[VALUE] = (value, value_labels, *trace(self.flow, self.run, value))
         self._query_and_key(logits, operands, value)
-        return Reading(self.run, mix, logits, softmax, from_weights, to_logits, operands, steps, safe)
+        return Reading(self.run, mix, logits, found, to_logits, operands, steps)
 
     def _no(self, value: str, why: str) -> NotFused:
         source, _ = trace(self.flow, self.run, value)
@@ -254,45 +186,6 @@ class _Reader:
             raise NotFused("its logits do not depend on the target")
         operands[QUERY], operands[KEY] = both[query], both[1 - query]
 
-    def _softmax(self, name: str) -> tuple[onnx.NodeProto, Places, bool] | None:
-        """The softmax that `name` is an arrangement of, and whether rows that are masked whole are made zero."""
-        found, safe = places(self.run.shape(name)), False
-        on_the_way, conditions = list[str](), list[str]()
-        for _ in range(_DEEPEST):
-            node = self.view.writer(name)
-            if node is None or node.domain:
-                return None
-            on_the_way.append(name)
-            if (softmax := softmax_of(self.view, node)) is not None:
-                given = [*on_the_way, softmax.input[0]]
-                return (softmax, found, safe) if self._tell_no_number(conditions, given) else None
-            if node.op_type == "Where":
-                fixed = [n for n in node.input[1:] if len(np.unique(self.run.values[n])) == 1]
-                rest = [n for n in node.input[1:] if n not in fixed]
-                if len(rest) != 1 or self.run.shape(rest[0]) != self.run.shape(node.output[0]):
-                    return None
-                conditions.append(node.input[0])
-                name, safe = rest[0], safe or not np.any(self.run.values[fixed[0]])
-            elif node.op_type == "Cast":
-                name = node.input[0]
-            elif (step := before(node, self.run)) is not None:
-                name, moved = step
-                found = moved.ravel()[found]
-            else:
-                return None
-        return None
-
-    def _tell_no_number(self, conditions: Sequence[str], given: Sequence[str]) -> bool:
-        """Whether conditions find what is no number, as in a row that is masked whole, from weights or logits alone."""
-        for condition in conditions:
-            nodes, leaves = self.flow.needed([condition], given=given)
-            kinds = {self.view.model.graph.node[i].op_type for i in nodes}
-            if kinds & _COMPARISONS and "IsInf" not in kinds:
-                return False
-            if not all(n in given or self.view.scopes[n] == Scope.CONSTANT for n in leaves):
-                return False
-        return True
-
     def _other_reader(self, softmax: str, weights: str) -> str | None:
         """A node that reads the softmax, or what is made of it, for anything but the mix."""
         inside, _ = self.flow.needed([weights], given=[softmax])
@@ -316,8 +209,8 @@ class _Reader:
             return self._climb(node.input[0], at, steps, left - 1)
         if (step := before(node, self.run)) is not None:
             return self._climb(step[0], step[1].ravel()[at], steps, left - 1)
-        if node.op_type in _BINARY or node.op_type == "Where":
-            ways = [0, 1] if node.op_type in _BINARY else [1, 2]
+        if node.op_type in BINARY or node.op_type == "Where":
+            ways = [0, 1] if node.op_type in BINARY else [1, 2]
             ways.sort(key=lambda i: -self.view.scopes[node.input[i]])
             for i in ways[: 1 if node.op_type == "Div" else 2]:
                 mine: list[Step] = []
@@ -364,7 +257,7 @@ def _axes(first: Reading, second: Reading) -> tuple[dict[str, list[Atom]], bool]
     axes["l"] = atoms([r.along(history) for r in (first, second)])
     if any(a.strides[QUERY] for a in axes["l"]):
         raise NotFused("its query depends on the place in the history")
-    shape, axis = first.run.shape(first.softmax.input[0]), attribute(first.softmax, "axis", -1)
+    shape, axis = first.run.shape(first.weights.softmax.input[0]), attribute(first.weights.softmax, "axis", -1)
     line, step = first.along(history)[WEIGHTS], int(np.prod(shape[axis:][1:], dtype=np.int64))
     if len(line) != shape[axis] or not np.array_equal(line, np.arange(len(line)) * step):
         raise NotFused("its softmax is not over the history")
@@ -385,6 +278,11 @@ def _axes(first: Reading, second: Reading) -> tuple[dict[str, list[Atom]], bool]
 
 
 def _check_steps(view: View, found: Attention) -> None:
+    for factor in found.readings[0].weights.factors:
+        if any(a.strides[factor.role] for a in found.axes["t"]):
+            raise NotFused("its weights are changed between the softmax and the values, by the target's")
+        if found.shared and any(a.strides[factor.role] for a in found.axes["h"]):
+            raise NotFused(f"{factor.other!r} tells apart heads that share their values")
     for i, step in enumerate(found.readings[0].steps):
         if step.is_number and step.op != "Where":
             continue

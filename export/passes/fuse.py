@@ -17,9 +17,10 @@ from onnx import helper, numpy_helper
 
 from stca.export.analysis.layout import Atom, Layout
 from stca.export.analysis.scope import label
-from stca.export.passes.attention import KEY, OUT, QUERY, VALUE, Attention, NoAttention, mixes, read
+from stca.export.passes.attention import KEY, OUT, QUERY, VALUE, Attention, NoAttention, read
 from stca.export.passes.nodes import NewNodes
 from stca.export.passes.rules import Rewrite, View, rewritten
+from stca.export.passes.softmax import mixes
 from stca.export.passes.spell import is_attention, spelled
 from stca.plugins.onnx_function import OLDEST_OPSET
 from stca.plugins.spec import DOMAIN, OP_NAME, VALUE_TYPES
@@ -102,11 +103,12 @@ class _Emitter:
         )
         scale, steps = self._scale()
         query, key, bias = self._with_steps(query, key, steps, kind)
+        value = self._weighed(value, kind)
         offsets = self._segments(query, key, bias)
         out = self._node(
             OP_NAME, [query, key, value, *offsets], "attended", domain=DOMAIN, scale=scale, plugin_namespace=DOMAIN
         )
-        out = self._cast(out, kind, out_kind)
+        out = self._cast(self._of_kept_heads(out, bias, kind), kind, out_kind)
         self._put_back(out, [t, h, wide])
         return Rewrite(self.new.nodes, self.new.weights)
 
@@ -117,7 +119,7 @@ class _Emitter:
         flat = [a for group in groups for a in group]
         own = [a for a in flat if a.strides.get(role, 0)]
         shape, total = self.first.shape(source), 1
-        stem = "bias" if role.isdigit() else role
+        stem = "bias" if role.isdigit() else "weight" if role.startswith("factor") else role
         ordered = sorted(own, key=lambda a: -a.strides[role])
         for a in reversed(ordered):
             if a.strides[role] != total:
@@ -196,7 +198,7 @@ class _Emitter:
                 query = self._node(step.op, [query, number], "query_scaled")
                 bias = bias and self._node(step.op, [bias, number], "bias_scaled")
                 continue
-            other = self._vector(i, [history, heads, []])
+            other = self._arranged(str(i), step.other, [history, heads, []], expand=False)
             if step.op == "Where":
                 zero, fill = self._constant(0.0, kind), self._fill(step.fill, kind)
                 sides = ([key, zero], [bias or zero, fill])
@@ -234,10 +236,17 @@ class _Emitter:
             shape = self.new.integers([1, heads, 1])
         return self._node("Expand", [bias, shape], "bias_column")
 
-    def _vector(self, i: int, groups: Sequence[Sequence[Atom]]) -> str:
-        """A mask or a bias as `[history or 1, heads or 1, 1]`."""
-        source = self.found.readings[0].steps[i].other
-        return self._arranged(str(i), source, groups, expand=False)
+    def _weighed(self, value: str, kind: np.dtype[Any]) -> str:
+        """The value times what its weights are multiplied by."""
+        groups = [self.found.axes["l"], [] if self.found.shared else self.found.axes["h"], []]
+        for factor in self.found.readings[0].weights.factors:
+            other = self._arranged(factor.role, factor.other, groups, expand=False)
+            if factor.op == "Mul":
+                value = self._node("Mul", [value, self._cast(other, self._dtype(factor.other), kind)], "value_weighed")
+            else:
+                pair = [value, self._constant(0.0, kind)]
+                value = self._node("Where", [other, *(pair if factor.keeps else pair[::-1])], "value_masked")
+        return value
 
     def _fill(self, name: str, kind: np.dtype[Any]) -> str:
         (number,) = np.unique(self.first.values[name])
@@ -252,14 +261,28 @@ class _Emitter:
             counts.append(self._node("Cast", [size], "rows_32", to=onnx.TensorProto.INT32))
         targets, history = (self._node("Concat", [zero, n], "offsets", axis=0) for n in counts)
         lengths = counts[1]
-        if bias and self.found.readings[0].safe:  # a history that is masked whole counts for nothing
-            if any(a.strides[s] for a in self.found.axes["h"] for s in a.strides if s.isdigit()):
-                raise Layout("its mask leaves some heads without any history")
-            highest = self._node("ReduceMax", [bias], "highest_bias", keepdims=0)
-            kept = self._node("Greater", [highest, self._constant(float("-inf"), self._kind())], "any_kept")
-            kept32 = self._node("Cast", [kept], "any_kept_32", to=onnx.TensorProto.INT32)
-            lengths = self._node("Mul", [lengths, kept32], "lengths")
+        if bias and self.found.readings[0].weights.safe and not self._masks_heads():
+            kept32 = self._node("Cast", [self._kept(bias)], "any_kept_32", to=onnx.TensorProto.INT32)
+            lengths = self._node("Mul", [lengths, kept32], "lengths")  # one that is masked whole counts for nothing
         return targets, history, lengths
+
+    def _of_kept_heads(self, out: str, bias: str, kind: np.dtype[Any]) -> str:
+        """Zeros for heads whose history is masked whole, where each head has a mask of its own."""
+        if not bias or not self.found.readings[0].weights.safe or not self._masks_heads():
+            return out
+        kept = self._kept(bias, axes=[0])
+        return self._node("Where", [kept, out, self._constant(0.0, kind)], "attended_or_zero")
+
+    def _masks_heads(self) -> bool:
+        return any(a.strides[s] for a in self.found.axes["h"] for s in a.strides if s.isdigit())
+
+    def _kept(self, bias: str, axes: Sequence[int] | None = None) -> str:
+        """Whether a history has events that count: at all, or over the first axis for each head."""
+        opset = next(o.version for o in self.view.model.opset_import if o.domain in ("", "ai.onnx"))
+        inputs = [self.new.integers(axes)] if axes and opset >= 18 else []
+        given: dict[str, Any] = {"axes": list(axes)} if axes and opset < 18 else {}
+        highest = self._node("ReduceMax", [bias, *inputs], "highest_bias", keepdims=int(axes is not None), **given)
+        return self._node("Greater", [highest, self._constant(float("-inf"), self._kind())], "any_kept")
 
     # Nodes
 
@@ -267,7 +290,7 @@ class _Emitter:
         """The operator's type: the query's, or that of the logits where these take a bias in another."""
         steps = self.found.readings[0].steps
         biased = any(not s.is_number or s.op == "Where" for s in steps)
-        return self._dtype(self.found.readings[0].softmax.input[0] if biased else self.found.sources[QUERY])
+        return self._dtype(self.found.readings[0].weights.softmax.input[0] if biased else self.found.sources[QUERY])
 
     def _dtype(self, name: str) -> np.dtype[Any]:
         kind: np.dtype[Any] = self.first.values[name].dtype

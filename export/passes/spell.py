@@ -55,6 +55,10 @@ def spelled(view: View, node: onnx.NodeProto) -> Rewrite:
         else:
             logits = new.node("Add", [logits, mask], f"{stem}_masked")
     weights = new.node("Softmax", [logits], f"{stem}_weights", axis=-1)
+    if len(node.input) > 3 and node.input[3]:  # a history that is masked whole gives zeros, says ONNX
+        none = new.node("IsNaN", [weights], f"{stem}_none")
+        zero = new.node("Constant", [], f"{stem}_zero", value=numpy_helper.from_array(np.array(0, kind)))
+        weights = new.node("Where", [none, zero, weights], f"{stem}_weights")
     if len(shape) == 4:
         new.node("MatMul", [weights, value], node.output[0], exact=True)
     else:

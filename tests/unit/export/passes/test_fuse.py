@@ -131,7 +131,8 @@ class Other(Spelled):
         return torch.bmm(torch.softmax(scores, -1).unsqueeze(1), v).squeeze(1)
 
     def weights_changed(self, q: Tensor, k: Tensor, v: Tensor, facts: Facts) -> Tensor:
-        weights = torch.softmax((q.unsqueeze(1) * k).sum(-1), -1) * facts.kept
+        near = (k - q.unsqueeze(1)).square().sum(-1) < 4
+        weights = torch.softmax((q.unsqueeze(1) * k).sum(-1), -1) * near
         return torch.bmm(weights.unsqueeze(1), v).squeeze(1)
 
     def weights_cut_off(self, q: Tensor, k: Tensor, v: Tensor, facts: Facts) -> Tensor:
@@ -152,6 +153,65 @@ REASONS = {
     "weights_cut_off": "its weights are changed between the softmax and the values",
     "weights_read_twice": "its weights '.*' are read elsewhere too, by '.*ReduceMax.*'",
 }
+
+
+class Weighed(Spelled):
+    """Weights that are guarded or multiplied between the softmax and the values."""
+
+    def __init__(self, by: str, layout: str) -> None:
+        super().__init__(layout, "where -inf", "over")
+        self.by = by
+
+    def weights(self, logits: Tensor, facts: Facts, dim: int = -1) -> Tensor:
+        weights = super().weights(logits, facts, dim).transpose(dim, -1)
+        kept = facts.kept.reshape(-1, *[1] * (weights.ndim - 2), facts.kept.shape[1])
+        changed = {
+            "nan_to_num": lambda: torch.nan_to_num(weights),
+            "where isnan": lambda: torch.where(weights.isnan(), torch.zeros_like(weights), weights),
+            "masked again": lambda: weights.masked_fill(~kept.expand_as(weights), 0.0),
+            "masked with none": lambda: weights.masked_fill(~kept.any(-1, keepdim=True), 0.0),
+            "times the mask": lambda: weights.nan_to_num() * kept,
+            "decayed": lambda: weights.nan_to_num() * torch.exp(-facts.bias.abs()).reshape(kept.shape),
+        }[self.by]()
+        return changed.transpose(dim, -1)
+
+
+WEIGHED = ("nan_to_num", "where isnan", "masked again", "masked with none", "times the mask", "decayed")
+
+
+@pytest.mark.parametrize("exporter", ["legacy", "dynamo"])
+@pytest.mark.parametrize("by", WEIGHED)
+def test_what_the_user_does_to_the_weights_is_done_to_the_values(by: str, exporter: Exporter) -> None:
+    layout = ("heads_by_view", "keys_first", "einsum")[WEIGHED.index(by) % 3]
+    freed = fused(to_onnx(Weighed(by, layout), exporter))
+    assert [v.why for v in freed.verdicts] == [None]  # proven without any events, too
+    assert "Softmax" not in operators(freed.model)
+
+
+class MaskOfHeads(Spelled):
+    """Each head has a mask of its own, and one of them may be left without any events."""
+
+    def weights(self, logits: Tensor, facts: Facts, dim: int = -1) -> Tensor:
+        first = torch.stack([facts.kept, facts.bias > 0], 1).unsqueeze(2)
+        return torch.nan_to_num(torch.softmax(logits.masked_fill(~first, float("-inf")), -1))
+
+
+def test_a_head_without_events_is_zero_though_others_have_some() -> None:
+    model = to_onnx(MaskOfHeads("heads_by_view", "none", "none"), "legacy")
+    freed = fused(model)
+    assert [v.why for v in freed.verdicts] == [None]
+    rng = np.random.default_rng(0)
+    feeds = {
+        "history": rng.standard_normal((1, 4, WIDTH), np.float32),
+        "kept": np.ones((1, 4), bool),
+        "bias": -np.ones((1, 4), np.float32),
+        "lengths": np.array([4]),
+        "target": rng.standard_normal((1, WIDTH), np.float32),
+    }
+    (wanted,) = InferenceSession(model.SerializeToString()).run(None, feeds)
+    (found,) = InferenceSession(freed.model.SerializeToString()).run(None, feeds)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(found).all()
 
 
 @pytest.mark.parametrize("layout", REASONS)
