@@ -23,6 +23,7 @@ from stca.export.analysis.ranges import Range, input_ranges
 from stca.export.analysis.scope import Dataflow, label, walk
 from stca.export.tables import Large
 from stca.manifest import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, TensorSpec
+from stca.near import did_you_mean
 from stca.plugins import onnx_function
 
 # The first IR version in which a weight need not be an input, and the last that ONNX Runtime 1.31 reads.
@@ -128,8 +129,10 @@ def with_ranges(model: onnx.ModelProto, inputs: Sequence[TensorSpec], ids: Mappi
         SplitError: when `ids` names no input.
     """
     if unknown := ids.keys() - {s.name for s in inputs}:
+        names = [s.name for s in inputs]
         raise SplitError(
-            f"--ids {min(unknown)}: the model has no such input; it has {', '.join(s.name for s in inputs)}"
+            f"--ids {min(unknown)}: the model has no such input; it has {', '.join(names)}"
+            f"{did_you_mean(min(unknown), names)}"
         )
     ranges = input_ranges(onnx.inliner.inline_local_functions(without_weights(model)))
     made = []
@@ -211,7 +214,8 @@ def nominal_sizes(
     """
     dims = any_sizes(graph)  # one without a name goes by its input and axis
     if unknown := [n for n in given if n not in dims and n not in DEFAULT_WORKLOAD]:
-        raise SplitError(f"no input has a dimension {unknown[0]!r} to give a size to; there are {', '.join(dims)}")
+        known = f"there are {', '.join(dims)}{did_you_mean(unknown[0], dims)}"
+        raise SplitError(f"no input has a dimension {unknown[0]!r} to give a size to; {known}")
     by_scope = probe.row_sizes(inputs, *({**DEFAULT_WORKLOAD, **given}[n] for n in (TOKENS, TARGETS)))
     unnamed = {f"{s.name}.{axis}": n for s in inputs for axis, n in enumerate(s.shape) if isinstance(n, str)}
     assumed = {n: by_scope.get(unnamed.get(n, n), 1) for n in dims if n not in given}

@@ -63,6 +63,7 @@ from stca.manifest import (
     StateSpec,
     TensorSpec,
 )
+from stca.near import did_you_mean
 from stca.plugins import onnx_function
 from stca.plugins.spec import DOMAIN, OP_NAME
 
@@ -203,8 +204,9 @@ def split_onnx(
     graph = load_onnx(file, large)
     unknown = [name for name in scopes if name not in {i.name for i in graph.graph.input}]
     if unknown:
-        names = ", ".join(i.name for i in graph.graph.input)
-        raise SplitError(f"the model has no input {unknown[0]!r}; its inputs are {names}")
+        names = [i.name for i in graph.graph.input]
+        meant = did_you_mean(unknown[0], names)
+        raise SplitError(f"the model has no input {unknown[0]!r}; its inputs are {', '.join(names)}{meant}")
     given = [spec_of(i) for i in graph.graph.input]
     refuse_types(given)
     specs = tuple(dataclasses.replace(s, scope=scopes.get(s.name)) for s in given)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import uuid
 import zoneinfo
 from collections.abc import Hashable, Mapping, Sequence
@@ -60,24 +59,11 @@ def _converted(name: str, value: Any) -> Array:
         raise RequestError(f"{name}: {what} ({said}); send a NumPy array or a list of numbers") from e
 
 
-class _Real(float):
-    """A float as part of a key: 1.0 is not 1, and has a state of its own."""
-
-    __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Real) and float.__eq__(self, other)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    __hash__ = float.__hash__
-
-
 def key_of(what: str, value: Hashable, depth: int = 0) -> Hashable:
-    """A user id or a version as plain Python: text, bytes, a number, a UUID, a date, or a tuple of these.
+    """A user id or a version as plain Python: text, bytes, an integer, a UUID, a date, or a tuple of these.
 
-    An object with its own `__eq__` could break the lookup of others, NaN is never found again, and True is 1.
+    An object with its own `__eq__` could break the lookup of others, NaN is never found again, True is 1, and 1.0 is
+    nearly an integer: C++ and JSON take no floats either.
 
     Raises:
         RequestError: when it is something else.
@@ -88,8 +74,6 @@ def key_of(what: str, value: Hashable, depth: int = 0) -> Hashable:
         return str.__str__(value)
     if isinstance(value, int) and not isinstance(value, bool) and int.bit_length(value) <= _LONGEST_INTEGER:
         return int.__int__(value)
-    if isinstance(value, float) and math.isfinite(value):
-        return _Real(value)
     if value is None or type(value) in (uuid.UUID, datetime.date):
         return value
     if type(value) is datetime.datetime and type(value.tzinfo) in (type(None), datetime.timezone, zoneinfo.ZoneInfo):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -105,7 +105,7 @@ class InputCheck:
                 raw = raw.astype(self.dtype)  # an empty list has no dtype of its own
             kind, wanted = raw.dtype.kind, self.dtype.kind
             if not (kind in "iu" if wanted in "iu" else kind == wanted):
-                raise RequestError(f"{self.name}: has dtype {raw.dtype!s:.60}, expected {self.spec.dtype}")
+                raise RequestError(f"{self.name}: {_said(raw)}, expected {self.spec.dtype}")
         if self._rank > 1 and raw.shape == (0,) and isinstance(self._shape[0], str):
             raw = raw.reshape(
                 0, *(n if isinstance(n, int) else 0 for n in self._shape[1:])
@@ -244,6 +244,15 @@ class _Plain(NamedTuple):
 def shape_of(spec: TensorSpec) -> str:
     """An input's shape for a message."""
     return "[" + ", ".join(map(str, spec.shape)) + "]"
+
+
+# What numpy calls by letters.
+_KINDS: Final = {"U": "text", "S": "bytes", "O": "objects", "M": "dates", "m": "spans of time", "V": "records"}
+
+
+def _said(raw: Array) -> str:
+    kind = _KINDS.get(raw.dtype.kind)
+    return f"holds {kind}" if kind else f"has dtype {raw.dtype!s:.60}"
 
 
 def _as(raw: Array, wanted: np.dtype[Any]) -> Array:

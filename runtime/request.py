@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from stca.arrays import Array
 from stca.errors import RequestError
 from stca.manifest import OFFSETS, TARGETS, TOKENS, USERS, Manifest, TensorSpec, packable
+from stca.near import did_you_mean
 from stca.runtime.client_values import array_of, key_of, labels_of, mapping_of, quoted
 from stca.runtime.input_check import InputCheck, Limits, Sizes
 from stca.runtime.padding import History
@@ -29,8 +30,10 @@ class Request:
     Attributes:
         inputs: the model's inputs by name, for this user alone: `(tokens, …)`, `(targets, …)`, and one value or one row
             for what there is once per user or request. Offsets are made by the runtime.
-        user: whose state may be kept and reused; None keeps nothing.
-        version: which history this is; change it when the history changes. None takes a digest of the user inputs.
+        user: whose state may be kept and reused, text or an integer (or bytes, a UUID, a date, a tuple of these), and
+            never a float; None keeps nothing. C++ and JSON know text alone, or text and integers.
+        version: which history this is, of the same kinds; change it when the history changes. None takes a digest of
+            the user inputs.
             With a version, a user whose state is kept need not send the user inputs again.
     """
 
@@ -169,8 +172,9 @@ class Door:
         name = next(n for n in inputs if n not in self._checks)
         if name in self.offsets:
             return RequestError(f"{name}: is made by the runtime for a single request; leave it out")
-        known = ", ".join(self.names(*_ALL))
-        return RequestError(f"{quoted(name)}: the model has no such input; it takes {known:.600}")
+        known = self.names(*_ALL)
+        takes = f"it takes {', '.join(known):.600}{did_you_mean(name, known) if isinstance(name, str) else ''}"
+        return RequestError(f"{quoted(name)}: the model has no such input; {takes}")
 
     def why_not_appendable(self) -> str:
         """Why new events are not appended, of a bundle whose states cannot be."""

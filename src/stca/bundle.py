@@ -27,6 +27,12 @@ from stca.signature import SIGNATURE, Key, check_signature, signature_of
 _SUFFIXES = (".json", ".onnx", ".safetensors", ".plan", ".weights", ".sig", ".rows", ".digests")
 
 
+def require_folder(path: str | os.PathLike[str]) -> None:
+    """Raises BundleError when there is no directory, which is found out in no time."""
+    if not os.path.isdir(path):  # unlike Path's, also False for names that cannot exist
+        raise BundleError(f"{os.fspath(path)}: no such bundle directory; make one with `stca export`")
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A bundle on disk whose files are all what its manifest says."""
@@ -51,9 +57,8 @@ class Bundle:
         """
         if not isinstance(path, str | os.PathLike):
             raise BundleError(f"a bundle's path is text or a Path, not {type(path).__name__:.40}")
+        require_folder(path)
         root = Path(path)
-        if not os.path.isdir(root):  # unlike Path's, also False for names that cannot exist
-            raise BundleError(f"{root}: no such bundle directory; make one with `stca export`")
         if os.path.lexists(root / MANIFEST) and not (root / MANIFEST).is_file():
             raise BundleError(f"{root}: {MANIFEST} is not a plain file inside the bundle; copy the bundle again")
         try:

@@ -325,26 +325,35 @@ def _present(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     return {k: v for k, v in fields if v is not None or k not in _ADDED}
 
 
-def check_account(manifest: Manifest) -> None:
+def check_account(manifest: Manifest, *, cut: bool = True) -> None:
     """Check what commands and the report read of a bundle beside its graphs, and a server does not need.
+
+    Args:
+        manifest: of the bundle.
+        cut: whether it must tell of its cut.
 
     Raises:
         BundleError: naming the first entry of `model`, `precision` or `split` that is not of its kind.
     """
     try:
         _check_account(manifest)
+        if cut:
+            _check_cut(manifest.split)
     except (TypeError, ValueError) as e:
         raise BundleError(f"{MANIFEST} is malformed ({e}); export the bundle again") from e
 
 
 def _check_account(manifest: Manifest) -> None:
-    model, split = manifest.model, manifest.split
+    model = manifest.model
     if model.get("kind") not in ("stca", "callable", "onnx"):
         raise ValueError(f"model: kind is {model.get('kind')!r:.60}, expected stca, callable or onnx")
     if model["kind"] == "stca":
         typed_json.as_type(Mapping[str, Any], model.get("config"), "model: config")
     if manifest.precision not in ITEM_BYTES or "float" not in manifest.precision:
         raise ValueError(f"precision: {manifest.precision!r:.60} is no floating-point dtype")
+
+
+def _check_cut(split: Mapping[str, Any]) -> None:
     for name in ("state_bytes", "bytes_per_token", "user_work", "recomputed_work", "request_work", "target_work"):
         typed_json.as_type(int, split.get(name), f"split: {name}")
     typed_json.as_type(Mapping[str, int], split.get("workload"), "split: workload")

@@ -133,11 +133,17 @@ bool Door::any_user_input(Inputs inputs) const {
   return false;
 }
 
+std::vector<std::string> Door::known_names() const {
+  std::vector<std::string> known;
+  for (std::size_t i = 0; i < inputs_.size(); ++i) {
+    if (!offsets_[i]) known.push_back(inputs_[i].name);
+  }
+  return known;
+}
+
 std::string Door::names() const {
   std::string text;
-  for (std::size_t i = 0; i < inputs_.size(); ++i) {
-    if (!offsets_[i]) text += (text.empty() ? "" : ", ") + inputs_[i].name;
-  }
+  for (const std::string& name : known_names()) text += (text.empty() ? "" : ", ") + name;
   return text;
 }
 
@@ -150,7 +156,10 @@ Door::Given Door::sort(Inputs inputs, int scopes, int others, const char* call) 
   for (const stca_tensor& tensor : inputs) {
     if (tensor.name == nullptr) request_error("an input has no name");
     const int found = find(tensor.name);
-    if (found < 0) request_error(in_quotes(tensor.name), ": the model has no such input; it takes ", head(names(), 600));
+    if (found < 0) {
+      request_error(in_quotes(tensor.name), ": the model has no such input; it takes ", head(names(), 600),
+                    did_you_mean(tensor.name, known_names()));
+    }
     if (is_offsets(found)) {
       request_error(shown(tensor.name), ": is made by the runtime for a single request; leave it out");
     }

@@ -117,6 +117,7 @@ class Door {
   Array recent(std::size_t index, Array array) const;
   std::int64_t targets_of(const Row& row) const;
   bool once_per_user(std::size_t index) const;
+  std::vector<std::string> known_names() const;
   std::string names() const;
 
   std::vector<TensorSpec> inputs_;

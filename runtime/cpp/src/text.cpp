@@ -113,6 +113,31 @@ bool reads_back(const std::string& text, double value) {
   return in >> read && static_cast<double>(read) == value;
 }
 
+/// The first 60 characters, without capitals.
+std::string lowered(std::string_view text) {
+  std::string made(text.substr(0, 60));
+  for (char& c : made) {
+    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+  }
+  return made;
+}
+
+/// Letters to change, leave out or put in to make one of the other (Levenshtein's distance).
+std::size_t distance(std::string_view a, std::string_view b) {
+  std::vector<std::size_t> row(b.size() + 1);
+  for (std::size_t j = 0; j < row.size(); ++j) row[j] = j;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    std::size_t before = row[0];
+    row[0] = i + 1;
+    for (std::size_t j = 0; j < b.size(); ++j) {
+      const std::size_t changed = before + (a[i] == b[j] ? 0 : 1);
+      before = row[j + 1];
+      row[j + 1] = std::min({before + 1, row[j] + 1, changed});
+    }
+  }
+  return row[b.size()];
+}
+
 }  // namespace
 
 std::string_view head(std::string_view text, std::size_t most) {
@@ -186,5 +211,16 @@ std::string one_line(std::string_view text) {
 
 std::string number_text(double value) { return python_text(value, 17, reads_back<double>); }
 std::string number_text(float value) { return python_text(static_cast<double>(value), 9, reads_back<float>); }
+
+std::string did_you_mean(std::string_view name, const std::vector<std::string>& known) {
+  const std::string asked = lowered(name);
+  std::size_t least = std::max<std::size_t>(1, asked.size() / 3) + 1;
+  const std::string* found = nullptr;
+  for (const std::string& one : known) {
+    const std::size_t far = distance(asked, lowered(one));
+    if (far < least) least = far, found = &one;
+  }
+  return found == nullptr ? "" : "; did you mean " + in_quotes(*found) + "?";
+}
 
 }  // namespace stca::core

@@ -3,6 +3,7 @@
 
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace stca::core {
 
@@ -12,6 +13,9 @@ std::string in_quotes(const char* text);
 
 /// The first `most` characters of valid UTF-8.
 std::string_view head(std::string_view text, std::size_t most);
+
+/// `; did you mean 'hist'?` of the nearest of the names, by the rule of Python's `stca.near`; empty where none is near.
+std::string did_you_mean(std::string_view name, const std::vector<std::string>& known);
 
 /// A message without what would end or overwrite its line, its middle left out beyond 900 characters.
 std::string one_line(std::string_view text);

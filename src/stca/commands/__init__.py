@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 import stca
 from stca.commands.explain import explain
 from stca.commands.progress import finish
+from stca.near import did_you_mean
 
 # One module of this folder each, with `HELP`, `EXAMPLES`, `options(parser)` and `run(arguments)`; in the order `--help`
 # lists them. A command is called what its module is called up to an underscore: no module may shadow one of the
@@ -36,7 +38,8 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
         said = action.help or ""
         if action.default in (None, False, [], argparse.SUPPRESS) or "(default" in said or action.option_strings == []:
             return said
-        default = ",".join(map(str, action.default)) if isinstance(action.default, list) else "%(default)s"
+        several = isinstance(action.default, list | tuple)
+        default = ",".join(map(str, action.default)) if several else str(action.default)
         return f"{said} (default: {default})"
 
 
@@ -47,7 +50,15 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, "formatter_class": _Help, **kwargs})
 
     def error(self, message: str) -> NoReturn:
+        if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            message += did_you_mean(wrong[1], re.findall(r"[^', ]+", wrong[2]))
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def refuse(self, extra: Sequence[str]) -> NoReturn:
+        """End for arguments that are none of this command's."""
+        option = next((x.partition("=")[0] for x in extra if x.startswith("-")), "")
+        meant = did_you_mean(option, self._option_string_actions) if option else ""
+        self.error(f"unrecognized arguments: {' '.join(extra):.200}{meant}")
 
 
 class _Version(argparse.Action):
@@ -61,7 +72,9 @@ class _Version(argparse.Action):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    args = parser().parse_args(argv)
+    args, extra = parser().parse_known_args(argv)
+    if extra:
+        args.command.refuse(extra)
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that half-written bundles go
     try:
@@ -105,6 +118,6 @@ def parser() -> argparse.ArgumentParser:
             description=module.HELP,
             epilog="\n  ".join(["examples:", *module.EXAMPLES]),
         )
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, command=command)
         module.options(command)
     return made

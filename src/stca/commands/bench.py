@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stca.bundle import Bundle
+from stca.bundle import Bundle, require_folder
 from stca.commands.options import count, emit, measured, measured_options, positive, sizes
 from stca.commands.progress import progress_on_stderr
 
@@ -29,6 +29,7 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
+    require_folder(args.bundle)
     progress = progress_on_stderr("onnxruntime")
     from stca.checks.bench import bench
 

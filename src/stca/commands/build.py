@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from stca.commands.options import ENGINES, PRECISIONS, count, emit, memory, size, sizes
+from stca.bundle import require_folder
+from stca.commands.options import ENGINES, PRECISIONS, count, emit, memory, size, sizes, sm
 from stca.commands.progress import progress_on_stderr
 
 HELP = "engines of both halves, written into the bundle"
@@ -23,9 +24,9 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--engine", choices=ENGINES, required=True, help="library that will run it")
     p.add_argument(
         "--sm",
-        type=count,
+        type=sm,
         metavar="NN",
-        help="compute capability to build for, 89 for 8.9 (default: that of the GPU here)",
+        help="compute capability to build for, 89 or 8.9 (default: that of the GPU here)",
     )
     p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and arithmetic")
     p.add_argument(
@@ -51,6 +52,7 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
+    require_folder(args.bundle)
     progress = progress_on_stderr("torch and onnx")
     from stca.engines.build import Workload, build
     from stca.engines.cache import EngineCache

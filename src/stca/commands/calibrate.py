@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from stca.bundle import Bundle
-from stca.commands.options import count, emit, positive
+from stca.commands.options import count, emit, positive, require_file
 from stca.commands.progress import progress_on_stderr
 from stca.errors import UsageError
 
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
     budget = Budget.parse(args.budget)
     bundle = Bundle.load(args.bundle)
+    if args.trace != DEMO:
+        require_file(args.trace, "folder of a trace")
     progress = progress_on_stderr("torch and onnx")
     import functools
 

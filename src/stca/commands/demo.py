@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from stca.commands.options import emit
+from stca.commands.options import emit, require_file
 from stca.commands.progress import progress_on_stderr
+from stca.errors import CheckpointError
 
 HELP = "export, verify, measure and report the checkpoint that ships with the project"
 EXAMPLES = (
@@ -22,6 +23,8 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
+    if args.checkpoint:
+        require_file(args.checkpoint, "checkpoint file", CheckpointError)
     progress = progress_on_stderr("torch, onnx and matplotlib")
     from stca.report.demo import demo
 

@@ -7,9 +7,9 @@ import functools
 from pathlib import Path
 
 from stca.bundle import Bundle
-from stca.commands.options import cut, cut_options, emit, exported
+from stca.commands.options import cut, cut_options, emit, exported, require_file, require_module
 from stca.commands.progress import progress_on_stderr
-from stca.errors import UsageError
+from stca.errors import CheckpointError, UsageError
 from stca.manifest import MANIFEST
 
 HELP = "checkpoint → verified bundle with the request graph and both halves"
@@ -74,6 +74,10 @@ def _triton_name(args: argparse.Namespace, bundle: Path) -> str:
 
 
 def _exported(args: argparse.Namespace) -> Bundle:
+    if args.model:
+        require_module(args.model)
+    else:
+        require_file(args.checkpoint, "checkpoint file", CheckpointError)
     progress = progress_on_stderr("torch and onnx")
     from stca.checks.verify import prove
     from stca.export.modules import resolve

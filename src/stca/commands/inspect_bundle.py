@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
     bundle = Bundle.load(args.bundle)
     m = bundle.manifest
-    check_account(m)
+    check_account(m, cut=bool(m.split))
     lines = [
         f"{bundle.path}: {m.model['kind']} model, {m.precision}, weights {m.weights[:12]}, "
         f"{sum(f['bytes'] for f in m.files.values()) + sum(t.bytes for t in m.tables or ()):,} bytes",
@@ -153,7 +153,7 @@ def _padding(m: Manifest, history: Padding) -> str:
 def _state(m: Manifest) -> list[str]:
     appends = "can be appended" if m.appendable else "cannot be appended"
     return [
-        f"user state: {m.split['bytes_per_token']} bytes per token; new events {appends}",
+        f"user state: {sum(s.bytes_per_token for s in m.state)} bytes per token; new events {appends}",
         *(
             f"  {s.name:<24} {s.dtype:<8} {dims(s.shape):<16} "
             + ("a sum over tokens" if s.append == SUM else f"{s.bytes_per_token} bytes per token")
@@ -165,6 +165,8 @@ def _state(m: Manifest) -> list[str]:
 def _work(m: Manifest) -> list[str]:
     """What the cut buys, in operations counted from shapes."""
     split = m.split
+    if not split:
+        return ["the bundle does not tell of its cut; export it again to see its work and why its nodes are there"]
     user, again = split["user_work"], split["recomputed_work"]
     sizes = ", ".join(f"{name} {size:,}" for name, size in split["workload"].items())
     if (fixed := probe.history_of(m.graphs["request"].inputs, -1)) > 0:

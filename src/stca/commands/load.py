@@ -8,7 +8,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stca.commands.options import count, emit, positive
+from stca.bundle import require_folder
+from stca.commands.options import count, emit, positive, require_file
 from stca.commands.progress import progress_on_stderr
 from stca.errors import UsageError
 
@@ -77,25 +78,18 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
+    _check_target(args)
+    told = progress_on_stderr("onnxruntime")
     from stca.load.clients import Behind
     from stca.load.traffic import Traffic
 
-    told = progress_on_stderr("onnxruntime")
     if args.report is not None and Path(args.report).is_dir():  # said before the traffic, not after it
         raise UsageError(f"{args.report}: is a directory; name a file in it as --report")
     traffic = Traffic(
         users=args.users, zipf=args.zipf, history=args.history, targets=args.targets, events=args.events,
         spike=args.spike, seed=args.seed,
     )  # fmt: skip
-    remote = args.target.startswith(("http://", "https://"))
-    if "//" not in args.target and ":" in args.target and not Path(args.target).exists():
-        raise UsageError(f"{args.target}: is no directory; of a server write http://{args.target:.80}")
-    if args.admin and not remote:
-        raise UsageError("--admin: is of a server; leave it out, a bundle in this process takes events as it is")
-    if remote and args.threads:
-        raise UsageError("--threads: is of a bundle in this process; give it to `stca serve`")
-    if remote and args.compare:
-        raise UsageError("--compare: is of a bundle in this process; start a server with --cache-mib 0 and load that")
+    remote = _remote(args)
     client = Behind(args.target, args.admin) if remote else _session(args, args.cache_mib)
     reports: dict[str, LoadReport] = {}
     trace = _trace(args, traffic, client, told)
@@ -112,6 +106,27 @@ def run(args: argparse.Namespace) -> int:
         rows.append(f"report: {data['report']}")
     emit(args, data, "\n".join(rows))
     return 0
+
+
+def _remote(args: argparse.Namespace) -> bool:
+    return str(args.target).startswith(("http://", "https://"))
+
+
+def _check_target(args: argparse.Namespace) -> None:
+    """Raises what is wrong with the target, and with options that are not of its kind."""
+    remote = _remote(args)
+    if "//" not in args.target and ":" in args.target and not Path(args.target).exists():
+        raise UsageError(f"{args.target}: is no directory; of a server write http://{args.target:.80}")
+    if args.admin and not remote:
+        raise UsageError("--admin: is of a server; leave it out, a bundle in this process takes events as it is")
+    if remote and args.threads:
+        raise UsageError("--threads: is of a bundle in this process; give it to `stca serve`")
+    if remote and args.compare:
+        raise UsageError("--compare: is of a bundle in this process; start a server with --cache-mib 0 and load that")
+    if not remote:
+        require_folder(args.target)
+    if args.trace is not None:
+        require_file(args.trace, "file or folder of a trace")
 
 
 def _write_page(args: argparse.Namespace, data: dict[str, Any]) -> Path:

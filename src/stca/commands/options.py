@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.machinery
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,31 @@ from typing import Any
 from stca.backends import BACKENDS
 from stca.bundle import Bundle
 from stca.commands.progress import finish
-from stca.errors import UsageError
+from stca.errors import ExportError, StcaError, UsageError
 from stca.manifest import Manifest
+from stca.near import did_you_mean
 
 ENGINES = tuple(sorted(BACKENDS))
 PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def require_file(path: str, what: str, kind: type[StcaError] = UsageError) -> None:
+    """Raises an error of that kind when there is no such file: found out before libraries are loaded for it."""
+    if not os.path.exists(path):
+        folder = os.path.dirname(path) or "."
+        near = did_you_mean(os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else ())
+        raise kind(f"{path}: no such {what}{near or '; check the path'}")
+
+
+def require_module(name: str) -> None:
+    """Raises ExportError unless this is MODULE:CALLABLE and there is such a module, which is not loaded for that."""
+    module, colon, attribute = name.partition(":")
+    top = module.partition(".")[0]
+    if not colon or not attribute or not top:
+        raise ExportError(f"--model {name}: expected PACKAGE.MODULE:CALLABLE, as in my_model:function")
+    paths = [os.getcwd(), *sys.path]
+    if top not in sys.modules and importlib.machinery.PathFinder.find_spec(top, paths) is None:
+        raise ExportError(f"--model {name}: there is no module {top!r} in this folder or on the path; check the name")
 
 
 def names(text: str) -> list[str]:
@@ -26,6 +49,14 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
+
+
+def sm(text: str) -> int:
+    """A compute capability, 8.9 or 89."""
+    major, point, minor = text.partition(".")
+    if not major.isdecimal() or (point and not (minor.isdecimal() and len(minor) == 1)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no compute capability; write 89 or 8.9")
+    return count(major + minor)
 
 
 def sizes(text: str) -> list[int]:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import re
 
-from stca.bundle import Bundle
+from stca.bundle import Bundle, require_folder
 from stca.commands.options import count, emit
 from stca.commands.progress import progress_on_stderr
 from stca.errors import UsageError
@@ -42,6 +42,7 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
+    require_folder(args.bundle)
     progress = progress_on_stderr("onnx")
     from stca.checks import plan as planning
     from stca.checks.forecast import Machine

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from stca.commands.options import emit
+from stca.bundle import require_folder
+from stca.commands.options import emit, require_file
 from stca.commands.progress import progress_on_stderr
+from stca.errors import CheckpointError
 
 HELP = "new weights into existing graphs and engines"
 EXAMPLES = (
@@ -23,6 +25,8 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
+    require_folder(args.bundle)
+    require_file(args.checkpoint, "checkpoint file", CheckpointError)
     progress = progress_on_stderr("torch and onnx")
     from stca.engines.cache import EngineCache
     from stca.engines.refit import refit

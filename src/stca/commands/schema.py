@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from stca.bundle import Bundle
+from stca.bundle import Bundle, require_folder
 from stca.errors import StcaError
 from stca.manifest import FORMAT, FORMAT_VERSION, Manifest
 
@@ -21,6 +21,8 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
+    if args.bundle:
+        require_folder(args.bundle)
     from stca.json_schema import schema_of
     from stca.runtime.json_request import requests_schema
 

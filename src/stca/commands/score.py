@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stca.bundle import require_folder
 from stca.commands.options import ENGINES, count, emit
 from stca.errors import RequestError
 
@@ -36,10 +37,12 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
+    require_folder(args.bundle)
+    text = _text(args.requests)
     from stca.runtime import Session
     from stca.runtime.json_request import read_requests
 
-    requests = read_requests(_text(args.requests))
+    requests = read_requests(text)
     session = Session.load(
         args.bundle, threads=args.threads, truncate=args.truncate, engine=args.engine, trusted=args.trusted
     )

@@ -6,7 +6,9 @@ import argparse
 import os
 from typing import Any
 
+from stca.bundle import require_folder
 from stca.commands.options import emit
+from stca.errors import UsageError
 
 HELP = "serve bundles over HTTP and gRPC (Open Inference Protocol)"
 EXAMPLES = (
@@ -33,12 +35,8 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
-    import asyncio
     from typing import get_type_hints
 
-    from stca.errors import UsageError
-    from stca.serve.log import logs_on_stderr
-    from stca.serve.server import serve
     from stca.serve.settings import Settings, from_text, named, settings
 
     hints = get_type_hints(Settings)
@@ -53,6 +51,12 @@ def run(args: argparse.Namespace) -> int:
     chosen = settings(args.config, os.environ, flags)
     if not chosen.models:
         raise UsageError("no bundle is given; name its directory, or a file with [models] by --config")
+    for bundle in chosen.models.values():
+        require_folder(bundle)
+    import asyncio  # once nothing is missing: what serves takes its time to load
+
+    from stca.serve.log import logs_on_stderr
+    from stca.serve.server import serve
 
     def ready(server: Any) -> None:
         ports = server.ports

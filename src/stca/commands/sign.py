@@ -30,5 +30,6 @@ def run(args: argparse.Namespace) -> int:
     from stca.bundle import sign
 
     file = sign(args.bundle, args.key)
-    emit(args, {"signature": str(file)}, f"{file}: signed; build and refit make another bundle, which is not")
+    text = f"{args.bundle}: signed ({file.name}); what build, calibrate and refit make of it is unsigned: sign it again"
+    emit(args, {"signature": str(file)}, text)
     return 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import functools
 
-from stca.commands.options import cut, cut_options, exported, names
+from stca.commands.options import cut, cut_options, exported, names, require_file
 from stca.commands.progress import progress_on_stderr
-from stca.errors import StcaError
+from stca.errors import SplitError, StcaError
 from stca.manifest import Scope
 
 HELP = "any ONNX model → verified bundle with its two halves"
@@ -28,6 +28,7 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
+    require_file(args.model, "ONNX file", SplitError)
     progress = progress_on_stderr("torch and onnx")
     from stca.checks.verify import prove
     from stca.export.pipeline import split_onnx

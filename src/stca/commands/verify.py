@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from stca.bundle import Bundle
-from stca.commands.options import ENGINES, PRECISIONS, emit
+from stca.commands.options import ENGINES, PRECISIONS, emit, require_module
 from stca.commands.progress import progress_on_stderr
 from stca.errors import StcaError
 from stca.manifest import check_account
@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
     if args.precision and not args.engine:
         raise StcaError("--precision: is of built engines; say which with --engine")
+    if args.model:
+        require_module(args.model)
     bundle = Bundle.load(args.bundle, trusted=args.trusted)
     check_account(bundle.manifest)
     choice = None

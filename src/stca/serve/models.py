@@ -13,6 +13,7 @@ from typing import Any
 from stca.arrays import Array
 from stca.errors import RequestError, UsageError
 from stca.manifest import OFFSETS, TensorSpec
+from stca.near import did_you_mean
 from stca.runtime import Request, Session
 from stca.runtime.client_values import quoted
 from stca.serve.errors import NotFoundError, UnavailableError
@@ -270,7 +271,8 @@ class Models:
         """
         versions = self._served.get(name)
         if versions is None:
-            raise NotFoundError(f"model {quoted(name)} is not served; served are {', '.join(self._served):.600}")
+            served = f"served are {', '.join(self._served):.600}{did_you_mean(name, self._served)}"
+            raise NotFoundError(f"model {quoted(name)} is not served; {served}")
         if version and version not in versions:
             raise NotFoundError(f"model {name} has no version {quoted(version)}; it has {', '.join(versions):.600}")
         return versions[version or max(versions, key=lambda v: (len(v), v))]

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -112,6 +114,8 @@ def test_a_manifest_that_tells_odd_things(field, command, bundle_dir, tmp_path, 
     bundle = Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
     manifest = Bundle.load(bundle).manifest
     for odd in ODD[field]:
+        if not odd and command == "inspect":
+            continue  # which shows all else of a bundle that does not tell of its cut
         changed = {**manifest.split, **odd} if field == "split" and odd else odd
         seal(bundle, dataclasses.replace(manifest, **{field: changed}))
         assert commands.main([command, str(bundle)]) == 2, odd
@@ -119,3 +123,52 @@ def test_a_manifest_that_tells_odd_things(field, command, bundle_dir, tmp_path, 
         assert len(said) == 1
         assert "unexpected" not in said[0], odd
         assert field in said[0] or "config" in said[0]
+
+
+def test_a_bundle_that_does_not_tell_of_its_cut_is_inspected(bundle_dir, tmp_path, capsys) -> None:
+    """A session serves it, so that inspect shows it; what measures the cut asks for another export."""
+    bundle = Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
+    seal(bundle, dataclasses.replace(Bundle.load(bundle).manifest, split={}))
+    for why in ([], ["--why"]):
+        assert commands.main(["inspect", str(bundle), *why]) == 0
+        assert "does not tell of its cut; export it again" in capsys.readouterr().out
+
+
+# What is missing is told before libraries are loaded for it.
+MISSING = [
+    (["export", "{d}/none.safetensors", "--out", "o"], ("none.safetensors", "no such checkpoint file")),
+    (["export", "--model", "no_such_module:f", "--out", "o"], ("no module 'no_such_module'",)),
+    (["export", "--model", "my_model.py", "--out", "o"], ("MODULE:CALLABLE",)),
+    (["split", "{d}/manifset.json", "--user-inputs", "a", "--out", "o"], ("no such ONNX file", "'manifest.json'?")),
+    (["verify", "{d}", "--model", "no_such_module:f"], ("no module 'no_such_module'",)),
+    (["calibrate", "{d}", "--trace", "none", "--precision", "int8", "--out", "o"], ("none", "no such folder")),
+    (["refit", "{d}/none", "--checkpoint", "c"], ("no such bundle directory",)),
+    (["refit", "{d}", "--checkpoint", "none.st"], ("no such checkpoint file",)),
+    (["demo", "--checkpoint", "none.st"], ("no such checkpoint file",)),
+    (["bench", "none"], ("no such bundle directory",)),
+    (["build", "none", "--engine", "onnxruntime"], ("no such bundle directory",)),
+    (["plan", "none"], ("no such bundle directory",)),
+    (["score", "none", "r.json"], ("no such bundle directory",)),
+    (["score", "{d}", "none.json"], ("none.json", "cannot be read")),
+    (["serve", "none"], ("no such bundle directory",)),
+    (["load", "none"], ("no such bundle directory",)),
+    (["load", "{d}", "--trace", "none"], ("no such file or folder of a trace",)),
+    (["schema", "requests", "--bundle", "none"], ("no such bundle directory",)),
+]
+
+
+def test_what_is_missing_is_found_before_libraries_are_loaded(bundle_dir) -> None:
+    """All in one process, in which none of them is loaded afterwards."""
+    argvs = [[x.format(d=bundle_dir) for x in argv] for argv, _ in MISSING]
+    code = (
+        "import json, sys; from stca import commands\n"
+        "for argv in json.loads(sys.argv[1]):\n"
+        "    assert commands.main(argv) == 2, argv\n"
+        "print([m for m in ('torch', 'onnx', 'onnxruntime', 'grpc', 'uvicorn') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(argvs)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    told = done.stderr.splitlines()
+    assert len(told) == len(MISSING)
+    for line, (_, words) in zip(told, MISSING, strict=True):
+        assert all(word in line for word in words), line

@@ -23,7 +23,7 @@ def test_help_has_examples_and_defaults(name: str, capsys: pytest.CaptureFixture
     for action in command._actions:
         assert action.help, f"{name}: {action.dest} has no help"
         if action.option_strings and action.default not in (None, False, [], argparse.SUPPRESS):
-            shown = ",".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+            shown = ",".join(map(str, x)) if isinstance(x := action.default, list | tuple) else x
             assert f"(default: {shown})" in said
 
 
@@ -78,3 +78,35 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     moving = capsys.readouterr().err
     assert "history [1], 2 targets" in moving
     assert "\x1b[?25h" in moving  # the cursor is back
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["load", "b", "--histroy", "3"], ("stca load", "--histroy", "did you mean '--history'?")),
+        (["exprot"], ("'exprot'", "did you mean 'export'?")),
+        (["build", "b", "--engine", "onnxruntme"], ("did you mean 'onnxruntime'?",)),
+        (["inspect", "b", "--nothing-like-it"], ("--nothing-like-it",)),
+        (["build", "b", "--engine", "tensorrt", "--sm", "8.9.1"], ("89 or 8.9",)),
+    ],
+)
+def test_a_wrong_word_is_told_the_nearest_right_one(argv, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        commands.main(argv)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert all(word in said for word in words)
+    assert ("did you mean" in said) == any("did you mean" in word for word in words)
+
+
+def test_a_compute_capability_is_taken_with_its_point():
+    made = [commands.parser().parse_args(["build", "b", "--engine", "tensorrt", "--sm", x]).sm for x in ("89", "8.9")]
+    assert made == [89, 89]
+
+
+def test_defaults_are_told_as_they_are_typed(capsys):
+    with pytest.raises(SystemExit):
+        commands.main(["load", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default: 100,2000)" in said

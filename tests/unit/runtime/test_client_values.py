@@ -25,11 +25,11 @@ class Text(str):
 
 
 @pytest.mark.parametrize(
-    "value", ["u", b"u", 1, -7, 0.5, ("u", 1), np.int32(7), None, Text("t")], ids=lambda x: type(x).__name__
+    "value", ["u", b"u", 1, -7, ("u", 1), np.int32(7), None, Text("t")], ids=lambda x: type(x).__name__
 )
 def test_keys_are_plain(value):
     made = key_of("user", value)
-    assert type(made) in (str, bytes, int, tuple, type(None)) or type(made).__module__ == key_of.__module__
+    assert type(made) in (str, bytes, int, tuple, type(None))
     assert hash(made) == hash(value)
 
 
@@ -39,6 +39,7 @@ def test_keys_are_plain(value):
         True,
         10**5000,
         float("nan"),
+        0.5,
         ("u", True),
         object(),
         np.array([1]),

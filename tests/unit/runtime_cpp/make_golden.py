@@ -617,6 +617,13 @@ def bad_cases() -> list[Any]:
         ("a user input is missing", a.inputs(user_segment=None), "user_segment", "missing"),
         ("a request input is missing", a.inputs(request_device=None), "request_device", "missing"),
         ("a target input is missing", a.inputs(target_item=None), "target_item", "missing"),
+        (
+            "a misspelt input",
+            a.inputs(Target_itm=tensor("int64", [1])),
+            "no such input",
+            "it takes history_item",
+            "; did you mean 'target_item'?",
+        ),
         ("an unknown input", a.inputs(history_color=tensor("int64", [1])), "history_color", "no such input"),
         ("offsets in a single request", a.inputs(target_offsets=tensor("int32", [0, 3])), "target_offsets", "runtime"),
         ("floats for ids", a.inputs(target_item=tensor("float32", [1.0])), "target_item", "float32", "int64"),

@@ -81,7 +81,7 @@ typedef struct stca_tensor {
 typedef struct stca_request {
   const stca_tensor* inputs;
   size_t input_count;
-  const char* user;    /* whose state may be kept and reused; NULL keeps nothing */
+  const char* user;    /* whose state may be kept and reused, as text: 12 is "12"; NULL keeps nothing */
   const char* version; /* which history this is: change it when the history changes; NULL takes a digest of the user
                           inputs. With a version, a user whose state is kept need not send the user inputs again. */
 } stca_request;
