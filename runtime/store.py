@@ -145,8 +145,11 @@ class StateStore:
 
     def forget(self, user: Hashable) -> bool:
         """Drop all that is kept of a user, wherever; False when there was nothing."""
-        on_file = self.file is not None and self.file.forget(user)
-        return self.memory.forget(user) or on_file
+        if self.file is None:
+            return self.memory.forget(user)
+        on_file, in_memory = self.file.forget(user), self.memory.forget(user)
+        self.file.forget(user)  # what was being written of it in between
+        return on_file or in_memory
 
     def close(self) -> None:
         """Write what waits to be written, drop everything in memory and keep nothing any more."""

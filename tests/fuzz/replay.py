@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +27,16 @@ from cpp import fuzz
 
 from stca import probe
 from stca.arrays import Array
-from stca.errors import RequestError, StcaError
+from stca.errors import HistoryNeededError, RequestError, StcaError
 from stca.runtime import Deadline, Request, RequestBatch, Session
 from stca.runtime.cache import REASONS
 from stca.runtime.client_values import MOST_VALUES
-from stca.runtime.store import JOINED, MEMORY
+from stca.runtime.store import DAMAGED, FILE, JOINED, MEMORY
 
 OTHERS = ("log_other_weights", "log_other_limits", "log_other_dtype", "log_other_scores")
 MOST_AXES = 8  # of a tensor in C++
-HITS = (MEMORY, JOINED)
-MISSES = REASONS
+HITS = (MEMORY, JOINED, FILE)
+MISSES = (*REASONS, DAMAGED)
 
 
 class NotInCpp(Exception):
@@ -50,6 +52,8 @@ class Setting:
         others: bundles that the session is swapped to, or that it must refuse.
         states: a budget of so many states in place of `cache_bytes`: the languages' states differ in size.
         keep: requests that can be kept, and little else; each user's state has the same size.
+        files: states lie in files, too, some of which are damaged, and the session is loaded again now and then.
+            Memory has room for all users of a batch: who leaves it is in a file by then.
     """
 
     bundle: str
@@ -62,6 +66,7 @@ class Setting:
     check_versions: bool = False
     truncate: bool = False
     keep: bool = False
+    files: bool = False
 
 
 SETTINGS = (
@@ -81,14 +86,23 @@ SETTINGS = (
     Setting("exact"),
     Setting("padded_left", states=3, keep=True),
     Setting("padded_right", states=1, keep=True),
+    Setting("log", OTHERS, max_users=4, files=True),
+    Setting("log", max_users=5, truncate=True, files=True),
+    Setting("padded_left", max_users=4, files=True),
 )
 
 
 class Recorder:
-    """A session that notes each call and how it ended, for C++ to do the same."""
+    """A session that notes each call and how it ended, for C++ to do the same.
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    Args:
+        load: the session, and the next one on the same folder of states.
+        folder: of its states, where there is one.
+    """
+
+    def __init__(self, load: Callable[[], Session], folder: Path | None) -> None:
+        self._load, self._folder, self._session = load, folder, load()
+        session = self._session
         self.steps: list[dict[str, Any]] = []
         self.manifest = session.manifest
 
@@ -128,6 +142,19 @@ class Recorder:
     def swap(self, bundle: Path) -> None:
         self._noted({"call": "swap", "bundle": bundle.name}, None, lambda: self._session.swap(bundle))
 
+    def restart(self) -> None:
+        self._session.close()
+        self._session = self._load()
+        self.steps.append({"call": "restart"})
+
+    def damage(self) -> None:
+        """Change the last byte of each state in a file."""
+        assert self._folder is not None
+        for path in self._folder.glob("*.state"):
+            data = path.read_bytes()
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        self.steps.append({"call": "damage"})
+
     def stats(self) -> None:
         """Note what is kept and was done, without the bytes that each language's objects take."""
         kept = dataclasses.asdict(self._session.stats())
@@ -135,11 +162,21 @@ class Recorder:
         noted = {n: kept[n] for n in names}
         for kinds, known in (("hits_from", HITS), ("misses_for", MISSES)):
             noted |= {f"{kinds[: kinds.index('_')]}_{kind}": kept[kinds].get(kind, 0) for kind in known}
+        if kept["file"] is not None:
+            noted |= {f"file_{n}": kept["file"][n] for n in ("users", "discarded")}
         self.steps.append({"call": "stats", "stats": noted})
+
+    def _settled(self, call: Callable[[], Any]) -> Any:
+        """What the call gives, once all states that it made are in files: what comes next finds them there."""
+        try:
+            return call()
+        finally:
+            if (file := self._session._store.file) is not None:
+                assert file.wait(60)
 
     def _noted(self, step: dict[str, Any], result: str | None, call: Callable[[], Any]) -> Any:
         try:
-            made = call()
+            made = self._settled(call)
         except StcaError as e:
             self.steps.append(step | {"error": {"class": type(e).__name__, "kind": e.code, "text": str(e)}})
             raise
@@ -202,9 +239,36 @@ class Caller(Fuzzer):
             users += ("", "é\n", "it's", "x" * 80, "a\"'")
         bad = [*(x for x in hostile() if _is_made(x)), "\u202e", "é\x85", "ü" * 65, "\\'", 1e38, -70000.5, 1e16]
         super().__init__(seed, session, alone, users, bad)
-        self._keep = setting.keep
+        self._keep, self._files = setting.keep, setting.files
+        self._known: list[tuple[dict[str, Any], str, str]] = []  # inputs, user and version of some that were kept
+
+    def _restart(self, rng: random.Random) -> str:
+        self.session.restart()
+        self._serve(next(iter(self._bundles)))
+        return "restarts"
+
+    def _damage(self, rng: random.Random) -> str:
+        self.session.damage()
+        return "damages"
+
+    def _again(self, rng: random.Random) -> str:
+        """Mostly a history by its version alone, of one of the users who were here before."""
+        if not self._known or rng.random() < 0.3:
+            inputs, user, version = self._inputs(rng), self._user(rng), f"w{rng.randrange(10**9)}"
+            self._known.append((inputs, user, version))
+        else:
+            inputs, user, version = rng.choice(self._known[-8:])
+            if rng.random() < 0.7:
+                inputs = {n: x for n, x in inputs.items() if self._of[n] != "user"}
+        try:
+            self.session.score(Request(inputs, user, version))
+        except HistoryNeededError:
+            return "states that were not kept"
+        return "users who come again"
 
     def _kinds(self, rng: random.Random) -> Callable[[random.Random], str]:
+        if self._files and rng.random() < 0.5:
+            return rng.choice((*(self._again,) * 8, self._restart, self._damage))
         return rng.choice((self._right, self._right, self._batch, self._forget)) if self._keep else super()._kinds(rng)
 
 
@@ -236,8 +300,16 @@ def _case(seed: int, setting: Setting, numbers: range, folder: Path) -> dict[str
     budget = setting.cache_bytes
     if setting.states is not None:
         case["measured"], budget = _measured(folder / setting.bundle, setting.states)
-    recorder = Recorder(Session.load(folder / setting.bundle, cache_bytes=budget, **kept, **load))
-    caller = Caller(seed, setting, recorder, alone)
+    with tempfile.TemporaryDirectory() as states:
+        if setting.files:
+            case["files"], kept["state_folder"] = True, states
+        again = functools.partial(Session.load, folder / setting.bundle, cache_bytes=budget, **kept, **load)
+        recorder = Recorder(again, Path(states) if setting.files else None)
+        _call(Caller(seed, setting, recorder, alone), recorder, numbers, setting)
+        return {**case, "steps": recorder.steps}
+
+
+def _call(caller: Caller, recorder: Recorder, numbers: Iterable[int], setting: Setting) -> None:
     refused = RequestError if setting.max_targets else NotInCpp  # what is right otherwise has too many targets
     for number in numbers:
         try:
@@ -247,7 +319,6 @@ def _case(seed: int, setting: Setting, numbers: range, folder: Path) -> dict[str
         if number % 8 == 0:
             recorder.stats()
     recorder.stats()
-    return {**case, "steps": recorder.steps}
 
 
 def _measured(path: Path, states: int) -> tuple[dict[str, Any], int]:

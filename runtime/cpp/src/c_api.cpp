@@ -198,6 +198,7 @@ void stca_options_init_sized(stca_options* options, size_t size) {
   defaults.size = std::min(size, sizeof(stca_options));
   defaults.cache_bytes = std::uint64_t{1} << 30;
   defaults.cuda_graphs = 64;
+  defaults.state_folder_bytes = std::uint64_t{1} << 33;
   defaults.max_targets = static_cast<std::uint64_t>(most_targets);
   std::memcpy(options, &defaults, defaults.size);
 }

@@ -88,7 +88,8 @@ std::size_t whole_fields(std::size_t size) {
   for (const std::size_t end :
        {offsetof(stca_options, unchecked_scores), offsetof(stca_options, max_users),
         offsetof(stca_options, ttl_seconds), offsetof(stca_options, precision), offsetof(stca_options, max_targets),
-        offsetof(stca_options, check_versions), offsetof(stca_options, tables), sizeof(stca_options)}) {
+        offsetof(stca_options, check_versions), offsetof(stca_options, tables), offsetof(stca_options, state_folder),
+        sizeof(stca_options)}) {
     if (end <= size) whole = end;
   }
   return whole;
@@ -125,6 +126,8 @@ Options options_of(const stca_options* given_options) {
     fail(STCA_USAGE_ERROR, "ttl_seconds: is ", number_text(o.ttl_seconds),
          ", expected seconds above 0, or 0 for no limit");
   }
+  options.state_folder = o.state_folder == nullptr ? "" : o.state_folder;
+  options.state_folder_bytes = whole("state_folder_bytes", o.state_folder_bytes, {}, largest);
   options.threads = whole("threads", o.threads, 0, most_threads);
   options.max_targets = static_cast<std::int64_t>(whole("max_targets", o.max_targets, std::uint64_t{1}, largest));
   options.check_versions = o.check_versions != 0;

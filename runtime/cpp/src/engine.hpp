@@ -52,6 +52,8 @@ inline constexpr std::int64_t most_targets = 1 << 20;
 
 struct Options {
   KeepLimits keep;
+  std::string state_folder;  ///< of files in which states outlive memory and the process; empty for none
+  std::uint64_t state_folder_bytes = std::uint64_t{1} << 33;  ///< most bytes of files in it
   bool truncate = false;
   int threads = 0;           ///< of one request; 0 takes every processor that this process may use
   std::int64_t max_targets = most_targets;  ///< of a request, or of a batch together

@@ -10,8 +10,8 @@
 namespace stca::core {
 
 /// How a request came by its user's state: it was kept or being made already, or else why it is made anew.
-enum class Came { memory, joined, new_user, version, expired, evicted, weights, too_large };
-inline constexpr std::size_t came_count = 8;
+enum class Came { memory, joined, new_user, version, expired, evicted, weights, too_large, file, damaged };
+inline constexpr std::size_t came_count = 10;
 
 /// Of those who are here a hash is kept and no name; whoever shares a place with a later one is taken for new.
 class Gone {

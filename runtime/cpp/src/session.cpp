@@ -20,17 +20,24 @@ int places(const Model& model, const Options& options) {
 Session::Session(const std::string& path, Options options)
     : options_(std::move(options)),
       born_(process_number()),
-      cache_(std::make_unique<StateCache>(options_.keep)),
+      store_(std::make_unique<StateStore>(options_.keep)),
       model_(Model::load(path, options_, nullptr)),
       turns_(places(*model_, options_)) {
-  cache_->serve(model_->state_kind());
+  if (!options_.state_folder.empty()) {
+    const Engine& encoder = *model_->engines().encoder;
+    if (model_->engines().encoder->memory().device()) {
+      fail(STCA_USAGE_ERROR, "state_folder: is for engines on a CPU, not ", shown(encoder.name()), "; leave it out");
+    }
+    store_->open(options_.state_folder, options_.state_folder_bytes);
+  }
+  store_->serve(model_->state_kind());
 }
 
 Session::~Session() {
   if (process_number() == born_) return;
   // In a child, engines would wait for threads that only the parent has. They stay until the process goes.
-  static auto* left = new std::vector<std::pair<ModelPtr, std::unique_ptr<StateCache>>>;
-  left->emplace_back(std::move(model_), std::move(cache_));
+  static auto* left = new std::vector<std::pair<ModelPtr, std::unique_ptr<StateStore>>>;
+  left->emplace_back(std::move(model_), std::move(store_));
 }
 
 void Session::check_process() const {
@@ -49,12 +56,12 @@ std::shared_ptr<const Model> Session::model() const {
 
 bool Session::forget(const std::string& user) {
   check_process();
-  return cache_->forget(user);
+  return store_->forget(user);
 }
 
 stca_cache_stats Session::stats() const {
   check_process();
-  return cache_->stats();
+  return store_->stats();
 }
 
 Scored Session::score(const std::vector<RequestView>& requests, const Deadline& deadline) {
@@ -85,39 +92,39 @@ struct Session::Pending {
 /// Encodings that others may wait for: whatever happens, each of them ends.
 class Session::Leading {
  public:
-  explicit Leading(StateCache& cache) : cache_(cache) {}
+  explicit Leading(StateStore& store) : store_(store) {}
   Leading(const Leading&) = delete;
   Leading& operator=(const Leading&) = delete;
   ~Leading() {
     for (Pending* one : pending) {
-      if (one->flight != nullptr) cache_.land(one->flight, one->state);
+      if (one->flight != nullptr) store_.land(one->flight, one->state);
     }
   }
 
   std::vector<Pending*> pending;
 
  private:
-  StateCache& cache_;
+  StateStore& store_;
 };
 
 /// Hits by what others encode: counted while they wait, and taken back where nothing comes of it.
 class Session::Joining {
  public:
-  explicit Joining(StateCache& cache) : cache_(cache) {}
+  explicit Joining(StateStore& store) : store_(store) {}
   Joining(const Joining&) = delete;
   Joining& operator=(const Joining&) = delete;
   ~Joining() {
-    if (hits_ != 0) cache_.count(Came::joined, -hits_);
+    if (hits_ != 0) store_.count(Came::joined, -hits_);
   }
   void add(std::int64_t hits) {
-    cache_.count(Came::joined, hits);
+    store_.count(Came::joined, hits);
     hits_ += hits;
   }
   /// All came to something.
   void done() { hits_ = 0; }
 
  private:
-  StateCache& cache_;
+  StateStore& store_;
   std::int64_t hits_ = 0;
 };
 
@@ -132,7 +139,7 @@ void Session::look_up(const Model& model, Pending& one) {
   if (!named) admit_history();
   if (request.user == nullptr) return;
   one.key = model.key(request.user, named ? request.version : door.digest(one.row));
-  StateCache::LookedUp found = cache_->get(*one.key);
+  StateCache::LookedUp found = store_->look_up(*one.key);
   one.state = std::move(found.state);
   one.came = found.came;
   one.hit = one.state != nullptr;
@@ -140,7 +147,7 @@ void Session::look_up(const Model& model, Pending& one) {
   if (one.hit || !named) return;
   if (!door.has_user_inputs() || door.any_user_input(request.inputs)) {
     admit_history();
-  } else if (!cache_->flying(*one.key)) {
+  } else if (!store_->flying(*one.key)) {
     history_needed(request);
   }
 }
@@ -203,7 +210,7 @@ Scored Session::score(const Model& model, const std::vector<RequestView>& reques
 
 bool Session::find_state(Pending& one) {
   if (!one.key) return true;
-  StateCache::Found found = cache_->begin(*one.key, one.has_history);
+  StateCache::Found found = store_->begin(*one.key, one.has_history);
   one.state = std::move(found.state);
   one.flight = std::move(found.flight);
   one.hit = !found.ours;
@@ -212,15 +219,16 @@ bool Session::find_state(Pending& one) {
 }
 
 void Session::find_states(const Model& model, std::vector<Pending>& pending, const Deadline& deadline) {
-  const auto at_hand = std::count_if(pending.begin(), pending.end(), [](const Pending& one) { return one.hit; });
-  cache_->count(Came::memory, at_hand);
+  for (const Pending& one : pending) {
+    if (one.hit) store_->count(one.came, 1);
+  }
   const auto count_encoding = [&](const Pending& one) {
-    if (one.key) cache_->count(one.came, 1);
+    if (one.key) store_->count(one.came, 1);
   };
-  Joining joining(*cache_);
+  Joining joining(*store_);
   std::vector<Pending*> waiting;
   {
-    Leading leading(*cache_);
+    Leading leading(*store_);
     for (Pending& one : pending) {
       if (one.state != nullptr) continue;
       if (find_state(one)) {
@@ -243,7 +251,7 @@ void Session::find_states(const Model& model, std::vector<Pending>& pending, con
     while (one->state == nullptr) {
       one->state = StateCache::wait(one->flight, deadline);
       if (one->state != nullptr) break;
-      Leading leading(*cache_);  // that encoding failed; perhaps with what this request brings it does not
+      Leading leading(*store_);  // that encoding failed; perhaps with what this request brings it does not
       if (!find_state(*one)) continue;
       joining.add(-1);
       leading.pending.push_back(one);
@@ -282,7 +290,9 @@ bool Session::change(const char* call, const std::string& user, Inputs events, c
   }
   Row row;
   model->door().admit_events(events, call, row);
-  const auto held = cache_->find(user);
+  std::vector<StateKey> wanted{model->key(user, version)};
+  if (after != nullptr) wanted.push_back(model->key(user, after));
+  const auto held = store_->find(user, wanted);
   if (!held || !(*held->first.kind == *model->state_kind())) return false;
   if (held->first.version == version) return true;  // the same call again, after a timeout perhaps: its events are in
   if (after != nullptr && held->first.version != after) return false;
@@ -291,7 +301,7 @@ bool Session::change(const char* call, const std::string& user, Inputs events, c
     const Turns::Turn turn(turns_);
     changed = result(*model, *held->second, *model->encode(row));
   }
-  return cache_->put(model->key(user, version), std::move(changed), held->second);
+  return store_->put(model->key(user, version), std::move(changed), held->second);
 }
 
 bool Session::warm(const std::string& user, Inputs history, const char* version, const Deadline& deadline) {
@@ -303,16 +313,16 @@ bool Session::warm(const std::string& user, Inputs history, const char* version,
   if (one.state != nullptr) return true;
   const Turns::Turn turn(turns_, deadline);
   while (one.state == nullptr) {
-    Leading leading(*cache_);
+    Leading leading(*store_);
     if (find_state(one)) {
       leading.pending.push_back(&one);
-      cache_->count_warmed();
+      store_->count_warmed();
       one.state = encode(*model, {one.row}, deadline)[0];
     } else if (one.state == nullptr) {
       one.state = StateCache::wait(one.flight, deadline);
     }
   }
-  return cache_->get(*one.key).state != nullptr;
+  return store_->at_hand(*one.key);
 }
 
 void Session::swap(const std::string& path) {
@@ -325,7 +335,7 @@ void Session::swap(const std::string& path) {
     const std::lock_guard lock(mutex_);
     last = std::exchange(model_, next);
   }
-  cache_->serve(next->state_kind());
+  store_->serve(next->state_kind());
 }
 
 }  // namespace stca::core

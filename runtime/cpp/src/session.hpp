@@ -11,6 +11,7 @@
 #include "model.hpp"
 #include "request.hpp"
 #include "state.hpp"
+#include "store.hpp"
 #include "turns.hpp"
 
 namespace stca::core {
@@ -68,7 +69,7 @@ class Session {
 
   const Options options_;
   const std::uint64_t born_;  // in which process
-  std::unique_ptr<StateCache> cache_;
+  std::unique_ptr<StateStore> store_;
   ModelPtr model_;
   Turns turns_;
   mutable std::mutex mutex_;  // of model_

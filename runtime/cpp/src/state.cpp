@@ -1,5 +1,7 @@
 #include "state.hpp"
 
+#include <algorithm>
+
 namespace stca::core {
 namespace {
 
@@ -48,7 +50,7 @@ double StateCache::seconds() {
 StateCache::LookedUp StateCache::get(const StateKey& key) {
   Order dropped;
   const std::lock_guard lock(mutex_);
-  expire(dropped);
+  expire(dropped, &key.user);
   if (State state = held(key)) return {std::move(state), Came::memory};
   const auto found = by_user_.find(key.user);
   if (found == by_user_.end()) return {nullptr, gone_.why(key.user)};
@@ -77,7 +79,7 @@ bool StateCache::flying(const StateKey& key) const {
 StateCache::Found StateCache::begin(const StateKey& key, bool can_encode) {
   Order dropped;
   const std::lock_guard lock(mutex_);
-  expire(dropped);
+  expire(dropped, &key.user);
   if (State state = held(key)) return {std::move(state), nullptr, false};
   const auto [begin, end] = flights_.equal_range(key.user);
   for (auto flight = begin; flight != end; ++flight) {
@@ -87,23 +89,25 @@ StateCache::Found StateCache::begin(const StateKey& key, bool can_encode) {
   return {nullptr, flights_.emplace(key.user, std::make_shared<Flight>(key))->second, true};
 }
 
-void StateCache::land(const FlightPtr& flight, State state) {
+bool StateCache::land(const FlightPtr& flight, State state) {
   Order dropped;
+  bool kept = false;
   {
     const std::lock_guard lock(mutex_);
-    expire(dropped);
+    expire(dropped, &flight->key.user);
     const auto [begin, end] = flights_.equal_range(flight->key.user);
     for (auto other = begin; other != end; ++other) {
       if (other->second != flight) continue;
       flights_.erase(other);
       break;
     }
-    if (state != nullptr && !flight->forgotten) keep(flight->key, state, nullptr, dropped);
+    kept = state != nullptr && !flight->forgotten && keep(flight->key, state, nullptr, 0, dropped);
   }
   const std::lock_guard lock(flight->mutex);
   flight->state = std::move(state);
   flight->done = true;
   flight->landed.notify_all();
+  return kept;
 }
 
 StateCache::State StateCache::wait(const FlightPtr& flight, const Deadline& deadline) {
@@ -112,14 +116,14 @@ StateCache::State StateCache::wait(const FlightPtr& flight, const Deadline& dead
   return flight->state;
 }
 
-bool StateCache::put(StateKey key, State state, const State& instead_of) {
+bool StateCache::put(StateKey key, State state, const State& instead_of, double age) {
   Order dropped;
   const std::lock_guard lock(mutex_);
-  expire(dropped);
-  return keep(std::move(key), std::move(state), instead_of, dropped);
+  expire(dropped, &key.user);
+  return keep(std::move(key), std::move(state), instead_of, age, dropped);
 }
 
-bool StateCache::keep(StateKey key, State state, const State& instead_of, Order& dropped) {
+bool StateCache::keep(StateKey key, State state, const State& instead_of, double age, Order& dropped) {
   // After a swap, the state of an old model would only be in the way.
   if (kind_ != nullptr && !(*key.kind == *kind_)) return false;
   const std::size_t bytes = cost_of(key, *state);
@@ -138,7 +142,7 @@ bool StateCache::keep(StateKey key, State state, const State& instead_of, Order&
   }
   ages_.push_back(key.user);
   state_bytes_ += state->bytes();
-  order_.push_back({std::move(key), std::move(state), bytes, clock_(), std::prev(ages_.end())});
+  order_.push_back({std::move(key), std::move(state), bytes, clock_() - age, std::prev(ages_.end())});
   bytes_ += bytes;
   by_user_.emplace(order_.back().key.user, std::prev(order_.end()));
   if (instead_of != nullptr) ++appends_;
@@ -148,16 +152,25 @@ bool StateCache::keep(StateKey key, State state, const State& instead_of, Order&
 std::optional<std::pair<StateKey, StateCache::State>> StateCache::find(const std::string& user) {
   Order dropped;
   const std::lock_guard lock(mutex_);
-  expire(dropped);
+  expire(dropped, &user);
   const auto found = by_user_.find(user);
   if (found == by_user_.end()) return std::nullopt;
   return std::pair{found->second->key, found->second->state};
 }
 
+std::optional<StateCache::Aged> StateCache::fetch(const std::string& user) {
+  Order dropped;
+  const std::lock_guard lock(mutex_);
+  expire(dropped, &user);
+  const auto found = by_user_.find(user);
+  if (found == by_user_.end()) return std::nullopt;
+  return Aged{found->second->key, found->second->state, std::max(0.0, clock_() - found->second->since)};
+}
+
 bool StateCache::forget(const std::string& user) {
   Order dropped;
   const std::lock_guard lock(mutex_);
-  expire(dropped);
+  expire(dropped, &user);
   gone_.forget(user);
   const auto [begin, end] = flights_.equal_range(user);
   for (auto flight = begin; flight != end; ++flight) flight->second->forgotten = true;
@@ -177,16 +190,25 @@ void StateCache::remove(Order::iterator held, Order& dropped) {
   dropped.splice(dropped.end(), order_, held);
 }
 
-void StateCache::expire(Order& dropped) {
+void StateCache::expire(Order& dropped, const std::string* asked) {
   if (limits_.seconds <= 0 || ages_.empty()) return;
   const double now = clock_();
+  const auto is_old = [&](Order::iterator held) { return now >= held->since + limits_.seconds; };
+  if (asked != nullptr) {
+    const auto found = by_user_.find(*asked);
+    if (found != by_user_.end() && is_old(found->second)) remove_old(found->second, dropped);
+  }
   while (!ages_.empty()) {
     const auto oldest = by_user_.find(ages_.front())->second;
-    if (now < oldest->since + limits_.seconds) return;
-    gone_.note(oldest->key.user, Came::expired);
-    remove(oldest, dropped);
-    ++expired_;
+    if (!is_old(oldest)) return;
+    remove_old(oldest, dropped);
   }
+}
+
+void StateCache::remove_old(Order::iterator held, Order& dropped) {
+  gone_.note(held->key.user, Came::expired);
+  remove(held, dropped);
+  ++expired_;
 }
 
 void StateCache::serve(const std::shared_ptr<const StateKind>& kind) {
@@ -215,8 +237,10 @@ stca_cache_stats StateCache::stats() {
   stats.misses_evicted = counted(Came::evicted);
   stats.misses_weights = counted(Came::weights);
   stats.misses_too_large = counted(Came::too_large);
-  stats.hits = stats.hits_memory + stats.hits_joined;
-  stats.misses = stats.misses_new_user + stats.misses_version + stats.misses_expired + stats.misses_evicted +
+  stats.hits_file = counted(Came::file);
+  stats.misses_damaged = counted(Came::damaged);
+  stats.hits = stats.hits_memory + stats.hits_joined + stats.hits_file;
+  stats.misses = stats.misses_damaged + stats.misses_new_user + stats.misses_version + stats.misses_expired + stats.misses_evicted +
                  stats.misses_weights + stats.misses_too_large;
   stats.evictions = evictions_;
   stats.refused = refused_;

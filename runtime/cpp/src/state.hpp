@@ -85,6 +85,13 @@ class StateCache {
   explicit StateCache(const KeepLimits& limits, Clock clock = seconds)
       : limits_(limits), clock_(std::move(clock)) {}
 
+  /// A state, and the seconds since it was made.
+  struct Aged {
+    StateKey key;
+    State state;
+    double age;
+  };
+
   /// The state with exactly this key.
   LookedUp get(const StateKey& key);
   /// Whether an encoding for this key is under way.
@@ -96,16 +103,19 @@ class StateCache {
   void count(Came came, std::int64_t requests);
   /// Counts a state that is made ahead of its request.
   void count_warmed();
-  /// Ends an encoding: keeps its state, unless the user was forgotten meanwhile; null when it failed.
-  void land(const FlightPtr& flight, State state);
+  /// Ends an encoding: keeps its state, unless the user was forgotten meanwhile; null when it failed. Whether it is kept.
+  bool land(const FlightPtr& flight, State state);
   /// Waits for an encoding that another thread runs. Null when it failed; throws what the deadline does.
   static State wait(const FlightPtr& flight, const Deadline& deadline = Deadline::never());
 
   /// Keeps `state` in place of the user's last one; false when it is larger than the budget. With `instead_of`, only
   /// while that is still the one kept: what came or went meanwhile wins.
-  bool put(StateKey key, State state, const State& instead_of = nullptr);
+  /// `age`: seconds since the state was made.
+  bool put(StateKey key, State state, const State& instead_of = nullptr, double age = 0);
   /// Whatever is kept for `user`, without counting as a hit.
   std::optional<std::pair<StateKey, State>> find(const std::string& user);
+  /// The same, with its age.
+  std::optional<Aged> fetch(const std::string& user);
   /// Drops the user's state, and that of an encoding under way when it is done; false when there was neither.
   bool forget(const std::string& user);
   /// Keeps states of this kind from now on, and drops those of any other.
@@ -126,9 +136,11 @@ class StateCache {
   // With the lock held. What leaves goes into `dropped`, which the caller frees after the lock: states can be tens of
   // megabytes.
   State held(const StateKey& key);
-  bool keep(StateKey key, State state, const State& instead_of, Order& dropped);
+  bool keep(StateKey key, State state, const State& instead_of, double age, Order& dropped);
   void remove(Order::iterator held, Order& dropped);
-  void expire(Order& dropped);
+  /// Of `asked`, whenever it was put: one from a file was made before that.
+  void expire(Order& dropped, const std::string* asked = nullptr);
+  void remove_old(Order::iterator held, Order& dropped);
 
   static double seconds();
   std::uint64_t counted(Came came) const { return counts_[static_cast<std::size_t>(came)]; }
@@ -137,7 +149,7 @@ class StateCache {
   const Clock clock_;
   mutable std::mutex mutex_;
   Order order_;
-  std::list<std::string> ages_;  // users, those whose states are oldest first
+  std::list<std::string> ages_;  // users, who was put first comes first
   std::unordered_map<std::string, Order::iterator> by_user_;
   std::unordered_multimap<std::string, FlightPtr> flights_;  // by user
   std::shared_ptr<const StateKind> kind_;
@@ -150,6 +162,7 @@ class StateCache {
 class StateCache::Flight {
  public:
   explicit Flight(StateKey of) : key(std::move(of)) {}
+  const std::string& user() const { return key.user; }
 
  private:
   friend class StateCache;

@@ -4,20 +4,12 @@
 // page-locked buffers that are made once, as large as the profiles allow; per run, only a state's own memory is
 // allocated, from CUDA's pool. Both halves share one stream, one scratch memory and a lock: they run by turns.
 //
-// Shapes that come again are recorded as CUDA graphs, which spares the launch of some hundred kernels at 2-4 us each.
-// TensorRT ties what is recorded to the state of the execution context it was recorded from, so each graph has a
-// context of its own, whose shapes and addresses are never set again; all of them share the scratch memory. No two
-// histories are of one length. So the sizes of a graph are filled up to the next of a few (`bucket`), where the build
-// has shown that rows beyond the offsets change no other (`padded`): it reads zeros there, and what it makes of them is
-// not copied out. Runs that are not replayed keep the sizes they have. replays.hpp says which graphs are kept.
-//
-// States lie wherever the user's memory is and a graph reads and writes one place, so they are copied, within the GPU,
-// before and after it. Read and written at 3 TB/s, 10 000 tokens x d 256 x bf16, filled up to 10 240, are 5.2 MB and
-// 3.5 us a layer. Runs with more than `most_copied` of states, 64 MiB and 45 us, are not recorded: they last so long
-// that launches hide behind them, and the engine needs no memory of its own for such. In four layers that is 2 KiB a
-// token and 32 768 tokens, three histories of 10 000.
-//
-// Tested with stand-ins for TensorRT and CUDA; it has not run on a GPU yet, and the figures above are counted.
+// Shapes that come again are recorded as CUDA graphs, each with an execution context of its own; all share the scratch
+// memory. The sizes of a graph are filled up to the next of a few (`bucket`), where the build has shown that rows beyond
+// the offsets change no other (`padded`): it reads zeros there, and what it makes of them is not copied out. A graph
+// reads and writes one place, so states are copied within the GPU before and after it; runs with more than
+// `most_copied` of them are not recorded. docs/cpp_runtime.md tells what that costs, replays.hpp which graphs are kept.
+// Tested with stand-ins for TensorRT and CUDA; it has not run on a GPU yet.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,6 @@
 // Sequences of calls of the C ABI, with null pointers, wrong sizes and wrong tensors among them.
+#include <unistd.h>
+
 #include <cmath>
 #include <filesystem>
 #include <limits>
@@ -31,10 +33,15 @@ std::int32_t make(void* context, const stca_bundle* bundle, const char* graph, s
 
 class Round {
  public:
-  Round(std::string golden, std::uint64_t seed, std::uint64_t number) : random_(seed, number), golden_(golden) {}
+  Round(std::string golden, std::uint64_t seed, std::uint64_t number)
+      : random_(seed, number),
+        golden_(golden),
+        states_((fs::temp_directory_path() / ("stca-fuzz-states-" + std::to_string(::getpid()))).string()) {}
   ~Round() {
     stca_session_release(session_);
     stca_bundle_release(bundle_);
+    std::error_code error;
+    fs::remove_all(states_, error);
   }
 
   void perform() {
@@ -72,6 +79,11 @@ class Round {
       const std::uint64_t targets[] = {0, 1, 3, 1 << 20, static_cast<std::uint64_t>(-1)};
       options.max_targets = random_.among(targets);
       options.check_versions = static_cast<std::int32_t>(random_.below(2));
+    }
+    if (options.size >= sizeof options && random_.one_in(6)) {
+      options.state_folder = random_.one_in(8) ? "/dev/null/states" : states_.c_str();
+      options.state_folder_bytes = static_cast<std::uint64_t>(random_.below(3)) * 3000;
+      options.ttl_seconds = 0;
     }
     const bool own = options.size >= offsetof(stca_options, cuda_graphs);
     const std::string path = place();
@@ -261,7 +273,8 @@ class Round {
   }
 
   Random random_;
-  std::string golden_, long_name_ = std::string(1 << 20, 'n');
+  const std::string golden_, states_;
+  std::string long_name_ = std::string(1 << 20, 'n');
   stca_session* session_ = nullptr;
   stca_bundle* bundle_ = nullptr;
 };

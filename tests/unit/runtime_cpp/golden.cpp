@@ -6,7 +6,9 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <optional>
 #include <sstream>
+#include <thread>
 
 #include "check.hpp"
 #include "json.hpp"
@@ -134,11 +136,34 @@ class Runner {
   }
 
   void requests(const Json& test) {
-    stca::Session session = stca::Session::load((folder_ / text_of(test, "bundle")).string(), options_of(test));
+    const check::TemporaryFolder states;
+    stca::Options options = options_of(test);
+    const bool files = test.find("files") != nullptr;
+    if (files) options.state_folder = states.path().string();
+    const auto load = [&] { return stca::Session::load((folder_ / text_of(test, "bundle")).string(), options); };
+    std::optional<stca::Session> session = load();
     step_ = 0;
     for (const Json& step : *test.find("steps")->list()) {
-      expect(step, [&] { perform(session, step); });
+      if (text_of(step, "call") == "restart") {
+        session.reset();  // it lets go of the folder
+        session = load();
+      } else if (text_of(step, "call") == "damage") {
+        damage_all(states.path());
+      } else {
+        expect(step, [&] { perform(*session, step); });
+      }
+      while (files && session->stats().file_waiting > 0) std::this_thread::yield();
       ++step_, ++steps;
+    }
+  }
+
+  /// Another last byte of each state in the folder.
+  static void damage_all(const fs::path& folder) {
+    for (const auto& entry : fs::directory_iterator(folder)) {
+      if (entry.path().extension() != ".state") continue;
+      std::string data = read(entry.path());
+      data.back() = static_cast<char>(data.back() ^ 1);
+      write(entry.path(), data);
     }
   }
 
@@ -299,7 +324,11 @@ class Runner {
         {"misses_expired", stats.misses_expired},
         {"misses_evicted", stats.misses_evicted},
         {"misses_weights", stats.misses_weights},
-        {"misses_too_large", stats.misses_too_large}};
+        {"misses_too_large", stats.misses_too_large},
+        {"hits_file", stats.hits_file},
+        {"misses_damaged", stats.misses_damaged},
+        {"file_users", stats.file_users},
+        {"file_discarded", stats.file_discarded}};
     for (const Json::Member& m : *step.find("stats")->object()) {
       const auto expected = static_cast<std::uint64_t>(*m.value.integer());
       if (values.at(m.name) != expected) wrong(m.name, " is ", values.at(m.name), ", not ", expected);

@@ -58,7 +58,11 @@ def test_recorded_calls_end_as_in_python(build: Path, onnxruntime_library: Path,
     kinds = {(step["call"], step.get("error", {}).get("kind")) for step in steps}
     assert {("score", None), ("score_batch", None), ("append", None), ("forget", None), ("swap", None)} <= kinds
     assert {("score", "bad_request"), ("score", "history_needed"), ("append", "bad_request")} <= kinds
-    assert any(step["stats"]["evictions"] for step in steps if step["call"] == "stats")
+    assert {("amend", None), ("amend", "bad_request"), ("score", "deadline"), ("score", "cancelled")} <= kinds
+    assert {("restart", None), ("damage", None)} <= kinds
+    counted = [step["stats"] for step in steps if step["call"] == "stats"]
+    for what in ("evictions", "hits_file", "file_discarded"):
+        assert any(stats.get(what) for stats in counted), what
 
     changed = calls.read_text().replace('"kind": "bad_request"', '"kind": "other"', 1)
     changed = changed.replace("the model has no such input", "is unknown", 1).replace('"misses": 1', '"misses": 2', 1)

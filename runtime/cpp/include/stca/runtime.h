@@ -196,6 +196,9 @@ typedef struct stca_options {
                              * is kept; otherwise a history sent on a hit is not looked at */
   const stca_table_source* tables; /* where rows of tables come from; the bundle's files for those that are not named */
   size_t table_count;
+  const char* state_folder; /* of files in which states outlive memory and the process, for engines on a CPU; it is this
+                             * session's own until that is released. NULL or "" keeps states in memory alone */
+  uint64_t state_folder_bytes; /* most bytes of files in it */
 } stca_options;
 
 typedef struct stca_cache_stats {
@@ -215,6 +218,14 @@ typedef struct stca_cache_stats {
   /* Of `misses`, why there was no state, as far as it is known: never seen, one of another version is kept, it became
    * too old, it went for want of room, a swap to other weights dropped it, it was larger than the whole budget. */
   uint64_t misses_new_user, misses_version, misses_expired, misses_evicted, misses_weights, misses_too_large;
+  /* With a state_folder: of `hits`, those whose state was in a file; of `misses`, those whose record was torn or changed. */
+  uint64_t hits_file, misses_damaged;
+  /* What the folder holds, and did: users, bytes of their files; states that were read, written, went for want of room,
+   * became too old; were skipped, because they left memory before they were written or were too large; records that were
+   * torn, changed, or of other weights; those that could not be written; and states that wait to be written. */
+  uint64_t file_users, file_bytes, file_budget, file_reads, file_writes, file_written_bytes, file_evictions;
+  uint64_t file_expired, file_skipped, file_discarded, file_failed, file_waiting;
+  double file_read_seconds; /* what all reads took together */
 } stca_cache_stats;
 
 /* Defaults: 1 GiB of states, 64 CUDA graphs, 1048576 targets, everything else off. `size` is the caller's

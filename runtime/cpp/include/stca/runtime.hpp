@@ -218,6 +218,8 @@ struct Options {
   bool check_versions = false;    ///< refuse a history that is sent with the version of another one that is kept
   bool unchecked_scores = false;  ///< hand out NaN and infinities, which are an EngineError otherwise
   std::map<std::string, std::shared_ptr<RowSource>> tables;  ///< of rows by the table; else the bundle's files
+  std::string state_folder;  ///< of files in which states outlive memory and the process; empty for none
+  std::uint64_t state_folder_bytes = std::uint64_t{1} << 33;  ///< most bytes of files in it
 };
 
 using CacheStats = stca_cache_stats;
@@ -251,6 +253,8 @@ class Session {
     }
     o.tables = tables.data();
     o.table_count = tables.size();
+    o.state_folder = options_->state_folder.empty() ? nullptr : options_->state_folder.c_str();
+    o.state_folder_bytes = options_->state_folder_bytes;
     stca_session* session = nullptr;
     detail::check(stca_session_load(bundle.c_str(), &o, &session));
     session_.reset(session);
