@@ -3,6 +3,7 @@
 from stca.runtime.cache import StateCache
 from stca.runtime.deadline import Deadline
 from stca.runtime.engine import Engine, OnnxRuntimeEngine
+from stca.runtime.memory_pool import MarginalUtility, SplitPolicy, Static
 from stca.runtime.options import OnnxRuntimeOptions
 from stca.runtime.recording import Recording
 from stca.runtime.request import Request, RequestBatch
@@ -16,6 +17,7 @@ __all__ = [
     "Answer",
     "Deadline",
     "Engine",
+    "MarginalUtility",
     "OnnxRuntimeEngine",
     "OnnxRuntimeOptions",
     "Recording",
@@ -23,7 +25,9 @@ __all__ = [
     "RequestBatch",
     "RowSource",
     "Session",
+    "SplitPolicy",
     "StateCache",
+    "Static",
     "StoreStats",
     "UserState",
 ]

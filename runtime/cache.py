@@ -11,6 +11,10 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
+from stca.arrays import Array
+from stca.runtime.reuse import Reuse
 from stca.runtime.state import LOG, StateKey, UserState, cost_of
 
 # When an entry expires takes so much besides the entry, measured as in `state.py`.
@@ -93,6 +97,8 @@ class StateCache:
         self._until: OrderedDict[Hashable, float] = OrderedDict()  # who was put first comes first
         self._kind: tuple[str, str] | None = None
         self._gone = Gone()
+        self._reuse: Reuse | None = None
+        self._last_cost = 1
         self._closed = False
         self._bytes = self._state_bytes = self._room_bytes = 0
         self._evictions = self._refused = self._expired = 0
@@ -113,6 +119,8 @@ class StateCache:
             if self._until:
                 self._expire(user)
             held = self._held.get(user)
+            if self._reuse is not None:
+                self._ask(self._reuse, user, held)
             if held is None or held.key != key:
                 return None
             self._held.move_to_end(user)
@@ -144,6 +152,7 @@ class StateCache:
             if instead_of is not None and (held is None or held.state is not instead_of):
                 return False
             self._drop(key.user)
+            self._last_cost = cost
             if cost > self._budget or self._max_users == 0:
                 self._refused += 1
                 self._gone.note(key.user, TOO_LARGE)
@@ -162,15 +171,42 @@ class StateCache:
             LOG.debug("evicted %d states; %d are kept", evicted, users)
         return True
 
-    def _make_room(self, cost: int) -> int:
-        """Drop the least recently used until there is room; how many."""
+    def _make_room(self, cost: int, users: int = 1) -> int:
+        """Drop the least recently used until there is room for `users` more; how many."""
         most, before = self._max_users or sys.maxsize, self._evictions
-        while self._bytes + cost > self._budget or len(self._held) >= most:
+        while self._bytes + cost > self._budget or len(self._held) + users > most:
             user = next(iter(self._held))
             self._drop(user)
             self._gone.note(user, EVICTED)
             self._evictions += 1
         return self._evictions - before
+
+    def resize(self, budget: int) -> None:
+        """Keep states within so many bytes from now on; the least recently used go where there are more."""
+        with self._lock:
+            self._budget = budget
+            self._make_room(0, users=0)
+
+    def watch(self, page_bytes: int, pages: int) -> None:
+        """Follow who is asked for, for `hits`.
+
+        Args:
+            page_bytes: of a page.
+            pages: most that are thought of.
+        """
+        with self._lock:
+            self._reuse = Reuse(page_bytes, pages)
+
+    def hits(self, memory: float) -> Array:
+        """Look-ups that so many pages would have made hits, as `Reuse.hits`; of a cache that is watched."""
+        with self._lock:
+            assert self._reuse is not None
+            return self._reuse.hits(memory)
+
+    def _ask(self, reuse: Reuse, user: Hashable, held: _Entry | None) -> None:
+        """A state that is not there is thought to be as large as the others."""
+        cost = held.bytes if held is not None else self._bytes // max(1, len(self._held))
+        reuse.ask(np.array([hash(user)], np.int64), cost or self._last_cost)
 
     def find(self, user: Hashable) -> tuple[StateKey, UserState] | None:
         """Whatever is kept for `user`, without counting as a use."""

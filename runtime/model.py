@@ -22,6 +22,7 @@ from stca.runtime.engine_choice import Choice, best_engine, open_engines, open_o
 from stca.runtime.machine import processors
 from stca.runtime.options import Options
 from stca.runtime.request import Door
+from stca.runtime.row_cache import RowCache
 from stca.runtime.state import StateArray, StateKey, UserState, join
 from stca.runtime.tables import on_cpu, sources, with_tables
 from stca.tensorrt_flavours import largest_sizes
@@ -48,6 +49,7 @@ class Model:
     check_finite: bool = True
     threads: int | None = None
     grower: Engine | None = None
+    row_caches: Mapping[str, RowCache] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, bundle: Bundle, options: Options) -> Model:
@@ -63,7 +65,7 @@ class Model:
         )
         if GROWER in manifest.graphs:
             engines[GROWER] = open_own(bundle, GROWER, threads=options.threads, onnxruntime=options.onnxruntime)
-        rows = sources(bundle, options.tables)
+        rows = sources(bundle, options.tables, options.page_bytes)
         engines = {half: with_tables(bundle, half, engine, rows) for half, engine in engines.items()}
         for half, engine in engines.items():
             entry = choice.entries.get(half)
@@ -94,6 +96,7 @@ class Model:
             options.check_finite,
             options.threads,
             engines.get(GROWER),
+            {name: kept for name, kept in rows.items() if isinstance(kept, RowCache)},
         )
 
     @property

@@ -15,7 +15,11 @@ from stca.runtime.client_values import quoted
 from stca.runtime.recording import Recording
 from stca.signature import Key
 
+# Pages that `cache_bytes` is shared out in.
+POOL_PAGES: Final = 128
+
 if TYPE_CHECKING:
+    from stca.runtime.memory_pool import SplitPolicy
     from stca.runtime.tables import RowSource
 
 # An execution provider, or one with its options.
@@ -75,6 +79,12 @@ class Options:
     gpu: int
     tables: Mapping[str, RowSource] | None
     record: Recording | None
+    split: SplitPolicy | None
+
+    @property
+    def page_bytes(self) -> int | None:
+        """Of a page of the pool; None where there is none."""
+        return None if self.split is None else self.cache_bytes // POOL_PAGES
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -105,6 +115,8 @@ class Options:
             _refuse("tables", self.tables, "objects with rows(ids), by the tables' names, or None")
         if not isinstance(self.record, Recording | None):
             _refuse("record", self.record, "a Recording or None")
+        if self.split is not None and not callable(getattr(self.split, "wanted", None)):
+            _refuse("split", self.split, "a policy with wanted(pages, worth), such as MarginalUtility(), or None")
         if not isinstance(self.onnxruntime, OnnxRuntimeOptions | None):
             _refuse("onnxruntime", self.onnxruntime, "OnnxRuntimeOptions or None")
         if self.onnxruntime is not None and self.engine not in (None, "graphs"):

@@ -23,6 +23,7 @@ from stca.runtime.client_values import mapping_of
 from stca.runtime.deadline import Deadline, Wanted
 from stca.runtime.engine import Engine
 from stca.runtime.machine import mark_after_fork
+from stca.runtime.memory_pool import STATES, MemoryPool, SplitPolicy
 from stca.runtime.model import Model
 from stca.runtime.options import OnnxRuntimeOptions, Options
 from stca.runtime.recording import Recorder, Recording
@@ -46,6 +47,9 @@ class Session:
     def __init__(self, model: Model, store: StateStore, options: Options) -> None:
         self._model, self._store, self._options = model, store, options
         store.serve(model.manifest.weights, model.format)
+        self._pool = None if options.split is None else MemoryPool.of(options.split, options.cache_bytes, store)
+        if self._pool is not None:
+            self._pool.serve(model.row_caches)
         self._states = UserStates(store, check_versions=options.check_versions)
         self._turns = Turns(model.side_by_side)
         self._scoring = Scoring(self._states, self._turns)
@@ -82,6 +86,7 @@ class Session:
         gpu: int = 0,
         tables: Mapping[str, RowSource] | None = None,
         record: Recording | None = None,
+        split: SplitPolicy | None = None,
     ) -> Session:
         """Load a bundle, checking every file of it.
 
@@ -116,6 +121,8 @@ class Session:
                 inspect` has them); the others, and all of them with None, are looked up in the bundle's files. States
                 that are kept hold the rows of their time.
             record: keep a share of the requests as a trace; None records nothing.
+            split: shares `cache_bytes` out between user states and rows of the bundle's table files, as
+                `MarginalUtility()` does; None keeps states alone.
 
         Raises:
             UsageError: when an option is not of the kind or in the range above.
@@ -142,6 +149,7 @@ class Session:
             gpu=gpu,
             tables=tables,
             record=record,
+            split=split,
         )
         began = time.perf_counter()
         model = opened(bundle, lambda found: Model.load(found, options), trusted=trusted)
@@ -346,6 +354,8 @@ class Session:
         with self._swapping:  # else, of two at once, one's model would be served and the other's states kept
             self._model = model
             self._store.serve(model.manifest.weights, model.format)
+            if self._pool is not None:
+                self._pool.serve(model.row_caches)
 
     @property
     def manifest(self) -> Manifest:
@@ -376,6 +386,8 @@ class Session:
             return
         if self._recorder is not None:
             self._recorder.close()
+        if self._pool is not None:
+            self._pool.close()
         self._store.close()
 
     def __enter__(self) -> Session:
@@ -409,6 +421,11 @@ class Session:
     def runs(self) -> dict[int, Runs]:
         """Where `batch_seconds` was given: how often so many requests were computed together, and for how long."""
         return {} if self._batcher is None else self._batcher.runs()
+
+    def memory(self) -> Mapping[str, int]:
+        """Bytes of `cache_bytes` that are now for user states (`states`) and for rows of each table, by its name."""
+        self._check_here()
+        return {STATES: self._options.cache_bytes} if self._pool is None else self._pool.bytes()
 
     def stats(self) -> StoreStats:
         """What the state store holds and did."""

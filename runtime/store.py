@@ -80,7 +80,8 @@ class StateStore:
         self._lock = threading.Lock()
         self._hits: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
-        self._warmed = self._appends = self._appended_bytes = 0
+        self._warmed = self._appends = self._appended_bytes = self._encoded = 0
+        self._encode_seconds = 0.0
 
     @classmethod
     def of(
@@ -172,6 +173,16 @@ class StateStore:
             if appended_bytes is not None:
                 self._appends += 1
                 self._appended_bytes += appended_bytes
+
+    def count_encoded(self, states: int, seconds: float) -> None:
+        """Count states that were encoded, and the time that it took."""
+        with self._lock:
+            self._encoded, self._encode_seconds = self._encoded + states, self._encode_seconds + seconds
+
+    def seconds_each(self) -> float:
+        """What it took on average to encode a state."""
+        with self._lock:
+            return self._encode_seconds / max(1, self._encoded)
 
     def stats(self) -> StoreStats:
         """Counters and sizes."""

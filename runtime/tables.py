@@ -13,6 +13,8 @@ from stca.bundle import Bundle
 from stca.errors import EngineError, UsageError
 from stca.manifest import TableSpec, TensorSpec
 from stca.runtime.engine import Engine, OnnxRuntimeEngine
+from stca.runtime.options import POOL_PAGES
+from stca.runtime.row_cache import RowCache
 from stca.tables import TableFile, row_numbers
 
 
@@ -29,12 +31,16 @@ class RowSource(Protocol):
         ...
 
 
-def sources(bundle: Bundle, own: Mapping[str, RowSource] | None = None) -> dict[str, RowSource]:
+def sources(
+    bundle: Bundle, own: Mapping[str, RowSource] | None = None, page_bytes: int | None = None
+) -> dict[str, RowSource]:
     """Where the rows of each of a bundle's tables come from.
 
     Args:
         bundle: a loaded one.
         own: the caller's, by table; the others are the bundle's files.
+        page_bytes: of the pages of rows kept in memory before each file; None for none. Of the caller's rows nothing is
+            kept: they may change.
 
     Raises:
         UsageError: when the bundle has no such table.
@@ -44,7 +50,10 @@ def sources(bundle: Bundle, own: Mapping[str, RowSource] | None = None) -> dict[
     if unknown := own.keys() - {t.name for t in tables}:
         known = ", ".join(t.name for t in tables) or "none"
         raise UsageError(f"tables: the bundle has no table {min(unknown)!r:.80} outside its graphs; it has {known}")
-    return {t.name: own.get(t.name) or TableFile(bundle.path, t) for t in tables}
+    files = {t.name: TableFile(bundle.path, t) for t in tables if t.name not in own}
+    if page_bytes is None:
+        return {t.name: own.get(t.name) or files[t.name] for t in tables}
+    return {t.name: own.get(t.name) or RowCache(files[t.name], t, page_bytes, POOL_PAGES) for t in tables}
 
 
 class Lookups:
@@ -94,7 +103,7 @@ class Lookups:
     def _rows(self, table: str, ids: Array) -> Array:
         spec, source = self._specs[table], self._sources[table]
         numbers = row_numbers(spec, ids)
-        rows = source.rows(numbers) if isinstance(source, TableFile) else _asked(spec, source, numbers)
+        rows = source.rows(numbers) if isinstance(source, TableFile | RowCache) else _asked(spec, source, numbers)
         return rows.reshape(*ids.shape, spec.width)
 
 

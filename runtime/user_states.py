@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -125,7 +126,9 @@ class UserStates:
             if len(users) < len(those):  # another call was making it, and failed
                 raise _history_needed(next(one.key for one in those if one.history is None and one.key is not None))
             count([one.came for one in those if one.key is not None])
+            began = time.perf_counter()
             states = model.encode(users, deadline)
+            self._store.count_encoded(len(states), time.perf_counter() - began)
             if not self._check_versions:
                 return states
             return [dataclasses.replace(s, history=model.door.digest(u)) for s, u in zip(states, users, strict=True)]

@@ -17,7 +17,7 @@ from stca import tables as table_files
 from stca.bundle import Bundle, seal
 from stca.errors import BundleError, EngineError, RequestError, UsageError
 from stca.manifest import MANIFEST, Manifest, TableSpec
-from stca.runtime import Request, RowSource, Session
+from stca.runtime import Request, RowSource, Session, Static
 from stca.tables import TableFile, row_numbers, write_table
 
 REQUEST = Request({"hist": [1, 4999, 300], "item": [5, 0]})
@@ -176,6 +176,19 @@ def test_the_weights_version_names_the_tables_too(bundle):
     write_table(bundle.path, "table_0", spec.name, *rows.shape, spec.dtype, lambda begin, end: rows[begin:end])
     assert file.read_bytes() == rows.tobytes()
     assert seal(bundle.path, bundle.manifest).manifest.weights != bundle.manifest.weights
+
+
+def test_rows_are_kept_beside_states(bundle):
+    """The pool shares its bytes with the table's rows, before a swap and after."""
+    plain = Session.load(bundle.path).score(REQUEST)
+    with Session.load(bundle.path, cache_bytes=1 << 20, split=Static(0.25)) as session:
+        for _ in range(2):
+            assert session.memory() == {"states": 3 << 18, "table": 1 << 18}
+            for _ in range(2):
+                np.testing.assert_array_equal(session.score(REQUEST), plain)
+            (kept,) = session._model.row_caches.values()
+            assert min(kept.counts) > 0
+            session.swap(bundle.path)
 
 
 class Server:

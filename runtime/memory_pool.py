@@ -1,0 +1,234 @@
+"""One budget of memory for user states and rows of tables, whose split follows the load.
+
+After HELM (arXiv 2605.04450), whose policy is learnt; here it is a rule. Taken from there: a split is committed when
+its pages have moved, so that whoever asks for it sees what is so; and what fails falls back to the last committed one.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+
+from stca.arrays import Array
+from stca.runtime.cache import StateCache
+from stca.runtime.options import POOL_PAGES
+from stca.runtime.state import LOG
+from stca.runtime.store import StateStore
+
+# What user states are called beside the tables.
+STATES: Final = "states"
+# How much of what was seen before counts at a decision.
+_MEMORY: Final = 0.98
+_COUNTS: Final = np.arange(1, 1 << 16)
+# From one decision to the next.
+_SECONDS: Final = 1.0
+
+
+class Consumer(Protocol):
+    """What takes pages of a pool.
+
+    Attributes:
+        pages: how many it has.
+    """
+
+    @property
+    def pages(self) -> int: ...
+
+    def resize(self, pages: int) -> None:
+        """Have so many; raises MemoryError where there is no memory for more."""
+        ...
+
+    def saved(self, memory: float) -> Array:
+        """Seconds of work that 0, 1, … pages would have saved in the past, `(all pages + 1,)`.
+
+        Args:
+            memory: in [0, 1], how much of this counts when it is asked for again.
+        """
+        ...
+
+
+class SplitPolicy(Protocol):
+    """Decides who has how many pages."""
+
+    def wanted(self, pages: Mapping[str, int], saved: Mapping[str, Array]) -> Mapping[str, int]:
+        """The pages that each should have, of as many together as there are.
+
+        Args:
+            pages: that each has, by name: `states` or a table's.
+            saved: seconds that 0, 1, … pages would have saved each in the last few decisions' time.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Static:
+    """A fixed split.
+
+    Attributes:
+        rows: share of the pages for rows of tables, in [0, 1], alike for each table.
+    """
+
+    rows: float
+
+    def wanted(self, pages: Mapping[str, int], saved: Mapping[str, Array]) -> Mapping[str, int]:
+        """See `SplitPolicy`."""
+        total, tables = sum(pages.values()), [n for n in pages if n != STATES]
+        each = int(total * self.rows / len(tables)) if tables else 0
+        return {n: each if n in tables else total - each * len(tables) for n in pages}
+
+
+@dataclass(frozen=True)
+class MarginalUtility:
+    """Hands out pages one after the other, each to whom it would have saved most.
+
+    Where a few pages save nothing by themselves and many do, they are handed out together, by what they save each.
+
+    Attributes:
+        better: how much more a split must have saved than the present one, as a share of it, to be taken instead: a
+            page that moves is empty at first.
+    """
+
+    better: float = 0.05
+
+    def wanted(self, pages: Mapping[str, int], saved: Mapping[str, Array]) -> Mapping[str, int]:
+        """See `SplitPolicy`."""
+        left, made = sum(pages.values()), dict.fromkeys(pages, 0)
+        while left:
+            best, name, count = 0.0, "", 0
+            for one, curve in saved.items():
+                each = (curve[made[one] + 1 : made[one] + left + 1] - curve[made[one]]) / _COUNTS[:left]
+                if (most := float(each.max(initial=0.0))) > best:
+                    best, name, count = most, one, int(each.argmax()) + 1
+            if not name:  # more pages would have saved nobody anything
+                break
+            made[name], left = made[name] + count, left - count
+        for one in sorted(pages, key=lambda n: made[n] - pages[n])[:1]:
+            made[one] += left
+        before, after = (sum(float(saved[n][split[n]]) for n in pages) for split in (pages, made))
+        return made if after > (1 + self.better) * before else dict(pages)
+
+
+class StatePages:
+    """The user states of a pool.
+
+    Args:
+        cache: of states.
+        page_bytes: of a page.
+        most_pages: most that there may be.
+        seconds_each: what it takes to make a state, so far.
+    """
+
+    def __init__(self, cache: StateCache, page_bytes: int, most_pages: int, seconds_each: Callable[[], float]) -> None:
+        self._cache, self._page_bytes, self._seconds_each = cache, page_bytes, seconds_each
+        self._pages = 0
+        cache.watch(page_bytes, most_pages)
+
+    @property
+    def pages(self) -> int:
+        """See `Consumer`."""
+        return self._pages
+
+    def resize(self, pages: int) -> None:
+        """See `Consumer`."""
+        self._cache.resize(pages * self._page_bytes)
+        self._pages = pages
+
+    def saved(self, memory: float) -> Array:
+        """See `Consumer`."""
+        return self._cache.hits(memory) * self._seconds_each()
+
+
+class MemoryPool:
+    """Pages and who has them. Safe to share between threads.
+
+    Args:
+        pages: how many there are.
+        states: the consumer of user states.
+        policy: decides.
+        page_bytes: of a page.
+
+    Attributes:
+        split: pages by name, as they were moved last: what is, and not what is wanted.
+        moves, refused: decisions that moved pages; decisions that were none, or failed, so that the split stayed.
+    """
+
+    def __init__(self, pages: int, states: Consumer, policy: SplitPolicy, page_bytes: int = 1) -> None:
+        self._pages, self._policy, self._page_bytes = pages, policy, page_bytes
+        self._consumers: Mapping[str, Consumer] = {STATES: states}
+        self._lock, self._end = threading.Lock(), threading.Event()
+        self.moves = self.refused = 0
+        self.split: Mapping[str, int] = {}
+
+    @classmethod
+    def of(cls, policy: SplitPolicy, budget: int, store: StateStore) -> MemoryPool:
+        """The pool of a session, which decides every second until it is closed.
+
+        Args:
+            policy: decides.
+            budget: bytes of all pages.
+            store: of user states.
+        """
+        page_bytes = budget // POOL_PAGES
+        pool = cls(POOL_PAGES, StatePages(store.memory, page_bytes, POOL_PAGES, store.seconds_each), policy, page_bytes)
+        pool.start(_SECONDS)
+        return pool
+
+    def serve(self, tables: Mapping[str, Consumer]) -> None:
+        """Share the pages with the rows of these tables from now on, half of them at first."""
+        with self._lock:
+            self._consumers = {STATES: self._consumers[STATES], **tables}
+            each = self._pages // (2 * len(tables)) if tables else 0
+            self._commit({STATES: self._pages - each * len(tables), **dict.fromkeys(tables, each)})
+        self.step()
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes that each has, by name."""
+        return {name: pages * self._page_bytes for name, pages in self.split.items()}
+
+    def step(self) -> None:
+        """Decide once, and move pages."""
+        with self._lock:
+            saved = {n: one.saved(_MEMORY) for n, one in self._consumers.items()}
+            wanted = dict(self._policy.wanted(self.split, saved))
+            if wanted == self.split:
+                return
+            if wanted.keys() != self.split.keys() or min(wanted.values()) < 0 or sum(wanted.values()) > self._pages:
+                self.refused += 1
+                LOG.warning("a split of %d pages as %s was refused; it stays %s", self._pages, wanted, self.split)
+                return
+            before = self.split
+            try:
+                self._commit(wanted)
+                self.moves += 1
+            except MemoryError:
+                self.refused += 1
+                self._commit(before)
+
+    def _commit(self, wanted: Mapping[str, int]) -> None:
+        """Givers first, so that no more pages are in use than there are."""
+        for name in sorted(wanted, key=lambda n: wanted[n] - self._consumers[n].pages):
+            self._consumers[name].resize(wanted[name])
+        self.split = wanted
+
+    def start(self, seconds: float) -> None:
+        """Decide every so many seconds, in a thread, until `close`, or until nobody has this pool any more."""
+        arguments = weakref.ref(self), self._end, seconds
+        threading.Thread(target=_decide, args=arguments, name="stca-memory-pool", daemon=True).start()
+
+    def close(self) -> None:
+        """Decide no more."""
+        self._end.set()
+
+
+def _decide(of: weakref.ref[MemoryPool], end: threading.Event, seconds: float) -> None:
+    while not end.wait(seconds):
+        pool = of()
+        if pool is None:
+            return
+        pool.step()
+        del pool  # else it would live as long as this waits

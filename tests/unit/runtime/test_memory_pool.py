@@ -1,0 +1,141 @@
+"""Pages go to whom they are worth most; a split is what was moved, and what fails leaves it as it was."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+from support.errors import one_line
+
+from stca.errors import UsageError
+from stca.runtime import MarginalUtility, Session, Static
+from stca.runtime.cache import StateCache
+from stca.runtime.memory_pool import STATES, MemoryPool, StatePages
+from stca.runtime.state import StateKey, UserState
+
+
+class Part:
+    """A consumer of pages that says what so many would have saved, and has memory for so many."""
+
+    def __init__(self, saved=lambda pages: 0.0, most=1000):
+        self.curve, self.most, self.pages = saved, most, 0
+
+    def resize(self, pages):
+        if pages > self.most:
+            raise MemoryError
+        self.pages = pages
+
+    def saved(self, memory):
+        return np.array([float(self.curve(n)) for n in range(17)])
+
+
+def pool_of(policy, states, **tables):
+    pool = MemoryPool(16, states, policy)
+    pool.serve(tables)
+    return pool
+
+
+def pages(pool):
+    return pool.split[STATES], pool.split["items"]
+
+
+def test_a_static_split_stays():
+    pool = pool_of(Static(0.25), Part(lambda n: n), items=Part())
+    pool.step()
+    assert pages(pool) == (12, 4)
+
+
+@pytest.mark.parametrize(
+    ("states", "items", "split"),
+    [
+        (lambda n: 3 * min(n, 5), lambda n: min(n, 12), (5, 11)),
+        (lambda n: 0, lambda n: n, (0, 16)),
+        (lambda n: 30 * (n >= 10), lambda n: n, (10, 6)),  # nothing by themselves, much together
+        (lambda n: 30 * (n >= 10), lambda n: 4 * n, (0, 16)),
+        (lambda n: n**0.5, lambda n: n**0.5, (8, 8)),
+    ],
+)
+def test_pages_go_where_they_save_most(states, items, split):
+    states, items = Part(states), Part(items)
+    pool = pool_of(MarginalUtility(), states, items=items)
+    assert pages(pool) == split
+    assert (states.pages, items.pages) == split
+
+
+def test_nothing_moves_for_little():
+    pool = pool_of(MarginalUtility(better=0.1), Part(lambda n: 100 + n), items=Part(lambda n: 0))
+    assert (pages(pool), pool.moves) == ((8, 8), 0)
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"states": 17, "items": 0}, {"states": -1, "items": 2}, {"states": 8}, {"states": 8, "other": 8}]
+)
+def test_a_split_that_is_none_is_refused(wanted):
+    class Wrong:
+        def wanted(self, *_):
+            return wanted
+
+    pool = pool_of(Wrong(), Part(), items=Part())
+    assert (pages(pool), pool.refused) == ((8, 8), 1)
+
+
+def test_without_memory_the_last_split_stays():
+    states, items = Part(), Part(lambda n: n, most=9)
+    pool = pool_of(MarginalUtility(), states, items=items)
+    assert (states.pages, items.pages) == pages(pool) == (8, 8)
+    assert (pool.moves, pool.refused) == (0, 1)
+
+
+def state_of(user):
+    return StateKey(user, 0, "w", "f"), UserState({}, 0)
+
+
+def test_what_pages_of_states_would_have_saved():
+    """Three users in turn, a page each."""
+    cache = StateCache(0, cost=lambda *_: 10)
+    states = StatePages(cache, 10, 4, lambda: 2.0)
+    states.resize(1)
+    for user in "abcabc":
+        if cache.get(state_of(user)[0]) is None:
+            cache.put(*state_of(user))
+    np.testing.assert_array_equal(states.saved(0.0), [0, 0, 0, 6, 6])
+
+
+def test_states_go_when_their_pages_do():
+    cache = StateCache(100, cost=lambda *_: 10)
+    for user in range(10):
+        cache.put(*state_of(user))
+    cache.resize(30)
+    assert (cache.stats().users, cache.stats().budget) == (3, 30)
+    assert cache.get(state_of(9)[0]) is not None
+
+
+def test_a_session_shares_its_budget(bundle_dir):
+    """A bundle without tables outside its graphs has all of it for states."""
+    with Session.load(bundle_dir, threads=1, cache_bytes=1 << 20, split=MarginalUtility()) as session:
+        assert session.memory() == {"states": 1 << 20}
+        assert session.stats().budget == 1 << 20
+    with one_line(UsageError, "split: is 0.5, expected a policy"):
+        Session.load(bundle_dir, split=0.5)
+
+
+def test_a_pool_decides_until_nobody_has_it():
+    decided = threading.Event()
+
+    class Tells(Static):
+        def wanted(self, pages, saved):
+            decided.set()
+            return pages
+
+    pool = pool_of(Tells(0.5), Part(), items=Part())
+    decided.clear()
+    before = set(threading.enumerate())
+    pool.start(0.001)
+    (thread,) = set(threading.enumerate()) - before
+    assert decided.wait(60)
+    del pool
+    gc.collect()
+    thread.join(60)
+    assert not thread.is_alive()
