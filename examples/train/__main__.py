@@ -19,12 +19,15 @@ import torch
 
 from stca.errors import StcaError
 from stca.examples.train.evaluate import AucRow, as_text, auc_rows, auc_table, base_rates
+from stca.examples.train.log import Log
 from stca.examples.train.logfile import read_log
 from stca.examples.train.sampler import LengthSampler
+from stca.examples.train.traced import log_trace
 from stca.examples.train.train import TrainOptions, attend_to_alike, fit, model_config, score_with
 from stca.examples.train.world import World, generate
 from stca.export.reference.checkpoint import save_checkpoint
 from stca.export.reference.module import Stca
+from stca.trace import TraceWriter
 
 TRAINING_KEY = "stca.training"
 AUC_KEY = "stca.auc"
@@ -74,8 +77,40 @@ def run(args: argparse.Namespace, command: str) -> tuple[dict[str, Any], list[Au
         raise StcaError(f"--out {args.out}: there is no directory {args.out.parent}; make it first")
     if args.out.is_dir():
         raise StcaError(f"--out {args.out}: is a directory; name a file in it")
-    world = World()
-    page = world.config.page
+    if args.trace and not args.log:
+        raise StcaError("--trace: is of a --log; `stca calibrate --trace demo` has the generated one's")
+    if args.trace and Path(args.trace).exists():
+        raise StcaError(f"--trace {args.trace}: is there already; name a new folder")
+    log, least_history = _log(args, options)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(options.seed)
+    model = Stca(model_config(log, width=args.width, heads=args.heads, layers=args.layers, time=args.time))
+    attend_to_alike(model)
+    started = time.monotonic()
+    losses = fit(model, log, options, least_history=least_history, progress=_say)
+    training = {
+        "command": command,
+        "seed": options.seed,
+        "steps": options.steps,
+        "max_history": options.lengths.longest,
+        "loss": round(sum(losses[-100:]) / len(losses[-100:]), 5),
+        "seconds": round(time.monotonic() - started, 1),
+        "threads": args.threads,
+        "torch": torch.__version__,
+    }
+    rows = _evaluated(args, model, log)
+    auc = [row.as_dict() for row in rows]
+    save_checkpoint(args.out, model, {TRAINING_KEY: json.dumps(training), AUC_KEY: json.dumps(auc)})
+    if args.trace:
+        with TraceWriter(args.trace) as writer:
+            for request in log_trace(log, max(_lengths(args)), request_time=args.time == "delta"):
+                writer.add(request)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"checkpoint": str(args.out), "parameters": parameters, **training, "auc": auc}, rows
+
+
+def _log(args: argparse.Namespace, options: TrainOptions) -> tuple[Log, int]:
+    """What is trained on, and how many events are before each of its requests at least."""
     if args.log:
         log = read_log(args.log, dict(args.task), held_out=args.held_out)
         if not log.held_out_requests():  # said before the training, not after it
@@ -83,52 +118,36 @@ def run(args: argparse.Namespace, command: str) -> tuple[dict[str, Any], list[Au
                 f"{args.log}: no user has enough events for --held-out {args.held_out} to hold one out for the "
                 "evaluation (the share is rounded down); raise it"
             )
-        least_history = options.lengths.shortest
-    elif page % options.targets:
+        return log, options.lengths.shortest
+    world = World()
+    page = world.config.page
+    if page % options.targets:
         raise StcaError(f"--targets {options.targets}: a generated request has {page}, on one device; take a divisor")
-    else:
-        _say("generating the log")
-        # Whole generated requests, so that the targets cut behind them are never of two devices.
-        least_history = -(-options.lengths.longest // page) * page
-        history = least_history + TRAINING_REQUESTS_EACH * options.targets
-        log = generate(world, users=TRAINING_USERS, history=history, targets=0, seed=TRAINING_SEED).log
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(options.seed)
-    model = Stca(model_config(log, width=args.width, heads=args.heads, layers=args.layers, time=args.time))
-    attend_to_alike(model)
-    started = time.monotonic()
-    losses = fit(model, log, options, least_history=least_history, progress=_say)
-    seconds = round(time.monotonic() - started, 1)
+    _say("generating the log")
+    # Whole generated requests, so that the targets cut behind them are never of two devices.
+    least_history = -(-options.lengths.longest // page) * page
+    history = least_history + TRAINING_REQUESTS_EACH * options.targets
+    return generate(world, users=TRAINING_USERS, history=history, targets=0, seed=TRAINING_SEED).log, least_history
 
+
+def _evaluated(args: argparse.Namespace, model: Stca, log: Log) -> list[AucRow]:
     score, request_time = score_with(model), args.time == "delta"
     if args.log:
-        lengths = args.eval_history or [16, 64, 256, 1024]
-        rows = auc_rows(score, log, lengths, base_rates(log), request_time=request_time, progress=_say)
-    else:
-        lengths = args.eval_history or [512, 1024, 2048, 4096, 10_000]
-        rows = auc_table(
-            score,
-            lengths,
-            users=args.eval_users,
-            targets=args.eval_targets,
-            world=world,
-            request_time=request_time,
-            progress=_say,
-        )
-    training = {
-        "command": command,
-        "seed": options.seed,
-        "steps": options.steps,
-        "max_history": options.lengths.longest,
-        "loss": round(sum(losses[-100:]) / len(losses[-100:]), 5),
-        "seconds": seconds,
-        "threads": args.threads,
-        "torch": torch.__version__,
-    }
-    auc = [row.as_dict() for row in rows]
-    save_checkpoint(args.out, model, {TRAINING_KEY: json.dumps(training), AUC_KEY: json.dumps(auc)})
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"checkpoint": str(args.out), "parameters": parameters, **training, "auc": auc}, rows
+        return auc_rows(score, log, _lengths(args), base_rates(log), request_time=request_time, progress=_say)
+    return auc_table(
+        score,
+        _lengths(args),
+        users=args.eval_users,
+        targets=args.eval_targets,
+        world=World(),
+        request_time=request_time,
+        progress=_say,
+    )
+
+
+def _lengths(args: argparse.Namespace) -> list[int]:
+    """History lengths of the AUC table."""
+    return args.eval_history or ([16, 64, 256, 1024] if args.log else [512, 1024, 2048, 4096, 10_000])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=ACTION,…",
         help="with --log: actions that are a positive of task NAME; once per task",
     )
+    p.add_argument("--trace", metavar="DIR", help="with --log: write the evaluation's requests there, to calibrate on")
     p.add_argument(
         "--held-out",
         type=_rate,

@@ -15,6 +15,7 @@ from stca.examples.train.train import TrainOptions, attend_to_alike, fit, model_
 from stca.examples.train.world import GeneratedLog, World, WorldConfig, generate
 from stca.export.reference.checkpoint import load_checkpoint
 from stca.export.reference.module import Stca
+from stca.trace import Trace
 
 OPTIONS = TrainOptions(steps=20, requests=8, targets=32, lengths=LengthSampler(shortest=16, longest=128))
 
@@ -169,11 +170,17 @@ def test_command_trains_on_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     file.write_text("user\titem\ttimestamp\taction\n" + "\n".join(lines))
     out = tmp_path / "model.safetensors"
     argv = [*COMMON, "--log", str(file), "--task", "like=4,5", "--eval-history", "16,64", "--out", str(out)]
-    assert cli.main(argv) == 0
+    assert cli.main([*argv, "--trace", str(tmp_path / "trace")]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [r["history"] for r in result["auc"]] == [16, 64]
     assert set(result["auc"][0]) == {"history", "task", "auc", "popularity", "item_rate", "item_and_user_rate"}
     assert load_checkpoint(out).config.tasks == ("like",)
+    traced = list(Trace(tmp_path / "trace"))
+    assert [t.user for t in traced] == [0, 1, 2, 3]
+    held_out = [len(t.inputs["target_item"]) for t in traced]
+    assert sum(held_out) == pytest.approx(0.2 * 600, abs=4)
+    assert [t.labels.shape for t in traced if t.labels is not None] == [(n, 1) for n in held_out]
+    assert {len(t.inputs["history_item"]) for t in traced} == {64}
 
 
 @pytest.mark.usefixtures("small")
@@ -186,6 +193,8 @@ def test_command_trains_on_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--out", "x.safetensors", "--targets", "32", "--heads", "3"], "not a multiple of heads 3"),
         (["--out", "x.safetensors", "--shortest", "20"], "multiple of 8"),
         (["--out", "x.safetensors", "--log", "none.csv"], "none.csv: cannot be read"),
+        (["--out", "x.safetensors", "--log", "none.csv", "--trace", "."], "is there already; name a new folder"),
+        (["--out", "x.safetensors", "--trace", "trace"], "`stca calibrate --trace demo` has the generated one's"),
     ],
 )
 def test_command_says_what_is_wrong_in_its_last_line(
