@@ -15,6 +15,7 @@ from stca.export.analysis.cost import without_weights
 from stca.export.analysis.rows import attempts, below
 from stca.export.analysis.scope import label
 from stca.export.passes.batch_norm import NormInLayer
+from stca.export.passes.channels import ConvAsLayer, TurnedOnce
 from stca.export.passes.flat import FlatApart
 from stca.export.passes.flat_rows import RowsKept
 from stca.export.passes.fuse import FuseAttention
@@ -30,7 +31,9 @@ RULES: Final[tuple[Rule, ...]] = (
     SpectrumAsProduct(),
     FuseAttention(),
     FlatApart(),
+    ConvAsLayer(),
     NormInLayer(),
+    TurnedOnce(),
     RowsKept(),
     SumOfProducts(),
     SlopeApart(),

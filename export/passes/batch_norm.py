@@ -13,6 +13,7 @@ import onnx
 from onnx import numpy_helper
 
 from stca.export.analysis.scope import Scope, attribute
+from stca.export.passes.channels import is_turn, undoes
 from stca.export.passes.linear import Linear, linear_at
 from stca.export.passes.nodes import NewNodes
 from stca.export.passes.rules import Rewrite, View
@@ -20,10 +21,12 @@ from stca.export.passes.rules import Rewrite, View
 
 @dataclass(frozen=True)
 class Match:
-    """`linear` reads what `norm` makes, of rank 2."""
+    """`linear` reads what `norm` makes of `x`, whose last axis is normalized; `rank` is theirs."""
 
     linear: Linear
     norm: onnx.NodeProto
+    x: str
+    rank: int
 
 
 class NormInLayer:
@@ -34,23 +37,20 @@ class NormInLayer:
     def pattern(self, view: View, node: onnx.NodeProto) -> Match | None:
         """A linear layer of a target's value `[N, K]` that was normalized by constants."""
         linear = linear_at(view, node)
-        norm = view.writer(linear.x) if linear else None
-        if linear is None or norm is None or norm.domain or norm.op_type != "BatchNormalization":
-            return None
-        trained = len(norm.output) == 1 and not attribute(norm, "training_mode", 0)
-        constant = all(view.scopes[n] == Scope.CONSTANT for n in norm.input[1:])
-        rank2 = len(view.sizes.shape(norm.input[0]) or ()) == 2
-        return Match(linear, norm) if trained and constant and rank2 and view.scopes[linear.x] > Scope.USER else None
+        found = _normalized(view, linear.x) if linear and view.scopes[linear.x] > Scope.USER else None
+        return Match(linear, *found) if linear and found else None
 
     def check(self, view: View, match: Match) -> str | None:
         """Only where nothing else reads what was normalized."""
-        alone = len(view.readers(match.linear.x)) == 1 and not view.is_output(match.linear.x)
-        return None if alone else f"{match.linear.x!r} has other readers"
+        for name in {match.linear.x, match.norm.output[0]}:
+            if len(view.readers(name)) > 1 or view.is_output(name):
+                return f"{name!r} has other readers"
+        return None
 
     def rewrite(self, view: View, match: Match) -> Rewrite:
-        """One Gemm, its weight and bias from constants."""
+        """The layer, its weight and bias from constants."""
         new, linear, out = NewNodes(view.taken), match.linear, match.linear.out
-        x, scale, shift, mean, variance = match.norm.input
+        _, scale, shift, mean, variance = match.norm.input
         kind = onnx.helper.tensor_dtype_to_np_dtype(view.sizes.element_type(variance))
         small = numpy_helper.from_array(np.array(attribute(match.norm, "epsilon", 1e-5), kind))
         epsilon = new.node("Constant", [], f"{out}_epsilon", value=small)  # initializers stay the model's own
@@ -64,6 +64,29 @@ class NormInLayer:
         bias = new.node("MatMul", [moved, weight], f"{out}_moved")
         if linear.bias:
             bias = new.node("Add", [bias, linear.bias], f"{out}_bias")
-        new.node("Gemm", [x, new.node("Mul", [weight, rows], f"{out}_weight"), bias], f"{out}_layer")
+        weight = new.node("Mul", [weight, rows], f"{out}_weight")
+        if match.rank == 2:
+            new.node("Gemm", [match.x, weight, bias], f"{out}_layer")
+        else:
+            new.node("Add", [new.node("MatMul", [match.x, weight], f"{out}_product"), bias], f"{out}_layer")
         new.last_makes(out)
         return Rewrite(new.nodes, new.weights)
+
+
+def _normalized(view: View, name: str) -> tuple[onnx.NodeProto, str, int] | None:
+    """What normalizes the last axis of which value to make `name`, and the rank: directly, or turned there and back."""
+    norm, turn = view.writer(name), None
+    if norm is not None and is_turn(norm):
+        turn, norm = norm, view.writer(norm.input[0])
+    if norm is None or norm.domain or norm.op_type != "BatchNormalization":
+        return None
+    trained = len(norm.output) == 1 and not attribute(norm, "training_mode", 0)
+    if not trained or not all(view.scopes[n] == Scope.CONSTANT for n in norm.input[1:]):
+        return None
+    x, rank = str(norm.input[0]), len(view.sizes.shape(norm.input[0]) or ())
+    if turn is None:
+        return (norm, x, rank) if rank == 2 else None
+    before, perm = view.writer(x), attribute(turn, "perm", ())
+    if before is None or not is_turn(before) or not undoes(perm, before) or perm[-1] != 1:
+        return None
+    return norm, str(before.input[0]), rank
