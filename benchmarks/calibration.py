@@ -25,7 +25,8 @@ from outcome import command, tell
 from stca import probe
 from stca.arrays import Array
 from stca.bundle import Bundle
-from stca.calibration.calibrate import Options, formats_of, state_bytes
+from stca.calibration.calibrate import state_bytes
+from stca.calibration.choices import Options, formats_of
 from stca.calibration.quality import Budget, measure
 from stca.calibration.quantized_bundle import write_quantized
 from stca.calibration.quantized_state import StateFormat, quantizable

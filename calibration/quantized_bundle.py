@@ -11,13 +11,17 @@ import onnx
 
 from stca import folders
 from stca.bundle import Bundle, seal, sha256_of
+from stca.calibration.quantized_products import ProductFormat, factors, quantize_products, watch
 from stca.calibration.quantized_state import StateFormat, quantize
 from stca.calibration.quantized_weights import RowFormat, quantize_tables, write_rows
 from stca.export.weights import externalize
-from stca.manifest import HALVES, WEIGHTS, GraphSpec, Manifest, TableSpec, TensorSpec
+from stca.manifest import HALVES, POINTWISE, WEIGHTS, GraphSpec, Manifest, TableSpec, TensorSpec
 
 # Of tensors of the state and of weights, by name.
-Formats: TypeAlias = Mapping[str, StateFormat | RowFormat]
+Formats: TypeAlias = Mapping[str, StateFormat | RowFormat | ProductFormat]
+
+# The graphs of the model as it is, which those that are served are held against.
+_WHOLE = frozenset({"request", POINTWISE})
 
 
 def write_quantized(bundle: Bundle, formats: Formats, folder: Path) -> Bundle:
@@ -42,26 +46,23 @@ def write_files(bundle: Bundle, formats: Formats, folder: Path) -> Manifest:
     Returns:
         The manifest, without digests.
     """
-    manifest, state = bundle.manifest, _of(formats, StateFormat)
+    manifest, state = bundle.manifest, {n: f for n, f in formats.items() if isinstance(f, StateFormat)}
     tables = tuple(_table(bundle, t, formats, folder) for t in manifest.tables or ()) or None
     inside = formats.keys() - state.keys() - {t.name for t in tables or ()}
     changed = tuple(manifest.graphs) if inside else HALVES
     models = {name: onnx.load(bundle.file(name), load_external_data=bool(inside)) for name in changed}
     if inside:
-        for model in models.values():
-            quantize_tables(model, inside)
+        products = {n: f for n, f in formats.items() if isinstance(f, ProductFormat)}
+        for name, model in models.items():
+            quantize_tables(model, inside - products.keys())
+            quantize_products(model, products, half=name not in _WHOLE)
     kept = quantize(models["user_encoder"], models["target_scorer"], manifest.state, state)
     weights = manifest.weights
     if inside:
         externalize(models.values(), folder)
         weights = sha256_of(folder / WEIGHTS)
-    engines = {name for e in manifest.engines for name in (e.file, str(Path(e.file).with_suffix(".weights")))}
-    own = {graph.file for graph in manifest.graphs.values()}
-    for name in manifest.names - {manifest.graphs[name].file for name in changed} - (engines - own):
-        if not (folder / name).exists():
-            folders.share(bundle.path / name, folder / name)
-    for name, model in models.items():
-        onnx.save(model, folder / manifest.graphs[name].file)
+    _save(bundle, models, folder)
+    for name in models:
         onnx.checker.check_model(str(folder / manifest.graphs[name].file), full_check=True)
     graphs = _with_state(manifest, [TensorSpec(s.name, s.dtype, s.shape) for s in kept])
     return dataclasses.replace(
@@ -70,8 +71,39 @@ def write_files(bundle: Bundle, formats: Formats, folder: Path) -> Manifest:
     )  # fmt: skip
 
 
-def _of(formats: Formats, kind: type[StateFormat]) -> dict[str, StateFormat]:
-    return {name: f for name, f in formats.items() if isinstance(f, kind)}
+def _save(bundle: Bundle, models: Mapping[str, onnx.ModelProto], folder: Path) -> None:
+    """Write graphs, and share the bundle's other files, where they are not written yet."""
+    manifest = bundle.manifest
+    engines = {name for e in manifest.engines for name in (e.file, str(Path(e.file).with_suffix(".weights")))}
+    own = {graph.file for graph in manifest.graphs.values()}
+    for name in manifest.names - {manifest.graphs[name].file for name in models} - (engines - own):
+        if not (folder / name).exists():
+            folders.share(bundle.path / name, folder / name)
+    for name, model in models.items():
+        onnx.save(model, folder / manifest.graphs[name].file)
+
+
+def write_watched(bundle: Bundle, matrices: Collection[str], folder: Path) -> tuple[Bundle, dict[str, set[str]]]:
+    """Write a bundle whose halves give what they multiply matrices with, besides their outputs.
+
+    Args:
+        bundle: in float32.
+        matrices: names of the weights.
+        folder: to make.
+
+    Returns:
+        The bundle, and of each matrix the activations that it is multiplied with, in either half.
+    """
+    folder.mkdir()
+    models = {half: onnx.load(bundle.file(half), load_external_data=False) for half in HALVES}
+    found: dict[str, set[str]] = {}
+    for model in models.values():
+        for name, given in factors(model, matrices).items():
+            found.setdefault(name, set()).update(given)
+    for model in models.values():
+        watch(model, sorted(set().union(*found.values())))
+    _save(bundle, models, folder)
+    return seal(folder, dataclasses.replace(bundle.manifest, engines=())), found
 
 
 def _table(bundle: Bundle, table: TableSpec, formats: Formats, folder: Path) -> TableSpec:
@@ -95,11 +127,14 @@ def formats_told(formats: Formats) -> dict[str, Any] | None:
     """What a manifest says of the parts in 8 bits."""
     told: dict[str, Any] = {}
     for name, format in formats.items():
+        about: dict[str, Any] = {"kind": format.kind}
         if isinstance(format, StateFormat):
-            part = told.setdefault("state", {"kind": format.kind, "granularity": format.granularity, "tensors": []})
+            part, about["granularity"] = "state", format.granularity
+        elif isinstance(format, RowFormat):
+            part = "tables"
         else:
-            part = told.setdefault("tables", {"kind": format.kind, "tensors": []})
-        part["tensors"].append(name)
+            part, about["activations"] = "weights", format.activations
+        told.setdefault(part, {**about, "tensors": []})["tensors"].append(name)
     return told or None
 
 

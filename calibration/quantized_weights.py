@@ -100,10 +100,10 @@ def quantizable_tables(models: Iterable[onnx.ModelProto]) -> tuple[str, ...]:
         first = node.op_type == "Gather" and node.input[1] != tensor.name and attribute(node, "axis", 0) in (0, -2)
         return large and first
 
-    return _read_only_so(models, fits)
+    return read_only_so(models, fits)
 
 
-def _read_only_so(
+def read_only_so(
     models: Iterable[onnx.ModelProto], fits: Callable[[TensorProto, onnx.NodeProto], bool]
 ) -> tuple[str, ...]:
     """Float32 initializers of which every reader in every graph fits, in the graphs' order."""
@@ -130,7 +130,7 @@ def quantize_tables(model: onnx.ModelProto, names: Collection[str]) -> None:
         UsageError: when a table has values that are not finite.
     """
     graph = model.graph
-    kept = {t.name: _replaced(graph, t, "int8", 1) for t in list(graph.initializer) if t.name in names}
+    kept = {t.name: replaced(graph, t, "int8", 1) for t in list(graph.initializer) if t.name in names}
     if not kept:
         return
     require_opset(model)
@@ -145,15 +145,28 @@ def quantize_tables(model: onnx.ModelProto, names: Collection[str]) -> None:
         parts = [new.node("Gather", [source, node.input[1]], f"{made}_rows") for source in (numbers, scales)]
         units = new.node("DequantizeLinear", [parts[0], one], f"{made}_units")
         new.node("Mul", [units, parts[1]], made, exact=True)
-    _finish(graph, new, kept)
+    finish(graph, new, kept)
 
 
-def _replaced(graph: onnx.GraphProto, tensor: TensorProto, kind: Kind, axis: int) -> tuple[str, str]:
-    """Put a weight's numbers and steps in its place; their names."""
+def replaced(
+    graph: onnx.GraphProto, tensor: TensorProto, kind: Kind, axis: int, *, flat: bool = False
+) -> tuple[str, str]:
+    """Put a weight's numbers and steps in its place; their names.
+
+    Args:
+        graph: which has the weight.
+        tensor: the weight.
+        kind, axis: as of `in_steps`.
+        flat: whether the steps are a list, as `DequantizeLinear` takes them.
+
+    Raises:
+        UsageError: when the weight has values that are not finite, or the graph has such names.
+    """
     values = numpy_helper.to_array(tensor)
     if not np.isfinite(values).all():
         raise UsageError(f"weight {tensor.name!r} has values that are not finite, which no step holds; leave it")
     numbers, steps = in_steps(values, kind, axis)
+    steps = steps.reshape(-1) if flat else steps
     names = f"{tensor.name}_{kind}", f"{tensor.name}_scale"
     if clash := names_in(graph) & set(names):
         raise UsageError(f"weight {tensor.name!r}: the graph has a {min(clash)!r} already; rename it")
@@ -163,7 +176,8 @@ def _replaced(graph: onnx.GraphProto, tensor: TensorProto, kind: Kind, axis: int
     return names
 
 
-def _finish(graph: onnx.GraphProto, new: NewNodes, gone: Collection[str]) -> None:
+def finish(graph: onnx.GraphProto, new: NewNodes, gone: Collection[str]) -> None:
+    """Give a graph its new nodes and weights, in place; `gone` are the names of weights that it no longer has."""
     listed = [v for v in graph.value_info if v.name not in gone]  # an exporter may list weights there too
     del graph.node[:], graph.value_info[:]
     graph.node.extend(new.nodes)

@@ -113,6 +113,8 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 4  # what goes wrong is raised, once, and not printed besides
         # Each half has threads of its own. Those that spin while the other computes would take its cores.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Else it makes products with dequantized weights in 8 bits on both sides, which no node of the graph says.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if literal:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.intra_op_num_threads = processors() if threads is None else threads

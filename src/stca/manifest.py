@@ -160,7 +160,7 @@ class Manifest:
         split: the cut's report. parity: the report of the export's own checks. producer: versions that made it.
         engines: what `build` added.
         tables: embedding tables that left the graphs; None where there is none.
-        quantization: the parts in 8 bits (`state`, `tables`), and the budget that they were held to; None for none.
+        quantization: the parts in 8 bits (`state`, `tables`, `weights`), and their budget; None where nothing is.
         files: name → `{"sha256", "bytes"}` for every file but the manifest and the tables' rows.
     """
 
@@ -197,8 +197,10 @@ class Manifest:
     @property
     def rounding(self) -> str | None:
         """The 8-bit kind that the halves round to as they compute; None where at most their weights were rounded."""
-        kind: str | None = (self.quantization or {}).get("state", {}).get("kind")
-        return kind
+        told = self.quantization or {}
+        products = told.get("weights", {})
+        kind: str | None = products["kind"] if products.get("activations", "none") != "none" else None
+        return told["state"]["kind"] if "state" in told else kind
 
     def to_json(self) -> str:
         """The manifest as JSON: `format`, `version`, `digest`, then the fields."""

@@ -82,6 +82,8 @@ class OnnxRuntimeEngine final : public Engine {
     check(api().set_intra_op_num_threads(options, threads > 0 ? threads : processors()));
     // Else the threads of each half go on spinning while the other half computes, and a miss costs twice its halves.
     check(api().add_session_config_entry(options, "session.force_spinning_stop", "1"));
+    // Else products with dequantized weights are made in 8 bits on both sides, which no node of the graph says.
+    check(api().add_session_config_entry(options, "session.qdq_matmulnbits_accuracy_level", "1"));
     OrtSession* session = nullptr;
     runtime_.check(open(options, &session), STCA_BUILD_ERROR,
                    shown(graph_.file) + ": ONNX Runtime cannot load it");

@@ -68,6 +68,24 @@ class TraceRuns:
                     raise UsageError(f"the trace's request {number}: {e}; is the trace this model's?") from e
                 yield encoder.run({n: history[n] for n in wanted})
 
+    def watched(self, bundle: Bundle, requests: Iterable[Traced]) -> Iterator[Mapping[str, Array]]:
+        """All that both halves give, of each request, by name; see `stca.calibration.quantized_bundle.write_watched`.
+
+        Raises:
+            UsageError: as `scores`.
+        """
+        with self._session(bundle.path) as session:
+            encoder, scorer = session.loaded_engines()
+            door = Door(bundle.manifest)
+            for number, traced in enumerate(requests):
+                try:
+                    given = door.admit(dict(traced.inputs), "user", "request", "target")
+                except RequestError as e:
+                    raise UsageError(f"the trace's request {number}: {e}; is the trace this model's?") from e
+                made = encoder.run({s.name: given[s.name] for s in bundle.manifest.graphs["user_encoder"].inputs})
+                names = [s.name for s in bundle.manifest.graphs["target_scorer"].inputs]
+                yield {**made, **scorer.run({n: made[n] if n in made else given[n] for n in names})}
+
     def _session(self, path: Path) -> Session:
         return Session.load(path, engine="graphs", threads=self._threads, cache_bytes=0)
 

@@ -263,7 +263,8 @@ def rebuild(bundle: Bundle) -> nn.Module:
     if form not in ("projected", "absorbed"):
         raise BundleError(f"{bundle.path}: attention is {form!r}; expected projected or absorbed, export it anew")
     tensors = read_tensors(bundle.path / WEIGHTS)[0]
-    for name in (bundle.manifest.quantization or {}).get("tables", {}).get("tensors", ()):
+    told = bundle.manifest.quantization or {}
+    for name in (n for part in ("tables", "weights") for n in told.get(part, {}).get("tensors", ())):
         if (numbers := tensors.pop(f"{name}_int8", None)) is not None:
             tensors[name] = numbers.float() * tensors.pop(f"{name}_scale")
     for t in bundle.manifest.tables or ():

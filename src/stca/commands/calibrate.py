@@ -30,6 +30,13 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--precision", choices=("int8", "fp8"), help="of the state; fp8 is E4M3")
     p.add_argument("--tables", choices=("int8", "fp8"), help="of embedding tables' rows; those in graphs can be int8")
     p.add_argument("--budget", default="auc=0.0005,top10=0.99", help="how far the ranking may move")
+    p.add_argument("--weights", choices=("int8",), help="of the matrices of products, with a scale for each column")
+    p.add_argument(
+        "--activations",
+        choices=("none", "token", "tensor"),
+        default="none",
+        help="what those are multiplied with: float32, or int8 with a scale for each row, or one from the trace",
+    )
     p.add_argument(
         "--granularity",
         choices=("token", "head", "channel", "tensor"),
@@ -59,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     progress = progress_on_stderr("torch and onnx")
     import functools
 
-    from stca.calibration.calibrate import Options, calibrate, state_bytes
+    from stca.calibration.calibrate import calibrate, state_bytes
+    from stca.calibration.choices import Options
     from stca.calibration.quantized_bundle import weights_bytes
     from stca.checks.trace_runs import TraceRuns, speed, tasks_of
     from stca.checks.verify import prove
@@ -68,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     made, tried = calibrate(
         bundle,
         trace,
-        options=Options(args.precision, args.granularity, args.method, args.tables),
+        options=Options(args.precision, args.granularity, args.method, args.tables, args.weights, args.activations),
         budget=budget,
         out=args.out,
         run=TraceRuns(args.threads),
@@ -78,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     )
     progress("speed")
     request = next(iter(trace()))
-    new = args.precision or args.tables
+    new = args.precision or args.tables or args.weights
     times = speed({"float32": bundle, new: made}, request, args.threads, args.seconds)
     data: dict[str, Any] = {
         "bundle": str(made.path),
@@ -86,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
         "granularity": args.granularity,
         "tried": [t.as_dict() for t in tried],
         "tables": args.tables,
+        "weights": args.weights,
+        "activations": args.activations,
         "state_bytes": {"float32": state_bytes(bundle.manifest), new: state_bytes(made.manifest)},
         "weights_bytes": {"float32": weights_bytes(bundle.manifest), new: weights_bytes(made.manifest)},
         "speed": times,
@@ -119,7 +129,7 @@ def _table(data: dict[str, Any], tried: list[Tried], new: str) -> list[str]:
         high = f", kept high: {', '.join(t.high)}" if t.high else ""
         lines.append(
             f"{what}{high}: state {t.ratio:.3f} of float32, weights {t.weights_ratio:.3f}, largest change of a score "
-            f"{t.largest:.2g}"
+            f"{t.largest:.2g}, rms {t.rms:.2g}"
         )
         for m in t.measures:
             e = m.estimate

@@ -13,7 +13,8 @@ from support.errors import one_line
 
 from stca import commands, probe
 from stca.bundle import Bundle, seal
-from stca.calibration.calibrate import Options, calibrate
+from stca.calibration.calibrate import calibrate
+from stca.calibration.choices import Options
 from stca.calibration.quality import Budget
 from stca.calibration.quantized_bundle import weights_bytes, write_quantized
 from stca.calibration.quantized_weights import RowFormat, in_steps, quantizable_tables, quantize_tables

@@ -188,7 +188,7 @@ def test_trained_model_scores_as_in_python(build: Path, onnxruntime_library: Pat
 
     In float32, and with the state in each kind of 8 bits.
     """
-    from stca.calibration.calibrate import Options, formats_of
+    from stca.calibration.choices import Options, formats_of
     from stca.calibration.quantized_bundle import write_quantized
     from stca.calibration.quantized_state import quantizable
     from stca.checks.trace_runs import TraceRuns

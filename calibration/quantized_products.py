@@ -1,0 +1,159 @@
+"""Products of matrices with weights of 8 bits, and with activations of 8 bits where that is asked for.
+
+    y = x · dequantized(W)                                       weights alone: a step for each column
+    y = step · (round(x / step) · dequantized(W))                `token`: step = largest magnitude of x's row / levels
+    y = dequantized(quantized(x)) · dequantized(W)               `tensor`: one step, from the trace
+
+All of it is `QuantizeLinear`, `DequantizeLinear` and `MatMul`. ONNX Runtime makes integer products of the last two.
+A row's step comes from the row alone, or from the trace: so neither what is appended to a state nor what is packed with
+a request changes its scores. ONNX's own `DynamicQuantizeLinear` has one step for all rows that come together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from stca.calibration.quantized_state import levels, require_opset
+from stca.calibration.quantized_weights import finish, read_only_so, replaced
+from stca.export.analysis.scope import attribute
+from stca.export.passes.nodes import NewNodes, names_in
+
+Activations = Literal["none", "token", "tensor"]
+# A matrix of fewer rows saves little beside its steps.
+_NARROWEST: Final = 8
+# The least magnitude of a row of activations: zeros have a step, too.
+_LEAST: Final = 1e-30
+
+
+@dataclass(frozen=True)
+class ProductFormat:
+    """A matrix of int8, with a step for each column.
+
+    Attributes:
+        activations: what it is multiplied with: float32, or int8 with a step for each row or for all.
+        largest: of each activation that it is multiplied with, the largest magnitude of the trace; for `tensor`.
+    """
+
+    activations: Activations = "none"
+    largest: Mapping[str, float] = field(default_factory=dict)
+    kind: Literal["int8"] = "int8"
+
+
+def quantizable_products(models: Iterable[onnx.ModelProto]) -> tuple[str, ...]:
+    """Names of the float32 matrices that all graphs use as a product's second factor alone."""
+
+    def fits(tensor: TensorProto, node: onnx.NodeProto) -> bool:
+        if node.op_type not in ("MatMul", "Gemm") or len(tensor.dims) != 2:
+            return False
+        second = node.input[1] == tensor.name and list(node.input).count(tensor.name) == 1
+        return second and tensor.dims[1 if attribute(node, "transB", 0) else 0] >= _NARROWEST
+
+    return read_only_so(models, fits)
+
+
+def factors(model: onnx.ModelProto, names: Collection[str]) -> dict[str, list[str]]:
+    """What each matrix of a graph is multiplied with by `MatMul`."""
+    found: dict[str, list[str]] = {}
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and not node.domain and node.input[1] in names:
+            found.setdefault(node.input[1], []).append(node.input[0])
+    return found
+
+
+def quantize_products(model: onnx.ModelProto, formats: Mapping[str, ProductFormat], *, half: bool) -> None:
+    """Give products of a graph matrices of int8, in place.
+
+    Args:
+        model: with its weights.
+        formats: by name of the matrix, from `quantizable_products`.
+        half: whether activations change, too; they do not in the graph that the halves are held against.
+
+    Raises:
+        StcaError: when the graph is of an ONNX version that is too old.
+        UsageError: when a weight has values that are not finite.
+    """
+    graph = model.graph
+    matrices = {t.name: t for t in list(graph.initializer) if t.name in formats}
+    if not matrices:
+        return
+    require_opset(model)
+    by_row = {n.input[1] for n in graph.node if n.op_type == "Gemm" and attribute(n, "transB", 0)}
+    new = _Activations(names_in(graph))
+    for name, tensor in matrices.items():
+        axis = 1 if name in by_row else 0
+        numbers, steps = replaced(graph, tensor, "int8", axis, flat=True)
+        new.node("DequantizeLinear", [numbers, steps], name, exact=True, axis=1 - axis)
+    for node in graph.node:
+        format = formats.get(node.input[1]) if len(node.input) > 1 else None
+        if format is None or not half or format.activations == "none" or node.op_type != "MatMul" or node.domain:
+            new.nodes.append(node)
+        else:
+            new.multiply(node, format)
+    finish(graph, new, ())
+
+
+class _Activations(NewNodes):
+    """Adds products of int8 activations.
+
+    Each product has a scale of its own, a rounding from the last one's: ONNX Runtime merges equal nodes, and makes no
+    integer product where two read one quantized value.
+    """
+
+    def __init__(self, taken: set[str]) -> None:
+        super().__init__(taken)
+        self._rows: dict[str, tuple[str, str]] = {}
+        self._used: dict[str, int] = {}
+        self._numbers: dict[tuple[float, str], str] = {}
+
+    def multiply(self, node: onnx.NodeProto, format: ProductFormat) -> None:
+        """Add `node`, a `MatMul`, with its first factor in 8 bits."""
+        x, matrix, made = node.input[0], node.input[1], node.output[0]
+        if format.activations == "tensor":
+            scale = max(np.float32(format.largest[x] / levels("int8")), np.float32(_LEAST))
+            self.node("MatMul", [self._rounded(x, scale), matrix], made, exact=True)
+            return
+        units, step = self._by_row(x)
+        product = self.node("MatMul", [self._rounded(units, np.float32(1)), matrix], f"{made}_units")
+        self.node("Mul", [product, step], made, exact=True)
+
+    def _by_row(self, x: str) -> tuple[str, str]:
+        """Values in steps of their row, and the rows' steps."""
+        if x not in self._rows:
+            magnitude = self.node("Abs", [x], f"{x}_magnitude")
+            largest = self.node("ReduceMax", [magnitude, self._constant(-1, "int64")], f"{x}_largest", keepdims=1)
+            some = self.node("Max", [largest, self._constant(_LEAST)], f"{x}_range")
+            step = self.node("Div", [some, self._constant(levels("int8"))], f"{x}_step")
+            self._rows[x] = self.node("Div", [x, step], f"{x}_units"), step
+        return self._rows[x]
+
+    def _rounded(self, x: str, scale: np.float32) -> str:
+        for _ in range(self._used.setdefault(x, 0)):
+            scale = np.nextafter(scale, np.float32(np.inf))
+        self._used[x] += 1
+        given = [self._constant(scale), self._constant(0, "int8")]
+        kept = self.node("QuantizeLinear", [x, *given], f"{x}_int8")
+        return self.node("DequantizeLinear", [kept, *given], f"{x}_rounded")
+
+    def _constant(self, value: float | np.float32, dtype: str = "float32") -> str:
+        key = float(value), dtype
+        if key not in self._numbers:
+            shape = (1,) if dtype == "int64" else ()
+            tensor = numpy_helper.from_array(np.full(shape, value, dtype))
+            self._numbers[key] = self.node("Constant", [], "product_constant", value=tensor)
+        return self._numbers[key]
+
+
+def watch(model: onnx.ModelProto, names: Collection[str]) -> tuple[str, ...]:
+    """Let a graph give activations besides its outputs, in place; those that it has."""
+    graph = model.graph
+    has = {n for node in graph.node for n in node.output} | {i.name for i in graph.input}
+    given = {o.name for o in graph.output}
+    found = tuple(n for n in names if n in has)
+    graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in found if n not in given)
+    return found
