@@ -186,9 +186,9 @@ def test_golden_requests_on_onnxruntime(build: Path, onnxruntime_library: Path, 
 def test_trained_model_scores_as_in_python(build: Path, onnxruntime_library: Path, tmp_path: Path) -> None:
     """The shipped checkpoint, exported and served by both runtimes on one ONNX Runtime: bit for bit the same scores.
 
-    In float32, and with the state in each kind of 8 bits.
+    In float32, with the state in each kind of 8 bits, and with matrices and tables of int8.
     """
-    from stca.calibration.choices import Options, formats_of
+    from stca.calibration.choices import Options, formats_of, weight_choices
     from stca.calibration.quantized_bundle import write_quantized
     from stca.calibration.quantized_state import quantizable
     from stca.checks.trace_runs import TraceRuns
@@ -204,6 +204,9 @@ def test_trained_model_scores_as_in_python(build: Path, onnxruntime_library: Pat
         states = TraceRuns(1).states(bundle, some)
         formats = formats_of(bundle, quantizable(bundle.manifest.state), Options(kind), states)  # type: ignore[arg-type]
         bundles[kind] = write_quantized(bundle, formats, tmp_path / kind)
+    for activations in ("none", "token"):
+        choices = weight_choices(bundle, Options(None, tables="int8", weights="int8", activations=activations))  # type: ignore[arg-type]
+        bundles[activations] = write_quantized(bundle, choices, tmp_path / activations)
     cases = [
         {"name": name, "bundle": name, "cache_bytes": 1 << 30, "truncate": False, "steps": _served(one)}
         for name, one in bundles.items()
