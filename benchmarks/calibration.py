@@ -6,12 +6,15 @@
   against float32, with 95 % intervals; and the methods that choose a range, for `tensor`;
 - `layers`: each tensor alone;
 - `lengths`: the error of a score from 1k to 64k tokens, of a bundle exported for so many;
-- `speed`: hits and misses of one request in turn.
+- `speed`: hits and misses of one request in turn;
+- `weights`: tables and matrices of int8, by what these are multiplied with: bytes, the change as for `formats`; each
+  matrix alone; hits and misses in turn, of the shipped checkpoint and of a random one of width 256.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -26,10 +29,10 @@ from stca import probe
 from stca.arrays import Array
 from stca.bundle import Bundle
 from stca.calibration.calibrate import state_bytes
-from stca.calibration.choices import Options, formats_of
+from stca.calibration.choices import Options, formats_of, weight_choices, with_ranges
 from stca.calibration.quality import Budget, measure
-from stca.calibration.quantized_bundle import write_quantized
-from stca.calibration.quantized_state import StateFormat, quantizable
+from stca.calibration.quantized_bundle import Formats, weights_bytes, write_quantized
+from stca.calibration.quantized_state import quantizable
 from stca.checks.bench import machine
 from stca.checks.trace_runs import TraceRuns, speed, tasks_of
 from stca.checks.verify import prove
@@ -62,6 +65,7 @@ def main() -> None:
             "quality": lambda: _quality(bundle, requests, runs, root),
             "lengths": lambda: _lengths(bundle, runs, root, args.threads),
             "speed": lambda: _speed(bundle, requests[0], runs, root, args),
+            "weights": lambda: _weights(bundle, requests, runs, root, args),
         }
         about = {
             "command": command(),
@@ -77,11 +81,15 @@ def _exported(out: Path) -> Bundle:
     return export_checkpoint(load_checkpoint(shipped_checkpoint()), out, prove=prove, progress=_say)
 
 
-def _quality(bundle: Bundle, requests: Sequence[Traced], runs: TraceRuns, root: Path) -> dict[str, Any]:
+Row = Callable[[Formats, str], dict[str, Any]]
+
+
+def _rows_of(bundle: Bundle, requests: Sequence[Traced], runs: TraceRuns, root: Path) -> Row:
+    """What measures formats of a bundle on a trace."""
     _say("float32 on the trace")
     exact = list(runs.scores(bundle, requests))
 
-    def row(formats: dict[str, StateFormat], name: str) -> dict[str, Any]:
+    def row(formats: Formats, name: str) -> dict[str, Any]:
         _say(name)
         made = write_quantized(bundle, formats, root / name)
         found = list(runs.scores(made, requests))
@@ -89,11 +97,17 @@ def _quality(bundle: Bundle, requests: Sequence[Traced], runs: TraceRuns, root: 
         return {
             "name": name,
             "ratio": state_bytes(made.manifest) / state_bytes(bundle.manifest),
+            "weights_ratio": weights_bytes(made.manifest) / weights_bytes(bundle.manifest),
             "rms": float(np.sqrt(np.mean([np.square(a - b).mean() for a, b in zip(exact, found, strict=True)]))),
             "largest": max(float(np.abs(a - b).max()) for a, b in zip(exact, found, strict=True)),
             **{m.name: [m.estimate.value, m.estimate.low, m.estimate.high, m.verdict] for m in measures},
         }
 
+    return row
+
+
+def _quality(bundle: Bundle, requests: Sequence[Traced], runs: TraceRuns, root: Path) -> dict[str, Any]:
+    row = _rows_of(bundle, requests, runs, root)
     candidates, rows = quantizable(bundle.manifest.state), []
     for options in CHOICES:
         formats = formats_of(bundle, candidates, options, runs.states(bundle, requests))
@@ -142,6 +156,57 @@ def _speed(bundle: Bundle, traced: Traced, runs: TraceRuns, root: Path, args: ar
     return speed(made, traced, args.threads, args.seconds)
 
 
+def _weights(
+    bundle: Bundle, requests: Sequence[Traced], runs: TraceRuns, root: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    row = _rows_of(bundle, requests, runs, root)
+    rows = [row(_chosen(bundle, requests, runs, tables="int8"), "tables")]
+    for activations in ("none", "token", "tensor"):
+        formats = _chosen(bundle, requests, runs, weights="int8", activations=activations)
+        rows.append(row(formats, f"weights-{activations}"))
+        if activations == "none":
+            alone = formats
+    exact = list(runs.scores(bundle, requests[:4]))
+    layers = {}
+    for name, format in alone.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found = runs.scores(write_quantized(bundle, {name: format}, Path(folder, "alone")), requests[:4])
+            layers[name] = float(np.sqrt(np.mean([np.square(a - b).mean() for a, b in zip(exact, found, strict=True)])))
+    wide = _random(root / "wide", args.wide)
+    some = Traced(probe.single(wide.manifest.graphs["request"].inputs, args.history, 300, np.random.default_rng(0)))
+    times = {}
+    for name, one, traced in (("shipped", bundle, requests[0]), (f"random, width {args.wide}", wide, some)):
+        made = {"float32": one}
+        for activations in ("none", "token", "tensor"):
+            formats = _chosen(one, [traced], runs, weights="int8", activations=activations)
+            made[activations] = write_quantized(one, formats, root / f"{name} {activations}")
+        _say(f"speed of {name}")
+        sizes = {n: weights_bytes(b.manifest) for n, b in made.items()}
+        times[name] = {**speed(made, traced, args.threads, args.seconds), "weights_bytes": sizes}
+    return {"formats": rows, "layers_rms": layers, "speed": times}
+
+
+def _chosen(bundle: Bundle, requests: Sequence[Traced], runs: TraceRuns, **options: Any) -> Formats:
+    chosen = Options(None, **options)
+    formats = dict(weight_choices(bundle, chosen))
+    if chosen.activations == "tensor":
+        formats |= with_ranges(bundle, formats, "absmax", runs, requests[:8])
+    return formats
+
+
+def _random(out: Path, width: int) -> Bundle:
+    """The shipped checkpoint's config with wider layers, and weights that nobody trained."""
+    import torch
+
+    from stca.export.reference.checkpoint import Checkpoint
+    from stca.export.reference.module import Stca
+
+    config = dataclasses.replace(load_checkpoint(shipped_checkpoint()).config, width=width, heads=width // 32)
+    torch.manual_seed(0)
+    checkpoint = Checkpoint(config, Stca(config).eval().state_dict())
+    return export_checkpoint(checkpoint, out, prove=lambda *_: {}, progress=_say)
+
+
 def _arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--bundle", help="of the shipped checkpoint (default: exported anew)")
@@ -150,7 +215,8 @@ def _arguments() -> argparse.Namespace:
     p.add_argument("--targets", type=int, default=512)
     p.add_argument("--threads", type=int)
     p.add_argument("--seconds", type=float, default=5.0)
-    p.add_argument("--parts", default="quality,lengths,speed", help="what to measure")
+    p.add_argument("--wide", type=int, default=256, help="width of the random checkpoint of `weights`")
+    p.add_argument("--parts", default="quality,lengths,speed,weights", help="what to measure")
     p.add_argument("--out", metavar="FILE", help="where results go; parts that are there and not measured stay")
     return p.parse_args()
 

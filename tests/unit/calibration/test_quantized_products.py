@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 
 import numpy as np
@@ -21,6 +22,7 @@ from stca.calibration.quantized_products import ProductFormat, quantizable_produ
 from stca.calibration.quantized_weights import in_steps
 from stca.checks.trace_runs import TraceRuns, tasks_of
 from stca.checks.verify import prove, verify
+from stca.engines.build import build
 from stca.errors import ParityError, UsageError
 from stca.export.analysis.onnx_reference import reference_of
 from stca.runtime import OnnxRuntimeEngine, Request, RequestBatch, Session
@@ -210,6 +212,13 @@ def search(own, requests, out, run, **options):
         tasks=tasks_of(own.manifest),
         prove=lambda _: {},
     )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="needs tensorrt-rtx")
+def test_tensorrt_rtx_builds_them_mixed_with_bfloat16(tmp_path, own, requests):
+    made = written(own, requests, tmp_path / "q", "tensor")
+    built = build(made.path, engine="tensorrt-rtx", sm=89, precision="bf16")
+    assert [entry["graph"] for entry in built] == ["user_encoder", "target_scorer"]
 
 
 def test_matrices_that_move_the_scores_are_kept_and_named(tmp_path, own, requests):
