@@ -30,13 +30,16 @@ def signature_of(manifest: bytes, private_key: Key) -> bytes:
         StcaError: when the key cannot be read or is none of Ed25519.
     """
     serialization, ed25519 = _library()
+    pem = _pem(private_key)
     try:
-        key = serialization.load_pem_private_key(_pem(private_key), password=None)
+        key = serialization.load_pem_private_key(pem, password=None)
     except (TypeError, ValueError) as e:
-        raise StcaError(
-            f"{_name(private_key)}: is no private key in PEM without a password; make one with "
-            "`openssl genpkey -algorithm ed25519`"
-        ) from e
+        what = "is no private key in PEM; make one with `openssl genpkey -algorithm ed25519`"
+        if b"PUBLIC KEY-----" in pem:
+            what = "is a public key, which only checks; sign with the private key that it was made from"
+        elif isinstance(e, TypeError):  # as cryptography says it of one
+            what = "has a password; `openssl pkey -in KEY -out private.pem` writes it without one"
+        raise StcaError(f"{_name(private_key)}: {what}") from e
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise StcaError(f"{_name(private_key)}: is no Ed25519 key; make one with `openssl genpkey -algorithm ed25519`")
     return bytes(key.sign(manifest))
@@ -75,11 +78,13 @@ def check_signature(root: Path, manifest: bytes, trusted: Key) -> None:
 
 def _public(trusted: Key) -> Ed25519PublicKey:
     serialization, ed25519 = _library()
+    pem = _pem(trusted)
     try:
-        key = serialization.load_pem_public_key(_pem(trusted))
+        key = serialization.load_pem_public_key(pem)
     except ValueError as e:
+        what = "a private key, which stays with its holder" if b"PRIVATE KEY-----" in pem else "no public key in PEM"
         raise StcaError(
-            f"{_name(trusted)}: is no public key in PEM; write one with `openssl pkey -in private.pem -pubout`"
+            f"{_name(trusted)}: is {what}; write the public one with `openssl pkey -in private.pem -pubout`"
         ) from e
     if not isinstance(key, ed25519.Ed25519PublicKey):
         raise StcaError(f"{_name(trusted)}: is no Ed25519 key; only those are taken")

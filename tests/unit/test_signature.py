@@ -108,10 +108,10 @@ def test_keys_that_are_none(bundle, keys, tmp_path):
         "public": public.read_bytes(),
     }
     for pem in wrong.values():
-        with pytest.raises(StcaError, match="the given key: is no"):
+        with pytest.raises(StcaError, match="the given key: (is|has) "):
             sign(bundle, pem)
     for pem in (b"junk", private.read_bytes(), other.public_key().public_bytes(PEM, PUBLIC)):
-        with pytest.raises(StcaError, match="the given key: is no"):
+        with pytest.raises(StcaError, match="the given key: (is|has) "):
             Bundle.load(bundle, trusted=pem)
     for place in (tmp_path / "nowhere", tmp_path, "a\0b"):
         with pytest.raises(StcaError, match="cannot be read"):
@@ -129,3 +129,15 @@ def test_files_without_an_end_are_not_read_to_it(bundle, keys):
         os.truncate(key, 1 << 40)
         with one_line(StcaError, key.name, "larger than any key"):
             use()
+
+
+def test_a_key_of_the_other_kind_is_told_what_it_is(bundle, keys, tmp_path):
+    private, public = keys
+    locked = tmp_path / "locked.pem"
+    key = ed25519.Ed25519PrivateKey.generate()
+    locked.write_bytes(key.private_bytes(PEM, RAW, serialization.BestAvailableEncryption(b"word")))
+    for wrong, words in ((public, ("is a public key", "private")), (locked, ("has a password", "openssl pkey"))):
+        with one_line(StcaError, str(wrong), *words):
+            sign(bundle, wrong)
+    with one_line(StcaError, str(private), "is a private key", "-pubout"):
+        Bundle.load(bundle, trusted=private)
