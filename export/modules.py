@@ -65,6 +65,16 @@ def place_in_their_code(error: BaseException) -> str:
     return f" at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""
 
 
+def _fix(error: Exception) -> str:
+    """What to change for an error that a declaration of the inputs causes, where it can be told."""
+    text = str(error)
+    if isinstance(error, IndexError) or "out of range" in text:
+        return "; ids go up to an input's limit, less 1: lower the limit to the table's rows"
+    if "dtype" in text or "scalar type" in text:
+        return "; ids are int64, of features float32: mend the dtype, or the model"
+    return "; mend these, or the model"
+
+
 class _Adapted(nn.Module):
     """A module called with one dict of named tensors, which gives a tuple of tensors.
 
@@ -116,7 +126,7 @@ def adapted(model: RequestModel) -> RequestModel:
     except Exception as e:
         raise ExportError(
             f"the model raised {said(e)}{place_in_their_code(e)} when it was called with small inputs of the shapes "
-            "and dtypes in RequestModel.inputs"
+            f"and dtypes in RequestModel.inputs{_fix(e)}"
         ) from e
     outputs = _outputs(given)
     wrong = [type(x).__name__ for x in outputs.values() if not isinstance(x, Tensor)]

@@ -110,6 +110,12 @@ class Cut:
                 "no output depends on a target input, so there is nothing to score; give the inputs that differ "
                 "between the items of one request the scope target (--target-inputs, or in their TensorSpec)"
             )
+        of_user = [n for n in self.inputs if self.scopes[n] == Scope.USER]
+        if verbatim and not any(map(self.readers, of_user)):
+            raise SplitError(
+                f"no score depends on a user input, so nothing can be cached: the model does not use "
+                f"{', '.join(of_user):.200}; use it, or check the inputs' scopes"
+            )
         if not verbatim and not self.of_scope(Scope.USER):
             raise SplitError(
                 f"no node depends on user inputs alone, so there is no work to cache{self._first_met()}; check which "

@@ -108,10 +108,10 @@ def test_keys_that_are_none(bundle, keys, tmp_path):
         "public": public.read_bytes(),
     }
     for pem in wrong.values():
-        with pytest.raises(StcaError, match="the given key: (is|has) "):
+        with pytest.raises(StcaError, match=r"the given key: (is|has) "):
             sign(bundle, pem)
     for pem in (b"junk", private.read_bytes(), other.public_key().public_bytes(PEM, PUBLIC)):
-        with pytest.raises(StcaError, match="the given key: (is|has) "):
+        with pytest.raises(StcaError, match=r"the given key: (is|has) "):
             Bundle.load(bundle, trusted=pem)
     for place in (tmp_path / "nowhere", tmp_path, "a\0b"):
         with pytest.raises(StcaError, match="cannot be read"):

@@ -182,6 +182,12 @@ def test_a_model_that_picks_more_events_than_a_small_history_has(tmp_path, least
     assert Session.load(bundle.path).score(Request({"hist": [1] * least, "item": [1, 2]})).shape == (2, 1)
 
 
+def test_a_user_input_that_no_score_depends_on(tmp_path):
+    body = "t = Gather(items, item) y = ReduceSum<keepdims=1>(t, i1)"
+    with one_line(SplitError, "no score depends on a user input", "hist", "scopes"):
+        split_onnx(write(tmp_path / "m.onnx", body=body), SCOPES, tmp_path / "bundle", prove=prove)
+
+
 def test_a_score_that_is_squeezed_of_every_axis_has_a_row_for_a_single_target(tmp_path):
     body = BODY.replace("y = Tanh(x)", "y = Squeeze(x) z = Neg(y)")
     file = write(tmp_path / "m.onnx", "score = Identity(z)", body=body)
