@@ -14,7 +14,7 @@ from stca.arrays import Array, Progress
 from stca.export.analysis.cost import without_weights
 from stca.export.analysis.rows import attempts, below
 from stca.export.analysis.scope import label
-from stca.export.passes.batch_norm import NormInLayer
+from stca.export.passes.batch_norm import NormInLayer, NormOfLayer
 from stca.export.passes.channels import ConvAsLayer, TurnedOnce
 from stca.export.passes.flat import FlatApart
 from stca.export.passes.flat_rows import RowsKept
@@ -33,6 +33,7 @@ RULES: Final[tuple[Rule, ...]] = (
     FlatApart(),
     ConvAsLayer(),
     NormInLayer(),
+    NormOfLayer(),
     TurnedOnce(),
     RowsKept(),
     SumOfProducts(),

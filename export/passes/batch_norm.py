@@ -1,21 +1,21 @@
-"""A batch normalization before a linear layer, in evaluation mode, as a part of that layer's weight and bias.
+"""A batch normalization before or behind a linear layer, in evaluation mode, as a part of its weight and bias.
 
 `BN(x) W + b = x (s W) + (t W + b)` with `s = scale / sqrt(variance + epsilon)` and `t = shift - mean s`: constants,
-which the engine folds when it loads. The layer then reads what was normalized, a concatenation perhaps.
+which the engine folds when it loads. The layer then reads what was normalized, a concatenation perhaps. One behind the
+layer is a pass over all that the layer makes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from stca.export.analysis.scope import Scope, attribute
 from stca.export.passes.channels import is_turn, undoes
 from stca.export.passes.linear import Linear, linear_at
 from stca.export.passes.nodes import NewNodes
+from stca.export.passes.norms import factor_and_shift, is_evaluated
 from stca.export.passes.rules import Rewrite, View
 
 
@@ -50,16 +50,8 @@ class NormInLayer:
     def rewrite(self, view: View, match: Match) -> Rewrite:
         """The layer, its weight and bias from constants."""
         new, linear, out = NewNodes(view.taken), match.linear, match.linear.out
-        _, scale, shift, mean, variance = match.norm.input
-        kind = onnx.helper.tensor_dtype_to_np_dtype(view.sizes.element_type(variance))
-        small = numpy_helper.from_array(np.array(attribute(match.norm, "epsilon", 1e-5), kind))
-        epsilon = new.node("Constant", [], f"{out}_epsilon", value=small)  # initializers stay the model's own
-        deviation = new.node("Sqrt", [new.node("Add", [variance, epsilon], f"{out}_variance")], f"{out}_deviation")
-        factor = new.node("Div", [scale, deviation], f"{out}_factor")
-        moved = new.node("Sub", [shift, new.node("Mul", [mean, factor], f"{out}_mean")], f"{out}_shift")
-        weight = linear.weight
-        if linear.turned:
-            weight = new.node("Transpose", [weight], f"{out}_turned", perm=[1, 0])
+        factor, moved = factor_and_shift(view, new, match.norm, out)
+        weight = _upright(new, linear)
         rows = new.node("Unsqueeze", [factor, new.integers([1])], f"{out}_rows")
         bias = new.node("MatMul", [moved, weight], f"{out}_moved")
         if linear.bias:
@@ -73,15 +65,58 @@ class NormInLayer:
         return Rewrite(new.nodes, new.weights)
 
 
+class NormOfLayer:
+    """Take a batch normalization into the linear layer before it."""
+
+    name = "normalization of the layer"
+
+    def pattern(self, view: View, node: onnx.NodeProto) -> NormOf | None:
+        """A normalization by constants of what a linear layer makes of a target's value `[N, K]`."""
+        if not is_evaluated(view, node) or view.scopes[node.input[0]] <= Scope.USER:
+            return None
+        made = view.writer(node.input[0])
+        linear = linear_at(view, made) if made is not None else None
+        rank2 = len(view.sizes.shape(node.input[0]) or ()) == 2
+        return NormOf(linear, node) if linear is not None and rank2 else None
+
+    def check(self, view: View, match: NormOf) -> str | None:
+        """Only where nothing else reads what the layer makes."""
+        alone = len(view.readers(match.linear.out)) == 1 and not view.is_output(match.linear.out)
+        return None if alone else f"{match.linear.out!r} has other readers"
+
+    def rewrite(self, view: View, match: NormOf) -> Rewrite:
+        """One Gemm: `(x W + b) factor + shift = x (W factor) + (b factor + shift)`."""
+        new, out = NewNodes(view.taken), match.norm.output[0]
+        factor, bias = factor_and_shift(view, new, match.norm, out)
+        if match.linear.bias:
+            scaled = new.node("Mul", [match.linear.bias, factor], f"{out}_scaled")
+            bias = new.node("Add", [scaled, bias], f"{out}_bias")
+        weight = new.node("Mul", [_upright(new, match.linear), factor], f"{out}_weight")
+        new.node("Gemm", [match.linear.x, weight, bias], out, exact=True)
+        return Rewrite(new.nodes, new.weights)
+
+
+@dataclass(frozen=True)
+class NormOf:
+    """`norm` normalizes what `linear` makes."""
+
+    linear: Linear
+    norm: onnx.NodeProto
+
+
+def _upright(new: NewNodes, linear: Linear) -> str:
+    """The weight of a layer as `[K, n]`."""
+    if not linear.turned:
+        return linear.weight
+    return new.node("Transpose", [linear.weight], f"{linear.out}_turned", perm=[1, 0])
+
+
 def _normalized(view: View, name: str) -> tuple[onnx.NodeProto, str, int] | None:
     """What normalizes the last axis of which value to make `name`, and the rank: directly, or turned there and back."""
     norm, turn = view.writer(name), None
     if norm is not None and is_turn(norm):
         turn, norm = norm, view.writer(norm.input[0])
-    if norm is None or norm.domain or norm.op_type != "BatchNormalization":
-        return None
-    trained = len(norm.output) == 1 and not attribute(norm, "training_mode", 0)
-    if not trained or not all(view.scopes[n] == Scope.CONSTANT for n in norm.input[1:]):
+    if norm is None or not is_evaluated(view, norm):
         return None
     x, rank = str(norm.input[0]), len(view.sizes.shape(norm.input[0]) or ())
     if turn is None:

@@ -12,13 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from stca.export.analysis.operators import ELEMENTWISE
 from stca.export.analysis.scope import Scope, attribute
 from stca.export.passes.nodes import NewNodes
+from stca.export.passes.norms import factor_and_shift, is_evaluated
 from stca.export.passes.rules import Rewrite, View
 
 # Nodes between two turns: activations are a few.
@@ -117,9 +116,7 @@ def _through(view: View, node: onnx.NodeProto, rank: int) -> list[str] | None:
     if node.domain:
         return None
     if node.op_type == "BatchNormalization":
-        trained = len(node.output) == 1 and not attribute(node, "training_mode", 0)
-        constant = all(view.scopes[n] == Scope.CONSTANT for n in node.input[1:])
-        return [node.input[0]] if trained and constant else None
+        return [node.input[0]] if is_evaluated(view, node) else None
     if node.op_type not in ELEMENTWISE:
         return None
     values = [n for n in node.input if n and view.scopes[n] != Scope.CONSTANT]
@@ -184,16 +181,10 @@ class _Mover:
 
     def _normalized(self, node: onnx.NodeProto, perm: tuple[int, ...], stem: str) -> str:
         """`(x - mean) factor + shift` along the axis that was the second, its numbers constants."""
-        x, scale, shift, mean, variance = node.input
-        kind = onnx.helper.tensor_dtype_to_np_dtype(self.view.sizes.element_type(variance))
-        small = numpy_helper.from_array(np.array(attribute(node, "epsilon", 1e-5), kind))
-        epsilon = self.new.node("Constant", [], f"{stem}_epsilon", value=small)
-        deviation = self.new.node("Sqrt", [self.new.node("Add", [variance, epsilon], f"{stem}_variance")], stem)
-        factor = self.new.node("Div", [scale, deviation], f"{stem}_factor")
-        moved = self.new.node("Sub", [shift, self.new.node("Mul", [mean, factor], f"{stem}_mean")], f"{stem}_shift")
+        factor, moved = factor_and_shift(self.view, self.new, node, stem)
         behind = len(perm) - 1 - perm.index(1)
         if behind:
             axes = self.new.integers([*range(1, behind + 1)])
             factor, moved = (self.new.node("Unsqueeze", [n, axes], f"{n}_wide") for n in (factor, moved))
-        scaled = self.new.node("Mul", [self.moved(x, perm), factor], f"{stem}_scaled")
+        scaled = self.new.node("Mul", [self.moved(node.input[0], perm), factor], f"{stem}_scaled")
         return self.new.node("Add", [scaled, moved], stem)

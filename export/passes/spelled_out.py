@@ -1,4 +1,4 @@
-"""Nodes spelled as later passes know them: a cast says its type, and an Einsum has two values."""
+"""Nodes spelled as later passes and engines know them: a cast says its type, an Einsum has two values, and so on."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def spell_out(model: onnx.ModelProto) -> None:
 
     `CastLike`, as of PyTorch's `x.type_as(y)`, becomes a `Cast`, or nothing where the type is the same. An Einsum of
     several values, as of `einsum("bhs,bhsk,hkd->bd", …)`, becomes one of two after the other, from the left: so ONNX
-    Runtime computes it, too.
+    Runtime computes it, too. So it does a choice between booleans, as of `mask.masked_fill(…)`, in And and Or.
     """
-    if not any(_is_castlike(n) or _is_long_einsum(n) for n in model.graph.node):
+    if not any(_is_castlike(n) or _is_long_einsum(n) or _is_choice(n) for n in model.graph.node):
         return
     types, outputs = _types(model), {o.name for o in model.graph.output}
     new, same = NewNodes(names_in(model.graph)), dict[str, str]()
@@ -39,6 +39,14 @@ def spell_out(model: onnx.ModelProto) -> None:
             del node.attribute[:]
             node.input[:] = [first, name]
             node.attribute.append(helper.make_attribute("equation", equation))
+        elif _is_choice(node) and types.get(node.output[0]) == onnx.TensorProto.BOOL:
+            condition, yes, no = node.input
+            chosen = new.node("And", [condition, yes], f"{node.output[0]}_if")
+            other = new.node(
+                "And", [new.node("Not", [condition], f"{node.output[0]}_not"), no], f"{node.output[0]}_else"
+            )
+            new.node("Or", [chosen, other], node.output[0], exact=True)
+            continue
         new.nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(new.nodes)
@@ -50,6 +58,10 @@ def _is_castlike(node: onnx.NodeProto) -> bool:
 
 def _is_long_einsum(node: onnx.NodeProto) -> bool:
     return (node.op_type, node.domain) == ("Einsum", "") and len(node.input) > 2
+
+
+def _is_choice(node: onnx.NodeProto) -> bool:
+    return (node.op_type, node.domain) == ("Where", "")
 
 
 def _types(model: onnx.ModelProto) -> Mapping[str, int]:

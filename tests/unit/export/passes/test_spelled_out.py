@@ -46,3 +46,10 @@ def test_an_einsum_of_three_becomes_two_of_two(equation: str) -> None:
 @pytest.mark.parametrize("equation", ["...b,abc,cd->ad", "...b,...bc,cd->...d"])
 def test_what_hides_letters_stays(equation: str) -> None:
     assert spelled(f'out = Einsum<equation="{equation}">(x, y, z)') == ["Einsum"]
+
+
+def test_a_choice_between_booleans_is_one_that_engines_have() -> None:
+    body = """zero = Constant<value_float: float = 0>() more = Greater(x, zero) one = Constant<value_float: float = 1>()
+        much = Less(x, one) most = Greater(x, one) chosen = Where(more, much, most) out = Cast<to: int = 1>(chosen)"""
+    assert spelled(body)[-6:] == ["Greater", "And", "Not", "And", "Or", "Cast"]
+    assert spelled(body.replace("Where(more, much, most)", "Where(more, x, x)"))[-2:] == ["Where", "Cast"]
