@@ -285,7 +285,7 @@ bool Session::change(const char* call, const std::string& user, Inputs events, c
   }
   const std::vector<StateSpec>& state = model->manifest().state;
   if (std::any_of(state.begin(), state.end(), [](const StateSpec& spec) { return spec.is_sum; })) {
-    request_error("append: this bundle's states are sums over events, to which the C++ runtime does not add; send the "
+    request_error(call, ": this bundle's states are sums over events, which the C++ runtime does not change; send the "
                   "whole history with a new version");
   }
   Row row;
