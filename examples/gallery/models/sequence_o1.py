@@ -31,8 +31,7 @@ class Sketch(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         shares = (self.q(self.prototypes) @ self.k(tokens).transpose(1, 2) * self.scale).softmax(dim=1)
-        shares = shares if mask is None else shares * mask[:, None, :]
-        slots = self.prototypes + shares @ tokens / 16
+        slots = self.prototypes + (shares if mask is None else shares * mask[:, None, :]) @ tokens / 16
         return self.norm(slots + self.ffn(slots))
 
 
@@ -59,9 +58,7 @@ class SequenceO1(nn.Module):
 
     def forward(self, items: Tensor, actions: Tensor, last: Tensor, target: Tensor) -> Tensor:
         tokens, mask = self.item(items) + self.action(actions), (items != 0).float()
-        first, second = self.sketches
-        slots = second(first(tokens, mask))
-        query = self.target(self.item(target))
+        slots, query = self.sketches[1](self.sketches[0](tokens, mask)), self.target(self.item(target))
         far = self.far(query, self.adapter(slots))
         near = self.near(query, self.recent(self.item(last)), (last != 0).float())
         return self.top(torch.cat([far, near, query], dim=-1)).squeeze(-1)
