@@ -147,9 +147,10 @@ class _Lift:
     def _must_keep_rows(self, node: onnx.NodeProto) -> None:
         for name in filter(None, node.output):
             if name in self.rows.why_not:
+                bag = " (torch's newer exporter writes nn.EmbeddingBag so; `stca export --model` takes one as it is)"
                 raise SplitError(
                     f"node {label(node)!r} ({node.op_type}) does not keep the rows of the batch apart: "
-                    f"{self.rows.why_not[name]}"
+                    f"{self.rows.why_not[name]}{bag if node.op_type == 'Loop' else ''}"
                 )
 
     def _read(self, node: onnx.NodeProto, place: int, name: str, many: bool) -> str:

@@ -161,3 +161,16 @@ def test_values_without_rows_are_refused_where_targets_need_them():
     body = EMBED + " some = NonZero(hist) at = Transpose(some) v = GatherND(h, at)"
     with one_line(SplitError, "for each target, but those cannot be told apart"):
         proven(body + ' score = Einsum<equation="kd,bd->b">(v, t)', USER, ITEM)
+
+
+def test_a_loop_over_rows_is_refused_with_the_way_round_for_bags():
+    body = """count = Size(item) yes = Constant<value: tensor = bool {1}>() none = SequenceEmpty()
+        all = Gather(items, item)
+        rows = Loop<body = each (int64 i, bool go, seq(float[8]) before) => (bool on, seq(float[8]) after) {
+            on = Identity(go) row = Gather(all, i) after = SequenceInsert(before, row)
+        }>(count, yes, none)
+        t = ConcatFromSequence<axis: int = 0, new_axis: int = 1>(rows) u = Gather(items, hist)
+        first = ReduceMean<keepdims: int = 0>(u, one) both = Mul(t, first)
+        score = ReduceSum<keepdims: int = 0>(both, one)"""
+    with pytest.raises(SplitError, match=r"\(Loop\) does not keep the rows .*`stca export --model` takes one as it is"):
+        proven(body, USER, ITEM)
