@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import onnx
@@ -58,12 +58,18 @@ def quantizable_products(models: Iterable[onnx.ModelProto]) -> tuple[str, ...]:
 
 
 def factors(model: onnx.ModelProto, names: Collection[str]) -> dict[str, list[str]]:
-    """What each matrix of a graph is multiplied with by `MatMul`."""
+    """What each matrix of a graph is multiplied with, where that can be rounded."""
     found: dict[str, list[str]] = {}
     for node in model.graph.node:
-        if node.op_type == "MatMul" and not node.domain and node.input[1] in names:
+        if len(node.input) > 1 and node.input[1] in names and _plain(node):
             found.setdefault(node.input[1], []).append(node.input[0])
     return found
+
+
+def _plain(node: onnx.NodeProto) -> bool:
+    """Whether a node is a product of its first two inputs and at most a sum besides."""
+    whole = all(attribute(node, name, 1.0) == 1.0 for name in ("alpha", "beta")) and not attribute(node, "transA", 0)
+    return not node.domain and (node.op_type == "MatMul" or (node.op_type == "Gemm" and whole))
 
 
 def quantize_products(model: onnx.ModelProto, formats: Mapping[str, ProductFormat], *, half: bool) -> None:
@@ -91,7 +97,7 @@ def quantize_products(model: onnx.ModelProto, formats: Mapping[str, ProductForma
         new.node("DequantizeLinear", [numbers, steps], name, exact=True, axis=1 - axis)
     for node in graph.node:
         format = formats.get(node.input[1]) if len(node.input) > 1 else None
-        if format is None or not half or format.activations == "none" or node.op_type != "MatMul" or node.domain:
+        if format is None or not half or format.activations == "none" or not _plain(node):
             new.nodes.append(node)
         else:
             new.multiply(node, format)
@@ -112,15 +118,18 @@ class _Activations(NewNodes):
         self._numbers: dict[tuple[float, str], str] = {}
 
     def multiply(self, node: onnx.NodeProto, format: ProductFormat) -> None:
-        """Add `node`, a `MatMul`, with its first factor in 8 bits."""
-        x, matrix, made = node.input[0], node.input[1], node.output[0]
+        """Add `node`, a product, with its first factor in 8 bits."""
+        (x, matrix, *bias), made = [n for n in node.input if n], node.output[0]
+        turned: dict[str, Any] = {"transB": 1} if attribute(node, "transB", 0) else {}
         if format.activations == "tensor":
             scale = max(np.float32(format.largest[x] / levels("int8")), np.float32(_LEAST))
-            self.node("MatMul", [self._rounded(x, scale), matrix], made, exact=True)
+            self.node(node.op_type, [self._rounded(x, scale), matrix, *bias], made, exact=True, **turned)
             return
         units, step = self._by_row(x)
-        product = self.node("MatMul", [self._rounded(units, np.float32(1)), matrix], f"{made}_units")
-        self.node("Mul", [product, step], made, exact=True)
+        product = self.node(node.op_type, [self._rounded(units, np.float32(1)), matrix], f"{made}_units", **turned)
+        scaled = self.node("Mul", [product, step], f"{made}_scaled" if bias else made, exact=not bias)
+        if bias:
+            self.node("Add", [scaled, *bias], made, exact=True)
 
     def _by_row(self, x: str) -> tuple[str, str]:
         """Values in steps of their row, and the rows' steps."""

@@ -33,26 +33,29 @@ RNG = np.random.default_rng(0)
 A, B, C = (RNG.standard_normal(shape).astype(np.float32) for shape in ((32, 16), (32, 24), (8, 16)))
 
 
+BIAS = RNG.standard_normal(8).astype(np.float32)
+
+
 def model(opset=18):
     """`x · a`, `x · b` and, with its matrix the other way round, `Gemm(x · a, c)`."""
     node = helper.make_node
     nodes = [
         node("MatMul", ["x", "a"], ["ya"], "first"),
         node("MatMul", ["x", "b"], ["yb"], "second"),
-        node("Gemm", ["ya", "c"], ["yc"], "third", transB=1),
+        node("Gemm", ["ya", "c", "bias"], ["yc"], "third", transB=1),
     ]
     values = [
         helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", w])
         for n, w in zip(["x", "ya", "yb", "yc"], (32, 16, 24, 8), strict=True)
     ]
-    weights = [numpy_helper.from_array(w, n) for n, w in (("a", A), ("b", B), ("c", C))]
+    weights = [numpy_helper.from_array(w, n) for n, w in (("a", A), ("b", B), ("c", C), ("bias", BIAS))]
     graph = helper.make_graph(nodes, "g", values[:1], values[1:], weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
 
 
 def changed(activations, largest=3.0, *, half=True):
     made = model()
-    formats = dict.fromkeys("abc", ProductFormat(activations, {"x": largest}))
+    formats = dict.fromkeys("abc", ProductFormat(activations, {"x": largest, "ya": 30.0}))
     quantize_products(made, formats, half=half)
     onnx.checker.check_model(made, full_check=True)
     return made
@@ -81,7 +84,7 @@ def test_weights_alone_are_off_by_half_a_step_of_their_column(activations, half)
         np.testing.assert_allclose(found, x @ (numbers * steps), rtol=1e-5, atol=1e-5)
         assert (np.abs(found - x @ w) <= np.abs(x).sum(1, keepdims=True) * steps * 0.51).all()
     numbers, steps = in_steps(C, "int8", 1)
-    np.testing.assert_allclose(yc, ya @ (numbers * steps).T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(yc, ya @ (numbers * steps).T + BIAS, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_all_sizes_keep_their_digits_where_each_has_a_step():
@@ -91,6 +94,19 @@ def test_rows_of_all_sizes_keep_their_digits_where_each_has_a_step():
     assert (np.abs(found - exact) <= 0.51 / 127 * size).all()
     other = reference_of(changed("token")).run(None, {"x": x[20:30]})[0]
     np.testing.assert_array_equal(other, found[20:30])  # whatever comes together with a row
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS[1:])
+def test_a_gemm_keeps_its_sum_exact(activations):
+    x = RNG.standard_normal((50, 32)).astype(np.float32)
+    (ya, _, yc), exact = (reference_of(changed(a)).run(None, {"x": x}) for a in (activations, "none"))
+    numbers, steps = in_steps(C, "int8", 1)
+    wanted = ya @ (numbers * steps).T + BIAS
+    largest = 30.0 if activations == "tensor" else np.abs(ya).max(1, keepdims=True)
+    off = np.abs(yc - wanted)
+    assert off.max() > 1e-4
+    assert (off <= 0.51 / 127 * largest * np.abs(numbers * steps).sum(1) + 1e-4).all()
+    assert np.abs(exact[2] - wanted).max() > 0
 
 
 def test_what_is_beyond_the_trace_is_cut():
@@ -103,7 +119,10 @@ def test_products_that_share_a_factor_are_integer_products_in_onnx_runtime(tmp_p
     import onnxruntime
 
     for activations in ("token", "tensor"):
-        onnx.save(changed(activations), tmp_path / "m.onnx")
+        made = model()
+        del made.graph.node[2:], made.graph.output[2:]
+        quantize_products(made, dict.fromkeys("ab", ProductFormat(activations, {"x": 3.0})), half=True)
+        onnx.save(made, tmp_path / "m.onnx")
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
         onnxruntime.InferenceSession(tmp_path / "m.onnx", options)
