@@ -236,7 +236,8 @@ class Model:
             wrong = next(n for n in self._given if not np.isfinite(outputs[n]).all())
             raise EngineError(
                 f"output {wrong!r} of the target scorer is not finite for {int((~np.isfinite(scores)).sum())} of "
-                f"{scores.size} scores; look for overflow or for NaN in the weights, or load with check_finite=False"
+                f"{scores.size} scores; look for overflow, NaN in the weights or a mask that leaves no event, or load "
+                "with check_finite=False"
             )
         if len(states) == 1:
             return [scores]

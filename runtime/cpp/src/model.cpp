@@ -83,7 +83,7 @@ void check_scores(const Engine& engine, const TensorSpec& spec, const Array& out
     if (at == count) return;
     const std::size_t row = output.row_bytes() / item_bytes(output.dtype);
     engine_error(shown(engine.name()), " gave ", shown(spec.name), " ", static_cast<double>(data[at]), " for target ",
-                 at / row, "; scores must be finite: check the weights, or use an engine of a wider type");
+                 at / row, "; scores must be finite: check the weights and the request's masks, or use an engine of a wider type");
   });
 }
 
