@@ -36,6 +36,16 @@ def test_the_linear_part_joins_the_product_before(slope: tuple[int, ...]) -> Non
         same(view.model, after.model, {"history": (1, events, 64), "item": (targets, 64)})
 
 
+def test_before_a_narrow_layer_the_linear_part_is_taken_as_it_is() -> None:
+    """As of the second of three layers, whose input is no product with a matrix for each target."""
+    inner = "first = MatMul (history, matrix) a = Tanh (first) hidden = MatMul (a, X)"
+    view = view_of(BODY.replace("hidden = MatMul (history, matrix)", inner), INPUTS, {**WEIGHTS, "X": (48, 48)})
+    after = freed(view, INPUTS, SlopeApart())
+    assert [v.why for v in after.verdicts] == [None]
+    assert "PRelu" not in [n.op_type for n in after.model.graph.node]
+    same(view.model, after.model, {"history": (1, 4, 64), "item": (3, 64)})
+
+
 def test_a_turned_weight_without_a_bias() -> None:
     body = BODY.replace("product = MatMul (bent, V)", 'y = Einsum <equation: string = "blc,nc->bln"> (bent, V)')
     view = view_of(body.replace("y = Add (product, b)", ""), INPUTS, {**WEIGHTS, "V": (2, 48)})
