@@ -114,12 +114,13 @@ def _table(bundle: Bundle, table: TableSpec, formats: Formats, folder: Path) -> 
 
 def _with_state(manifest: Manifest, new: Collection[TensorSpec]) -> dict[str, GraphSpec]:
     encoder, scorer = (manifest.graphs[half] for half in HALVES)
-    old = {s.name for s in manifest.state}
+    old, given = {s.name for s in manifest.state}, {i.name for i in scorer.inputs}
     inputs = [i for i in scorer.inputs if i.name not in old]
+    read = [s for s in new if s.name not in old or s.name in given]  # sums are kept for the next event alone
     return {
         **manifest.graphs,
         "user_encoder": dataclasses.replace(encoder, outputs=tuple(new)),
-        "target_scorer": dataclasses.replace(scorer, inputs=(*new, *inputs)),
+        "target_scorer": dataclasses.replace(scorer, inputs=(*read, *inputs)),
     }
 
 

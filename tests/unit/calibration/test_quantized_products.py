@@ -24,7 +24,10 @@ from stca.checks.trace_runs import TraceRuns, tasks_of
 from stca.checks.verify import prove, verify
 from stca.engines.build import build
 from stca.errors import ParityError, UsageError
+from stca.examples import gallery
 from stca.export.analysis.onnx_reference import reference_of
+from stca.export.pipeline import export_module
+from stca.manifest import GROWER
 from stca.runtime import OnnxRuntimeEngine, Request, RequestBatch, Session
 from stca.trace import Traced, TraceWriter
 
@@ -204,6 +207,19 @@ def test_scales_of_another_matrix_do_not_pass_the_proof(tmp_path, own, requests,
     onnx.save(scorer, made.file("target_scorer"))
     with pytest.raises(ParityError, match=stage):
         verify(seal(made.path, made.manifest), probes=(((9, 6),),)).require()
+
+
+def test_sums_that_a_state_keeps_grow_with_the_same_matrices(tmp_path):
+    model = gallery.load("two_tower")
+    source = {"kind": "callable", "name": "two_tower"}
+    own = export_module(model(), tmp_path / "own", prove=lambda *_: {}, source=source)
+    assert any(s.append for s in own.manifest.state)
+    made = written(own, [Traced(model.request(model.history, 8))], tmp_path / "q", "tensor")
+    loaded = Bundle.load(made.path)
+    verify(loaded, probes=(((9, 6),),)).require()
+    assert loaded.manifest.state == own.manifest.state
+    kinds = {n.op_type for n in onnx.load(loaded.file(GROWER), load_external_data=False).graph.node}
+    assert "DequantizeLinear" in kinds
 
 
 class Faked(TraceRuns):
