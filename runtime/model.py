@@ -23,9 +23,9 @@ from stca.runtime.machine import processors
 from stca.runtime.options import Options
 from stca.runtime.request import Door
 from stca.runtime.row_cache import RowCache
+from stca.runtime.runs import limits_of, parted
 from stca.runtime.state import StateArray, StateKey, UserState, join
 from stca.runtime.tables import on_cpu, sources, with_tables
-from stca.tensorrt_flavours import largest_sizes
 
 # Most history tokens of several users encoded in one run. A run has a price of its own, and so have the copies that
 # part users encoded together: on a CPU they break even at a few hundred tokens. `benchmarks/misses.py` measures it.
@@ -76,7 +76,7 @@ class Model:
         # Equal weights do not make equal states: what the encoder computes, for which window, and in what, counts too.
         graph = manifest.graphs["user_encoder"]
         encoder = ";".join(manifest.files[file]["sha256"] for file in (graph.file, graph.ids) if file)
-        limits = [_limits(choice, half)[TOKENS] for half in HALVES]
+        limits = [limits_of(choice, half)[TOKENS] for half in HALVES]
         limits += [] if manifest.max_history is None else [manifest.max_history]
         window = None if min(limits) == sys.maxsize else min(limits)
         layout += f";{encoder};window:{window};{choice.flavour} {choice.precision}"
@@ -121,14 +121,14 @@ class Model:
         if len(users) == 1:
             deadline.check()
             return self._encode(users, tokens)
-        limits = _limits(self.choice, "user_encoder")
+        limits = limits_of(self.choice, "user_encoder")
         limits[TOKENS] = min(limits[TOKENS], _TOKENS_TOGETHER)
         if not all(self.is_offsets(s) or s.shape[:1] in ((TOKENS,), (USERS,)) for s in self.manifest.state):
             limits[USERS] = 1  # what is neither per token nor per user cannot be parted
         if self.door.stacked:
             limits[USERS] = 1
         states: list[UserState] = []
-        for run in _runs([{USERS: 1, TOKENS: n} for n in tokens], limits):
+        for run in parted([{USERS: 1, TOKENS: n} for n in tokens], limits):
             deadline.check()
             states += self._encode(users[run], tokens[run])
         return states
@@ -200,7 +200,7 @@ class Model:
         if self.door.stacked:
             runs: Iterator[slice] = (slice(i, i + 1) for i in range(len(states)))
         else:
-            runs = _runs(self._sizes(states, rows), _limits(self.choice, "target_scorer"))
+            runs = parted(self._sizes(states, rows), limits_of(self.choice, "target_scorer"))
         scores: list[Array] = []
         for run in runs:
             deadline.check()
@@ -380,24 +380,3 @@ class Model:
         """Weights and engines, for the log."""
         engines = ", ".join(dict.fromkeys((self.encoder.name, self.scorer.name)))
         return f"weights {self.manifest.weights[:12]}, {engines}"
-
-
-def _limits(choice: Choice, half: str) -> dict[str, int]:
-    """How much one run of a half's engine takes: requests, history tokens, targets."""
-    entry = choice.entries.get(half)
-    limits = {USERS: entry.requests if entry and entry.requests else sys.maxsize}
-    largest = largest_sizes(entry.profiles if entry else ())
-    return limits | {dim: largest.get(dim, sys.maxsize) for dim in (TOKENS, TARGETS)}
-
-
-def _runs(sizes: Sequence[Mapping[str, int]], limits: Mapping[str, int]) -> Iterator[slice]:
-    """Neighbours that go through an engine together: as many as the limits let, and at least one."""
-    begin, total = 0, dict.fromkeys(limits, 0)
-    for i, size in enumerate(sizes):
-        if i > begin and any(total[dim] + n > limits[dim] for dim, n in size.items()):
-            yield slice(begin, i)
-            begin, total = i, dict.fromkeys(limits, 0)
-        for dim, n in size.items():
-            total[dim] += n
-    if begin < len(sizes):
-        yield slice(begin, len(sizes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -9,8 +10,11 @@ from typing import NamedTuple
 
 from stca.arrays import Array
 from stca.manifest import Manifest
+from stca.runtime.client_values import mapping_of
 from stca.runtime.deadline import Deadline
 from stca.runtime.model import Model
+from stca.runtime.recording import Recorder
+from stca.runtime.request import Request
 from stca.runtime.turns import Turns
 from stca.runtime.user_states import Found, UserStates
 
@@ -61,25 +65,44 @@ class Scoring:
     def __init__(self, states: UserStates, turns: Turns) -> None:
         self._states, self._turns = states, turns
 
+    def asked(self, model: Model, requests: Sequence[Request], recorder: Recorder | None) -> list[Asked]:
+        """Requests that passed the door, all of them before any state is looked for; none where nobody has targets.
+
+        Raises:
+            RequestError: as `Session.score`.
+        """
+        admitted, counts = [], []
+        for request in requests:
+            inputs = mapping_of("inputs", request.inputs)
+            row = model.door.admit(inputs, "request", "target")
+            counts.append(model.targets(row))
+            admitted.append((request, inputs, row))
+        if counts.count(0) == len(counts):
+            return []
+        if recorder is not None:
+            for (request, _, row), targets in zip(admitted, counts, strict=True):
+                if targets != 0:
+                    recorder.offer(model.door, request.inputs, row, request.user)
+        if len(requests) > 1:
+            model.door.limits.check_targets(sum(n or 0 for n in counts), "targets of all requests")
+        asked = []
+        for request, inputs, row in admitted:
+            asked.append(Asked(model, self._states.find(model, inputs, request.user, request.version), row))
+        return asked
+
     def answer(self, asked: Sequence[Asked], wanted: Deadline) -> list[Answer]:
         """Of each, its scores, whether its state was there, and how long the stages took for all together."""
         model, began = asked[0].model, time.perf_counter()
         self._turns.enter()
         try:
-            found, rows = [], []
-            for _, one, row in asked:
-                found.append(one)
-                rows.append(row)
+            _, found, rows = zip(*asked, strict=True)
             states, hits = self._states.complete(model, found, wanted)
             encoded = time.perf_counter()
             scores = model.score(states, rows, wanted)
         finally:
             self._turns.leave()
         seconds = {"encode": encoded - began, "score": time.perf_counter() - encoded}
-        answers = []
-        for own, hit in zip(scores, hits, strict=True):
-            answers.append(Answer(own, (hit,), seconds))
-        return answers
+        return list(map(Answer, scores, zip(hits, strict=True), itertools.repeat(seconds)))
 
     def answer_several(self, asked: Sequence[Asked], wanted: Deadline) -> list[Answer]:
         """As `answer`, of callers who came together: before and after a swap, perhaps."""

@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +194,7 @@ class Session:
             raise RequestError(f"score takes a Request or a RequestBatch, got {type(request).__name__}")
         model = self._running()
         requests = model.door.unpack(request) if isinstance(request, RequestBatch) else (request,)
-        asked = self._asked(model, requests)
+        asked = self._scoring.asked(model, requests, self._recorder)
         if not asked:  # nothing is run, and nobody encoded, for no scores
             return Answer(model.none(), (False,) * len(requests), {"check": time.perf_counter() - began})
         checked = time.perf_counter() - began
@@ -209,33 +209,6 @@ class Session:
             return Answer(first.scores, first.hits, seconds)
         scores = np.concatenate([answer.scores for answer in answers])
         return Answer(scores, tuple(hit for answer in answers for hit in answer.hits), seconds)
-
-    def _asked(self, model: Model, requests: Sequence[Request]) -> list[Asked]:
-        """Requests that passed the door, all of them before any state is looked for; none where nobody has targets.
-
-        Raises:
-            RequestError: as `score`.
-        """
-        admitted, total, any_targets = [], 0, False
-        for request in requests:
-            inputs = mapping_of("inputs", request.inputs)
-            row = model.door.admit(inputs, "request", "target")
-            targets = model.targets(row)
-            any_targets |= targets != 0
-            total += targets or 0
-            admitted.append((inputs, row, targets))
-        if not any_targets:
-            return []
-        if self._recorder is not None:
-            for request, (_, row, targets) in zip(requests, admitted, strict=True):
-                if targets != 0:
-                    self._recorder.offer(model.door, request.inputs, row, request.user)
-        if len(requests) > 1:
-            model.door.limits.check_targets(total, "targets of all requests")
-        asked = []
-        for request, (inputs, row, _) in zip(requests, admitted, strict=True):
-            asked.append(Asked(model, self._states.find(model, inputs, request.user, request.version), row))
-        return asked
 
     def append(
         self, user: Hashable, events: Mapping[str, ArrayLike], version: Hashable, *, after: Hashable = None
