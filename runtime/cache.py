@@ -126,6 +126,11 @@ class StateCache:
             self._held.move_to_end(user)
             return held.state
 
+    def peek(self, key: StateKey) -> UserState | None:
+        """As `get`, but it counts as no use: for whoever looks again on behalf of a request that has asked already."""
+        held = self.find(key.user)
+        return held[1] if held is not None and held[0] == key else None
+
     def why_not(self, key: StateKey) -> str:
         """Of a key whose state is not kept, why: one of `REASONS`, as far as it is remembered."""
         with self._lock:

@@ -6,6 +6,7 @@ its pages have moved, so that whoever asks for it sees what is so; and what fail
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -183,7 +184,7 @@ class MemoryPool:
         with self._lock:
             self._consumers = {STATES: self._consumers[STATES], **tables}
             each = self._pages // (2 * len(tables)) if tables else 0
-            self._commit({STATES: self._pages - each * len(tables), **dict.fromkeys(tables, each)})
+            self._move({STATES: self._pages - each * len(tables), **dict.fromkeys(tables, each)})
         self.step()
 
     def bytes(self) -> dict[str, int]:
@@ -194,26 +195,38 @@ class MemoryPool:
         """Decide once, and move pages."""
         with self._lock:
             saved = {n: one.saved(_MEMORY) for n, one in self._consumers.items()}
-            wanted = dict(self._policy.wanted(self.split, saved))
+            try:  # a policy may be the caller's own, and do anything
+                said = self._policy.wanted(dict(self.split), saved)
+                wanted = {name: operator.index(pages) for name, pages in dict(said).items()}
+            except Exception as e:
+                self._refuse("a policy failed (%s)", f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
+                return
             if wanted == self.split:
                 return
             if wanted.keys() != self.split.keys() or min(wanted.values()) < 0 or sum(wanted.values()) > self._pages:
-                self.refused += 1
-                LOG.warning("a split of %d pages as %s was refused; it stays %s", self._pages, wanted, self.split)
-                return
-            before = self.split
-            try:
-                self._commit(wanted)
+                self._refuse("a split of %d pages as %s was refused", self._pages, wanted)
+            elif self._move(wanted, self.split):
                 self.moves += 1
+
+    def _refuse(self, why: str, *values: object) -> None:
+        self.refused += 1
+        LOG.warning(why + "; the split stays %s", *values, self.split)
+
+    def _move(self, *splits: Mapping[str, int]) -> bool:
+        """Move pages to the first of these splits that there is memory for, at worst all to states, which take theirs
+        one by one; whether to the very first. Givers first, so that no more pages are in use than there are.
+        """
+        for split in (*splits, {name: self._pages * (name == STATES) for name in self._consumers}):
+            try:
+                for name in sorted(split, key=lambda n: split[n] - self._consumers[n].pages):
+                    self._consumers[name].resize(split[name])
             except MemoryError:
                 self.refused += 1
-                self._commit(before)
-
-    def _commit(self, wanted: Mapping[str, int]) -> None:
-        """Givers first, so that no more pages are in use than there are."""
-        for name in sorted(wanted, key=lambda n: wanted[n] - self._consumers[n].pages):
-            self._consumers[name].resize(wanted[name])
-        self.split = wanted
+                LOG.warning("there is no memory for a split of pages as %s", split)
+                continue
+            self.split = split
+            break
+        return split is splits[0]
 
     def start(self, seconds: float) -> None:
         """Decide every so many seconds, in a thread, until `close`, or until nobody has this pool any more."""

@@ -116,7 +116,7 @@ class Options:
         if not isinstance(self.record, Recording | None):
             _refuse("record", self.record, "a Recording or None")
         if self.split is not None and not callable(getattr(self.split, "wanted", None)):
-            _refuse("split", self.split, "a policy with wanted(pages, worth), such as MarginalUtility(), or None")
+            _refuse("split", self.split, "a policy with wanted(pages, saved), such as MarginalUtility(), or None")
         if not isinstance(self.onnxruntime, OnnxRuntimeOptions | None):
             _refuse("onnxruntime", self.onnxruntime, "OnnxRuntimeOptions or None")
         if self.onnxruntime is not None and self.engine not in (None, "graphs"):

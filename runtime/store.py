@@ -119,8 +119,9 @@ class StateStore:
     def look_up(self, key: StateKey) -> LookedUp:
         """The state with exactly this key."""
         state = self.memory.get(key)
-        if state is not None:
-            return state, MEMORY
+        return self._beyond_memory(key) if state is None else (state, MEMORY)
+
+    def _beyond_memory(self, key: StateKey) -> LookedUp:
         why = self.memory.why_not(key)
         if self.file is None:
             return None, why
@@ -133,7 +134,8 @@ class StateStore:
     def find(self, user: Hashable, *wanted: StateKey) -> tuple[StateKey, UserState] | None:
         """Whatever is kept of `user` in memory, or else in a file under one of the keys `wanted`, for an append."""
         held = self.memory.find(user)
-        if held is None and self.file is not None and any(self.look_up(key)[0] is not None for key in wanted):
+        if held is None and self.file is not None:
+            any(self._beyond_memory(key)[0] is not None for key in wanted)  # the first that is there is put in memory
             held = self.memory.find(user)
         return held
 

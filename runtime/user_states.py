@@ -109,7 +109,7 @@ class UserStates:
     def make_ahead(self, model: Model, found: Found, deadline: Deadline) -> bool:
         """Make the state before a request asks for it; whether it is kept."""
         self._made(model, [found], deadline, lambda begun: self._store.count_made(warmed=len(begun)))
-        return found.key is not None and self._store.memory.get(found.key) is not None
+        return found.key is not None and self._store.memory.peek(found.key) is not None
 
     def _made(
         self, model: Model, found: Sequence[Found], deadline: Deadline, count: Callable[[Sequence[str]], None]
@@ -133,7 +133,7 @@ class UserStates:
                 return states
             return [dataclasses.replace(s, history=model.door.digest(u)) for s, u in zip(states, users, strict=True)]
 
-        fresh, own = self._flights.encode(missing, encode, self._store.put, self._store.memory.get, deadline)
+        fresh, own = self._flights.encode(missing, encode, self._store.put, self._store.memory.peek, deadline)
         return [held or fresh[place if key is None else key] for place, (key, held, *_) in enumerate(found)], own
 
     def forget(self, user: Hashable) -> bool:

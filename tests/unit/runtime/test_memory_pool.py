@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from support.errors import one_line
 
+from stca import probe
 from stca.errors import UsageError
-from stca.runtime import MarginalUtility, Session, Static
+from stca.manifest import TOKENS
+from stca.runtime import MarginalUtility, Request, Session, Static
 from stca.runtime.cache import StateCache
 from stca.runtime.memory_pool import STATES, MemoryPool, StatePages
 from stca.runtime.state import StateKey, UserState
@@ -70,7 +72,17 @@ def test_nothing_moves_for_little():
 
 
 @pytest.mark.parametrize(
-    "wanted", [{"states": 17, "items": 0}, {"states": -1, "items": 2}, {"states": 8}, {"states": 8, "other": 8}]
+    "wanted",
+    [
+        {"states": 17, "items": 0},
+        {"states": -1, "items": 2},
+        {"states": 8},
+        {"states": 8, "other": 8},
+        {"states": 7.5, "items": 8.5},
+        {"states": "8", "items": 8},
+        None,
+        8,
+    ],
 )
 def test_a_split_that_is_none_is_refused(wanted):
     class Wrong:
@@ -79,6 +91,46 @@ def test_a_split_that_is_none_is_refused(wanted):
 
     pool = pool_of(Wrong(), Part(), items=Part())
     assert (pages(pool), pool.refused) == ((8, 8), 1)
+
+
+def test_whole_numbers_of_another_library_are_pages():
+    class Numpys:
+        def wanted(self, *_):
+            return {"states": np.int64(4), "items": np.int64(12)}
+
+    assert pages(pool_of(Numpys(), Part(), items=Part())) == (4, 12)
+
+
+def test_a_policy_that_fails_leaves_the_split_and_goes_on_deciding(caplog):
+    tried = threading.Semaphore(0)
+
+    class Fails:
+        def wanted(self, pages, saved):
+            pages["states"] = 0  # its own copy
+            tried.release()
+            raise KeyError("no\nmodel")
+
+    pool = pool_of(Fails(), Part(), items=Part())
+    assert (pages(pool), pool.refused) == ((8, 8), 1)
+    (said,) = (r.getMessage() for r in caplog.records)
+    assert "a policy failed (KeyError: " in said
+    assert "\n" not in said
+    pool.start(0.001)
+    for _ in range(4):  # the one before, and three of the thread
+        assert tried.acquire(timeout=60)
+    pool.close()
+
+
+def test_without_memory_for_the_last_split_states_have_all():
+    class Shrinks(Part):
+        def resize(self, pages):
+            self.most = 8 if self.most == 1000 else 0  # once at first, and never more than none again
+            super().resize(pages)
+
+    states, items = Part(lambda n: n), Shrinks()
+    pool = pool_of(Static(0.25), states, items=items)
+    assert (states.pages, items.pages) == pages(pool) == (16, 0)
+    assert (pool.moves, pool.refused) == (0, 2)
 
 
 def test_without_memory_the_last_split_stays():
@@ -139,3 +191,28 @@ def test_a_pool_decides_until_nobody_has_it():
     gc.collect()
     thread.join(60)
     assert not thread.is_alive()
+
+
+def test_users_who_come_once_save_nothing(bundle_dir):
+    """However a state is come by, and whatever looks again while it is made, its user asked once."""
+    policy = Static(0.5)
+    with Session.load(bundle_dir, threads=1, split=policy) as session:
+        inputs = probe.single(session.manifest.graphs["request"].inputs, 9, 4, np.random.default_rng(0))
+        history = {s.name: inputs[s.name] for s in session.manifest.graphs["user_encoder"].inputs if s.name in inputs}
+        for i in range(5):
+            session.score(Request(inputs, f"scored {i}", 1))
+            session.warm(f"warmed {i}", history, 1)
+        memory = session._store.memory
+        assert not memory.hits(1.0).any()
+        session.score(Request(inputs, "warmed 0", 1))
+        assert memory.hits(1.0)[-1] > 0
+
+
+def test_an_append_that_looks_in_files_asks_for_nobody(bundle_dir, tmp_path):
+    with Session.load(bundle_dir, threads=1, split=Static(0.5), state_folder=tmp_path / "states") as session:
+        inputs = probe.single(session.manifest.graphs["request"].inputs, 2, 1, np.random.default_rng(0))
+        tokens = [s for s in session.manifest.graphs["user_encoder"].inputs if s.shape[:1] == (TOKENS,)]
+        events = {s.name: inputs[s.name] for s in tokens}
+        for _ in range(3):
+            assert not session.append("ann", events, version=2, after=1)
+        assert not session._store.memory.hits(1.0).any()
