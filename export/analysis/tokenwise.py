@@ -151,6 +151,8 @@ class Tokenwise:
     def _adds_up_tokens(self, node: onnx.NodeProto) -> bool:
         """Whether a node's result is a sum over all tokens, with nothing added to it besides."""
         op, given = node.op_type, [name for name in node.input if name]
+        if not self.sizes.isdisjoint(given):
+            return False  # as a factor, the number of tokens changes what the old ones gave
         at, ranks = [self.axes.get(name) for name in given], [self._rank(name) for name in given]
         if op == "ReduceSum":
             axes = self._axes(node, given[1:2], ranks[0])

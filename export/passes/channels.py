@@ -8,7 +8,7 @@ there and back: what is between is done to the turned values, and both are gone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,8 +20,8 @@ from stca.export.passes.nodes import NewNodes
 from stca.export.passes.norms import factor_and_shift, is_evaluated
 from stca.export.passes.rules import Rewrite, View
 
-# Nodes between two turns: activations are a few.
-_DEEPEST: Final = 24
+# Nodes between two turns: activations are a few, each of a handful.
+_MOST_BETWEEN: Final = 64
 
 
 class ConvAsLayer:
@@ -77,14 +77,15 @@ class TurnedOnce:
         if not is_turn(node) or view.scopes[node.input[0]] != Scope.TARGET:
             return None
         perm = tuple(attribute(node, "perm", ()))
-        between = list(_between(view, node.input[0], perm, _DEEPEST))
-        if not between or None in between:
+        inside = _between(view, node.input[0], perm)
+        if inside is None:
             return None
-        inside = {n.output[0] for n in between if n is not None and not is_turn(n)}
-        for name in inside:
+        for name in sorted(inside):
+            if view.is_output(name):
+                return Turn(node, name)
             for reader in view.readers(name):
                 same = is_turn(reader) and tuple(attribute(reader, "perm", ())) == perm
-                if view.is_output(name) or not (reader.output[0] in inside or same or reader.op_type == "Shape"):
+                if reader.output[0] not in inside and not same:
                     return Turn(node, reader.output[0])
         return Turn(node, "")
 
@@ -124,22 +125,20 @@ def _through(view: View, node: onnx.NodeProto, rank: int) -> list[str] | None:
     return values if fit and all(view.sizes.shape(n) is not None for n in node.input if n) else None
 
 
-def _between(view: View, name: str, perm: tuple[int, ...], left: int) -> Iterator[onnx.NodeProto | None]:
-    """The nodes from a turn up to those that it undoes; None where a way ends elsewhere."""
-    node = view.writer(name)
-    if node is None or not left:
-        yield None
-        return
-    if is_turn(node):
-        yield node if undoes(perm, node) else None
-        return
-    values = _through(view, node, len(perm))
-    if not values:
-        yield None
-        return
-    yield node
-    for value in values:
-        yield from _between(view, value, perm, left - 1)
+def _between(view: View, name: str, perm: tuple[int, ...]) -> set[str] | None:
+    """The values from `name` up to the turns that `perm` undoes; None where a way ends elsewhere, or they are many."""
+    inside, ahead = set[str](), [name]
+    while ahead:
+        name = ahead.pop()
+        node = view.writer(name)
+        if name in inside or (node is not None and is_turn(node) and undoes(perm, node)):
+            continue
+        values = None if node is None or is_turn(node) else _through(view, node, len(perm))
+        if not values or len(inside) == _MOST_BETWEEN:
+            return None
+        inside.add(name)
+        ahead += values
+    return inside
 
 
 class _Mover:

@@ -59,8 +59,9 @@ class SlopeApart:
         """Only where the slope is a weight of each feature at most, and it is less work."""
         if len(view.readers(match.linear.x)) > 1:
             return f"{match.linear.x!r} has other readers"
-        slope = view.sizes.shape(match.kink.input[1]) or (0,)
-        if view.scopes[match.kink.input[1]] != Scope.CONSTANT or slope[-1] != math.prod(slope):
+        slope = view.sizes.shape(match.kink.input[1])
+        constant = view.scopes[match.kink.input[1]] == Scope.CONSTANT
+        if slope is None or not constant or math.prod(slope) != math.prod(slope[-1:]):
             return "its slope is no weight of each feature"
         inner, matrix = match.hidden[-1], 0
         rows, n = math.prod(match.hidden[:-1]), match.outputs

@@ -134,6 +134,8 @@ NO_SUMS = (
     "o = Constant <value: tensor = int64[1] {0}> () a = ReduceSum (x, o) y = Add (a, v)",
     "a = Transpose (x) y = MatMul (a, u)",
     "y = MatMul (x, w)",
+    "s = Shape (x) z = Constant <value: tensor = int64 {0}> () n = Gather (s, z) c = Cast <to: int = 1> (n) "
+    "y = Einsum <equation: string = 'nd,->d'> (x, c)",
 )
 
 

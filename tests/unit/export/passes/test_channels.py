@@ -79,6 +79,24 @@ def test_what_is_read_between_the_turns_stays() -> None:
     assert verdict.why == "'y' reads what is between"
 
 
+def test_a_size_of_what_is_between_stays_too() -> None:
+    before = view(
+        "a = Relu (first) back = Transpose <perm: ints = [0, 2, 1]> (a) size = Shape (a) "
+        "real = Cast <to: int = 1> (size) most = ReduceMax (real) y = Mul (back, most)"
+    )
+    (verdict,) = freed(before, INPUTS, TurnedOnce()).verdicts
+    assert verdict.why == "'size' reads what is between"
+
+
+def test_many_gates_in_a_row_are_walked_once() -> None:
+    """`x · sigmoid(x)` has two ways up, and so many of them 2^16."""
+    gates = [f"s{i} = Sigmoid (x{i}) x{i + 1} = Mul (s{i}, x{i})" for i in range(16)]
+    before = view(f"x0 = Relu (first) {' '.join(gates)} y = Transpose <perm: ints = [0, 2, 1]> (x16)")
+    found = freed(before, INPUTS, TurnedOnce())
+    assert [v.why for v in found.verdicts] == [None]
+    assert "Transpose" not in [n.op_type for n in found.model.graph.node]
+
+
 @pytest.mark.parametrize("wrong", ["Transpose", "Add"])
 def test_a_wrong_layer_does_not_pass_the_proof(wrong: str) -> None:
     class Mutant(ConvAsLayer):

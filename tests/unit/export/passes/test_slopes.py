@@ -20,7 +20,7 @@ INPUTS = (
 BODY = """one = Constant <value_ints: ints = [1]> () column = Unsqueeze (item, two) matrix = Mul (column, U)
     hidden = MatMul (history, matrix) bent = PRelu (hidden, s) product = MatMul (bent, V) y = Add (product, b)
     scores = ReduceSum <keepdims: int = 0> (y, one)"""
-WEIGHTS: dict[str, Any] = {"U": (64, 48), "s": (48,), "V": (48, 2), "b": (2,), "two": [2]}
+WEIGHTS: dict[str, Any] = {"U": (64, 48), "s": (48,), "V": (48, 2), "b": (2,), "two": [2], "lengths": [1, 48], "known": [True] * 2}
 
 
 @pytest.mark.parametrize("slope", [(1,), (48,), (1, 1, 1), (1, 1, 48)])
@@ -63,6 +63,13 @@ def test_a_turned_weight_without_a_bias() -> None:
         ),
         (
             ("bent = PRelu (hidden, s)", "r = ReduceMean (column, two) bent = PRelu (hidden, r)"),
+            "its slope is",
+        ),
+        (  # its rank is not known: of how many sizes there are, nothing is told
+            (
+                "bent = PRelu (hidden, s)",
+                "sizes = Compress (lengths, known) t = Reshape (s, sizes) bent = PRelu (hidden, t)",
+            ),
             "its slope is",
         ),
     ],
