@@ -1,14 +1,14 @@
 """A Fourier transform as a product with its matrix.
 
 `X_k = Σ_n x_n exp(∓2πi nk / N)` is linear, and real and imaginary parts lie side by side in ONNX: so `DFT` is a matrix
-of cosines and sines. It is made in the graph, of numbers that any precision has exactly, and where the length is fixed
-an engine folds it when it loads. ONNX Runtime's own transform loses 1e-2 at a length of 1000 and takes 11 times as long
-as the product; of a power of two it takes about as long.
+of cosines and sines. It is made in the graph, in float32, which has every integer up to the longest length exactly;
+where the length is fixed an engine folds it when it loads. ONNX Runtime's own transform loses 1e-2 at a length of 1000
+and takes 11 times as long as the product; of a power of two it takes about as long.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -22,6 +22,8 @@ from stca.export.passes.rules import Rewrite, View
 
 # Beyond it the matrix takes more than 16 MB, and the product longer than a transform of a power of two.
 _LONGEST: Final = 2048
+# Of the types that ONNX transforms, those that have every place up to there, and sines of it to more than three digits.
+_EXACT: Final = frozenset((onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE))
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Match:
         length: N in this run.
         read, made: shapes of its input and output in this run.
         fixed: whether another run has the same length, and as many values along the axis.
+        nominal: N of a nominal request; None where it is not known.
     """
 
     node: onnx.NodeProto
@@ -42,6 +45,17 @@ class Match:
     read: tuple[int, ...]
     made: tuple[int, ...]
     fixed: bool = False
+    nominal: int | None = None
+
+    @property
+    def given(self) -> str:
+        """The value that says N; empty where it follows from what is read."""
+        return self.node.input[1] if len(self.node.input) > 1 else ""
+
+    @property
+    def most(self) -> int:
+        """How many values along the axis count in this run; ONNX leaves out those behind them."""
+        return self.length // 2 + 1 if self.inverse and self.halved else self.length
 
     @property
     def inverse(self) -> bool:
@@ -68,26 +82,30 @@ class SpectrumAsProduct:
         except Layout:
             return None
         fixed = first.length == second.length and first.read[first.axis] == second.read[second.axis]
-        return Match(node, first.axis, first.length, first.read, first.made, fixed)
+        nominal: int | None = first.length
+        if first.length != second.length:
+            shapes = [view.sizes.shape(name) for name in (node.input[0], node.output[0])]
+            nominal = max((shape[first.axis] for shape in shapes if shape is not None), default=None)
+        return replace(first, fixed=fixed, nominal=nominal)
 
     def check(self, view: View, match: Match) -> str | None:
-        """Only where all of the input is read, and no fixed length is large."""
-        most = match.length // 2 + 1 if match.inverse and match.halved else match.length
-        if match.read[match.axis] > most:
-            return f"it reads {most} of the {match.read[match.axis]} values along its axis"
-        if match.fixed and match.length > _LONGEST:
-            return f"its length is {match.length}, more than {_LONGEST}"
+        """Only where the matrix is exact enough, and not large."""
+        if view.sizes.element_type(match.node.input[0]) not in _EXACT:
+            return "its numbers are neither float32 nor float64"
+        if match.nominal is None or match.nominal > _LONGEST:
+            return f"its length is {match.nominal or 'not known'}, more than {_LONGEST} perhaps"
         return None
 
     def rewrite(self, view: View, match: Match) -> Rewrite:
         """The axis moved beside its parts, both as one row, times the matrix, and back."""
-        new, out, (x, *_) = NewNodes(view.taken), match.node.output[0], match.node.input
+        new, out = NewNodes(view.taken), match.node.output[0]
         rank, axis = len(match.read), match.axis
         moved = [*(i for i in range(rank) if i not in (axis, rank - 1)), axis, rank - 1]
-        matrix = _Matrix(new, view, match).made
+        x = _counting(new, match)
+        matrix = _Matrix(new, view, match, x).made
         if moved != sorted(moved):
             x = new.node("Transpose", [x], f"{out}_moved", perm=moved)
-        width = match.read[axis] * match.read[-1] if match.fixed else -1
+        width = min(match.read[axis], match.most) * match.read[-1] if match.fixed else -1
         rows = new.node("Reshape", [x, new.integers([0] * (rank - 2) + [width])], f"{out}_rows")
         product = new.node("MatMul", [rows, matrix], f"{out}_product")
         parts = [match.made[axis] if match.fixed else -1, match.made[-1]]
@@ -109,37 +127,56 @@ def _seen(view: View, node: onnx.NodeProto, run: Tried) -> Match:
     return Match(node, axis, whole if given[0] is None else given[0], read, made)
 
 
+def _counting(new: NewNodes, match: Match) -> str:
+    """What a transform reads, without the values behind its length."""
+    x, stem = match.node.input[0], f"{match.node.output[0]}_counting"
+    if match.read[match.axis] <= match.most if match.fixed else not match.given:
+        return x
+    end = new.integers([match.most])
+    if not match.fixed:
+        end = new.node("Reshape", [match.given, new.integers([1])], f"{stem}_length")
+        if match.inverse and match.halved:
+            half = new.node("Div", [end, new.integers([2])], f"{stem}_half")
+            end = new.node("Add", [half, new.integers([1])], f"{stem}_most")
+    return new.node("Slice", [x, new.integers([0]), end, new.integers([match.axis])], stem)
+
+
 class _Matrix:
-    """The matrix `[n · parts, k · parts]` of a transform, as nodes.
+    """The matrix `[n · parts, k · parts]` of a transform, as nodes; it is multiplied with `x`.
 
     Attributes:
         made: its name.
     """
 
-    def __init__(self, new: NewNodes, view: View, match: Match) -> None:
-        self._new, self._match, self._stem = new, match, match.node.output[0]
+    def __init__(self, new: NewNodes, view: View, match: Match, x: str) -> None:
+        self._new, self._match, self._x, self._stem = new, match, x, match.node.output[0]
         self._type = view.sizes.element_type(match.node.input[0])
         parts_read, parts_made = match.read[-1], match.made[-1]
-        cosine, sine = self._waves(*self._counts())
+        read, made, length = self._counts()
+        cosine, sine = self._waves(read, made, length)
         minus = self._node("Neg", sine)
         plus, minus = (sine, minus) if match.inverse else (minus, sine)
         real, imaginary = [cosine, plus][:parts_made], [minus, cosine][:parts_made]
         rows = [self._stacked(part, 2) for part in (real, imaginary)[:parts_read]]
-        self.made = self._node("Flatten", self._stacked(rows, 1), axis=2)
+        # Not Flatten, which does not know how wide a matrix without rows is: that of a history without events.
+        columns = new.integers([-1, match.made[match.axis] * parts_made])
+        if not match.fixed:
+            width = self._node("Mul", self._node("Reshape", made, new.integers([1])), new.integers([parts_made]))
+            columns = self._node("Concat", new.integers([-1]), width, axis=0)
+        self.made = self._node("Reshape", self._stacked(rows, 1), columns)
 
     def _counts(self) -> tuple[str, str, str]:
         """How many values are read, how many are made, and the transform's length; int64 scalars."""
         match = self._match
         if match.fixed:
-            sizes = (match.read[match.axis], match.made[match.axis], match.length)
+            sizes = (min(match.read[match.axis], match.most), match.made[match.axis], match.length)
             read, made, length = (self._new.weight(f"{self._stem}_count", np.array(n)) for n in sizes)
             return read, made, length
-        shape = self._node("Shape", match.node.input[0])
+        shape = self._node("Shape", self._x)
         read = self._node("Gather", shape, self._new.weight(f"{self._stem}_axis", np.array(match.axis)), axis=0)
-        given = match.node.input[1] if len(match.node.input) > 1 else ""
         one, two = (self._new.weight(f"{self._stem}_{n}", np.array(n)) for n in (1, 2))
-        if given:
-            length = self._node("Reshape", given, self._new.weight(f"{self._stem}_scalar", np.zeros(0, np.int64)))
+        if match.given:
+            length = self._node("Reshape", match.given, self._new.weight(f"{self._stem}_scalar", np.zeros(0, np.int64)))
         elif match.inverse and match.halved:
             length = self._node("Mul", self._node("Sub", read, one), two)
         else:

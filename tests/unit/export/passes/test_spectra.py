@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import helper
-from support.rules import freed, view_of
+from support.rules import freed, same, view_of
 
 from stca.export.passes.rules import Rewrite, View
 from stca.export.passes.spectra import Match, SpectrumAsProduct
@@ -38,6 +38,13 @@ KINDS = {
         "y = DFT <inverse: int = 1, onesided: int = 1> (events, length, axis)",
         (1, 25, 3, 2),
         49,
+    ),
+    "real, cut off": ("y = DFT <onesided: int = 1> (events, length, axis)", (1, 60, 3, 1), 50),
+    "inverse, cut off": ("y = DFT <inverse: int = 1> (events, length, axis)", (1, 60, 3, 2), 50),
+    "inverse of a half, cut off": (
+        "y = DFT <inverse: int = 1, onesided: int = 1> (events, length, axis)",
+        (1, 60, 3, 2),
+        50,
     ),
     "of any length": ("y = DFT <onesided: int = 1> (events, , axis)", (1, "L", 3, 1), 0),
     "of any length, complex": ("y = DFT (events, , axis)", (1, "L", 3, 2), 0),
@@ -75,14 +82,45 @@ def test_it_loses_less_than_the_engines_own_transform() -> None:
 @pytest.mark.parametrize(
     ("transform", "events", "why"),
     [
-        ("y = DFT <onesided: int = 1> (events, length, axis)", (1, 60, 3, 1), "it reads 50 of the 60 values"),
         ("y = DFT <onesided: int = 1> (events, , axis)", (1, 2049, 3, 1), "its length is 2049, more than 2048"),
+        ("y = DFT <onesided: int = 1> (events, , axis)", (1, "N_h", 3, 1), "its length is 10000, more than 2048"),
+        (
+            "y = DFT <inverse: int = 1, onesided: int = 1> (events, , axis)",
+            (1, "L", 3, 2),
+            "its length is 3000, more than 2048",
+        ),
+        (
+            "half = Cast <to: int = 10> (events) h = DFT (half, , axis) y = Cast <to: int = 1> (h)",
+            (1, 50, 3, 2),
+            "its numbers are neither float32 nor float64",
+        ),
     ],
 )
 def test_what_stays_says_why(transform: str, events: tuple[int | str, ...], why: str) -> None:
-    inputs = (TensorSpec("events", "float32", events, "user"), ITEM)
-    (verdict,) = freed(view(transform, events), inputs, SpectrumAsProduct()).verdicts
-    assert why in (verdict.why or "")
+    before = view(transform, events)
+    before = View(before.model, before.inputs, {**before.workload, "N_h": 10_000, "L": 1501})
+    rule = SpectrumAsProduct()
+    (node,) = [n for n in before.model.graph.node if n.op_type == "DFT"]
+    assert why in (rule.check(before, rule.pattern(before, node)) or "")
+
+
+CUT_OFF = {
+    "constant": "y = DFT <onesided: int = 1> (events, length, axis)",
+    "computed": """sizes = Shape (events) own = Gather (sizes, axis) least = Min (own, length)
+        y = DFT <onesided: int = 1> (events, least, axis)""",
+    "inverse of a half": "y = DFT <inverse: int = 1, onesided: int = 1> (events, length, axis)",
+}
+
+
+@pytest.mark.parametrize("kind", CUT_OFF)
+@pytest.mark.parametrize("events", [1, 20, 200])
+def test_histories_beyond_the_length_lose_their_ends(kind: str, events: int) -> None:
+    """Longer than any that the proof looks at, which has a history without events too."""
+    shape = (1, "N_h", 3, 2 if kind == "inverse of a half" else 1)
+    before = view(CUT_OFF[kind], shape, 64)
+    after = freed(before, (TensorSpec("events", "float32", shape, "user"), ITEM), SpectrumAsProduct())
+    assert [v.why for v in after.verdicts] == [None]
+    same(before.model, after.model, {"events": (1, events, *shape[2:]), "item": (3, 1)})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(("of", "wrong"), [("Neg", "Identity"), ("Cos", "Sin"), ("Mod", "Mul"), ("Div", "Mul")])
