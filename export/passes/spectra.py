@@ -92,8 +92,10 @@ class SpectrumAsProduct:
         """Only where the matrix is exact enough, and not large."""
         if view.sizes.element_type(match.node.input[0]) not in _EXACT:
             return "its numbers are neither float32 nor float64"
-        if match.nominal is None or match.nominal > _LONGEST:
-            return f"its length is {match.nominal or 'not known'}, more than {_LONGEST} perhaps"
+        if match.nominal is None:
+            return "its length is not known"
+        if match.nominal > _LONGEST:
+            return f"its length is {match.nominal}, more than {_LONGEST}"
         return None
 
     def rewrite(self, view: View, match: Match) -> Rewrite:

@@ -20,7 +20,8 @@ INPUTS = (
 BODY = """one = Constant <value_ints: ints = [1]> () column = Unsqueeze (item, two) matrix = Mul (column, U)
     hidden = MatMul (history, matrix) bent = PRelu (hidden, s) product = MatMul (bent, V) y = Add (product, b)
     scores = ReduceSum <keepdims: int = 0> (y, one)"""
-WEIGHTS: dict[str, Any] = {"U": (64, 48), "s": (48,), "V": (48, 2), "b": (2,), "two": [2], "lengths": [1, 48], "known": [True] * 2}
+WEIGHTS: dict[str, Any] = {"U": (64, 48), "s": (48,), "V": (48, 2), "b": (2,), "two": [2]}
+WEIGHTS |= {"lengths": [1, 48], "known": [True, True]}
 
 
 @pytest.mark.parametrize("slope", [(1,), (48,), (1, 1, 1), (1, 1, 48)])
