@@ -131,7 +131,8 @@ def _seen(view: View, node: onnx.NodeProto, run: Tried) -> Match:
 
 def _counting(new: NewNodes, match: Match) -> str:
     """What a transform reads, without the values behind its length."""
-    x, stem = match.node.input[0], f"{match.node.output[0]}_counting"
+    x: str = match.node.input[0]
+    stem = f"{match.node.output[0]}_counting"
     if match.read[match.axis] <= match.most if match.fixed else not match.given:
         return x
     end = new.integers([match.most])

@@ -291,6 +291,15 @@ class _Joined:
             depth.append(max(self.layers.get(i, 0), *behind, 0))
         return depth
 
+    @cached_property
+    def targets_alone(self) -> list[bool]:
+        """By node: whether all that it depends on is of targets."""
+        alone: list[bool] = []
+        for node in self.nodes:
+            known = (alone[self.writer[v]] if v in self.writer else self.scopes[v] == Scope.TARGET for v in node.reads)
+            alone.append(all(known))
+        return alone
+
     def _place(self, i: int) -> tuple[str, int]:
         """Kind and layer of node `i`."""
         node, ends, last = self.nodes[i], self.ends[i], max(self.layers.values(), default=0)
@@ -305,33 +314,19 @@ class _Joined:
             )
             return (encode, single) if single > 0 else (other if single == 0 else tokens, 0)
         if not last:  # no attention at all: what depends on targets alone, and where they meet the user
-            return ("target", 0) if self._targets_alone(i) else ("head", 0)
+            return ("target", 0) if self.targets_alone[i] else ("head", 0)
         if single == 0 or self.depth[i] == last:
             return "head", 0
         if single > 0:
             return "query", single
         return ("query", self.depth[i] + 1) if self.depth[i] else ("target", 0)
 
-    def _targets_alone(self, i: int) -> bool:
-        open_values, seen = list(self.nodes[i].reads), set()
-        while open_values:
-            value = open_values.pop()
-            if self.scopes[value] < Scope.TARGET:
-                return False
-            if value in self.writer and value not in seen:
-                seen.add(value)
-                open_values.extend(self.nodes[self.writer[value]].reads)
-        return True
-
     def condensed(self) -> Condensed:
         rows = _rows(max(self.layers.values(), default=0))
         row_of = {layer: r for r, (first, last) in enumerate(rows, 1) for layer in range(first, last + 1)} | {0: 0}
         work = [self.sizes.work(node.proto) for node in self.nodes]
         total = max(1, sum(work))
-        places: list[Key] = []
-        for i in range(len(self.nodes)):
-            kind, layer = self._place(i)
-            places.append((kind, row_of[layer]))
+        places: list[Key] = [(kind, row_of[layer]) for kind, layer in map(self._place, range(len(self.nodes)))]
         of_kind: Counter[str] = Counter()
         for (kind, _), flops in zip(places, work, strict=True):
             of_kind[kind] += flops
@@ -354,7 +349,7 @@ class _Joined:
         )
         edges = self._edges(places)
         specs = self.manifest.graphs["request"].inputs
-        used = {name for (side, name) in self.scopes if any(name == s.name for s in specs)}
+        used = {name for _, name in self.scopes}
         return Condensed(
             blocks=blocks,
             state=tuple(self._state(s, edges) for s in self.manifest.state),
