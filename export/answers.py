@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
 
-from stca.arrays import Progress
+from stca.arrays import Array, Progress
 from stca.export.analysis.last_place import read_at_last
 from stca.export.analysis.marks import marks
 from stca.export.analysis.positions import position_tables
@@ -28,6 +28,7 @@ def answers(
     progress: Progress,
     *,
     config: bool,
+    apart: Mapping[str, Array],
 ) -> tuple[Accepted, Found]:
     """What the request graph takes, and how its histories are padded, found by asking it.
 
@@ -40,15 +41,17 @@ def answers(
         work: a folder for files that go again.
         progress: told when it is asked.
         config: whether it comes of a checkpoint, whose config says what it takes.
+        apart: contents of the tables that have stand-ins in the graphs: limits are those of the tables.
     """
     takes, histories = Accepted(tuple(specs), None, max_history), unpacked(specs)
     if config and not histories and pad == PadOptions():
         return takes, Found(None, takes.inputs)
     known = marks(graph) if histories else {}
-    with askable(graph, before, work) as (served, asked):
+    with askable(graph, before, work, apart) as (served, asked):
         if not config:
             progress("asking the graph what it takes")
-            takes = ask(asked, specs, max_history, {**known, **pad.values}, position_tables(before))
+            sizes = [n for table in position_tables(before).values() for n in table]
+            takes = ask(asked, specs, max_history, {**known, **pad.values}, sizes)
         found = padding_of(served, known, takes, pad, read_at_last(graph) if histories else ())
     shortest = max(takes.min_history or 0, least_events(found.inputs)) or None
     return dataclasses.replace(takes, min_history=shortest), found

@@ -57,7 +57,7 @@ def ask(
     inputs: Sequence[TensorSpec],
     max_history: int | None = None,
     marks: Mapping[str, int] | None = None,
-    tables: Sequence[int] = (),
+    sizes: Sequence[int] = (),
 ) -> Accepted:
     """Find what the graph in `model` takes, beyond what `inputs` and `max_history` say already.
 
@@ -66,7 +66,7 @@ def ask(
         inputs: of the graph.
         max_history: longest history to serve; None for as long as the graph takes.
         marks: the id that means no event, of inputs where that is known.
-        tables: rows of tables of positions, smallest first: lengths beyond which the graph may take no history.
+        sizes: of tables of positions: about these lengths the histories may end that the graph takes.
 
     Raises:
         SplitError: when it runs on no request that was tried, with what ONNX Runtime says.
@@ -80,9 +80,9 @@ def ask(
         if asked.varies and not asked.takes(base, most):
             longest = _largest(lambda n: asked.takes(base, n), events, most)
         elif asked.varies:
-            beyond = (n for n in tables if most < n < (max_history or _LONGEST_TABLE))
-            ends = (n for n in beyond if asked.takes(base, n) and not asked.takes(base, n + 1))
-            longest = next(ends, max_history)
+            beyond = sorted({min(n + 1, max_history or n + 1) for n in sizes if n < _LONGEST_TABLE})
+            refused = next((n for n in beyond if n > most and asked.refuses(base, n)), None)
+            longest = _largest(lambda n: asked.takes(base, n), most, refused) if refused else max_history
         child.seconds = _SECONDS / 4  # these requests are small: what takes long is no id
         ranged = [asked.range_of(s, base, events) if _is_integer(s) else s for s in inputs]
         made = [
@@ -142,6 +142,11 @@ class _Questions:
 
     def takes(self, integers: Mapping[str, int], events: int) -> bool:
         return not isinstance(self.answer(integers, events), str)
+
+    def refuses(self, integers: Mapping[str, int], events: int) -> bool:
+        """Whether so many are not taken, for another reason than that they take long."""
+        answer = self.answer(integers, events)
+        return isinstance(answer, str) and answer != _LONG
 
     def shortest(self, integers: Mapping[str, int], events: int) -> int | None:
         """The least number of events that it takes, where it takes `events`; None for 0.

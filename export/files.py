@@ -20,19 +20,25 @@ from stca.manifest import GraphSpec, TensorSpec
 
 
 @contextlib.contextmanager
-def askable(request: onnx.ModelProto, asked: onnx.ModelProto, folder: Path) -> Iterator[tuple[Path, Path]]:
-    """The request graph, and as it was before the rules, as files that go again; both with stand-ins for tables.
+def askable(
+    request: onnx.ModelProto, asked: onnx.ModelProto, folder: Path, apart: Mapping[str, Array]
+) -> Iterator[tuple[Path, Path]]:
+    """The request graph, and as it was before the rules, as files that go again.
+
+    Tables that leave for good have stand-ins there, and take any id.
 
     Args:
         request, asked: the two, one model perhaps. Not changed.
         folder: where to put them.
+        apart: contents of the tables that come back, by name.
     """
     with tempfile.TemporaryDirectory(prefix="asked-", dir=folder) as place:
         models = {"request": request} if asked is request else {"request": request, "asked": asked}
         copies = {name: onnx.ModelProto() for name in models}
         for name, copy in copies.items():
             copy.CopyFrom(models[name])
-        save(copies, Path(place))
+            put_back(copy, apart)
+        save(copies, Path(place), apart)
         yield Path(place, "request.onnx"), Path(place, f"{next(reversed(copies))}.onnx")
 
 

@@ -28,6 +28,7 @@ from stca.export.accept import (
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured
 from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE
 from stca.export.analysis.rows import Rows
+from stca.export.analysis.scope import stand_ins
 from stca.export.answers import answers
 from stca.export.appending import Appending, appending, counts_all
 from stca.export.files import finish, spec_of
@@ -47,7 +48,7 @@ from stca.export.reference.config import StcaConfig
 from stca.export.reference.module import AttentionForm, request_inputs
 from stca.export.split import Split, StateTensor, inlined, split
 from stca.export.state import not_one_users
-from stca.export.tables import DEFAULT_ABOVE, Large, Left, leave, stand_ins
+from stca.export.tables import DEFAULT_ABOVE, Large, Left, leave
 from stca.export.to_onnx import RequestModel, to_request_graph
 from stca.manifest import (
     GROWER,
@@ -327,7 +328,7 @@ def _write(
         request = _request_graph(graph, specs, large, work, cut, progress)
         takes, padded = answers(
             request.graph, request.asked, request.specs, max_history, cut.pad, work, progress,
-            config=source["kind"] == "stca",
+            config=source["kind"] == "stca", apart=request.left.apart,
         )  # fmt: skip
         progress("splitting by dataflow")
         free = _halves(request, cut, takes.max_history)

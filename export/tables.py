@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +22,8 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from stca.arrays import Array, Progress
 from stca.errors import SplitError
 from stca.export.analysis.cost import Sizes, any_sizes, without_weights
-from stca.export.analysis.scope import STAND_IN, Dataflow, attribute, is_stand_in, label
+from stca.export.analysis.positions import position_tables
+from stca.export.analysis.scope import STAND_IN, Dataflow, attribute, is_stand_in, label, stand_ins
 from stca.export.passes.nodes import NewNodes, names_in
 from stca.manifest import Lookup, TableSpec
 from stca.tables import write_table
@@ -110,11 +111,6 @@ class Left:
     verdicts: tuple[Mapping[str, Any], ...] = ()
 
 
-def stand_ins(model: onnx.ModelProto) -> frozenset[str]:
-    """Values of a graph that no state may hold: ids modulo a stand-in's rows."""
-    return frozenset(node.output[0] for node in model.graph.node if is_stand_in(node))
-
-
 def leave(model: onnx.ModelProto, large: Large, folder: Path, progress: Progress) -> Left:
     """Put stand-ins in the place of tables, and write those that leave to `folder`; other weights are put back.
 
@@ -164,7 +160,7 @@ def with_mapped_tables(file: Path) -> tuple[onnx.ModelProto, dict[str, Array]]:
 def _why_not(model: onnx.ModelProto, names: Iterable[str]) -> dict[str, str | None]:
     """Of each weight, why it cannot leave; None where all that reads it are look-ups by ids that inputs give."""
     flow, graph = Dataflow(model.graph), model.graph
-    types = _types(model)
+    types, places = _types(model), position_tables(model)
     outputs = {o.name for o in graph.output}
     found: dict[str, str | None] = {}
     for name in names:
@@ -172,6 +168,8 @@ def _why_not(model: onnx.ModelProto, names: Iterable[str]) -> dict[str, str | No
         found[name] = "nothing reads it" if not readers else None
         if name in outputs:
             found[name] = "it is an output"
+        elif name in places:
+            found[name] = "its rows are looked up by places in a history, and not by ids"
         for node in readers:
             if node.domain or node.op_type != "Gather" or node.input[0] != name or node.input[1] == name:
                 found[name] = f"node {label(node)!r} ({node.op_type}) reads it otherwise than by a Gather of rows"
@@ -281,17 +279,20 @@ def with_rows(model: onnx.ModelProto, tables: Sequence[TableSpec]) -> WithRows:
         SplitError: when a pass made something else of a stand-in.
     """
     known = {t.name: t for t in tables}
-    flow, sizes = Dataflow(model.graph), Sizes(model, any_sizes(model.graph))
-    new = NewNodes(names_in(model.graph))
+    done = onnx.ModelProto()
+    done.CopyFrom(model)
+    _take_true_ids(done.graph, known)
+    flow, sizes = Dataflow(done.graph), Sizes(done, any_sizes(done.graph))
+    new = NewNodes(names_in(done.graph))
     inputs: dict[tuple[str, str], onnx.ValueInfoProto] = {}
     lookups: list[Lookup] = []
     wanted: dict[str, Sequence[int | str]] = {}
-    given = {i.name for i in model.graph.input}
-    for node in model.graph.node:
+    given = {i.name for i in done.graph.input}
+    for node in done.graph.node:
         if not known.keys() & set(node.input):
             new.nodes.append(node)
             continue
-        table, ids = known[node.input[0]], _origin(model.graph, flow, _true_ids(flow, node, known))
+        table, ids = known[node.input[0]], _origin(done.graph, flow, node.input[1])
         key = (table.name, ids)
         if key not in inputs:
             name = new.name(f"{table.name}_rows")
@@ -302,13 +303,12 @@ def with_rows(model: onnx.ModelProto, tables: Sequence[TableSpec]) -> WithRows:
             if ids not in given:
                 wanted[ids] = shape[:-1]
         _read_rows(new, inputs[key].name, node.output[0], table.dtype)
-    done = onnx.ModelProto()
-    done.CopyFrom(model)
+    outside = _ids_graph(done, flow, wanted) if wanted else None
     del done.graph.node[:]
     done.graph.node.extend(new.nodes)
     done.graph.input.extend(inputs.values())
     _drop_unread(done)
-    return WithRows(done, tuple(lookups), _ids_graph(model, flow, wanted) if wanted else None)
+    return WithRows(done, tuple(lookups), outside)
 
 
 def put_back(model: onnx.ModelProto, contents: Mapping[str, Array]) -> None:
@@ -321,27 +321,35 @@ def put_back(model: onnx.ModelProto, contents: Mapping[str, Array]) -> None:
     Raises:
         SplitError: when a pass made something else of a stand-in.
     """
-    flow = Dataflow(model.graph)
-    for node in model.graph.node:
-        if contents.keys() & set(node.input):
-            node.input[1] = _true_ids(flow, node, contents)
+    made = stand_ins(model)
+    _take_true_ids(model.graph, contents)
     for tensor in model.graph.initializer:
         if tensor.name in contents:
             tensor.CopyFrom(TensorProto(name=tensor.name, data_type=tensor.data_type, dims=contents[tensor.name].shape))
-    kept = [v for v in model.graph.value_info if v.name not in stand_ins(model)]
+    kept = [v for v in model.graph.value_info if v.name not in made]
     del model.graph.value_info[:]
     model.graph.value_info.extend(kept)
     _drop_unread(model)
 
 
-def _true_ids(flow: Dataflow, node: onnx.NodeProto, tables: Container[str]) -> str:
-    """The ids of a look-up in a stand-in as they were before they were made to fit it."""
-    before = flow.graph.node[flow.writer[node.input[1]]] if node.input[1] in flow.writer else None
-    if node.op_type != "Gather" or node.input[0] not in tables or before is None or not is_stand_in(before):
-        raise SplitError(
-            f"node {label(node)!r} ({node.op_type}) reads the table {node.input[0]!r}, which only look-ups may"
-        )
-    return str(before.input[0])
+def _take_true_ids(graph: onnx.GraphProto, tables: Collection[str]) -> None:
+    """Give look-ups in stand-ins the ids that there were before those were made to fit, in place.
+
+    A pass may have moved the ids since: then all that moves them has the true ones.
+    """
+    flow = Dataflow(graph)
+    for node in graph.node:
+        if (table := next((n for n in node.input if n in tables), None)) is None:
+            continue
+        if node.op_type != "Gather" or node.input[1] == table or attribute(node, "axis", 0) not in (0, -2):
+            raise SplitError(
+                f"node {label(node)!r} ({node.op_type}) of the rewritten model reads the table {table!r} otherwise than "
+                "by a Gather of rows; pass --no-lift or CutOptions(free=False), which leave look-ups as they are"
+            )
+        made = [graph.node[i] for i in flow.needed([node.input[1]])[0]]
+        for mod in filter(is_stand_in, made):
+            for reader in (graph.node[i] for i in flow.readers[mod.output[0]]):
+                reader.input[:] = [mod.input[0] if n == mod.output[0] else n for n in reader.input]
 
 
 def _origin(graph: onnx.GraphProto, flow: Dataflow, ids: str) -> str:

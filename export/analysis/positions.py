@@ -13,21 +13,21 @@ _MEASURES = ("Shape", "Size")
 _TAKES = ("Gather", "Slice")
 
 
-def position_tables(model: onnx.ModelProto) -> tuple[int, ...]:
-    """Rows of the tables that are looked up, or cut, by sizes alone; smallest first.
+def position_tables(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Tables that are looked up, or cut, by sizes alone, and their sizes: a history may be as long as one of these.
 
     Args:
-        model: with its weights inline. Not changed.
+        model: with its weights inline or hollow. Not changed.
     """
     graph = onnx.inliner.inline_local_functions(without_weights(model)).graph
-    rows = {t.name: t.dims[0] for t in model.graph.initializer if len(t.dims) > 1}
+    sizes = {t.name: tuple(t.dims) for t in model.graph.initializer if len(t.dims) > 1}
     of_values = {value.name for value in model.graph.input}
-    found = set[int]()
+    found: dict[str, tuple[int, ...]] = {}
     for node in walk(graph.node):
         inputs = reads(node)
         if node.op_type in _MEASURES or of_values.isdisjoint(inputs):
-            if node.op_type in _TAKES and node.input[0] in rows and any(n not in rows for n in node.input[1:]):
-                found.add(rows[node.input[0]])
+            if node.op_type in _TAKES and node.input[0] in sizes and any(n not in sizes for n in node.input[1:]):
+                found[node.input[0]] = sizes[node.input[0]]
         else:
             of_values.update(node.output)
-    return tuple(sorted(found))
+    return found

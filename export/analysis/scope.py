@@ -89,6 +89,16 @@ def is_stand_in(node: onnx.NodeProto) -> bool:
     return node.op_type == "Mod" and node.input[1].startswith(STAND_IN)
 
 
+def stand_ins(model: onnx.ModelProto) -> frozenset[str]:
+    """Values of a graph that no state may hold: ids modulo a stand-in's rows, and what is made of them but rows."""
+    found = set[str]()
+    for node in model.graph.node:
+        looks_up = node.op_type == "Gather" and node.input[0] not in found
+        if is_stand_in(node) or (not looks_up and not found.isdisjoint(node.input)):
+            found.update(node.output)
+    return frozenset(found)
+
+
 def label(node: onnx.NodeProto) -> str:
     """The node's name or, when it has none, its first output's."""
     return node.name or next((name for name in node.output if name), node.op_type)

@@ -30,7 +30,8 @@ def of(tmp_path):
         )
         model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
         onnx.save(model, run.file)
-        return ask(run.file, inputs, max_history, tables=position_tables(model))
+        sizes = [n for table in position_tables(model).values() for n in table]
+        return ask(run.file, inputs, max_history, sizes=sizes)
 
     run.file = tmp_path / "m.onnx"
     return run
@@ -126,8 +127,46 @@ def test_a_table_of_positions_beyond_what_is_asked_ends_a_history_too(of):
     ]
     weights = {"begin": np.int64([0]), "positions": table(1200, 2), "items": table(1500, 2)}
     found = of((history, ITEM), nodes, **weights)
-    assert position_tables(onnx.load(of.file)) == (1200,)
+    assert position_tables(onnx.load(of.file)) == {"positions": (1200, 2)}
     assert (found.max_history, of((history, ITEM), nodes, 1100, **weights).max_history) == (1200, 1100)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((1200, 2), 0), ((1, 1200, 2), 1)])
+@pytest.mark.parametrize("beside", [0, 1, 3])
+def test_what_stands_beside_the_history_takes_positions_too(of, shape, axis, beside):
+    """A token of the model's own, or the target behind the history: fewer events have a position each."""
+    history = TensorSpec("history", "float32", (1, "N_h", 2), "user")
+    nodes = [
+        ("Concat", ["beside", "history"], ["all"], {"axis": 1}),
+        ("Shape", ["all"], ["size"], {"start": 1, "end": 2}),
+        ("Slice", ["positions", "begin", "size", "axis"], ["p"]),
+        ("Add", ["all", "p"], ["x"]),
+        ("ReduceSum", ["x"], ["score"]),
+    ]
+    weights = {
+        "beside": np.zeros((1, beside, 2), np.float32), "begin": np.int64([0]), "axis": np.int64([axis]),
+        "positions": table(1200).reshape(-1)[:2400].reshape(shape),
+    }  # fmt: skip
+    assert of((history, ITEM), nodes, **weights).max_history == 1200 - beside
+    assert of((history, ITEM), nodes, 1200, **weights).max_history == 1200 - beside
+    assert of((history, ITEM), nodes, 1100, **weights).max_history == 1100
+
+
+def test_a_history_that_takes_long_has_no_end_there(of, monkeypatch):
+    history = TensorSpec("history", "float32", (1, "N_h", 2), "user")
+    nodes = [
+        ("Shape", ["history"], ["size"], {"start": 1, "end": 2}),
+        ("Slice", ["positions", "begin", "size"], ["p"]),
+        ("Add", ["history", "p"], ["x"]),
+        ("ReduceSum", ["x"], ["score"]),
+    ]
+    run = asking.Child.run
+
+    def slow(self, feeds, by="onnxruntime"):
+        return asking._LONG if feeds["history"].shape[1] > 1000 else run(self, feeds, by)
+
+    monkeypatch.setattr(asking.Child, "run", slow)
+    assert of((history, ITEM), nodes, begin=np.int64([0]), positions=table(1200, 2)).max_history is None
 
 
 def test_a_mean_over_nothing_needs_an_event(of):

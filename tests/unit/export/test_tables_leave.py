@@ -26,8 +26,10 @@ from stca.checks.verify import prove, verify
 from stca.engines.build import build
 from stca.engines.refit import refit
 from stca.errors import CheckpointError, SplitError
+from stca.export.analysis.scope import stand_ins
 from stca.export.pipeline import CutOptions, export_checkpoint, export_module
 from stca.export.reference.checkpoint import Checkpoint
+from stca.export.tables import Large, leave, put_back
 from stca.export.to_onnx import RequestModel
 from stca.manifest import GRAPHS, TensorSpec
 from stca.report.blocks import condense
@@ -430,3 +432,32 @@ def test_numbers_that_are_none_are_found_in_a_table_that_stays(tmp_path, small_i
     values[-1, -1] = np.nan
     with pytest.raises(SplitError, match="weight 'table' has NaN or infinite values"):
         tables.split(tables.model(values=values), tmp_path, prove, above=None)
+
+
+def test_a_table_comes_back_though_a_pass_moved_its_ids(small_is_large):
+    """What lies between a look-up and the ids brought into the stand-in moves true ids then."""
+    model = tables.model()
+    large = Large()
+    large.hollow(model.graph.initializer[0], values := tables.table())
+    left = leave(model, large, Path(), lambda _: None)
+    look_up = next(n for n in model.graph.node if n.name == "events")
+    at = list(model.graph.node).index(look_up)
+    moved = NODE("Concat", [look_up.input[1], look_up.input[1]], ["twice"], "twice", axis=0)
+    look_up.input[1] = "twice"
+    model.graph.node.insert(at, moved)
+    assert "twice" in stand_ins(model)
+    put_back(model, left.apart)
+    model.graph.initializer[0].CopyFrom(constant("table", values))
+    assert not stand_ins(model)
+    found = tables.expected(model, HIST, ITEM)
+    np.testing.assert_allclose(found, tables.expected(tables.model(), HIST, ITEM), rtol=1e-5)
+
+
+def test_a_table_that_a_pass_reads_whole_says_what_leaves_it_alone(small_is_large):
+    model = tables.model()
+    large = Large()
+    large.hollow(model.graph.initializer[0], tables.table())
+    left = leave(model, large, Path(), lambda _: None)
+    model.graph.node.append(NODE("ReduceMax", ["table"], ["largest"], "largest"))
+    with one_line(SplitError, "'largest'", "'table'", "--no-lift"):
+        put_back(model, left.apart)
