@@ -343,7 +343,7 @@ def _take_true_ids(graph: onnx.GraphProto, tables: Collection[str]) -> None:
             continue
         if node.op_type != "Gather" or node.input[1] == table or attribute(node, "axis", 0) not in (0, -2):
             raise SplitError(
-                f"node {label(node)!r} ({node.op_type}) of the rewritten model reads the table {table!r} otherwise than "
+                f"node {label(node)!r} ({node.op_type}) of the rewritten model reads the table {table!r} other than "
                 "by a Gather of rows; pass --no-lift or CutOptions(free=False), which leave look-ups as they are"
             )
         made = [graph.node[i] for i in flow.needed([node.input[1]])[0]]
