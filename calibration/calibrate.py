@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -92,7 +93,8 @@ def calibrate(
     """Write a bundle that is in 8 bits as far as the budget allows.
 
     All tensors are tried first; while the budget breaks, the one that alone moves the scores most is kept as it is, of
-    many an eighth of them.
+    many an eighth of them. Where the trace leaves it open, that is done once: more would give up tensors for want of
+    requests.
 
     Args:
         bundle: in float32, with its own graphs.
@@ -130,6 +132,21 @@ def calibrate(
     if candidates:
         progress("ranges of the state")
         formats |= formats_of(bundle, candidates, options, run.states(bundle, trace()))
+    judged = partial(measure, exact, labels=labels, tasks=tasks, budget=budget)
+    chosen, tried = _searched(bundle, formats, trace, run, exact, judged, progress)
+    return _finished(bundle, chosen, out, budget, tried, len(exact), prove, progress), tried
+
+
+def _searched(
+    bundle: Bundle,
+    formats: Formats,
+    trace: Callable[[], Iterable[Traced]],
+    run: Runner,
+    exact: Sequence[Array],
+    judged: Callable[[Sequence[Array]], Sequence[Measure]],
+    progress: Progress,
+) -> tuple[Formats, list[Tried]]:
+    """Those of `formats` that hold the budget, and all that was tried; `judged` measures scores against it."""
     step = -(-len(formats) // _TRIES)
     tried: list[Tried] = []
     high: list[str] = []
@@ -138,18 +155,17 @@ def calibrate(
         chosen = {n: f for n, f in formats.items() if n not in high}
         progress(f"8 bits in {len(chosen)} of {len(formats)} tensors")
         made, found = _scored(bundle, chosen, run, trace())
-        measures = measure(exact, found, labels, tasks, budget)
-        tried.append(_tried(bundle, made, chosen, measures, exact, found, harm))
-        if not tried[-1].broken:
-            break
+        tried.append(_tried(bundle, made, chosen, judged(found), exact, found, harm))
+        if tried[-1].holds:
+            return chosen, tried
+        open_ = [t for t in tried if not t.broken]
+        if open_ and (len(open_) > 1 or len(chosen) == 1):
+            raise UsageError(_too_small(open_[0], len(exact)))
         if len(chosen) == 1:
             raise ParityError(_blamed(bundle, next(iter(chosen)), formats, tried[-1]))
         harm = harm or _harm(bundle, formats, trace, run, exact, progress)
         order = sorted(harm, key=lambda n: -harm[n])
         high = order[: min(len(high) + step, len(order) - 1)]
-    if not tried[-1].holds:
-        raise UsageError(_too_small(tried[-1], len(exact)))
-    return _finished(bundle, chosen, out, budget, tried, len(exact), prove, progress), tried
 
 
 def _harm(

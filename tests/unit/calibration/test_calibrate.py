@@ -110,6 +110,17 @@ def test_when_nothing_holds_the_node_to_blame_is_named(tmp_path, own, requests):
     assert not (tmp_path / "q").exists()
 
 
+def test_the_one_tensor_that_leaves_it_open_is_kept(tmp_path, own, requests):
+    run = Faked(attention_0_value=0.02)
+    _, (all_in_8_bits,) = search(own, requests, tmp_path / "loose", "top10=0.2", run)
+    bound = min(m.estimate.value for m in all_in_8_bits.measures)
+    _, tried = search(own, requests, tmp_path / "q", f"top10={bound}", run)
+    assert [(t.broken, t.holds, t.high) for t in tried] == [
+        (False, False, ()),
+        (False, True, ("attention_0_value",)),
+    ]
+
+
 def test_a_trace_that_cannot_decide_says_how_much_would(tmp_path, own, requests):
     _, tried = search(own, requests, tmp_path / "q", "auc=0.4")
     bound = 1.02 * max(abs(m.estimate.value) for m in tried[-1].measures)
