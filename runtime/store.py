@@ -37,8 +37,9 @@ class StoreStats:
         room_bytes: of the tensors' memory, with the room that appends left for rows to come.
         expired: states that became older than they may.
         warmed: states made ahead of a request.
-        appends: histories that grew without being encoded again.
-        appended_bytes: what appends wrote: the new rows, and those that moved into a larger room.
+        appends: histories that grew, or were corrected (`Session.amend`), without being encoded again.
+        appended_bytes: what these wrote: the new rows and those that moved into a larger room, and all rows of a
+            corrected history.
         hits_from: hits by where the state was: `memory`, `file`, or `joined` where another call was making it.
         misses_for: misses by why there was no state: `new_user`, `version` (one of another version is kept), `expired`,
             `evicted`, `weights` (a swap), `too_large` for the budget, `damaged` in its file; as far as it is known.
@@ -78,6 +79,7 @@ class StateStore:
     def __init__(self, memory: StateCache, file: FileTier | None = None) -> None:
         self.memory, self.file = memory, file
         self._lock = threading.Lock()
+        self._putting = threading.Lock()  # so that what is read from a file cannot come after what is newer
         self._hits: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
         self._warmed = self._appends = self._appended_bytes = self._encoded = 0
@@ -125,11 +127,17 @@ class StateStore:
         why = self.memory.why_not(key)
         if self.file is None:
             return None, why
-        state, damaged = self.file.read(key, lambda found, age: self.memory.put(key, found, age=age))
+        state, damaged = self.file.read(key, lambda found, age: self._restore(key, found, age))
         if state is not None:
             return state, FILE
         other = why in (NEW, EVICTED) and self.file.has(key.user)
         return None, DAMAGED if damaged else VERSION if other else why
+
+    def _restore(self, key: StateKey, state: UserState, age: float) -> None:
+        """Keep a state that was read from a file, where nothing of its user is kept: what is here is the newer one."""
+        with self._putting:
+            if self.memory.find(key.user) is None:
+                self.memory.put(key, state, age=age)
 
     def find(self, user: Hashable, *wanted: StateKey) -> tuple[StateKey, UserState] | None:
         """Whatever is kept of `user` in memory, or else in a file under one of the keys `wanted`, for an append."""
@@ -141,7 +149,8 @@ class StateStore:
 
     def put(self, key: StateKey, state: UserState, *, instead_of: UserState | None = None) -> bool:
         """As `StateCache.put`."""
-        kept = self.memory.put(key, state, instead_of=instead_of)
+        with self._putting:
+            kept = self.memory.put(key, state, instead_of=instead_of)
         if kept and self.file is not None:
             self.file.offer(key.user)
         return kept
@@ -169,7 +178,7 @@ class StateStore:
                 self._misses[why] += 1
 
     def count_made(self, *, warmed: int = 0, appended_bytes: int | None = None) -> None:
-        """Count states made ahead, or one append and what it wrote."""
+        """Count states made ahead, or one append or amendment and what it wrote."""
         with self._lock:
             self._warmed += warmed
             if appended_bytes is not None:

@@ -116,11 +116,18 @@ StateCache::State StateCache::wait(const FlightPtr& flight, const Deadline& dead
   return flight->state;
 }
 
-bool StateCache::put(StateKey key, State state, const State& instead_of, double age) {
+bool StateCache::put(StateKey key, State state, const State& instead_of) {
   Order dropped;
   const std::lock_guard lock(mutex_);
   expire(dropped, &key.user);
-  return keep(std::move(key), std::move(state), instead_of, age, dropped);
+  return keep(std::move(key), std::move(state), instead_of, 0, dropped);
+}
+
+bool StateCache::restore(StateKey key, State state, double age) {
+  Order dropped;
+  const std::lock_guard lock(mutex_);
+  expire(dropped, &key.user);
+  return by_user_.count(key.user) == 0 && keep(std::move(key), std::move(state), nullptr, age, dropped);
 }
 
 bool StateCache::keep(StateKey key, State state, const State& instead_of, double age, Order& dropped) {

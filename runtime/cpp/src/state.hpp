@@ -110,8 +110,10 @@ class StateCache {
 
   /// Keeps `state` in place of the user's last one; false when it is larger than the budget. With `instead_of`, only
   /// while that is still the one kept: what came or went meanwhile wins.
-  /// `age`: seconds since the state was made.
-  bool put(StateKey key, State state, const State& instead_of = nullptr, double age = 0);
+  bool put(StateKey key, State state, const State& instead_of = nullptr);
+  /// Keeps a state from elsewhere that was made `age` seconds ago, where nothing of its user is kept: what is here is
+  /// the newer one.
+  bool restore(StateKey key, State state, double age);
   /// Whatever is kept for `user`, without counting as a hit.
   std::optional<std::pair<StateKey, State>> find(const std::string& user);
   /// The same, with its age.

@@ -10,7 +10,7 @@ StateCache::LookedUp StateStore::look_up(const StateKey& key) {
   StateCache::LookedUp found = memory_.get(key);
   if (found.state != nullptr || file_ == nullptr) return found;
   auto [state, damaged] =
-      file_->read(key, [&](const State& read, double age) { memory_.put(key, read, nullptr, age); });
+      file_->read(key, [&](const State& read, double age) { memory_.restore(key, read, age); });
   if (state != nullptr) return {std::move(state), Came::file};
   if (damaged) return {nullptr, Came::damaged};
   const bool unknown = found.came == Came::new_user || found.came == Came::evicted;

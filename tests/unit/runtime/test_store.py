@@ -35,6 +35,22 @@ class Clock:
         return self.now
 
 
+def test_a_state_in_a_file_does_not_replace_a_newer_one(tmp_path):
+    store = StateStore.of(1 << 20, folder=tmp_path, folder_bytes=1 << 20)
+    store.serve("w", "f")
+    store.put(key("ann", 1), state(10))
+    assert store.file.wait(10)
+    newer = state(12)
+    store.memory.put(key("ann", 2), newer)  # and it is not written yet
+    found, came = store.look_up(key("ann", 1))
+    assert (found.tokens, came) == (10, "file")
+    assert store.memory.get(key("ann", 2)) is newer
+    store.memory.clear()
+    assert store.look_up(key("ann", 1))[1] == "file"
+    assert store.look_up(key("ann", 1))[1] == "memory"
+    store.close()
+
+
 def test_why_a_state_is_not_kept():
     clock = Clock()
     cache = StateCache(40, ttl_seconds=10, cost=lambda _, state: state.nbytes - 150, clock=clock)

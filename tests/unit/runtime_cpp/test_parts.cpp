@@ -348,6 +348,15 @@ TEST(cache_keeps_so_many_users) {
   CHECK(cache.find("cat").has_value());
 }
 
+TEST(cache_restores_a_state_only_where_there_is_none) {
+  StateCache cache(within(1 << 20));
+  cache.put(key_of("ann", "v2"), state_of(2));
+  CHECK(!cache.restore(key_of("ann", "v1"), state_of(1), 5));  // read from a file while hers was changed
+  CHECK(cache.get(key_of("ann", "v2")).state != nullptr);
+  CHECK(cache.restore(key_of("bob"), state_of(1), 5));
+  CHECK(cache.fetch("bob")->age >= 5);
+}
+
 TEST(cache_drops_what_is_too_old) {
   double now = 100;
   StateCache cache(within(1 << 20, 0, 50), [&] { return now; });
