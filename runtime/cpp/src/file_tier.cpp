@@ -56,6 +56,10 @@ double FileTier::now() {
   return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
 }
 
+double FileTier::steady() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 FileTier::FileTier(fs::path folder, std::uint64_t budget, double seconds, Fetch fetch, Clock clock)
     : folder_(std::move(folder)),
       budget_(budget),
@@ -63,7 +67,7 @@ FileTier::FileTier(fs::path folder, std::uint64_t budget, double seconds, Fetch 
       fetch_(std::move(fetch)),
       clock_(std::move(clock)),
       descriptor_(opened(folder_)),
-      swept_(now()) {
+      swept_(steady()) {
   done_.budget = budget;
   try {
     names_ = RecordNames(RecordNames::key_of(folder_));
@@ -162,7 +166,7 @@ std::pair<FileTier::State, bool> FileTier::read(const StateKey& key,
     records_.splice(records_.end(), records_, held->second);
     kind = kind_, born = held->second->born;
   }
-  const double began = now();
+  const double began = steady();
   std::shared_ptr<const UserState> state;
   try {
     auto [header, found] = read_record(path(name));
@@ -179,7 +183,7 @@ std::pair<FileTier::State, bool> FileTier::read(const StateKey& key,
     return {nullptr, true};
   }
   ++done_.reads;
-  done_.read_seconds += std::max(0.0, now() - began);
+  done_.read_seconds += steady() - began;
   if (same()) keep(state, std::max(0.0, clock_() - born));
   return {state, false};
 }
@@ -288,8 +292,8 @@ void FileTier::expire(const std::string* asked) {
   const auto look = [&](const Record& record) {
     if (record.born + seconds_ <= time) old.push_back(record.name);
   };
-  if (asked == nullptr || now() - swept_ > sweep_seconds) {
-    swept_ = now();
+  if (asked == nullptr || steady() - swept_ > sweep_seconds) {
+    swept_ = steady();
     for (const Record& record : records_) look(record);
   } else if (const auto held = by_name_.find(*asked); held != by_name_.end()) {
     look(*held->second);

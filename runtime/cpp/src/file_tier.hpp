@@ -67,6 +67,8 @@ class FileTier {
   using Records = std::list<Record>;  // least recently used first
 
   static double now();
+  /// Seconds that only grow.
+  static double steady();
   void work();
   void write(const std::string& user, const std::string& name, const std::string& kind);
   std::string name_of(const std::string& user) const { return names_.of({"user", user}); }
