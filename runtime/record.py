@@ -184,8 +184,6 @@ def _parts(value: Any) -> Iterator[bytes]:
             yield b"bytes " + value
         case int():
             yield b"integer %x" % value
-        case float():
-            yield b"real " + float.hex(float(value) + 0.0).encode()
         case uuid.UUID():
             yield b"uuid " + value.bytes
         case datetime.datetime():
