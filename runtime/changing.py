@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,24 +19,7 @@ from stca.runtime.turns import Turns
 from stca.runtime.user_states import plain_key
 
 
-class Way(NamedTuple):
-    """A kind of change.
-
-    Attributes:
-        name: of the session's call.
-        done: the same, as it is told.
-        result: of a kept state and that of the events: the changed one, and how many bytes were written for it.
-        adds: whether it is made to sums: what an event gave to one cannot be taken out.
-    """
-
-    name: str
-    done: str
-    result: Callable[[UserState, UserState], tuple[UserState, int]]
-    adds: bool
-
-
 def change(
-    way: Way,
     model: Model,
     store: StateStore,
     turns: Turns,
@@ -45,26 +27,32 @@ def change(
     events: Mapping[str, ArrayLike],
     version: Hashable,
     after: Hashable,
+    at: int | None = None,
 ) -> bool:
-    """Encode the events and keep the changed state; whether it is kept. `Session.append` has the arguments.
+    """Encode the events and keep the changed state; whether it is kept. `Session.append` and `amend` have the
+    arguments; without `at`, events are appended.
 
     Raises:
-        RequestError: when an input is wrong, or the model's tokens depend on each other or on the request.
+        RequestError: as of these.
     """
+    call, done = ("append", "appended") if at is None else ("amend", "amended")
     if user is None:
-        raise RequestError(f"user: is None; events are {way.done} to the state of one user, say whose")
+        raise RequestError(f"user: is None; events are {done} to the state of one user, say whose")
     if version is None:
         raise RequestError("version: is None; name the history with the new events, or no request will find it")
     if not model.manifest.appendable:
         raise RequestError(f"{model.door.why_not_appendable()}; send the whole history with a new version")
-    if model.sums and not way.adds:
+    if model.sums and at is not None:
         raise RequestError(
-            f"{way.name}: this bundle's states are sums over all events, and what one of them gave is not known any "
+            f"{call}: this bundle's states are sums over all events, and what one of them gave is not known any "
             "more; send the whole history with a new version"
         )
     user, version = plain_key(user, version)
-    arrays = _admitted(way, model, mapping_of("inputs", events))
+    # What is corrected is never cut: the others would come one place early.
+    arrays = _admitted(call, model, mapping_of("inputs", events), cut=at is None)
     follows = plain_key(None, after)[1]
+    if after is not None and follows == version:
+        raise RequestError(f"version: is {quoted(version)}, that of the history before; name the changed one anew")
     held = store.find(user, model.key(user, version), *([] if after is None else [model.key(user, follows)]))
     if held is None or (held[0].weights, held[0].format) != (model.manifest.weights, model.format):
         return False
@@ -74,10 +62,11 @@ def change(
         return False
     if model.sums and model.window is not None and held[1].tokens + model.tokens(arrays) > model.window:
         return False  # the oldest events would have to leave the sums
+    first = None if at is None else _first(held[1], model.tokens(arrays), at)
     turns.enter()
     try:
-        fresh = model.grown(held[1], arrays) if model.sums else model.encode([arrays])[0]
-        state, written = way.result(held[1], fresh)
+        fresh = model.grown(held[1], arrays) if model.sums else next(model.encode([arrays]))
+        state, written = extend(model, held[1], fresh) if first is None else replace(model, held[1], fresh, first)
     finally:
         turns.leave()
     kept = store.put(model.key(user, version), state, instead_of=held[1])
@@ -86,7 +75,7 @@ def change(
     return kept
 
 
-def _admitted(way: Way, model: Model, events: dict[str, ArrayLike]) -> dict[str, Array]:
+def _admitted(call: str, model: Model, events: dict[str, ArrayLike], *, cut: bool) -> dict[str, Array]:
     """The events as the encoder takes them. With sums in the state, what follows from no event is made again, so the
     user's other inputs come along as they are now; else nothing is made of these, and any valid row will do.
     """
@@ -94,8 +83,33 @@ def _admitted(way: Way, model: Model, events: dict[str, ArrayLike]) -> dict[str,
     once = [n for n in door.names("user") if door.inputs[n].shape[:1] != (TOKENS,) and not model.sums]
     if given := [n for n in events if n in once or n in door.names("request", "target")]:
         taken = "the user inputs" if model.sums else "the per-token user inputs"
-        raise RequestError(f"{given[0]}: is no part of an event; {way.name} takes {taken} alone")
-    return door.admit({**{n: door.placeholder(n) for n in once}, **events}, "user")
+        raise RequestError(f"{given[0]}: is no part of an event; {call} takes {taken} alone")
+    return door.admit({**{n: door.placeholder(n) for n in once}, **events}, "user", events=True, cut=cut)
+
+
+def checked_place(at: int) -> int:
+    """The place of an event, as a caller gave it.
+
+    Raises:
+        RequestError: when it is no integer.
+    """
+    if not isinstance(at, int | np.integer) or isinstance(at, bool):
+        raise RequestError(f"at: is {quoted(at)}; the place of an event is a whole number")
+    return int(at)
+
+
+def _first(kept: UserState, events: int, at: int) -> int:
+    """The place of the first event that is corrected, from the oldest, where `at` is negative too.
+
+    Raises:
+        RequestError: when the events are not all within the history.
+    """
+    first = at + kept.tokens if at < 0 else at
+    if not 0 <= first <= kept.tokens - events:
+        raise RequestError(
+            f"at: is {at}; the kept history has {kept.tokens} events, and all {events} from there on must be in it"
+        )
+    return first
 
 
 def extend(model: Model, old: UserState, new: UserState) -> tuple[UserState, int]:
@@ -127,20 +141,10 @@ def extend(model: Model, old: UserState, new: UserState) -> tuple[UserState, int
     return UserState(tensors | room.write(end, rows, kept), kept, None, room, end + new.tokens), written
 
 
-def replace(model: Model, old: UserState, new: UserState, at: int) -> tuple[UserState, int]:
-    """The state with `new`'s events in the place of those from `at` on, which counts from the newest where it is
-    negative; and how many bytes were written for it: all, since requests may be reading the old ones.
-
-    Raises:
-        RequestError: when the events are not all within the history.
+def replace(model: Model, old: UserState, new: UserState, first: int) -> tuple[UserState, int]:
+    """The state with `new`'s events in the place of those from `first` on, all of which it has; and how many bytes
+    were written for it: all, since requests may be reading the old ones.
     """
-    if not isinstance(at, int | np.integer) or isinstance(at, bool):
-        raise RequestError(f"at: is {quoted(at)}; the place of an event is a whole number")
-    first = at + old.tokens if at < 0 else at
-    if not 0 <= first <= old.tokens - new.tokens:
-        raise RequestError(
-            f"at: is {at}; the kept history has {old.tokens} events, and all {new.tokens} from there on must be in it"
-        )
     names = [spec.name for spec in model.manifest.state if spec.shape[:1] == (TOKENS,)]
     last = first + new.tokens
     rows = {n: join([old.tensors[n][:first], new.tensors[n], old.tensors[n][last:]]) for n in names}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Final, TypeVar
 
 from stca.runtime.deadline import NEVER, Deadline
@@ -67,7 +67,7 @@ class Flights:
     def encode(
         self,
         missing: Mapping[StateKey | int, T],
-        encode: Callable[[Sequence[T]], Sequence[UserState]],
+        encode: Callable[[Sequence[T]], Iterable[UserState]],
         keep: Callable[[StateKey, UserState], object],
         find: Callable[[StateKey], UserState | None] = lambda _: None,
         deadline: Deadline = NEVER,
@@ -77,7 +77,7 @@ class Flights:
 
         Args:
             missing: what to encode, by the key of the state; by any number where it is nobody's, and no one else's.
-            encode: makes states of several at once, in their order.
+            encode: makes states of several, in their order; those that it gave before it failed are kept.
             keep: told of each new state whose user was not forgotten meanwhile.
             find: the state, where it was kept since the caller looked.
             deadline: how long to wait for others.
@@ -103,7 +103,8 @@ class Flights:
                 together = [key for key in left if key not in others and key not in made]
                 own |= set(together)
                 if together:
-                    made.update(zip(together, encode([missing[key] for key in together]), strict=True))
+                    for key, state in zip(together, encode([missing[key] for key in together]), strict=True):
+                        made[key] = state
             finally:
                 self._land(mine, made, keep)
             for key, flight in others.items():

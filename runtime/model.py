@@ -108,30 +108,24 @@ class Model:
         """What a state is kept under; both are plain values, as `Door.key_of` makes them."""
         return StateKey(user, version, self.manifest.weights, self.format)
 
-    def encode(self, users: Sequence[Mapping[str, Array]], deadline: Deadline = NEVER) -> list[UserState]:
-        """Run the user encoder on users' admitted inputs, on those with short histories together.
+    def encode(self, users: Sequence[Mapping[str, Array]], deadline: Deadline = NEVER) -> Iterator[UserState]:
+        """The states of users, in their order, from their admitted inputs. Those with short histories go through the
+        user encoder together, and the states of a run are given before the next begins.
 
         Raises:
             EngineError: when it fails.
             DeadlineError, CancelledError: between runs, when the states are not wanted any more.
         """
-        if not users:
-            return []
         tokens = [self.tokens(arrays) for arrays in users]
-        if len(users) == 1:
-            deadline.check()
-            return self._encode(users, tokens)
         limits = limits_of(self.choice, "user_encoder")
         limits[TOKENS] = min(limits[TOKENS], _TOKENS_TOGETHER)
         if not all(self.is_offsets(s) or s.shape[:1] in ((TOKENS,), (USERS,)) for s in self.manifest.state):
             limits[USERS] = 1  # what is neither per token nor per user cannot be parted
         if self.door.stacked:
             limits[USERS] = 1
-        states: list[UserState] = []
         for run in parted([{USERS: 1, TOKENS: n} for n in tokens], limits):
             deadline.check()
-            states += self._encode(users[run], tokens[run])
-        return states
+            yield from self._encode(users[run], tokens[run])
 
     def _encode(self, users: Sequence[Mapping[str, Array]], tokens: Sequence[int]) -> list[UserState]:
         feeds = self._pack(users)

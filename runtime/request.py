@@ -126,9 +126,17 @@ class Door:
         """Whether anything is sent that is not the request's or its targets'."""
         return not inputs.keys() <= self._no_user
 
-    def admit(self, inputs: dict[str, ArrayLike], *scopes: str) -> dict[str, Array]:
+    def admit(
+        self, inputs: dict[str, ArrayLike], *scopes: str, events: bool = False, cut: bool = True
+    ) -> dict[str, Array]:
         """Check one request's inputs of `scopes` and return them as contiguous arrays, offsets included. Of inputs of
         other scopes only the names are looked at.
+
+        Args:
+            inputs: by name.
+            scopes: of those that are admitted.
+            events: they are a part of a history: any of its events may be blank, as long as others are not.
+            cut: drop the oldest tokens beyond the limit, where the session truncates; otherwise all are left.
 
         Raises:
             RequestError: naming the input, the value and the limit.
@@ -159,9 +167,9 @@ class Door:
             if spec.name in arrays and (of := str(spec.length_of)) in sizes:
                 _check_length(spec.name, arrays[spec.name], *sizes[of])
         if part.has_user:
-            self._limit_history(arrays, sizes)
+            self._limit_history(arrays, sizes, cut=cut)
         for spec in self._blanks:
-            if spec.name in arrays:
+            if spec.name in arrays and not (events and spec.shape[:1] == (TOKENS,)):
                 _check_not_blank(spec, arrays[spec.name])
         for name, dtype, size in part.offsets:
             arrays[name] = _from_0_to(sizes[size][0] if size in sizes else 0, dtype)
@@ -282,14 +290,14 @@ class Door:
             made |= history.complete(sent)
         return made
 
-    def _limit_history(self, arrays: dict[str, Array], sizes: Sizes) -> None:
+    def _limit_history(self, arrays: dict[str, Array], sizes: Sizes, *, cut: bool) -> None:
         if TOKENS not in sizes:
             return
         tokens, name = sizes[TOKENS]
         if tokens < (self._min_history or 0):
             raise RequestError(f"{name}: has {tokens} tokens, the model needs at least {self._min_history}")
         most = self.limits.max_history
-        if most is None or tokens <= most:
+        if most is None or tokens <= most or not cut:
             return
         for key in self.names("user"):
             if TOKENS in (shape := self.inputs[key].shape):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
@@ -18,7 +17,7 @@ from stca.errors import EngineError, RequestError, UsageError
 from stca.manifest import Manifest
 from stca.opening import opened
 from stca.runtime.batching import ALONE, Batcher, Runs
-from stca.runtime.changing import Way, change, extend, replace
+from stca.runtime.changing import change, checked_place
 from stca.runtime.client_values import mapping_of
 from stca.runtime.deadline import Deadline, Wanted
 from stca.runtime.engine import Engine
@@ -229,11 +228,10 @@ class Session:
             request brings the history.
 
         Raises:
-            RequestError: when an input is wrong, or the model's tokens depend on each other or on the request.
+            RequestError: when an input is wrong, `version` is `after`, or the model's tokens depend on each other or on
+                the request.
         """
-        model = self._running()
-        way = Way("append", "appended", functools.partial(extend, model), adds=True)
-        return self._change(way, model, user, events, version, after)
+        return change(self._running(), self._store, self._turns, user, events, version, after)
 
     def amend(
         self, user: Hashable, events: Mapping[str, ArrayLike], version: Hashable, *, at: int, after: Hashable = None
@@ -251,22 +249,9 @@ class Session:
             Whether the amended state is kept; otherwise the next request brings the history.
 
         Raises:
-            RequestError: as `append`, and when the events are not all within the kept history.
+            RequestError: as `append`, and when `at` is no integer, or not all events are within the kept history.
         """
-        model = self._running()
-        result = functools.partial(replace, model, at=at)
-        return self._change(Way("amend", "amended", result, adds=False), model, user, events, version, after)
-
-    def _change(
-        self,
-        way: Way,
-        model: Model,
-        user: Hashable,
-        events: Mapping[str, ArrayLike],
-        version: Hashable,
-        after: Hashable,
-    ) -> bool:
-        return change(way, model, self._store, self._turns, user, events, version, after)
+        return change(self._running(), self._store, self._turns, user, events, version, after, checked_place(at))
 
     def warm(
         self, user: Hashable, history: Mapping[str, ArrayLike], version: Hashable = None, *, deadline: Wanted = None

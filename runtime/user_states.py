@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from numpy.typing import ArrayLike
@@ -121,17 +121,17 @@ class UserStates:
             if one.state is None:
                 missing.setdefault(place if one.key is None else one.key, one)
 
-        def encode(those: Sequence[Found]) -> list[UserState]:
+        def encode(those: Sequence[Found]) -> Iterator[UserState]:
             users = [one.history for one in those if one.history is not None]
             if len(users) < len(those):  # another call was making it, and failed
                 raise _history_needed(next(one.key for one in those if one.history is None and one.key is not None))
             count([one.came for one in those if one.key is not None])
             began = time.perf_counter()
-            states = model.encode(users, deadline)
-            self._store.count_encoded(len(states), time.perf_counter() - began)
-            if not self._check_versions:
-                return states
-            return [dataclasses.replace(s, history=model.door.digest(u)) for s, u in zip(states, users, strict=True)]
+            for user, state in zip(users, model.encode(users, deadline), strict=True):
+                self._store.count_encoded(1, time.perf_counter() - began)
+                history = model.door.digest(user) if self._check_versions else None
+                yield state if history is None else dataclasses.replace(state, history=history)
+                began = time.perf_counter()
 
         fresh, own = self._flights.encode(missing, encode, self._store.put, self._store.memory.peek, deadline)
         return [held or fresh[place if key is None else key] for place, (key, held, *_) in enumerate(found)], own

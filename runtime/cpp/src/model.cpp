@@ -225,20 +225,24 @@ void Model::check_output(const Engine& engine, std::size_t index, const Array& o
   }
 }
 
-std::vector<StateCache::State> Model::encode(const std::vector<Row>& rows, const Deadline& deadline) const {
-  std::vector<RunSize> sizes;
-  for (const Row& row : rows) sizes.push_back({1, std::max<std::int64_t>(row.tokens, 0), 0});
-  std::vector<StateCache::State> states;
-  std::size_t begin = 0;
-  for (std::size_t end : run_ends(sizes, encoded_together_)) {
-    deadline.check();
-    encode_together(part(rows, begin, end), states);
-    begin = end;
-  }
+std::vector<StateCache::State> Model::encode(const std::vector<Row>& rows) const {
+  std::vector<StateCache::State> states(rows.size());
+  encode(rows, Deadline::never(), [&](std::size_t i, std::shared_ptr<UserState> state) { states[i] = std::move(state); });
   return states;
 }
 
-void Model::encode_together(const std::vector<Row>& rows, std::vector<StateCache::State>& states) const {
+void Model::encode(const std::vector<Row>& rows, const Deadline& deadline, const Made& made) const {
+  std::vector<RunSize> sizes;
+  for (const Row& row : rows) sizes.push_back({1, std::max<std::int64_t>(row.tokens, 0), 0});
+  std::size_t begin = 0;
+  for (std::size_t end : run_ends(sizes, encoded_together_)) {
+    deadline.check();
+    for (auto& state : encode_together(part(rows, begin, end))) made(begin++, std::move(state));
+  }
+}
+
+std::vector<std::shared_ptr<UserState>> Model::encode_together(const std::vector<Row>& rows) const {
+  std::vector<std::shared_ptr<UserState>> states;
   std::vector<Array> feeds;
   feeds.reserve(encoder_inputs_.size());
   for (const Source& source : encoder_inputs_) feeds.push_back(door_.pack(rows, static_cast<int>(source.index)));
@@ -265,6 +269,7 @@ void Model::encode_together(const std::vector<Row>& rows, std::vector<StateCache
     begin = end;
     states.push_back(std::move(state));
   }
+  return states;
 }
 
 Array Model::join(std::size_t index, const std::vector<StateCache::State>& states) const {
@@ -355,12 +360,7 @@ StateCache::State Model::extend(const UserState& old, const UserState& fresh) co
   return state;
 }
 
-StateCache::State Model::replace(const UserState& old, const UserState& fresh, std::int64_t at) const {
-  const std::int64_t first = at < 0 ? at + old.tokens : at, last = old.tokens - fresh.tokens;
-  if (first < 0 || first > last) {
-    request_error("at: is ", at, "; the kept history has ", old.tokens, " events, and all ", fresh.tokens,
-                  " from there on must be in it");
-  }
+StateCache::State Model::replace(const UserState& old, const UserState& fresh, std::int64_t first) const {
   auto state = std::make_shared<UserState>();
   state->tokens = old.tokens;
   for (std::size_t i = 0; i < state_.size(); ++i) {

@@ -1,6 +1,7 @@
 // One bundle with its engines: what is computed, and in which runs.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -34,9 +35,12 @@ class Model {
 
   /// Runs the user encoder on one user's admitted inputs.
   StateCache::State encode(const Row& row) const { return encode(std::vector<Row>{row})[0]; }
-  /// The same for several users, those with short histories together.
-  /// The deadline is looked at before each run, and throws.
-  std::vector<StateCache::State> encode(const std::vector<Row>& rows, const Deadline& deadline = Deadline::never()) const;
+  /// Takes the state that was made of the row of this number.
+  using Made = std::function<void(std::size_t row, std::shared_ptr<UserState> state)>;
+  /// The same for several users, those with short histories together. The states of a run are given before the next
+  /// begins. The deadline is looked at before each run, and throws.
+  void encode(const std::vector<Row>& rows, const Deadline& deadline, const Made& made) const;
+  std::vector<StateCache::State> encode(const std::vector<Row>& rows) const;
   /// Runs the target scorer for several users, all at once where it can; `rows` hold their request and target inputs.
   Array score(const std::vector<StateCache::State>& states, const std::vector<Row>& rows,
               const Deadline& deadline = Deadline::never()) const;
@@ -44,9 +48,8 @@ class Model {
   Array no_scores() const;
   /// The state of both histories one after the other, its oldest tokens dropped beyond the window.
   StateCache::State extend(const UserState& old, const UserState& fresh) const;
-  /// The state with the events of `fresh` in the place of those from `at` on, which counts from the newest where it is
-  /// negative. Throws RequestError when they are not all within the history.
-  StateCache::State replace(const UserState& old, const UserState& fresh, std::int64_t at) const;
+  /// The state with the events of `fresh` in the place of those from `first` on, all of which it has.
+  StateCache::State replace(const UserState& old, const UserState& fresh, std::int64_t first) const;
 
  private:
   /// Where a graph's input comes from: a state tensor, or an input of the request.
@@ -65,7 +68,7 @@ class Model {
   void find_shared();
   void check_shared(const UserState& state, const Row& row) const;
   bool is_offsets(std::size_t state) const;
-  void encode_together(const std::vector<Row>& rows, std::vector<StateCache::State>& states) const;
+  std::vector<std::shared_ptr<UserState>> encode_together(const std::vector<Row>& rows) const;
   Array score_together(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const;
   Array join(std::size_t index, const std::vector<StateCache::State>& states) const;
   void check_output(const Engine& engine, std::size_t index, const Array& output, const std::vector<Row>& rows) const;

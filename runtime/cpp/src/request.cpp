@@ -174,20 +174,20 @@ Door::Given Door::sort(Inputs inputs, int scopes, int others, const char* call) 
 }
 
 void Door::admit(Inputs inputs, int scopes, int others, Row& row) const {
-  admit_sorted(sort(inputs, scopes, others, ""), scopes, false, row);
+  admit_sorted(sort(inputs, scopes, others, ""), scopes, false, true, row);
 }
 
-void Door::admit_events(Inputs events, const char* call, Row& row) const {
+void Door::admit_events(Inputs events, const char* call, bool cut, Row& row) const {
   const Given given = sort(events, STCA_USER, 0, call);
   for (std::size_t i = 0; i < inputs_.size(); ++i) {
     if (given[i] != nullptr && once_per_user(i)) {
       request_error(inputs_[i].name, ": is no part of an event; ", call, " takes the per-token user inputs alone");
     }
   }
-  admit_sorted(given, STCA_USER, true, row);
+  admit_sorted(given, STCA_USER, true, cut, row);
 }
 
-void Door::admit_sorted(const Given& given, int scopes, bool events, Row& row) const {
+void Door::admit_sorted(const Given& given, int scopes, bool events, bool cut, Row& row) const {
   Sizes sizes(symbol_ids_.size());
   if (ragged_) sizes[users_id] = {1, "one request"};
   row.arrays.resize(inputs_.size());
@@ -225,7 +225,7 @@ void Door::admit_sorted(const Given& given, int scopes, bool events, Row& row) c
   }
   check_lengths(row, sizes);
   if ((scopes & STCA_USER) != 0) {
-    limit_history(row, sizes[tokens_id]);
+    limit_history(row, sizes[tokens_id], cut);
     row.tokens = sizes[tokens_id].size;
   }
   if (!events) check_not_blank(row);
@@ -342,11 +342,11 @@ void Door::check_history(const Bound& tokens) const {
                 "; send the most recent ones, or load the session with truncate=True");
 }
 
-void Door::limit_history(Row& row, Bound& tokens) const {
+void Door::limit_history(Row& row, Bound& tokens, bool cut) const {
   if (tokens.size >= 0 && tokens.size < shortest_) {
     request_error(tokens.because, ": has ", tokens.size, " tokens, the model needs at least ", shortest_);
   }
-  if (!window_ || tokens.size <= *window_) return;
+  if (!window_ || tokens.size <= *window_ || !cut) return;
   for (std::size_t i = 0; i < inputs_.size(); ++i) {
     if (inputs_[i].scope == STCA_USER && inputs_[i].counts(tokens_symbol)) row.arrays[i] = recent(i, row.arrays[i]);
   }

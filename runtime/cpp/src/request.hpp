@@ -79,8 +79,9 @@ class Door {
   /// Arrays of the right dtype are not copied. Throws RequestError naming the input, the value and the limit.
   void admit(Inputs inputs, int scopes, int others, Row& row) const;
   /// `admit` for the per-token user inputs alone, with any valid value where there is one per user.
-  /// `call` is what takes them, for its messages.
-  void admit_events(Inputs events, const char* call, Row& row) const;
+  /// `call` is what takes them, for its messages. `cut`: drop the oldest beyond the limit, where the session truncates;
+  /// otherwise all are left.
+  void admit_events(Inputs events, const char* call, bool cut, Row& row) const;
 
   /// Why new events are not appended, of a bundle whose states cannot be.
   std::string why_not_appendable() const;
@@ -105,14 +106,15 @@ class Door {
 
   std::vector<CutRequest> unstack(const stca_request_batch& batch) const;
   Given sort(Inputs inputs, int scopes, int others, const char* call) const;
-  void admit_sorted(const Given& given, int scopes, bool events, Row& row) const;
+  /// `events`: they are a part of a history. Any of its events may be blank, as long as others are not.
+  void admit_sorted(const Given& given, int scopes, bool events, bool cut, Row& row) const;
   Array of_kind(std::size_t index, const stca_tensor& value) const;
   Array array(std::size_t index, Array raw, Sizes& sizes) const;
   History::Sent complete(const Given& given) const;
   void check_lengths(const Row& row, const Sizes& sizes) const;
   void check_not_blank(const Row& row) const;
   void check_history(const Bound& tokens) const;
-  void limit_history(Row& row, Bound& tokens) const;
+  void limit_history(Row& row, Bound& tokens, bool cut) const;
   /// The last `window_` tokens of a user input.
   Array recent(std::size_t index, Array array) const;
   std::int64_t targets_of(const Row& row) const;

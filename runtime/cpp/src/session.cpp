@@ -15,6 +15,17 @@ int places(const Model& model, const Options& options) {
   return on_cpu && options.threads > 0 ? std::max(1, processors() / options.threads) : 1;
 }
 
+/// The place of the first event that is corrected, from the oldest, where `at` is negative too. Throws RequestError when
+/// the events are not all within the history.
+std::int64_t place(const UserState& kept, std::int64_t events, std::int64_t at) {
+  const std::int64_t first = at < 0 ? at + kept.tokens : at, last = kept.tokens - events;
+  if (first < 0 || first > last) {
+    request_error("at: is ", at, "; the kept history has ", kept.tokens, " events, and all ", events,
+                  " from there on must be in it");
+  }
+  return first;
+}
+
 }  // namespace
 
 Session::Session(const std::string& path, Options options)
@@ -162,15 +173,13 @@ void Session::check_version(const Model& model, const Pending& one) const {
                 in_quotes(request.version), "; give each history a version of its own");
 }
 
-std::vector<StateCache::State> Session::encode(const Model& model, const std::vector<Row>& rows,
-                                               const Deadline& deadline) const {
-  std::vector<StateCache::State> states = model.encode(rows, deadline);
-  for (std::size_t i = 0; options_.check_versions && i < states.size(); ++i) {
-    UserState state = *states[i];
-    state.history = model.door().digest(rows[i]);
-    states[i] = std::make_shared<const UserState>(std::move(state));
-  }
-  return states;
+void Session::encode(const Model& model, const std::vector<Pending*>& pending, const Deadline& deadline) const {
+  std::vector<Row> rows;
+  for (const Pending* one : pending) rows.push_back(one->row);
+  model.encode(rows, deadline, [&](std::size_t i, std::shared_ptr<UserState> state) {
+    if (options_.check_versions) state->history = model.door().digest(rows[i]);
+    pending[i]->state = std::move(state);
+  });
 }
 
 void Session::history_needed(const RequestView& request) {
@@ -238,13 +247,8 @@ void Session::find_states(const Model& model, std::vector<Pending>& pending, con
       joining.add(1);
       if (one.state == nullptr) waiting.push_back(&one);
     }
-    std::vector<Row> rows;
-    for (const Pending* one : leading.pending) {
-      count_encoding(*one);
-      rows.push_back(one->row);
-    }
-    std::vector<StateCache::State> states = encode(model, rows, deadline);
-    for (std::size_t i = 0; i < states.size(); ++i) leading.pending[i]->state = std::move(states[i]);
+    for (const Pending* one : leading.pending) count_encoding(*one);
+    encode(model, leading.pending, deadline);
   }
   // Waiting comes last: whoever waits has nothing left to do that another could be waiting for.
   for (Pending* one : waiting) {
@@ -256,26 +260,23 @@ void Session::find_states(const Model& model, std::vector<Pending>& pending, con
       joining.add(-1);
       leading.pending.push_back(one);
       count_encoding(*one);
-      one->state = encode(model, {one->row}, deadline)[0];
+      encode(model, leading.pending, deadline);
     }
   }
   joining.done();
 }
 
 bool Session::append(const std::string& user, Inputs events, const char* version, const char* after) {
-  return change("append", user, events, version, after,
-                [](const Model& model, const UserState& old, const UserState& fresh) { return model.extend(old, fresh); });
+  return change(user, events, version, after, std::nullopt);
 }
 
 bool Session::amend(const std::string& user, Inputs events, const char* version, std::int64_t at, const char* after) {
-  return change("amend", user, events, version, after,
-                [at](const Model& model, const UserState& old, const UserState& fresh) {
-                  return model.replace(old, fresh, at);
-                });
+  return change(user, events, version, after, at);
 }
 
-bool Session::change(const char* call, const std::string& user, Inputs events, const char* version, const char* after,
-                     const Change& result) {
+bool Session::change(const std::string& user, Inputs events, const char* version, const char* after,
+                     std::optional<std::int64_t> at) {
+  const char* const call = at ? "amend" : "append";
   const ModelPtr model = this->model();
   if (version == nullptr) {
     request_error("version: is null; name the history with the new events, or no request will find it");
@@ -289,17 +290,23 @@ bool Session::change(const char* call, const std::string& user, Inputs events, c
                   "whole history with a new version");
   }
   Row row;
-  model->door().admit_events(events, call, row);
+  model->door().admit_events(events, call, !at, row);  // what is corrected is never cut: the others would come early
+  if (after != nullptr && std::string_view(after) == version) {
+    request_error("version: is ", in_quotes(version), ", that of the history before; name the changed one anew");
+  }
   std::vector<StateKey> wanted{model->key(user, version)};
   if (after != nullptr) wanted.push_back(model->key(user, after));
   const auto held = store_->find(user, wanted);
   if (!held || !(*held->first.kind == *model->state_kind())) return false;
   if (held->first.version == version) return true;  // the same call again, after a timeout perhaps: its events are in
   if (after != nullptr && held->first.version != after) return false;
+  const UserState& old = *held->second;
+  const std::int64_t first = at ? place(old, row.tokens, *at) : 0;
   StateCache::State changed;
   {
     const Turns::Turn turn(turns_);
-    changed = result(*model, *held->second, *model->encode(row));
+    const StateCache::State fresh = model->encode(row);
+    changed = at ? model->replace(old, *fresh, first) : model->extend(old, *fresh);
   }
   return store_->put(model->key(user, version), std::move(changed), held->second);
 }
@@ -317,7 +324,7 @@ bool Session::warm(const std::string& user, Inputs history, const char* version,
     if (find_state(one)) {
       leading.pending.push_back(&one);
       store_->count_warmed();
-      one.state = encode(*model, {one.row}, deadline)[0];
+      encode(*model, leading.pending, deadline);
     } else if (one.state == nullptr) {
       one.state = StateCache::wait(one.flight, deadline);
     }

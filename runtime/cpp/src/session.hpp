@@ -1,7 +1,6 @@
 // The production front: score, append, forget, swap, with the user side computed once and reused.
 #pragma once
 
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -50,16 +49,15 @@ class Session {
   class Leading;
   class Joining;
   Scored score(const Model& model, const std::vector<RequestView>& requests, const Deadline& deadline);
-  /// A kept state and that of the events, as the changed one.
-  using Change = std::function<StateCache::State(const Model&, const UserState&, const UserState&)>;
-  /// Encodes the events and keeps the changed state; whether it is kept. `call` is what was called, for messages.
-  bool change(const char* call, const std::string& user, Inputs events, const char* version, const char* after,
-              const Change& result);
+  /// Encodes the events and keeps the changed state; whether it is kept. Without `at`, they are appended.
+  bool change(const std::string& user, Inputs events, const char* version, const char* after,
+              std::optional<std::int64_t> at);
   /// Its state where one is kept, its user inputs where there is none.
   void look_up(const Model& model, Pending& one);
   /// Where versions are checked, throws RequestError when a history is sent with the version of another one.
   void check_version(const Model& model, const Pending& one) const;
-  std::vector<StateCache::State> encode(const Model& model, const std::vector<Row>& rows, const Deadline& deadline) const;
+  /// Gives each its state, run by run: those of the runs before one that fails are theirs.
+  void encode(const Model& model, const std::vector<Pending*>& pending, const Deadline& deadline) const;
   /// Gives each its state: a kept one, one that is encoded here, or one that another call encodes.
   void find_states(const Model& model, std::vector<Pending>& pending, const Deadline& deadline);
   /// Whether the state is to be encoded here; if not, it is there, or there is a flight to wait for.

@@ -74,6 +74,40 @@ def test_a_request_under_way_keeps_what_it_found(session):
     assert all(np.array_equal(x, before[n]) for n, x in held.tensors.items())
 
 
+def test_the_version_of_the_history_before_names_no_changed_one(session):
+    inputs = ask(session, 9)
+    two = {n: x[:2] for n, x in parts(session, inputs)[0].items()}
+    session.score(Request(inputs, user="u", version=1))
+    for change in (session.append, lambda *of, **more: session.amend(*of, at=0, **more)):
+        with one_line(RequestError, "version: is 1, that of the history before; name the changed one anew"):
+            change("u", two, 1, after=1)
+    assert session.stats().appends == 0
+
+
+def test_nothing_is_encoded_for_a_place_that_is_none(session, monkeypatch):
+    inputs = ask(session, 9)
+    two = {n: x[:2] for n, x in parts(session, inputs)[0].items()}
+    for at in ("x", 1.5, None, True):
+        with one_line(RequestError, "at:", "whole number"):
+            session.amend("nobody", two, "v2", at=at)
+    session.score(Request(inputs, user="u", version=1))
+    monkeypatch.setattr(type(session._model.encoder), "run", lambda *_: pytest.fail("encoded"))
+    for at in (8, -10):
+        with one_line(RequestError, f"at: is {at};", "has 9 events", "all 2 from there on"):
+            session.amend("u", two, version=2, at=at)
+
+
+def test_corrected_events_are_never_cut(session):
+    limit = tiny.MAX_HISTORY
+    inputs, more = ask(session, limit), ask(session, limit + 1, seed=1)
+    targets = parts(session, inputs)[1]
+    before = session.score(Request(inputs, user="u", version=1))
+    for at in (0, -limit, -limit - 1):
+        with one_line(RequestError, f"at: is {at};", f"has {limit} events", f"all {limit + 1} from there on"):
+            session.amend("u", parts(session, more)[0], version=2, at=at)
+    np.testing.assert_array_equal(session.score(Request(targets, user="u", version=1)), before)
+
+
 def test_what_cannot_be_amended(session):
     inputs = ask(session, 9)
     tokens, targets = parts(session, inputs)

@@ -54,6 +54,19 @@ def test_whoever_is_interrupted_leaves_nobody_waiting():
     assert 10 < line < 200
 
 
+def test_states_that_were_made_before_a_failure_are_kept_and_joined():
+    flights, kept = Flights(), {}
+
+    def first_alone(xs):
+        yield UserState({}, 7)
+        raise ValueError(f"of {len(xs)}")
+
+    with pytest.raises(ValueError, match="of 2"):
+        flights.encode(dict.fromkeys(KEYS), first_alone, kept.__setitem__)
+    assert [(key, state.tokens) for key, state in kept.items()] == [(KEYS[0], 7)]
+    assert not any(map(flights.under_way, KEYS))
+
+
 def test_a_state_that_was_kept_meanwhile_is_not_made_again():
     state = UserState({}, 0)
     made, own = Flights().encode({KEYS[0]: None}, lambda _: pytest.fail("encoded"), lambda *_: None, lambda _: state)

@@ -131,7 +131,7 @@ def test_two_appends_to_one_state_are_both_right(log_session, inputs):
     model = log_session._model
     history = {n: x for n, x in inputs.items() if n.startswith(("history_", "user_"))}
     (old,) = model.encode([model.door.admit({**history, **events(inputs, 0, 8)}, "user")])
-    old, _ = extend(model, old, model.encode([model.door.admit({**history, **events(inputs, 8, 10)}, "user")])[0])
+    old, _ = extend(model, old, *model.encode([model.door.admit({**history, **events(inputs, 8, 10)}, "user")]))
     for begin in (10, 20):
         (new,) = model.encode([model.door.admit({**history, **events(inputs, begin, begin + 5)}, "user")])
         made, _ = extend(model, old, new)

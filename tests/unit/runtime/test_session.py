@@ -15,12 +15,12 @@ from support.errors import one_line
 
 from stca import probe
 from stca.bundle import Bundle, seal
-from stca.errors import BuildError, BundleError, HistoryNeededError, RequestError
+from stca.errors import BuildError, BundleError, CancelledError, HistoryNeededError, RequestError
 from stca.export.pipeline import export_module
 from stca.export.reference.module import request_inputs
 from stca.export.to_onnx import RequestModel
 from stca.manifest import HALVES, WEIGHTS, EngineEntry
-from stca.runtime import OnnxRuntimeEngine, Request, RequestBatch, Session
+from stca.runtime import Deadline, OnnxRuntimeEngine, Request, RequestBatch, Session
 from stca.runtime.model import Model
 from stca.runtime.state import cost_of
 from stca.runtime.swap import check_swap
@@ -234,6 +234,23 @@ def test_long_histories_are_encoded_alone(session, encoded, monkeypatch):
     np.testing.assert_allclose(got, np.concatenate([session.score(Request(r)) for r in requests]), **ROUNDING)
 
 
+def test_states_of_the_runs_before_a_deadline_are_kept(session, monkeypatch):
+    monkeypatch.setattr("stca.runtime.model._TOKENS_TOGETHER", 14)
+    requests = [ask(session, n, 2, i) for i, n in enumerate((9, 5, 12, 3))]
+    deadline, run = Deadline(None), OnnxRuntimeEngine.run
+
+    def cancelled(self, inputs):
+        deadline.cancel()
+        return run(self, inputs)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", cancelled)
+    batch = RequestBatch(packed(session, requests), users=list("abcd"), versions=[1] * 4)
+    with pytest.raises(CancelledError):
+        session.score(batch, deadline=deadline)
+    again = [session.answer(Request(r, user=u, version=1)).hits for u, r in zip("abcd", requests, strict=True)]
+    assert again == [(True,), (True,), (False,), (False,)]
+
+
 @pytest.mark.parametrize(("most", "runs"), [(1, [[9], [5], [1], [0]]), (3, [[9, 5, 1], [0]]), (None, [[9, 5, 1, 0]])])
 def test_an_engine_gets_no_more_requests_than_it_serves(session, encoded, most, runs):
     model = session._model
@@ -252,7 +269,7 @@ def test_states_that_cannot_be_parted_are_made_one_by_one(session, encoded):
     whole = [dataclasses.replace(s, shape=("rows", *s.shape[1:])) for s in model.manifest.state if s.input is None]
     manifest = dataclasses.replace(model.manifest, state=tuple(whole))
     session._model = dataclasses.replace(model, manifest=manifest)
-    session._model.encode([session._model.door.admit(user_only(ask(session, n, 2, n)), "user") for n in (3, 2)])
+    list(session._model.encode([session._model.door.admit(user_only(ask(session, n, 2, n)), "user") for n in (3, 2)]))
     assert encoded == [[3], [2]]
 
 

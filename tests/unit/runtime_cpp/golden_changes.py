@@ -12,7 +12,7 @@ DEADLINE_ERROR, CANCELLED_ERROR = 11, 12
 
 def cases() -> list[Any]:
     """All of them."""
-    return [*_amendments(), *_deadlines()]
+    return [*_amendments(), *_refusals(), *_blanks(), *_deadlines()]
 
 
 def amend(user: str, given: Any, version: str, at: int, expected: Any, after: str | None = None) -> dict[str, Any]:
@@ -89,6 +89,56 @@ def _amendments() -> list[Any]:
             amend("ann", events([1000], [1]), "v2", 0, refused("history_item", "1000", "[0, 999]")),
             score(A.rest(), A.scores(), "ann", "v1"),
         ),
+    ]
+
+
+def _refusals() -> list[Any]:
+    """Calls that would leave a state as it was, or other events in a place than were meant."""
+    kept = score(A.inputs(), A.scores(), "ann", "v1")
+    same = refused("version: is 'v1', that of the history before; name the changed one anew")
+    full = Log([1, 2, 3, 40, 50, 60], [0, 1, 3, 2, 2, 0])
+    seven = events([9, 8, 7, 6, 5, 4, 3], [0] * 7)
+    after_seven = Log([8, 7, 6, 5, 4, 3], [0] * 6)
+    says = refused("at: is 0; the kept history has 6 events, and all 7 from there on must be in it")
+    return [
+        case(
+            "a changed history under the version of the one before",
+            kept,
+            append("ann", events([9], [3]), "v1", same, "v1"),
+            amend("ann", events([9], [3]), "v1", 0, same, "v1"),
+            append("bob", events([9], [3]), "v1", same, "v1"),
+            append("ann", events([1000], [3]), "v1", refused("history_item", "1000"), "v1"),
+            score(A.rest(), A.scores(), "ann", "v1"),
+        ),
+        case(
+            "more events are amended than are kept",
+            score(full.inputs(), full.scores(), "ann", "v1"),
+            amend("ann", seven, "v2", 0, says),
+            amend("bob", seven, "v2", 0, False),
+            score(full.rest(), full.scores(), "ann", "v1"),
+            append("ann", seven, "v2", True),
+            score(full.rest(), after_seven.scores(), "ann", "v2"),
+            truncate=True,
+        ),
+    ]
+
+
+def _blanks() -> list[Any]:
+    """Of a model that has no score for a history of nothing but blank events, which these are a part of."""
+    longer = Log([*A.items, 0, 0], [*A.actions, 0, 0])
+    corrected = Log([0, *A.items[1:], 0], [3, *A.actions[1:], 0])
+    return [
+        case(
+            "blank: events of a history that has others",
+            score(A.inputs(**events([0, 0], [1, 1])), refused("history_item", "nothing but 0", "at least one other")),
+            score(A.inputs(), A.scores(), "ann", "v1"),
+            append("ann", events([0], [0]), "v2", True),
+            amend("ann", events([0], [3]), "v3", 0, True),
+            score(A.rest(), corrected.scores(), "ann", "v3"),
+            score(longer.inputs(), longer.scores(), "ann", "v4"),
+            bundle="log_not_blank",
+            truncate=True,
+        )
     ]
 
 

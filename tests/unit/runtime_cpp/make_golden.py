@@ -863,6 +863,8 @@ def main() -> None:
         ("log_other_dtype", [_int32(s) if s.name == "request_device" else s for s in LOG_INPUTS], WINDOW),
     ):
         write_bundle(name, inputs, LOG_STATE, scores, log_halves(), 0.0, appendable=True, max_history=window)
+    needy = [dataclasses.replace(s, blank=0) if s.name == "history_item" else s for s in LOG_INPUTS]
+    write_bundle("log_not_blank", needy, LOG_STATE, scores, log_halves(), 0.0, appendable=True, max_history=WINDOW)
     first = (TensorSpec("scores", "float32", ("N_t",)),)
     write_bundle(
         "log_other_scores", LOG_INPUTS, LOG_STATE, first, log_halves(first=True), 0.0, appendable=True, max_history=6

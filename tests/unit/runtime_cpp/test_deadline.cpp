@@ -33,6 +33,26 @@ TEST(deadline_keeps_a_state_that_was_made) {
   stca_deadline_release(nullptr);
 }
 
+TEST(deadline_keeps_the_states_of_the_runs_before) {
+  stca::Deadline deadline(HUGE_VAL);
+  int encoded = 0;
+  stca::Session session(golden("log"), with(spec::maker([&](const std::string& graph) {
+                          if (graph != "user_encoder") return;
+                          ++encoded;
+                          deadline.cancel();
+                        })));
+  Log log;
+  log.items.assign(6, 1), log.actions.assign(6, 1);
+  std::vector<stca::Request> requests;
+  for (int i = 0; i < 100; ++i) requests.push_back({log.all(), std::to_string(i), "v1"});
+  CHECK_THROWS(session.score(requests, deadline), stca::CancelledError, "cancelled");
+  CHECK_EQUAL(encoded, 1);
+  CHECK_EQUAL(session.stats().users, 42u);  // of 6 tokens each: no more than 256 in a run
+  CHECK_EQUAL(session.score(stca::Request{log.rest(), "0", "v1"}).hits(), 1u);
+  CHECK_EQUAL(session.score(stca::Request{log.all(), "99", "v1"}).hits(), 0u);
+  CHECK_EQUAL(encoded, 2);
+}
+
 TEST(deadline_ends_waiting_for_another_call) {
   Gate gate;
   stca::Session session(golden("log"), gated(gate));

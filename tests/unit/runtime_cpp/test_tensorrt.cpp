@@ -82,7 +82,7 @@ TEST(tensorrt_appends_on_the_gpu) {
   const Row row = log.row(model.door());
   Row added;
   const std::vector<stca_tensor> events = more.events();
-  model.door().admit_events({events.data(), events.size()}, "append", added);
+  model.door().admit_events({events.data(), events.size()}, "append", true, added);
   const StateCache::State longer = model.extend(*model.encode(row), *model.encode(added));
   CHECK_EQUAL(longer->tokens, 6);  // the bundle's window
   CHECK(longer->tensors[0].device && !longer->tensors[1].device);
@@ -110,7 +110,7 @@ TEST(tensorrt_serves_histories_as_long_as_both_engines_do) {
     const Row row = old.row(model.door());
     Row added;
     const std::vector<stca_tensor> events = more.events();
-    model.door().admit_events({events.data(), events.size()}, "append", added);
+    model.door().admit_events({events.data(), events.size()}, "append", true, added);
     const StateCache::State longer = model.extend(*model.encode(row), *model.encode(added));
     CHECK_EQUAL(longer->tokens, static_cast<std::int64_t>(window));
     CHECK_EQUAL(at(model.score({longer}, {row}), 0), latest(window));
