@@ -22,6 +22,19 @@ constexpr std::int64_t format_version = 3;
 // Real ones have some tens of kilobytes and some ten files.
 constexpr std::size_t largest_manifest = 16 << 20, most_files = 10'000;
 
+/// What holds of inputs that requests bring.
+void check_input(const TensorSpec& spec) {
+  const std::string what = "input " + in_quotes(spec.name);
+  const bool is_integer = spec.dtype >= STCA_INT8 && spec.dtype <= STCA_INT64;
+  if (spec.dtype == STCA_BFLOAT16 || spec.dtype == STCA_FLOAT8_E4M3) {
+    malformed(what + " is " + dtype_name(spec.dtype) + ", which is for states alone");
+  }
+  if (spec.limit > 0 && !is_integer) malformed(what + " is " + dtype_name(spec.dtype) + " and has a limit of ids");
+  if (spec.limit > 0 && spec.low && *spec.low >= spec.limit) {
+    malformed(what + " has ids from " + std::to_string(*spec.low) + " and below " + std::to_string(spec.limit));
+  }
+}
+
 TensorSpec read_spec(const Json& json, const std::string& place) {
   const Fields fields(json, place);
   TensorSpec spec;
@@ -36,11 +49,12 @@ TensorSpec read_spec(const Json& json, const std::string& place) {
     else
       fields.wrong("scope", "user, request or target");
   }
-  spec.limit = fields.optional_count("limit", 0, true).value_or(0);
+  spec.limit = fields.optional_count("limit", spec.scope == STCA_NO_SCOPE ? 0 : 1, true).value_or(0);
   spec.low = fields.optional_count("low", std::numeric_limits<std::int64_t>::min(), true);
   spec.length_of = fields.optional_string("length_of").value_or("");
   spec.blank = fields.optional_count("blank", std::numeric_limits<std::int64_t>::min(), true);
   fields.only({"name", "dtype", "shape", "scope", "limit", "low", "length_of", "blank"});
+  if (spec.scope != STCA_NO_SCOPE) check_input(spec);
   return spec;
 }
 
