@@ -14,7 +14,8 @@ from stca.export.analysis.marks import marks
 from stca.export.analysis.positions import position_tables
 from stca.export.asking import Accepted, ask
 from stca.export.files import askable
-from stca.export.padding import Found, PadOptions, least_events, padding_of, unpacked
+from stca.export.histories import least_events, unpacked
+from stca.export.padding import Found, PadOptions, padding_of
 from stca.manifest import TensorSpec
 
 

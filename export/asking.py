@@ -24,6 +24,7 @@ from stca import probe
 from stca.arrays import Array
 from stca.errors import SplitError, said_by_onnxruntime
 from stca.export.analysis.onnx_reference import reference_of
+from stca.export.histories import event_inputs
 from stca.manifest import OFFSETS, TOKENS, TensorSpec
 
 # Sizes of the requests asked, and the longest history asked for: that of the longest probe of `stca.checks.verify`.
@@ -96,6 +97,7 @@ class _Questions:
 
     def __init__(self, run: Callable[..., list[Array] | str], inputs: tuple[TensorSpec, ...]) -> None:
         self.run, self.inputs = run, inputs
+        self.events = event_inputs(inputs)
         self.varies = any(TOKENS in s.shape for s in inputs)
         self.unknown = [s.name for s in inputs if (s.limit, s.low, s.length_of) == (None,) * 3 and _is_integer(s)]
 
@@ -126,7 +128,7 @@ class _Questions:
 
     def blank_of(self, spec: TensorSpec, base: Mapping[str, int], events: int, mark: int | None) -> int | None:
         """The value that stands for no event, where a history of it alone has no score; None where there is none."""
-        if spec.scope != "user" or spec.shape == (OFFSETS,) or spec.length_of:
+        if spec.name not in self.events:
             return None
         tried = [mark, 0, 1]
         if _is_integer(spec):

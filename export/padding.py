@@ -19,7 +19,8 @@ from stca import probe
 from stca.arrays import Array
 from stca.errors import SplitError
 from stca.export.asking import Accepted, Child
-from stca.manifest import TOKENS, EventInput, Padding, TensorSpec, packable
+from stca.export.histories import unpacked
+from stca.manifest import EventInput, Padding, TensorSpec
 
 Run = Callable[[Mapping[str, Array]], list[Array] | str]
 Side = Literal["left", "right"]
@@ -56,7 +57,7 @@ class Found:
 
 
 def padding_of(
-    file: Path, known: Mapping[str, int], takes: Accepted, options: PadOptions, last: Collection[int]
+    file: Path, known: Mapping[str, int], takes: Accepted, options: PadOptions, last: Collection[tuple[str, int]]
 ) -> Found:
     """`find_padding` of a graph, asked in a child process.
 
@@ -77,7 +78,7 @@ def find_padding(
     known: Mapping[str, int],
     run: Run,
     least: int = 0,
-    last: Collection[int] = (),
+    last: Collection[tuple[str, int]] = (),
 ) -> Found:
     """The histories of a model that are not packed, and how each is padded.
 
@@ -87,7 +88,7 @@ def find_padding(
         known: the id that means no event, of inputs whose graph tells (`analysis.marks`).
         run: computes the request graph's outputs; text says why it cannot.
         least: events of the shortest history that the model takes.
-        last: sizes of histories of which the graph reads the last place (`analysis.last_place`).
+        last: inputs and their axes of which the graph reads the last place (`analysis.last_place`).
 
     Raises:
         SplitError: when `options` speak of a history or an input that the model does not have, or contradict it.
@@ -112,43 +113,6 @@ def find_padding(
         if history.lengths:
             specs[history.lengths] = asked.length_spec(history.lengths)
     return Found(tuple(found) or None, tuple(specs.values()), tuple(told))
-
-
-def unpacked(inputs: Sequence[TensorSpec]) -> list[tuple[EventInput, ...]]:
-    """Inputs with an entry for each event of a history, those of one size together; none where histories are packed.
-
-    The entries lie along the axis after that of the batch, which is 1 or counts requests, or along the first where
-    there is no batch. Floats of a fixed size are a vector of the user's, unless integers have that size too.
-    """
-    if probe.shared_rows(inputs):
-        return []  # a row per target: what is sent is a batch, and no history of one user
-    if packable(inputs):
-        return []
-    counts = {n for n, size in probe.row_sizes(inputs, 2, 3).items() if size == 2}
-    by_size: dict[int | str, list[EventInput]] = {}
-    whole: set[int | str] = set()
-    for spec in inputs:
-        axis = 1 if len(spec.shape) > 1 and (spec.shape[0] == 1 or isinstance(spec.shape[0], str)) else 0
-        if spec.scope != "user" or len(spec.shape) <= axis or spec.shape[:1] == (TOKENS,):
-            continue
-        size = spec.shape[axis]
-        if size in counts or (isinstance(size, int) and size > 1):
-            by_size.setdefault(size, []).append(EventInput(spec.name, axis))
-            if np.dtype(spec.dtype).kind in "iu" or len(spec.shape) > axis + 1 or isinstance(size, str):
-                whole.add(size)
-    return [tuple(events) for size, events in by_size.items() if size in whole]
-
-
-def least_events(inputs: Sequence[TensorSpec]) -> int:
-    """1 where a history without events has no score, as `blank` and the least of a length tell; 0 where one may have.
-
-    Of a model with several histories, one may be empty where another is not: then only its inputs tell.
-    """
-    packed = {s.name for s in inputs if s.scope == "user" and TOKENS in s.shape}
-    counts = any(s.length_of == TOKENS and (s.low or 0) > 0 for s in inputs)
-    blank = {s.name for s in inputs if s.blank is not None}
-    each = [{e.name for e in events} for events in unpacked(inputs)]
-    return int(counts or bool(packed & blank) or (bool(each) and all(names & blank for names in each)))
 
 
 class _Asked:
@@ -181,7 +145,7 @@ class _Asked:
         self.shown = ""
         self.marked = False
 
-    def padding(self, last: Collection[int]) -> Padding:
+    def padding(self, last: Collection[tuple[str, int]]) -> Padding:
         """How this history is padded, as far as it is shown or said."""
         found = self._by_lengths() or self._by_mask() or self._by_value()
         self.marked = found is not None
@@ -248,13 +212,13 @@ class _Asked:
                 return dataclasses.replace(found, side="right" if self._either_side(found) else None)
         return None
 
-    def _by_place(self, history: Padding, last: Collection[int]) -> Padding:
+    def _by_place(self, history: Padding, last: Collection[tuple[str, int]]) -> Padding:
         """Padding of a model that knows places: where events still count, and before a last place that is read."""
         counting = [side for side in _SIDES if all(self._counts(history, side, k) for k in self.kept)]
         if len(counting) == 1:
             self.shown = f"on the {_OTHER[counting[0]]} the model would not look at all events"
             return dataclasses.replace(history, side=counting[0])
-        if self.size in last:
+        if any((e.name, e.axis) in last for e in self.events):
             self.shown = "the model reads the last place, whatever it holds"
             return dataclasses.replace(history, side="left")
         return history

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx
 import onnx.inliner
 
 from stca.arrays import Array
+from stca.export.analysis import operators
 from stca.export.analysis.cost import without_weights
 from stca.export.analysis.integers import integers_of
-from stca.export.analysis.scope import attribute
+from stca.export.analysis.scope import attribute, reads
 
 _RECURRENT = ("GRU", "LSTM", "RNN")
 
 
-def read_at_last(model: onnx.ModelProto) -> frozenset[int]:
-    """Fixed sizes of axes of which a value's last place is read, and no other by its number.
+def read_at_last(model: onnx.ModelProto) -> frozenset[tuple[str, int]]:
+    """Inputs and their axes: those that lie along an axis of which the last place is read, and no other by its number.
 
     Args:
         model: not changed.
@@ -26,19 +27,66 @@ def read_at_last(model: onnx.ModelProto) -> frozenset[int]:
     inferred = onnx.shape_inference.infer_shapes(light)
     values = (*inferred.graph.input, *inferred.graph.value_info)
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+    shapes |= {t.name: list(t.dims) for t in light.graph.initializer}
     read: dict[tuple[str, int], set[int]] = {}  # places, by value and axis
-    found = set[int]()
+    found = set[tuple[str, int]]()
     for node in light.graph.node:
         shape = shapes.get(node.input[0], []) if node.input else []
         if node.op_type in _RECURRENT and shape and shape[0] > 1 and _ends_forward(node):
-            found.add(shape[0])
+            found.add((node.input[0], 0))
         for axis, place in _places(node, known):
             if axis < len(shape) and shape[axis] > 1:
                 read.setdefault((node.input[0], axis % len(shape)), set()).add(place % shape[axis])
     for (name, axis), places in read.items():
         if places == {shapes[name][axis] - 1}:
-            found.add(shapes[name][axis])
-    return frozenset(found)
+            found.add((name, axis))
+    inputs = {i.name for i in model.graph.input} - {t.name for t in model.graph.initializer}
+    return frozenset(at for at in _origins(light.graph, shapes, found) if at[0] in inputs)
+
+
+def _origins(
+    graph: onnx.GraphProto, shapes: Mapping[str, Sequence[int]], axes: Iterable[tuple[str, int]]
+) -> set[tuple[str, int]]:
+    """These axes of values, and those of other values that may lie along them: all that may, at an unknown operator.
+
+    A vector's own axis, a target's and that of a hidden layer may be as long as a history, and are none.
+    """
+    writer = {name: node for node in graph.node for name in node.output if name}
+    seen, waiting = set[tuple[str, int]](), list(axes)
+    while waiting:
+        name, axis = at = waiting.pop()
+        if at not in seen and axis < len(shapes.get(name, ())):
+            seen.add(at)
+            waiting += _before(writer[name], shapes, name, axis) if name in writer else []
+    return seen
+
+
+def _before(
+    node: onnx.NodeProto, shapes: Mapping[str, Sequence[int]], name: str, axis: int
+) -> Sequence[tuple[str, int]]:
+    """Of what a node reads, the axes along which its result's may lie."""
+    op, rank, size = node.op_type, len(shapes[name]), shapes[name][axis]
+    given = [n for n in reads(node) if n in shapes]
+    ranks = [len(shapes[n]) for n in given]
+    from_end = [(n, axis - rank + r) for n, r in zip(given, ranks, strict=True)]
+    if op in operators.ELEMENTWISE:
+        return [(n, at) for n, at in from_end if at >= 0 and shapes[n][at] != 1]
+    if op in operators.ALONG_AXIS | operators.PER_SAMPLE:
+        return from_end[:1]
+    if op == "Transpose":
+        return [(node.input[0], attribute(node, "perm", range(rank)[::-1])[axis])]
+    if op == "Gather" and len(given) == 2:
+        first = attribute(node, "axis", 0) % ranks[0]
+        if first <= axis < first + ranks[1]:
+            return [(given[1], axis - first)]
+        return [(given[0], axis if axis < first else axis - ranks[1] + 1)]
+    if op == "MatMul" and len(given) == 2 and min(ranks) >= 2:
+        kept = {rank - 1: from_end[1:], rank - 2: from_end[:1]}.get(axis, from_end)
+        return [(n, at) for n, at in kept if at >= 0]
+    if op == "Gemm":
+        turned = attribute(node, "transB" if axis else "transA", 0)
+        return [(node.input[axis], 1 - axis if turned else axis)]
+    return [(n, at) for n in given for at in range(len(shapes[n])) if shapes[n][at] == size]
 
 
 def _ends_forward(node: onnx.NodeProto) -> bool:
@@ -61,6 +109,8 @@ def _places(node: onnx.NodeProto, known: dict[str, Array]) -> Sequence[tuple[int
         return []
     begin, end, axes, steps = ([*node.input, "", ""][i] for i in (1, 2, 3, 4))
     if any(n and n not in known for n in (begin, end, axes, steps)) or known[begin].size != 1:
+        return []
+    if steps and int(known[steps].reshape(())) != 1:
         return []
     first, last = int(known[begin].reshape(())), int(known[end].reshape(()))
     return [(int(known[axes].reshape(())) if axes else 0, first)] if first == -1 or last == first + 1 else []

@@ -208,6 +208,20 @@ def test_a_mask_that_leaves_nothing_has_no_score(of, dtype, of_event, blank):
     assert [s.blank for s in found.inputs] == [None, blank, None]
 
 
+def test_a_vector_of_the_users_that_is_normalized_has_no_blank(of):
+    """Zeros alone have no norm, and are no history without events."""
+    vector = TensorSpec("vector", "float32", (1, 8), "user")
+    history = TensorSpec("history", "float32", (1, "N_h"), "user")
+    nodes = [
+        ("ReduceL2", ["vector"], ["norm"]),
+        ("Div", ["vector", "norm"], ["unit"]),
+        ("ReduceSum", ["unit"], ["profile"]),
+        ("ReduceSum", ["history"], ["events"]),
+        ("Add", ["profile", "events"], ["score"]),
+    ]
+    assert [s.blank for s in of((vector, history, ITEM), nodes).inputs] == [None, None, None]
+
+
 def test_an_id_that_masks_may_be_the_last(of):
     history = TensorSpec("history", "int64", (1, 4), "user", limit=33)
     nodes = [

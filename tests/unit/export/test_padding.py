@@ -12,7 +12,8 @@ from support.errors import one_line
 
 from stca.errors import SplitError
 from stca.export.analysis.marks import marks
-from stca.export.padding import Found, PadOptions, find_padding, unpacked
+from stca.export.histories import unpacked
+from stca.export.padding import Found, PadOptions, find_padding
 from stca.manifest import EventInput, Padding, TensorSpec
 
 L = 8
@@ -115,7 +116,8 @@ def test_padding_goes_before_a_last_place_that_is_read() -> None:
     def by_place(feeds: Feeds) -> float:
         return float((events(feeds) * (feeds["items"][0] != 0) * np.arange(1, L + 1)).sum())
 
-    found = asked(scores, ITEMS, known={"items": 0}, reads={L})
+    found = asked(scores, ITEMS, known={"items": 0}, reads={("items", 1)})
+    assert asked(scores, ITEMS, known={"items": 0}, reads={("profile", 1)}).padding[0].side is None  # type: ignore[index]
     assert found.padding[0].side == "left"  # type: ignore[index]
     assert "reads the last place" in found.told[0]
     found = asked(by_place, ITEMS, known={"items": 0})
