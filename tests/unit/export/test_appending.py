@@ -47,6 +47,10 @@ class Pools(nn.Module):
             pooled = x.sum(dim=1, keepdim=True) / (history >= 0).float().sum(dim=1)[:, None, None]
         elif self.pool == "attention":
             pooled = (x @ self.prototypes.T).softmax(dim=1).transpose(1, 2) @ x
+        elif self.pool == "mean":
+            pooled = x.mean(dim=1, keepdim=True)
+        elif self.pool == "sum over its size":
+            pooled = x.sum(dim=1, keepdim=True) / history.shape[1]
         else:
             pooled = x.amax(dim=1, keepdim=True)
         user = self.after(pooled).sum(dim=1) + self.item(last).sum(dim=1)
@@ -106,7 +110,7 @@ def test_what_follows_from_no_event_is_made_anew(sketch):
     assert session.answer(Request(TARGETS, "u", 2)).hits == (True,), "a call that was refused changed nothing"
 
 
-@pytest.mark.parametrize("pool", ["attention", "largest"])
+@pytest.mark.parametrize("pool", ["attention", "mean", "sum over its size", "largest"])
 def test_what_is_no_sum_is_not_appended_to(of_module, pool):
     manifest = of_module(pool).manifest
     assert not manifest.appendable
