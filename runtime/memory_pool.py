@@ -45,7 +45,8 @@ class Consumer(Protocol):
         ...
 
     def saved(self, memory: float) -> Array:
-        """Seconds of work that 0, 1, … pages would have saved in the past, `(all pages + 1,)`.
+        """Seconds of work that 0, 1, … pages would have saved in the past, `(all pages + 1,)`; below 0 where they cost
+        more than they save.
 
         Args:
             memory: in [0, 1], how much of this counts when it is asked for again.
@@ -61,7 +62,8 @@ class SplitPolicy(Protocol):
 
         Args:
             pages: that each has, by name: `states` or a table's.
-            saved: seconds that 0, 1, … pages would have saved each in the last few decisions' time.
+            saved: seconds that 0, 1, … pages would have saved each in the last few decisions' time; below 0 where they
+                cost more than they save.
         """
         ...
 
@@ -108,10 +110,11 @@ class MarginalUtility:
             if not name:  # more pages would have saved nobody anything
                 break
             made[name], left = made[name] + count, left - count
-        for one in sorted(pages, key=lambda n: made[n] - pages[n])[:1]:
-            made[one] += left
+        if left:  # to whom they cost least: of those alike, to whom would lose most
+            costs = {n: float(saved[n][made[n]] - saved[n][made[n] + left]) for n in pages}
+            made[min(pages, key=lambda n: (costs[n], made[n] - pages[n]))] += left
         before, after = (sum(float(saved[n][split[n]]) for n in pages) for split in (pages, made))
-        return made if after > (1 + self.better) * before else dict(pages)
+        return made if after > before + self.better * abs(before) else dict(pages)
 
 
 class StatePages:

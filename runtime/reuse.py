@@ -31,7 +31,7 @@ class Reuse:
         self._page_bytes, self._limit = max(1, page_bytes), 1 << 32
         self._slots: dict[int, int] = {}
         self._free = list(range(followed))
-        self._last, self._size = np.zeros(followed, np.int64), np.zeros(followed, np.int64)
+        self._last, self._size = np.zeros(followed, np.int64), np.zeros(followed)  # floats, for a fast product
         self._tick = 0
         self._hits = np.zeros(pages + 1)
         self._asked = self._stood_for = 0.0
@@ -48,7 +48,7 @@ class Reuse:
             share = self._limit / (1 << 32)
             self._stood_for += 1 / share
             if (slot := self._slots.get(key)) is not None:
-                between = int(self._size[self._last > self._last[slot]].sum()) / share + size
+                between = float(self._size @ (self._last > self._last[slot])) / share + size
                 if (pages := -int(-between // self._page_bytes)) < len(self._hits):
                     self._hits[pages] += 1 / share
             else:

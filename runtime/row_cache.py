@@ -14,11 +14,14 @@ from stca.manifest import TableSpec
 from stca.runtime.reuse import Reuse
 from stca.tables import TableFile
 
-# What a kept row takes besides: its id, and when it was used last.
+# What a kept row takes besides, at most: its id, and when it was used last.
 _ROW_BYTES: Final = 16
 # Spreads ids over a page's places: an odd number near 2^64 divided by the golden ratio.
 _SPREAD: Final = np.uint64(0x9E3779B97F4A7C15)
+_BITS: Final = np.uint64(32)
 _NONE: Final = -1
+# Places that are looked at together: many, for numpy's sake, and few, for what that takes besides.
+_TOGETHER: Final = 1024
 
 
 class RowCache:
@@ -32,6 +35,9 @@ class RowCache:
         page_bytes: most bytes of a page.
         most_pages: most that there may be.
         clock: seconds that only grow.
+
+    Attributes:
+        places: rows that a page has room for; where there is none, nothing is kept.
     """
 
     def __init__(
@@ -44,18 +50,20 @@ class RowCache:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.source, self._width, self._clock = source, spec.width, clock
-        self._places = max(1, page_bytes // (4 * spec.width + _ROW_BYTES))
+        self.places = page_bytes // (4 * spec.width + _ROW_BYTES)
         self._lock = threading.Lock()
-        self._ids, self._used = (np.zeros((0, self._places), np.int64) for _ in range(2))
-        self._rows: list[Array] = []
-        self._reuse = Reuse(self._places, most_pages)
+        # Ids by place, so that all that may be an id's lie side by side: `(places, pages)`.
+        self._ids = np.zeros((self.places, 0), np.int32 if spec.rows <= 1 << 31 else np.int64)
+        self._used = np.zeros((self.places, 0), np.int64)
+        self._rows = np.zeros((0, self.places, spec.width), np.float32)
+        self._reuse = Reuse(self.places, most_pages)
         self._tick = self._hits = self._misses = 0
-        self._seconds = 0.0
+        self._read, self._found = _Pace(), _Pace()
 
     @property
     def pages(self) -> int:
         """How many pages of rows there are."""
-        return len(self._rows)
+        return self._ids.shape[1]
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -64,62 +72,125 @@ class RowCache:
 
     def rows(self, ids: Array) -> Array:
         """See `stca.runtime.tables.RowSource`."""
-        found = np.empty((len(ids), self._width), np.float32)
-        places = (ids.astype(np.uint64) * _SPREAD % np.uint64(self._places)).astype(np.int64)
+        if not self.places:
+            return self.source.rows(ids)
+        places = self._places_of(ids)
         with self._lock:
             self._tick += 1
-            self._reuse.ask(np.unique(ids), 1)
-            missing = np.ones(len(ids), bool)
-            for page, rows in enumerate(self._rows):
-                here = np.flatnonzero(missing & (self._ids[page, places] == ids))
-                at = places[here]
-                found[here], self._used[page, at], missing[here] = rows[at], self._tick, False
-            fresh, first, back = np.unique(ids[missing], return_index=True, return_inverse=True)
-            at = places[missing][first]
-            self._hits, self._misses = self._hits + len(ids) - int(missing.sum()), self._misses + len(fresh)
-        if len(fresh):
-            began = self._clock()
-            read = self.source.rows(fresh)
-            took = self._clock() - began
-            found[missing] = read[back]
-            with self._lock:
-                self._seconds += took
-                self._keep(fresh, at, read)
+            self._reuse.ask(_different(ids), 1)
+            found, there = self._look_up(ids, places)
+            if there.all():
+                self._hits += len(ids)
+                return found
+            missing = ~there
+            fresh, back = np.unique(ids[missing], return_inverse=True)
+            self._hits, self._misses = self._hits + int(there.sum()), self._misses + len(fresh)
+        began = self._clock()
+        read = self.source.rows(fresh)
+        took = self._clock() - began
+        found[missing] = read[back]
+        with self._lock:
+            self._read.add(took, len(fresh))
+            self._keep(fresh, self._places_of(fresh), read)
         return found
+
+    def _places_of(self, ids: Array) -> Array:
+        # By the upper bits: of the lower ones, only so many differ as the places' number and the factor allow.
+        return ((ids.astype(np.uint64) * _SPREAD >> _BITS) * np.uint64(self.places) >> _BITS).astype(np.int64)
+
+    def _look_up(self, ids: Array, places: Array) -> tuple[Array, Array]:
+        """Rows `(n, width)`, and which of them were there; the others are of any numbers."""
+        found, there = np.empty((len(ids), self._width), np.float32), np.zeros(len(ids), bool)
+        if not self.pages:
+            return found, there
+        began, rows = self._clock(), self._rows.reshape(-1, self._width)
+        for begin in range(0, len(ids), _TOGETHER):
+            some = slice(begin, begin + _TOGETHER)
+            match = self._ids.take(at := places[some], axis=0) == ids[some, None].astype(self._ids.dtype)
+            page = match.argmax(axis=1)
+            hit = there[some] = match[np.arange(len(at)), page]
+            rows.take(page * self.places + at, axis=0, out=found[some], mode="clip")  # other modes copy twice
+            self._used[at[hit], page[hit]] = self._tick
+        self._found.add(self._clock() - began, len(ids))
+        return found, there
 
     def _keep(self, ids: Array, places: Array, rows: Array) -> None:
         """Put rows in; of several for one place, one."""
-        if not self._rows:
+        if not self.pages:
             return
         places, one = np.unique(places, return_index=True)
-        ids, rows = ids[one], rows[one]
-        there = (self._ids[:, places] == ids).any(axis=0)  # another thread's look-up kept it meanwhile
-        places, ids, rows = places[~there], ids[~there], rows[~there]
-        oldest = self._used[:, places].argmin(axis=0)
-        self._ids[oldest, places], self._used[oldest, places] = ids, self._tick
-        for page in np.unique(oldest).tolist():
-            self._rows[page][places[oldest == page]] = rows[oldest == page]
+        fresh = (self._ids[places] != ids[one, None]).all(axis=1)  # else another thread's look-up kept it meanwhile
+        places, one = places[fresh], one[fresh]
+        oldest = self._used[places].argmin(axis=1)
+        self._ids[places, oldest], self._used[places, oldest] = ids[one], self._tick
+        self._rows[oldest, places] = rows[one]
 
     def resize(self, pages: int) -> None:
-        """Have so many pages; of each place, the rows that were used longest ago go first."""
-        with self._lock:
-            while self.pages > pages:
-                self._drop_page()
-            for _ in range(pages - self.pages):
-                self._rows.append(np.zeros((self._places, self._width), np.float32))
-                self._ids = np.concatenate([self._ids, np.full((1, self._places), _NONE)])
-                self._used = np.concatenate([self._used, np.zeros((1, self._places), np.int64)])
+        """Have so many pages; of each place, the rows that were used longest ago go first.
 
-    def _drop_page(self) -> None:
-        last, oldest = self.pages - 1, self._used.argmin(axis=0)
-        for page in range(last):  # what is younger on the last page moves to where the oldest was
-            at = np.flatnonzero(oldest == page)
-            self._ids[page, at], self._used[page, at] = self._ids[last, at], self._used[last, at]
-            self._rows[page][at] = self._rows[last][at]
-        self._ids, self._used = self._ids[:last].copy(), self._used[:last].copy()
-        self._rows.pop()
+        Raises:
+            MemoryError: where there is no memory for more; the pages are those from before.
+        """
+        ids, used = np.full((self.places, pages), _NONE, self._ids.dtype), np.zeros((self.places, pages), np.int64)
+        try:
+            for more in range(self.pages + 1, pages + 1):  # one at a time, for those who look up meanwhile
+                with self._lock:
+                    self._have(more)
+        except MemoryError:
+            with self._lock:
+                self._have(self.pages)
+            raise
+        with self._lock:
+            if pages < self.pages:
+                self._move_before(pages)
+                self._have(pages)
+            kept = min(pages, self.pages)
+            ids[:, :kept], used[:, :kept] = self._ids[:, :kept], self._used[:, :kept]
+            self._ids, self._used = ids, used
+
+    def _have(self, pages: int) -> None:
+        """In place: a copy would take what all pages take once more. Nobody has a view of them without the lock."""
+        self._rows.resize((pages, self.places, self._width), refcheck=False)
+
+    def _move_before(self, pages: int) -> None:
+        """Move the rows of each place that were used last to the first pages."""
+        for begin in range(0, self.places, _TOGETHER):
+            ids, used = self._ids[begin : begin + _TOGETHER], self._used[begin : begin + _TOGETHER]
+            stays = np.zeros(used.shape, bool)
+            np.put_along_axis(stays, used.argsort(axis=1)[:, self.pages - pages :], True, axis=1)
+            # A place has as many rows to move as there are gaps for them, and both come place by place.
+            at, gap = np.nonzero(~stays[:, :pages])
+            last = np.nonzero(stays[:, pages:])[1] + pages
+            self._rows[gap, begin + at] = self._rows[last, begin + at]
+            ids[at, gap], used[at, gap] = ids[at, last], used[at, last]
+        self._ids[:, pages:], self._used[:, pages:] = _NONE, 0
 
     def saved(self, memory: float) -> Array:
-        """Seconds of reading that so many pages would have saved, see `stca.runtime.memory_pool.Consumer`."""
+        """Seconds that so many pages would have saved, see `stca.runtime.memory_pool.Consumer`: what it took to read
+        rows, less what it took to find them here. Below 0 where the source is the faster one.
+        """
         with self._lock:
-            return self._reuse.hits(memory) * (self._seconds / max(1, self._misses))
+            return self._reuse.hits(memory) * (self._read.each(memory) - self._found.each(memory))
+
+
+class _Pace:
+    """What a row took lately."""
+
+    def __init__(self) -> None:
+        self._seconds = self._rows = 0.0
+
+    def add(self, seconds: float, rows: int) -> None:
+        self._seconds, self._rows = self._seconds + seconds, self._rows + rows
+
+    def each(self, memory: float) -> float:
+        """Seconds a row, 0 where there was none; so much of `memory` counts from here on."""
+        found = self._seconds / self._rows if self._rows else 0.0
+        self._seconds, self._rows = self._seconds * memory, self._rows * memory
+        return found
+
+
+def _different(ids: Array) -> Array:
+    """Each once, in order. `np.unique` takes ten times as long for a few thousand."""
+    ids = np.sort(ids)
+    found: Array = ids[np.concatenate([ids[:1] == ids[:1], ids[1:] != ids[:-1]])]
+    return found

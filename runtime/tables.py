@@ -53,7 +53,9 @@ def sources(
     files = {t.name: TableFile(bundle.path, t) for t in tables if t.name not in own}
     if page_bytes is None:
         return {t.name: own.get(t.name) or files[t.name] for t in tables}
-    return {t.name: own.get(t.name) or RowCache(files[t.name], t, page_bytes, POOL_PAGES) for t in tables}
+    kept = {t.name: RowCache(files[t.name], t, page_bytes, POOL_PAGES) for t in tables if t.name in files}
+    # A table whose rows are larger than a page would have pages for nothing.
+    return {**files, **{name: one for name, one in kept.items() if one.places}, **own}
 
 
 class Lookups:

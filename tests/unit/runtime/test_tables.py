@@ -191,6 +191,16 @@ def test_rows_are_kept_beside_states(bundle):
             session.swap(bundle.path)
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 1, 128 * 16])
+def test_a_budget_too_small_for_a_row_is_for_states(bundle, cache_bytes):
+    """Nothing is kept of the table, and none of the bytes are kept for it."""
+    plain = Session.load(bundle.path).score(REQUEST)
+    with Session.load(bundle.path, cache_bytes=cache_bytes, split=Static(0.25)) as session:
+        np.testing.assert_array_equal(session.score(REQUEST), plain)
+        assert set(session.memory()) == {"states"}
+        assert not session._model.row_caches
+
+
 class Server:
     """A parameter server of the caller's."""
 
