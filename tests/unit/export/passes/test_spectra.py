@@ -48,6 +48,12 @@ KINDS = {
     ),
     "of any length": ("y = DFT <onesided: int = 1> (events, , axis)", (1, "L", 3, 1), 0),
     "of any length, complex": ("y = DFT (events, , axis)", (1, "L", 3, 2), 0),
+    "a half of any odd length": (
+        """sizes = Shape (events) own = Gather (sizes, axis) twice = Add (own, own) odd = Sub (twice, length)
+        y = DFT <inverse: int = 1, onesided: int = 1> (events, odd, axis)""",
+        (1, "L", 3, 2),
+        1,
+    ),
     "a half of any length": ("y = DFT <inverse: int = 1, onesided: int = 1> (events, , axis)", (1, "L", 3, 2), 0),
 }
 
