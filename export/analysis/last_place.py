@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import onnx
@@ -14,6 +15,7 @@ from stca.export.analysis.integers import integers_of
 from stca.export.analysis.scope import attribute, reads
 
 _RECURRENT = ("GRU", "LSTM", "RNN")
+_KEEPS_AXES = frozenset(("Concat", "CumSum", "Dropout", "Expand", "Pad", "Slice", "Split", "Trilu"))
 
 
 def read_at_last(model: onnx.ModelProto) -> frozenset[tuple[str, int]]:
@@ -86,7 +88,18 @@ def _before(
     if op == "Gemm":
         turned = attribute(node, "transB" if axis else "transA", 0)
         return [(node.input[axis], 1 - axis if turned else axis)]
-    return [(n, at) for n in given for at in range(len(shapes[n])) if shapes[n][at] == size]
+    alike = [(n, at) for n in given for at in range(len(shapes[n])) if shapes[n][at] == size]
+    if op in _KEEPS_AXES:
+        return [at for at in alike if at in from_end]
+    if op in operators.VIEWS:
+        return [at for at in alike if _same_steps(shapes[at[0]], at[1], shapes[name], axis)] or alike
+    return alike
+
+
+def _same_steps(shape: Sequence[int], at: int, other: Sequence[int], axis: int) -> bool:
+    """Whether an axis of a view has as many elements after it, or before it, as that of its source; 0 is not known."""
+    after, before = math.prod(shape[at + 1 :]), math.prod(shape[:at])
+    return 0 < after == math.prod(other[axis + 1 :]) or 0 < before == math.prod(other[:axis])
 
 
 def _ends_forward(node: onnx.NodeProto) -> bool:

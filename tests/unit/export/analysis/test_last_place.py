@@ -44,6 +44,10 @@ def test_the_last_place(body: str, found: set[tuple[str, int]]) -> None:
          "m = MatMul(soft, e) y = Gather<axis=1>(m, last)", {("ids", 1)}),
         ("e = Gather(table, ids) f = Reshape(e, flat) g = Gemm<transB=1>(f, square) parted = Reshape(g, split) "
          "a = Add(parted, e) y = Gather<axis=1>(a, last)", {("ids", 1)}),
+        ("e = Gather(table, ids) f = Reshape(e, flat) g = MatMul(f, square) parted = Reshape(g, split) "
+         "y = Gather<axis=2>(parted, last)", set()),
+        ("e = Gather(table, ids) both = Concat<axis=0>(e, e) one, two = Split<axis=0, num_outputs=2>(both) "
+         "y = Gather<axis=2>(two, last)", set()),
         ("y = Gather<axis=1>(vector, last)", {("vector", 1)}),
         ("y = Gather<axis=1>(target, last)", {("target", 1)}),
     ],
