@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from typing import Any
 
@@ -67,5 +68,11 @@ def run(args: argparse.Namespace) -> int:
         )
         emit(args, {"ports": ports, "models": names}, text)
 
+    async def to_the_end() -> int:
+        if await serve(chosen, ready):
+            return 0
+        logging.shutdown()
+        os._exit(1)  # the thread that still computes would keep the process
+
     with logs_on_stderr(chosen.log_level):
-        return 0 if asyncio.run(serve(chosen, ready)) else 1
+        return asyncio.run(to_the_end())

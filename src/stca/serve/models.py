@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import threading
@@ -71,6 +72,7 @@ class Served:
         self.loaded: Session | None = None
         self.inferences = self.last_ms = 0
         self.statistics = Statistics()
+        self._running = 0
         self._lock = threading.Lock()
 
     @property
@@ -84,12 +86,33 @@ class Served:
             raise UnavailableError(f"model {quoted(self.name)} is being loaded; try again later")
         return self.loaded
 
+    @contextlib.contextmanager
+    def _runs(self) -> Iterator[None]:
+        with self._lock:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    def close(self) -> None:
+        """Close the session, which writes what it keeps, unless something still runs in it: that may hold its locks."""
+        with self._lock:
+            running = self._running
+        if self.loaded is not None and not running:
+            self.loaded.close()
+
     def infer(self, request: InferRequest, call: Call) -> InferResponse:
         """Scores of one request.
 
         Raises:
             StcaError: as `Session.score`, and when the deadline passed or the client went away.
         """
+        with self._runs():
+            return self._infer(request, call)
+
+    def _infer(self, request: InferRequest, call: Call) -> InferResponse:
         given = parameters(ScoreParameters, request.parameters)
         call.expire_in(given.seconds)
         session = self.session
@@ -123,7 +146,8 @@ class Served:
 
     def change(self, what: str, request: InferRequest, call: Call) -> dict[str, Any]:
         """A change of a user's state or of the bundle, of `CHANGES`, and what came of it."""
-        return CHANGES[what](self, request, call)
+        with self._runs():
+            return CHANGES[what](self, request, call)
 
     def metadata(self) -> dict[str, Any]:
         """The model as the protocol describes it; offsets are made by the runtime, so no client sends them."""

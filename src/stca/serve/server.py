@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import logging
-import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -112,13 +110,17 @@ class Server:
         return server, asyncio.ensure_future(server.serve([bound]))
 
     async def drain(self, hurry: asyncio.Event | None = None) -> bool:
-        """Refuse what comes and tell that it is not ready, finish what runs, then listen no more.
+        """Refuse what comes and tell that it is not ready, finish what runs, then listen no more. Sessions in which
+        nothing runs any more are closed, which takes a few seconds at most where states wait to be written.
 
         Args:
-            hurry: when it is set, nothing more is waited for; None for nothing to set.
+            hurry: when it is set, no request is waited for any more; None for nothing to set.
 
         Returns:
-            Whether all that ran was finished in time.
+            Whether all that ran was finished in time. Otherwise a thread may still compute.
+
+        Raises:
+            Exception: what an HTTP server failed of.
         """
         running, hurry = (self.serving.work, self.serving.changes), hurry or asyncio.Event()
         for work in running:
@@ -131,15 +133,17 @@ class Server:
         for server, _ in self._http:
             server.should_exit = True
         closed = asyncio.gather(*(task for _, task in self._http), self._grpc.stop(0.0 if hurry.is_set() else 1.0))
-        await _first(closed, hurry)
+        all_closed = await _first(closed, hurry)
+        for served in self.serving.models:
+            served.close()
         if hurry.is_set():
             left = sum(work.admitted_now for work in running)
-            told("ended", finished=not left, unanswered=left, why="a second signal came before the drain was over")
-            return not left
-        for served in self.serving.models:
-            if served.loaded is not None and finished:
-                served.loaded.close()
-        told("ended", finished=finished)
+            finished = not left
+            told("ended", finished=finished, unanswered=left, why="a second signal came before the drain was over")
+        else:
+            told("ended", finished=finished)
+        if all_closed:
+            closed.result()
         return finished
 
 
@@ -151,7 +155,7 @@ async def serve(settings: Settings, ready: Callable[[Server], None]) -> bool:
         ready: told when all bundles are loaded.
 
     Returns:
-        Whether all that ran was finished.
+        Whether all that ran was finished. Otherwise a thread may still compute, and keep the process from its end.
 
     Raises:
         UsageError, BundleError, BuildError: as `Server.start`.
@@ -179,9 +183,6 @@ async def serve(settings: Settings, ready: Callable[[Server], None]) -> bool:
         finished = await server.drain(hurry)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-    if hurry.is_set() or not finished:  # a thread that still computes would keep the process
-        logging.shutdown()
-        os._exit(0 if finished else 1)
     return finished
 
 
@@ -191,6 +192,7 @@ async def _first(work: asyncio.Future[Any], hurry: asyncio.Event) -> bool:
     await asyncio.wait([work, waiting], return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
     if not work.done():
+        work.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # which is nobody's to log
         work.cancel()
     return work.done() and not work.cancelled()
 

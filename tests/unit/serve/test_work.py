@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import http.client
 import json
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -16,8 +19,11 @@ import pytest
 from support.serving import DATATYPES, Held, Running, body_of, running
 
 from stca import probe
+from stca.errors import EngineError
 from stca.runtime import Request
 from stca.serve.messages import SERVICE, message
+from stca.serve.server import Server, serve
+from stca.serve.settings import Settings
 from stca.serve.work import Work
 
 
@@ -142,6 +148,59 @@ def test_draining_tells_that_it_is_not_ready_and_finishes_what_runs(held):
         assert ended.result()
     with pytest.raises(ConnectionRefusedError):
         server.http("/v2/health/live")
+
+
+def test_a_drain_that_takes_too_long_closes_the_sessions_in_which_nothing_runs(bundle_dir, tmp_path):
+    ports = {"http_port": 0, "grpc_port": 0, "admin_port": 0}
+    models = {"stuck": str(bundle_dir), "idle": str(bundle_dir)}
+    files = {"state_folder": str(tmp_path)}
+    server = Running(
+        Settings(models=models, threads=1, workers=2, batch_tokens=0, drain_seconds=0.05, **ports, **files)
+    )
+    stuck, idle = server.served, server.server.serving.models.find("idle")
+    session = idle.session
+    stuck.loaded = held = Held(stuck.loaded)
+    with ThreadPoolExecutor(1) as clients:
+        clients.submit(server.infer, some(server))
+        assert held.began.acquire(timeout=10)
+        assert session.warm("ann", some(server), version=1)
+        assert not server.stop()
+        with pytest.raises(EngineError, match="the session is closed"):
+            idle.session.forget("ann")
+        assert len(list(tmp_path.rglob("*.state"))) == 1, "it was written"
+        assert not stuck.session.forget("ann"), "something runs in it"
+        held.go.set()
+
+
+def test_a_server_says_that_not_all_was_finished_and_leaves_the_process_alone(bundle_dir):
+    ports = {"http_port": 0, "grpc_port": 0, "admin_port": 0}
+    places = contextlib.ExitStack()
+
+    def ready(server: Server) -> None:
+        places.enter_context(server.serving.work.admitted())
+        signal.raise_signal(signal.SIGTERM)
+
+    made = Settings(models={"m": str(bundle_dir)}, threads=1, drain_seconds=0.05, **ports)
+    assert asyncio.run(serve(made, ready)) is False
+
+
+def test_what_an_http_server_failed_of_is_told(bundle_dir):
+    with running(bundle_dir) as made:
+        session = made.served.session
+
+        async def fail() -> None:
+            raise ZeroDivisionError
+
+        async def failing() -> None:
+            made.server._http.append((made.server._http[0][0], asyncio.ensure_future(fail())))
+            await made.server.drain()
+
+        with pytest.raises(ZeroDivisionError):
+            made.call(failing())
+        with pytest.raises(EngineError, match="the session is closed"):
+            session.forget("ann")
+        made.loop.call_soon_threadsafe(made.loop.stop)
+        made.thread.join(10)
 
 
 def test_an_engine_that_fails_is_told_and_a_bug_is_hidden_from_clients(held, caplog):
