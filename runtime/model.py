@@ -117,6 +117,10 @@ class Model:
             DeadlineError, CancelledError: between runs, when the states are not wanted any more.
         """
         tokens = [self.tokens(arrays) for arrays in users]
+        if len(users) == 1:
+            deadline.check()
+            yield from self._encode(users, tokens)
+            return
         limits = limits_of(self.choice, "user_encoder")
         limits[TOKENS] = min(limits[TOKENS], _TOKENS_TOGETHER)
         if not all(self.is_offsets(s) or s.shape[:1] in ((TOKENS,), (USERS,)) for s in self.manifest.state):
