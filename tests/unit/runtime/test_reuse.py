@@ -58,3 +58,24 @@ def test_larger_things_take_more_pages():
     for key, size in ((1, 20), (2, 35), (1, 20)):
         reuse.ask(np.array([key]), size)
     assert reuse.hits(1.0).tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1]
+
+
+def test_keys_together_are_keys_one_after_the_other():
+    rng, together, alone = np.random.default_rng(3), Reuse(500, PAGES), Reuse(500, PAGES)
+    for _ in range(40):
+        keys, size = rng.permutation(700)[: rng.integers(1, 400)], int(rng.integers(1, 30))
+        together.ask(keys, size)
+        for key in keys:
+            alone.ask(np.array([key]), size)
+    hits = together.hits(1.0)
+    assert hits[-1] > 1000
+    assert hits.tolist() == alone.hits(1.0).tolist()
+
+
+def test_more_new_keys_at_once_than_are_followed():
+    reuse = Reuse(1000, PAGES, followed=64)
+    for _ in range(4):
+        reuse.ask(np.arange(3000), 1)
+    hits = reuse.hits(1.0)
+    assert hits[1] < 0.3 * hits[4]
+    assert abs(hits[4] - 9000) < 2000
