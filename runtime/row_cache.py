@@ -170,23 +170,37 @@ class RowCache:
         rows, less what it took to find them here. Below 0 where the source is the faster one.
         """
         with self._lock:
-            return self._reuse.hits(memory) * (self._read.each(memory) - self._found.each(memory))
+            saved: Array = self._reuse.hits(memory) * (self._read.one_more() - self._found.each())
+            self._read.forget(memory)
+            self._found.forget(memory)
+            return saved
 
 
 class _Pace:
-    """What a row took lately."""
+    """What rows took lately, from calls for some of them."""
 
     def __init__(self) -> None:
-        self._seconds = self._rows = 0.0
+        self._sums = np.zeros(5)
 
     def add(self, seconds: float, rows: int) -> None:
-        self._seconds, self._rows = self._seconds + seconds, self._rows + rows
+        self._sums += (1, rows, seconds, rows * rows, rows * seconds)
 
-    def each(self, memory: float) -> float:
-        """Seconds a row, 0 where there was none; so much of `memory` counts from here on."""
-        found = self._seconds / self._rows if self._rows else 0.0
-        self._seconds, self._rows = self._seconds * memory, self._rows * memory
-        return found
+    def forget(self, memory: float) -> None:
+        """So much counts from here on."""
+        self._sums *= memory
+
+    def each(self) -> float:
+        """Seconds of a row; 0 where there was none."""
+        _, rows, seconds, _, _ = self._sums.tolist()
+        return seconds / rows if rows else 0.0
+
+    def one_more(self) -> float:
+        """Seconds of a row more in a call, by least squares: a call takes its time for few rows, too."""
+        calls, rows, seconds, squares, products = self._sums.tolist()
+        spread = calls * squares - rows * rows
+        if spread <= 1e-6 * rows * rows:  # they were all for about as many
+            return self.each()
+        return min(self.each(), max(0.0, (calls * products - rows * seconds) / spread))
 
 
 def _different(ids: Array) -> Array:

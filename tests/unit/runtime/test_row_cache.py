@@ -130,6 +130,21 @@ def test_hits_that_cost_more_than_reading_save_nothing():
     assert MarginalUtility().wanted({"states": 2, "items": 2}, saved) == {"states": 4, "items": 0}
 
 
+def test_a_call_for_few_rows_says_little_of_many():
+    """A call takes ten seconds, and each row of it one: a hit saves the one."""
+
+    class Slow(Source):
+        def rows(self, ids):
+            self.now += 10
+            return super().rows(ids)
+
+    source = Slow()
+    cache = cache_of(source, 4096, 1)
+    for first, count in ((0, 100), (100, 1), (200, 50), (300, 1), (0, 100)):
+        cache.rows(np.arange(first, first + count))
+    np.testing.assert_allclose(cache.saved(1.0), [0, 100, 100, 100, 100])
+
+
 @pytest.mark.parametrize("page_bytes", [0, 1, 4 * WIDTH + 15])
 def test_pages_without_room_for_a_row_keep_none(source, page_bytes):
     cache = RowCache(source, SPEC, page_bytes, 4)
