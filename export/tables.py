@@ -2,8 +2,8 @@
 
 A table is copied by no pass here. Its weight is hollow: a name, a type and a shape, its contents an array that is read
 by slices. Until the graphs are finished a stand-in of some of its rows is in its place, looked up by the ids modulo its
-rows: so every pass, proof and question has a whole and ordinary graph. Last, the table comes back into the graphs; of
-one that leaves, which is in a file of the bundle by then, the look-up gives way to an input of rows.
+rows: so every pass and proof has a whole and ordinary graph. The table comes back into what is asked for its limits
+and, last, into the graphs; of one that leaves, in a file of the bundle by then, an input of rows replaces the look-up.
 """
 
 from __future__ import annotations

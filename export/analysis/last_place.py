@@ -12,7 +12,7 @@ from stca.arrays import Array
 from stca.export.analysis import operators
 from stca.export.analysis.cost import without_weights
 from stca.export.analysis.integers import integers_of
-from stca.export.analysis.scope import attribute, reads
+from stca.export.analysis.scope import Dataflow, attribute, reads
 
 _RECURRENT = ("GRU", "LSTM", "RNN")
 _KEEPS_AXES = frozenset(("Concat", "CumSum", "Dropout", "Expand", "Pad", "Slice", "Split", "Trilu"))
@@ -28,7 +28,8 @@ def read_at_last(model: onnx.ModelProto) -> frozenset[tuple[str, int]]:
     known = integers_of(light)
     inferred = onnx.shape_inference.infer_shapes(light)
     values = (*inferred.graph.input, *inferred.graph.value_info)
-    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+    tensors = {v.name: v.type.tensor_type for v in values if v.type.tensor_type.HasField("shape")}
+    shapes = {name: [d.dim_value for d in t.shape.dim] for name, t in tensors.items()}
     shapes |= {t.name: list(t.dims) for t in light.graph.initializer}
     read: dict[tuple[str, int], set[int]] = {}  # places, by value and axis
     found = set[tuple[str, int]]()
@@ -53,13 +54,18 @@ def _origins(
 
     A vector's own axis, a target's and that of a hidden layer may be as long as a history, and are none.
     """
-    writer = {name: node for node in graph.node for name in node.output if name}
+    flow = Dataflow(graph)
     seen, waiting = set[tuple[str, int]](), list(axes)
     while waiting:
         name, axis = at = waiting.pop()
-        if at not in seen and axis < len(shapes.get(name, ())):
-            seen.add(at)
-            waiting += _before(writer[name], shapes, name, axis) if name in writer else []
+        if at in seen or name not in shapes or not 0 <= axis < len(shapes[name]):
+            continue
+        seen.add(at)
+        if name in flow.writer:
+            node = graph.node[flow.writer[name]]
+            waiting += _before(node, shapes, name, axis)
+            unknown = flow.needed(n for n in reads(node) if n not in shapes)[1] & shapes.keys()
+            waiting += _as_long(unknown, shapes, shapes[name][axis])
     return seen
 
 
@@ -88,12 +94,16 @@ def _before(
     if op == "Gemm":
         turned = attribute(node, "transB" if axis else "transA", 0)
         return [(node.input[axis], 1 - axis if turned else axis)]
-    alike = [(n, at) for n in given for at in range(len(shapes[n])) if shapes[n][at] == size]
+    alike = _as_long(given, shapes, size)
     if op in _KEEPS_AXES:
         return [at for at in alike if at in from_end]
     if op in operators.VIEWS:
         return [at for at in alike if _same_steps(shapes[at[0]], at[1], shapes[name], axis)] or alike
     return alike
+
+
+def _as_long(names: Iterable[str], shapes: Mapping[str, Sequence[int]], size: int) -> list[tuple[str, int]]:
+    return [(name, axis) for name in names for axis, n in enumerate(shapes[name]) if n == size]
 
 
 def _same_steps(shape: Sequence[int], at: int, other: Sequence[int], axis: int) -> bool:

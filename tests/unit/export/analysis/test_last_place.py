@@ -8,7 +8,7 @@ from onnx import numpy_helper, parser
 
 from stca.export.analysis.last_place import read_at_last
 
-HEAD = '<ir_version: 10, opset_import: ["": 20]> g (%s) => (float[1, 4] y)'
+HEAD = '<ir_version: 10, opset_import: ["": 20, "com.example": 1]> g (%s) => (float[1, 4] y)'
 X = {("x", 1)}
 
 
@@ -48,6 +48,8 @@ def test_the_last_place(body: str, found: set[tuple[str, int]]) -> None:
          "y = Gather<axis=2>(parted, last)", set()),
         ("e = Gather(table, ids) both = Concat<axis=0>(e, e) one, two = Split<axis=0, num_outputs=2>(both) "
          "y = Gather<axis=2>(two, last)", set()),
+        ("c = com.example.Odd(ids) e = Gather(table, c) parted = Reshape(e, split) y = Gather<axis=1>(parted, last)",
+         {("ids", 1)}),
         ("y = Gather<axis=1>(vector, last)", {("vector", 1)}),
         ("y = Gather<axis=1>(target, last)", {("target", 1)}),
     ],
