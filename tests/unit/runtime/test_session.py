@@ -707,7 +707,7 @@ def test_a_request_under_way_finishes_on_the_bundle_it_began_with(log_session, o
     encode = Model.encode
 
     def swapped(self, arrays, *more):
-        state = encode(self, arrays, *more)
+        state = list(encode(self, arrays, *more))
         monkeypatch.undo()
         session.swap(other_weights)
         return state

@@ -40,7 +40,7 @@ def test_forget_wins_over_an_encoding_under_way(log_session, monkeypatch):
     encode = Model.encode
 
     def forgotten_meanwhile(self, users, *more):
-        states = encode(self, users, *more)
+        states = list(encode(self, users, *more))
         assert session.forget("u")
         return states
 
@@ -115,7 +115,7 @@ def test_what_is_encoded_while_the_session_is_closed_is_not_kept(log_session, mo
     session, encode = log_session, Model.encode
 
     def closed_meanwhile(self, users, *rest):
-        states = encode(self, users, *rest)
+        states = list(encode(self, users, *rest))
         session.close()
         return states
 

@@ -46,7 +46,7 @@ class Gate:
         def gated(model, users, *more):
             self.runs += 1
             first = self.runs == 1
-            states = encode(model, users, *more)
+            states = list(encode(model, users, *more))
             self.reached.set()
             assert self.opened.wait(60)
             if fails and first:
