@@ -121,7 +121,7 @@ class Session:
                 that are kept hold the rows of their time.
             record: keep a share of the requests as a trace; None records nothing.
             split: shares `cache_bytes` out between user states and rows of the bundle's table files, as
-                `MarginalUtility()` does; None keeps states alone.
+                `MarginalUtility()` does, for files on a slow disk: the page cache is faster. None keeps states alone.
 
         Raises:
             UsageError: when an option is not of the kind or in the range above.
