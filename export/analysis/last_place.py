@@ -38,7 +38,7 @@ def read_at_last(model: onnx.ModelProto) -> frozenset[tuple[str, int]]:
         if node.op_type in _RECURRENT and shape and shape[0] > 1 and _ends_forward(node):
             found.add((node.input[0], 0))
         for axis, place in _places(node, known):
-            if axis < len(shape) and shape[axis] > 1:
+            if -len(shape) <= axis < len(shape) and shape[axis] > 1:
                 read.setdefault((node.input[0], axis % len(shape)), set()).add(place % shape[axis])
     for (name, axis), places in read.items():
         if places == {shapes[name][axis] - 1}:

@@ -23,6 +23,8 @@ X = {("x", 1)}
         ("a = Slice(x, lasts, before, ones, lasts) y = ReduceSum<keepdims=0>(a, ones)", set()),
         ("a = Slice(x, lasts, ends, ones, ones) y = Squeeze(a, ones)", X),
         ("a = Slice(x, zeros, ends, ones) y = ReduceSum<keepdims=0>(a, ones)", set()),
+        ("a = com.example.Odd(x) y = Gather<axis=-2>(a, last)", set()),
+        ("y = Gather<axis=-2>(x, last)", X),
         ("t = Transpose<perm=[1, 0, 2]>(x) all, h = GRU<hidden_size=4>(t, w, r) y = Squeeze(h, zeros)", set()),
         ("t = Transpose<perm=[1, 0, 2]>(x) _, h = GRU<hidden_size=4>(t, w, r) y = Squeeze(h, zeros)", X),
     ],
