@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support.calibrating import command_on
 from support.errors import one_line
 
 from stca import commands, probe
@@ -29,7 +30,7 @@ from stca.export.analysis.onnx_reference import reference_of
 from stca.export.pipeline import export_module
 from stca.manifest import GROWER
 from stca.runtime import OnnxRuntimeEngine, Request, RequestBatch, Session
-from stca.trace import Traced, TraceWriter
+from stca.trace import Traced
 
 ACTIVATIONS = ("none", "token", "tensor")
 RNG = np.random.default_rng(0)
@@ -279,19 +280,8 @@ def test_what_cannot_be_asked_is_one_line(tmp_path, own, requests):
 
 
 def test_the_command_searches_all_parts_under_one_budget(tmp_path, own, requests, capsys):
-    with TraceWriter(tmp_path / "trace") as writer:
-        assert all(map(writer.add, requests))
-    argv = [
-        "calibrate",
-        str(own.path),
-        "--trace",
-        str(tmp_path / "trace"),
-        "--budget",
-        "top10=0.5",
-        "--seconds",
-        "0.01",
-    ]
-    argv += ["--threads", "1", "--precision", "int8", "--weights", "int8", "--activations", "tensor"]
+    argv = command_on(own, requests, tmp_path)
+    argv += ["--precision", "int8", "--weights", "int8", "--activations", "tensor"]
     assert commands.main([*argv, "--out", str(tmp_path / "q"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["parity"]["passed"]

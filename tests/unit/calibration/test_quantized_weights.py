@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support import tables
+from support.calibrating import command_on
 from support.errors import one_line
 
 from stca import commands, probe
@@ -25,7 +26,7 @@ from stca.errors import BundleError, ParityError, UsageError
 from stca.export.analysis.onnx_reference import reference_of
 from stca.runtime import OnnxRuntimeEngine, Request, Session
 from stca.tables import TableFile
-from stca.trace import Traced, TraceWriter
+from stca.trace import Traced
 
 RNG = np.random.default_rng(0)
 DATA = {
@@ -205,19 +206,7 @@ def test_other_weights_need_another_calibration(tmp_path, own):
 
 
 def test_the_command(tmp_path, own, capsys):
-    with TraceWriter(tmp_path / "trace") as writer:
-        assert all(map(writer.add, requests(own)))
-    argv = [
-        "calibrate",
-        str(own.path),
-        "--trace",
-        str(tmp_path / "trace"),
-        "--budget",
-        "top10=0.5",
-        "--seconds",
-        "0.01",
-    ]
-    argv += ["--threads", "1", "--out", str(tmp_path / "q")]
+    argv = [*command_on(own, requests(own), tmp_path), "--out", str(tmp_path / "q")]
     assert commands.main([*argv, "--tables", "int8"]) == 0
     assert "8 bits in 1 of 1 tensors: state 1.000 of float32, weights 0.3" in capsys.readouterr().out
     assert commands.main(argv) == 2
