@@ -7,7 +7,7 @@ import math
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -107,26 +107,37 @@ class _Tally:
 class _Users:
     """Asks as a client does that keeps histories itself: without them, as long as the server has the state.
 
-    A request brings the newest version, and waits until that is appended: nobody asks for what is not there yet.
+    A request brings the newest version, and waits until that is appended: nobody asks for what is not there yet. Events
+    of one user are sent in the trace's order, however late a busy machine wakes the threads that send them.
     """
 
-    def __init__(self, client: Client, inputs: Inputs, deadline_ms: float | None, tally: _Tally) -> None:
+    def __init__(
+        self, client: Client, inputs: Inputs, trace: Sequence[Arrival], deadline_ms: float | None, tally: _Tally
+    ) -> None:
         self._client, self._inputs, self._deadline_ms, self._tally = client, inputs, deadline_ms, tally
         self._seen: set[int] = set()
+        self._before: dict[int, int] = {}
+        last: dict[int, int] = {}
+        for i, arrival in enumerate(trace):
+            if not arrival.targets:
+                self._before[i] = last.get(arrival.user, -1)
+                last[arrival.user] = i
+        self._appended: defaultdict[int, threading.Event] = defaultdict(threading.Event)
+        self._appended[-1].set()  # what comes before a user's first events
         self._newest: dict[int, tuple[int, threading.Event]] = {}
         self._lock = threading.Lock()
 
-    def event(self, arrival: Arrival) -> None:
+    def event(self, arrival: Arrival, number: int) -> None:
         if not (self._inputs.appendable and self._client.appends):
             self._tally.events.append(_WITH_REQUEST)
             return
-        appended = threading.Event()
         with self._lock:
-            _, before = self._newest.get(arrival.user, (0, None))
-            self._newest[arrival.user] = arrival.tokens, appended
+            before, appended = self._appended[self._before[number]], self._appended[number]
+            newest, _ = self._newest.get(arrival.user, (0, None))
+            if arrival.tokens > newest:
+                self._newest[arrival.user] = arrival.tokens, appended
         try:
-            if before is not None:
-                before.wait()
+            before.wait()
             events = self._inputs.events(arrival.user, arrival.tokens, arrival.events)
             after = arrival.tokens - arrival.events
             self._tally.events.append(self._client.append(str(arrival.user), arrival.tokens, after, events))
@@ -177,7 +188,7 @@ def run(
         seconds: leave out what is not begun by then; None for nothing.
     """
     tally = _Tally()
-    users = _Users(client, inputs, deadline_ms, tally)
+    users = _Users(client, inputs, trace, deadline_ms, tally)
     began = time.monotonic()
     end = None if seconds is None else began + seconds
 
@@ -185,7 +196,7 @@ def run(
         due = time.monotonic() if offline else began + arrival.at
         time.sleep(max(0.0, due - time.monotonic()))
         if not arrival.targets:
-            users.event(arrival)
+            users.event(arrival, number)
             return
         tally.late.append(time.monotonic() - due)
         answered = users.request(arrival, number)

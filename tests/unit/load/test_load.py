@@ -134,7 +134,8 @@ def test_a_users_events_come_in_turn_and_requests_after_them(bundle_dir):
     trace = [Arrival(0.0, 0, 2, 5), Arrival(0.02, 0, 0, 6, 1), Arrival(0.04, 0, 2, 6), Arrival(0.06, 0, 0, 8, 2)]
     found = run(client, Inputs(manifest, 8, 0), [*trace, Arrival(0.08, 0, 2, 8)], connections=5)
     assert client.asked[0] == 5
-    assert client.asked[-1] == 8
+    assert max(client.asked) == 8
+    assert set(client.asked[1:]) <= {6, 8}, "two that waited for one append may be sent in any order"
     assert (found.resent, found.appended, found.not_appended, client.version) == (0, 2, 0, 8)
 
 
