@@ -51,7 +51,7 @@ def some(server: Running) -> dict[str, Any]:
 
 
 def until(true: Any) -> None:
-    for _ in range(400):
+    for _ in range(3000):
         if true():
             return
         time.sleep(0.01)
