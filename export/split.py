@@ -281,12 +281,12 @@ def _half(
 
 def _functions(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> list[onnx.FunctionProto]:
     """The model's functions that `nodes` call, directly or through one another, in the model's order."""
-    known = {(f.domain, f.name): f for f in model.functions}
-    called: set[tuple[str, str]] = set()
+    known = {(f.domain, f.name, f.overload): f for f in model.functions}
+    called: set[tuple[str, str, str]] = set()
     open_nodes = list(walk(nodes))
     while open_nodes:
         node = open_nodes.pop()
-        key = (node.domain, node.op_type)
+        key = (node.domain, node.op_type, node.overload)
         if key in known and key not in called:
             called.add(key)
             open_nodes.extend(walk(known[key].node))

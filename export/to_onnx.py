@@ -20,7 +20,7 @@ import onnx_ir
 import onnx_ir.passes.common as ir_passes
 import torch
 from onnx_ir.passes import Sequential
-from onnxscript import optimizer, values
+from onnxscript import opset18, optimizer, values
 from torch import Tensor, nn
 
 from stca.arrays import Progress
@@ -169,14 +169,25 @@ def example_inputs(inputs: Sequence[TensorSpec]) -> dict[str, Tensor]:
 
 
 def _translate(
-    query: Any, key: Any, value: Any, target_offsets: Any, history_offsets: Any, history_lengths: Any, scale: float
+    query: Any,
+    key: Any,
+    value: Any,
+    target_offsets: Any,
+    history_offsets: Any,
+    history_lengths: Any,
+    scale: float,
+    segment_offsets: Any = None,
+    segment_bias: Any = None,
 ) -> Any:
     """The torch op as one ONNX node; the exporter calls this with its symbolic tensors."""
     if history_lengths is None:
         raise ExportError("target_history_attention needs history_lengths in an exported model; pass the segments' own")
-    return _OPSET.TargetHistoryAttention(
-        query, key, value, target_offsets, history_offsets, history_lengths, scale=scale, plugin_namespace=DOMAIN
-    )
+    tensors = [query, key, value, target_offsets, history_offsets, history_lengths]
+    if segment_offsets is not None:
+        none = segment_bias is None
+        bias = opset18.ConstantOfShape(opset18.Shape(history_lengths)) if none else segment_bias
+        tensors += [segment_offsets, bias]
+    return _OPSET.TargetHistoryAttention(*tensors, scale=scale, plugin_namespace=DOMAIN)
 
 
 def _tidy(model: onnx_ir.Model, large: Large) -> onnx.ModelProto:

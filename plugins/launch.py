@@ -148,6 +148,8 @@ def target_history_attention(
     history_offsets: Tensor,
     history_lengths: Tensor | None,
     scale: float,
+    segment_offsets: Tensor | None = None,
+    segment_bias: Tensor | None = None,
 ) -> Tensor:
     """The operator on CUDA tensors; arguments as for `torch.ops.stca.target_history_attention`, already checked.
 
@@ -158,6 +160,8 @@ def target_history_attention(
         import triton  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{QUALIFIED_NAME} on CUDA needs Triton: pip install triton") from error
+    if segment_offsets is not None:
+        raise ValueError(f"{QUALIFIED_NAME}: no CUDA kernel reads several segments a request yet; run it on the CPU")
     if history_lengths is None:
         history_lengths = history_offsets[1:] - history_offsets[:-1]
     tied = _same(key, value)

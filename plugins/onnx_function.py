@@ -1,20 +1,35 @@
 """The operator as ONNX functions in standard operators, so that one file runs in any ONNX runtime.
 
-Two functions: `AttendSegment` is one request's attention, `TargetHistoryAttention` walks the requests of a batch.
-A batch of one, the usual case, skips the walk, what only that needs, and its copies of key and value. Everything inside
-is float32, whatever the inputs are. An empty history takes the branch that returns zeros: a softmax over nothing would
-be NaN.
+`AttendSegment` is one request's attention, `TargetHistoryAttention` walks the requests of a batch. A batch of one, the
+usual case, skips the walk, what only that needs, and its copies of key and value. Everything inside is float32,
+whatever the inputs are. An empty history takes the branch that returns zeros: a softmax over nothing would be NaN.
+
+A node that gives `segment_offsets` and `segment_bias`, both of them, takes the body's overload `segments`. It copies
+the segments' rows one behind the other, as standard operators must, with the bias as one more column of the key.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import onnx
 from onnx import defs, parser
 from onnx.defs import OpSchema
 
-from stca.plugins.spec import ARGUMENTS, DOMAIN, OP_NAME, OP_VERSION, RESULT, SCALE, VALUE_TYPES, Argument
+from stca.errors import ExportError
+from stca.plugins.spec import (
+    ARGUMENTS,
+    DOMAIN,
+    OP_NAME,
+    OP_VERSION,
+    PLAIN,
+    QUALIFIED_NAME,
+    RESULT,
+    SCALE,
+    VALUE_TYPES,
+    Argument,
+)
 
 OPSET = 18
 # The first that has all operators of the bodies as they are used here.
@@ -126,6 +141,82 @@ TargetHistoryAttention <scale>
 }
 """
 
+_SEGMENTS = "segments"
+# Row i of all segments, one behind the other, is row `shift + i` of the key, where `shift` is its segment's; segments
+# are counted where they begin. A bias is a column of the key that meets a column of ones in the query: of halves, as
+# ONNX Runtime warns of a factor that it can leave out, and a factor of two rounds nothing.
+_OVER_SEGMENTS = """
+<domain: "stca", opset_import: ["" : 18, "stca" : 1]>
+TargetHistoryAttention <scale> (query, key, value, target_offsets, history_offsets, history_lengths,
+                                segment_offsets, segment_bias) => (out)
+{
+    zero = Constant <value: tensor = int64 {0}> ()
+    one = Constant <value: tensor = int64 {1}> ()
+    axis0 = Constant <value: tensor = int64[1] {0}> ()
+    axis1 = Constant <value: tensor = int64[1] {1}> ()
+    last = Constant <value: tensor = int64[1] {-1}> ()
+    end = Constant <value: tensor = int64[1] {9223372036854775807}> ()
+
+    starts_and_end = Cast <to: int = 7> (history_offsets)
+    starts = Slice (starts_and_end, axis0, last, axis0)
+    lengths = Cast <to: int = 7> (history_lengths)
+    ends = CumSum (lengths, zero)
+    begins = Sub (ends, lengths)
+    bounds = Concat <axis: int = 0> (axis0, ends)
+    total = ReduceSum <keepdims: int = 0> (lengths)
+
+    beyond = Add (total, one)
+    marks_shape = Unsqueeze (beyond, axis0)
+    unmarked = ConstantOfShape <value: tensor = int64[1] {0}> (marks_shape)
+    begins_rows = Unsqueeze (begins, axis1)
+    counted_shape = Shape (begins)
+    counted = ConstantOfShape <value: tensor = int64[1] {1}> (counted_shape)
+    marks = ScatterND <reduction: string = "add"> (unmarked, begins_rows, counted)
+    numbers_and_end = CumSum (marks, zero)
+    numbers = Slice (numbers_and_end, axis0, last, axis0)
+    segment = Sub (numbers, one)
+
+    shifts = Sub (starts, begins)
+    shift = Gather <axis: int = 0> (shifts, segment)
+    place = Range (zero, total, one)
+    row = Add (shift, place)
+    key_rows = Gather <axis: int = 0> (key, row)
+    value_rows = Gather <axis: int = 0> (value, row)
+    key32 = Cast <to: int = 1> (key_rows)
+    value32 = Cast <to: int = 1> (value_rows)
+
+    tokens = Shape <start: int = 0, end: int = 1> (row)
+    key_heads = Shape <start: int = 1, end: int = 2> (key)
+    bias_shape = Concat <axis: int = 0> (tokens, key_heads, axis1)
+    bias = Gather <axis: int = 0> (segment_bias, segment)
+    column = Constant <value: tensor = int64[2] {1, 2}> ()
+    bias_column = Unsqueeze (bias, column)
+    bias_columns = Expand (bias_column, bias_shape)
+    key_biased = Concat <axis: int = 2> (key32, bias_columns)
+
+    factor = Constant <value_float: float = @scale> ()
+    half = Constant <value_float: float = 0.5> ()
+    half_factor = Mul (factor, half)
+    query32 = Cast <to: int = 1> (query)
+    half_scaled = Mul (query32, half_factor)
+    query_rows = Shape <start: int = 0, end: int = 2> (query)
+    halves_shape = Concat <axis: int = 0> (query_rows, axis1)
+    halves = ConstantOfShape <value: tensor = float[1] {0.5}> (halves_shape)
+    query_biased = Concat <axis: int = 2> (half_scaled, halves)
+
+    segments64 = Cast <to: int = 7> (segment_offsets)
+    offsets64 = Gather <axis: int = 0> (bounds, segments64)
+    offsets_begin = Slice (offsets64, axis0, last, axis0)
+    offsets_end = Slice (offsets64, axis1, end, axis0)
+    used64 = Sub (offsets_end, offsets_begin)
+    offsets = Cast <to: int = 6> (offsets64)
+    used = Cast <to: int = 6> (used64)
+    out32 = stca.TargetHistoryAttention <scale: float = 2.0>
+        (query_biased, key_biased, value32, target_offsets, offsets, used)
+    out = CastLike (out32, query)
+}
+"""
+
 
 def _infer(context: onnx.shape_inference.InferenceContext) -> None:
     """`(N_t, H, D_v)` of the query's type: the targets and heads are the query's, the depth is the value's."""
@@ -157,6 +248,7 @@ def schema() -> OpSchema:
         type_constraints=[
             ("T", [f"tensor({t})" for t in VALUE_TYPES], "floating-point values"),
             ("I", ["tensor(int32)"], "offsets and lengths"),
+            ("L", ["tensor(float)"], "what is added to logits"),
         ],
         attributes=[
             OpSchema.Attribute(SCALE, OpSchema.AttrType.FLOAT, "factor on the logits", required=True),
@@ -170,8 +262,10 @@ def schema() -> OpSchema:
 
 
 def _parameter(argument: Argument) -> OpSchema.FormalParameter:
-    kind = "T" if argument.kind == "values" else "I"
-    return OpSchema.FormalParameter(argument.name, kind, f"({', '.join(argument.shape)}), {argument.text}")
+    kind = {"values": "T", "structure": "I", "logits": "L"}[argument.kind]
+    option = OpSchema.FormalParameterOption.Optional if argument.optional else OpSchema.FormalParameterOption.Single
+    text = f"({', '.join(argument.shape)}), {argument.text}"
+    return OpSchema.FormalParameter(argument.name, kind, text, param_option=option)
 
 
 def register_schema() -> None:
@@ -181,22 +275,40 @@ def register_schema() -> None:
 
 
 @functools.cache
-def functions() -> tuple[onnx.FunctionProto, ...]:
-    """The function bodies an ONNX model with the operator must carry in `model.functions`."""
-    parsed = tuple(parser.parse_function(text) for text in (_ATTEND_SEGMENT, _TARGET_HISTORY_ATTENTION))
-    assert (parsed[-1].domain, parsed[-1].name, OP_VERSION) == (DOMAIN, OP_NAME, 1)
-    return parsed
+def functions(segments: bool = False) -> tuple[onnx.FunctionProto, ...]:
+    """The function bodies an ONNX model with the operator must carry in `model.functions`, each behind what it calls.
+
+    Args:
+        segments: whether a node gives `segment_offsets`; the last body is then the overload for those.
+    """
+    parsed = [parser.parse_function(text) for text in (_ATTEND_SEGMENT, _TARGET_HISTORY_ATTENTION, _OVER_SEGMENTS)]
+    assert {(f.domain, f.name, OP_VERSION) for f in parsed[1:]} == {(DOMAIN, OP_NAME, 1)}
+    parsed[-1].overload = _SEGMENTS
+    return tuple(parsed[: 3 if segments else 2])
 
 
 def attach(model: onnx.ModelProto) -> None:
     """Give `model` the function bodies and the `stca` opset import, in place; what it already has is replaced.
 
     The bodies take the model's own opset where that has all they use: ONNX's checker wants one version of an operator.
+
+    Raises:
+        ExportError: when a node gives one of `segment_offsets` and `segment_bias` without the other.
     """
-    names = {(f.domain, f.name) for f in functions()}
+    nodes = [node for node in _nodes(model.graph) if (node.domain, node.op_type) == (DOMAIN, OP_NAME)]
+    for node in nodes:
+        given = [bool(name) for name in node.input[len(PLAIN) :]]
+        if any(given) and given != [True, True]:
+            raise ExportError(
+                f"{QUALIFIED_NAME} '{node.name}' gives segment_offsets or segment_bias alone; an ONNX function cannot "
+                "default an input: give both, the bias as zeros where there is none"
+            )
+        node.overload = _SEGMENTS if any(given) else ""
+    needed = functions(segments=any(node.overload for node in nodes))
+    names = {(f.domain, f.name) for f in needed}
     kept = [f for f in model.functions if (f.domain, f.name) not in names]
     del model.functions[:]
-    model.functions.extend([*kept, *functions()])
+    model.functions.extend([*kept, *needed])
     if DOMAIN not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, OP_VERSION))
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), OPSET)
@@ -204,3 +316,11 @@ def attach(model: onnx.ModelProto) -> None:
         for entry in function.opset_import:
             if not entry.domain and opset >= OLDEST_OPSET:
                 entry.version = opset
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                yield from _nodes(body)

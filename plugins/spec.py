@@ -23,30 +23,40 @@ class Argument:
 
     Attributes:
         name: the same in every implementation.
-        shape: sizes by name: `N_t` targets, `N_h` history tokens, `B` requests, `H` heads, `H_k` heads of key and value
-            (1 or `H`), `D` and `D_v` head sizes.
-        kind: `values`, one floating-point type for all such arguments, or `structure`, int32.
+        shape: sizes by name: `N_t` targets, `N_h` history tokens, `B` requests, `N_s` segments (one a request, so `B`,
+            unless `segment_offsets` says otherwise), `H` heads, `H_k` heads of key and value (1 or `H`), `D` and `D_v`
+            head sizes.
+        kind: `values`, one floating-point type for all such arguments; `structure`, int32; `logits`, float32.
         text: what it is, for schemas and documentation.
+        optional: whether a request may have more segments than one by it; such arguments come last.
     """
 
     name: str
     shape: tuple[str, ...]
-    kind: Literal["values", "structure"]
+    kind: Literal["values", "structure", "logits"]
     text: str
+    optional: bool = False
 
 
-# The tensors in the order in which every implementation takes them. A block table (pages instead of contiguous
-# segments), scales of quantized keys and values and a bias per history token would follow `history_lengths`.
+# The tensors in the order in which every implementation takes them. Scales of quantized keys and values would follow.
+#
+# A segment is a run of rows of key and value. By `segment_offsets` a request reads a list of them in one softmax, each
+# with a bias on its logits: its own state beside other users', or the pages of a pool `(pages, page, H_k, D)`, whose
+# rows are those of the pool seen as `(pages * page, H_k, D)`. A list's segments may lie anywhere, in any order, twice.
 ARGUMENTS: Final = (
     Argument("query", ("N_t", "H", "D"), "values", "packed targets"),
     Argument("key", ("N_h", "H_k", "D"), "values", "packed history; H_k is 1 (absorbed) or H (projected)"),
     Argument("value", ("N_h", "H_k", "D_v"), "values", "packed history, as the key"),
     Argument("target_offsets", ("B + 1",), "structure", "where each request's targets begin; the last entry is N_t"),
-    Argument("history_offsets", ("B + 1",), "structure", "where each request's history begins; the last entry is N_h"),
-    Argument("history_lengths", ("B",), "structure", "tokens used from the start of each segment"),
+    Argument("history_offsets", ("N_s + 1",), "structure", "where each segment begins; the last entry is N_h"),
+    Argument("history_lengths", ("N_s",), "structure", "tokens used from the start of each segment"),
+    Argument("segment_offsets", ("B + 1",), "structure", "where each request's segments begin; the last is N_s", True),
+    Argument("segment_bias", ("N_s",), "logits", "finite, added to the logits of a segment's tokens", True),
 )
+# What a request with one segment needs.
+PLAIN: Final = tuple(a for a in ARGUMENTS if not a.optional)
 RESULT: Final = Argument("out", ("N_t", "H", "D_v"), "values", "of the query's type; zeros where a history is empty")
-STRUCTURE: Final = tuple(a.name for a in ARGUMENTS if a.kind == "structure")
+STRUCTURE: Final = tuple(a.name for a in PLAIN if a.kind == "structure")
 # The attribute: a factor on the logits.
 SCALE: Final = "scale"
 # Types of `values`, as ONNX names them; float64 besides in torch on a CPU, for references and gradients.
@@ -60,11 +70,10 @@ def check_shapes(
     target_offsets: Sequence[int],
     history_offsets: Sequence[int],
     history_lengths: Sequence[int] | None,
+    segment_offsets: Sequence[int] | None = None,
+    segment_bias: Sequence[int] | None = None,
 ) -> None:
-    """Check the operator's static contract on shapes alone.
-
-    Shapes: `query (N_t, H, D)`, `key (N_h, H_k, D)`, `value (N_h, H_k, D_v)`, offsets `(B + 1,)`, lengths `(B,)`,
-    with `H_k` either 1 (absorbed) or `H` (projected).
+    """Check the operator's static contract on shapes alone, which are those of `ARGUMENTS`; None is left out.
 
     Raises:
         ValueError: naming the argument, its shape and what is expected.
@@ -83,16 +92,32 @@ def check_shapes(
     for name, offsets, rows in (("target_offsets", target_offsets, query), ("history_offsets", history_offsets, key)):
         if offsets[0] == 0:
             raise ValueError(f"{QUALIFIED_NAME}: {name} has 0 entries; expected batch + 1, at least 1")
-        if offsets[0] == 1 and rows[0] != 0:
+        if offsets[0] == 1 and rows[0] != 0 and (name == "target_offsets" or segment_offsets is None):
             raise ValueError(f"{QUALIFIED_NAME}: {name} has 1 entry, so no request, for {rows[0]} rows; expected none")
-    if target_offsets[0] != history_offsets[0]:
+    _check_segments(target_offsets, history_offsets, segment_offsets, segment_bias)
+    segments = history_offsets[0] - 1
+    for name, given in (("history_lengths", history_lengths), ("segment_bias", segment_bias)):
+        if given is not None and tuple(given) != (segments,):
+            raise ValueError(f"{QUALIFIED_NAME}: {name} has shape {tuple(given)}, expected {(segments,)}")
+
+
+def _check_segments(
+    target_offsets: Sequence[int],
+    history_offsets: Sequence[int],
+    segment_offsets: Sequence[int] | None,
+    segment_bias: Sequence[int] | None,
+) -> None:
+    if segment_offsets is not None:
+        if tuple(segment_offsets) != tuple(target_offsets):
+            shapes = f"{tuple(segment_offsets)}, target_offsets {tuple(target_offsets)}"
+            raise ValueError(f"{QUALIFIED_NAME}: segment_offsets has shape {shapes}; both need batch + 1 entries")
+    elif segment_bias is not None:
+        raise ValueError(f"{QUALIFIED_NAME}: segment_bias needs segment_offsets, which says whose the segments are")
+    elif target_offsets[0] != history_offsets[0]:
         raise ValueError(
             f"{QUALIFIED_NAME}: target_offsets has {target_offsets[0]} entries, history_offsets {history_offsets[0]}; "
             "both need batch + 1"
         )
-    if history_lengths is not None and (len(history_lengths) != 1 or history_lengths[0] != history_offsets[0] - 1):
-        expected = (history_offsets[0] - 1,)
-        raise ValueError(f"{QUALIFIED_NAME}: history_lengths has shape {tuple(history_lengths)}, expected {expected}")
 
 
 def check_offsets(
@@ -101,16 +126,19 @@ def check_offsets(
     history_lengths: Sequence[int],
     n_targets: int,
     n_tokens: int,
+    segment_offsets: Sequence[int] | None = None,
 ) -> None:
     """Check the values that say which rows belong to which request; their number is checked by `check_shapes`.
 
     Raises:
         ValueError: naming the entry, its value and what is expected.
     """
-    for name, offsets, rows, count in (
-        ("target_offsets", target_offsets, n_targets, "N_t"),
-        ("history_offsets", history_offsets, n_tokens, "N_h"),
-    ):
+    packed = [("target_offsets", target_offsets, n_targets, "N_t")]
+    if segment_offsets is None:
+        packed.append(("history_offsets", history_offsets, n_tokens, "N_h"))
+    else:
+        packed.append(("segment_offsets", segment_offsets, len(history_lengths), "N_s"))
+    for name, offsets, rows, count in packed:
         if offsets[0] != 0:
             raise ValueError(f"{QUALIFIED_NAME}: {name}[0] is {offsets[0]}, expected 0")
         for i, (begin, end) in enumerate(pairwise(offsets)):
@@ -119,9 +147,17 @@ def check_offsets(
         if offsets[-1] != rows:
             last = len(offsets) - 1
             raise ValueError(f"{QUALIFIED_NAME}: {name}[{last}], the last, is {offsets[-1]}, expected {count} = {rows}")
-    for i, length in enumerate(history_lengths):
-        held = history_offsets[i + 1] - history_offsets[i]
-        if not 0 <= length <= held:
+    if history_offsets[-1] != n_tokens:
+        last = len(history_offsets) - 1
+        raise ValueError(
+            f"{QUALIFIED_NAME}: history_offsets[{last}] is {history_offsets[-1]}, expected N_h = {n_tokens}"
+        )
+    ends = history_offsets[1:] if segment_offsets is None else [n_tokens] * len(history_lengths)
+    for i, (begin, end, length) in enumerate(zip(history_offsets, ends, history_lengths, strict=False)):
+        if not 0 <= begin <= n_tokens:
+            raise ValueError(f"{QUALIFIED_NAME}: history_offsets[{i}] is {begin}, expected 0 to N_h = {n_tokens}")
+        if not 0 <= length <= end - begin:
             raise ValueError(
-                f"{QUALIFIED_NAME}: history_lengths[{i}] is {length}, expected 0 to {held}, the tokens of its segment"
+                f"{QUALIFIED_NAME}: history_lengths[{i}] is {length}, expected 0 to {end - begin}, the tokens of its "
+                "segment"
             )

@@ -18,7 +18,7 @@ from stca.errors import BuildError
 from stca.plugins import onnx_function, tiling
 from stca.plugins.aot import artifact_sm
 from stca.plugins.devices import device_for
-from stca.plugins.spec import DOMAIN, OP_NAME, QUALIFIED_NAME, TENSORRT_JOIN, TENSORRT_PARTS, TENSORRT_TIED
+from stca.plugins.spec import DOMAIN, OP_NAME, PLAIN, QUALIFIED_NAME, TENSORRT_JOIN, TENSORRT_PARTS, TENSORRT_TIED
 from stca.plugins.tiling import Shape, Sizes
 
 _DTYPES: dict[int, str] = {
@@ -122,6 +122,8 @@ def _scale(node: onnx.NodeProto) -> float:
 
 def _shape(node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto.Tensor]) -> Shape:
     """What is compiled into the node's kernel."""
+    if len(node.input) > len(PLAIN):
+        raise BuildError(f"{QUALIFIED_NAME} '{node.name}' joins several segments, which no GPU kernel here does yet")
     sizes: dict[str, list[int]] = {}
     for argument, name in zip(("query", "key", "value"), node.input, strict=False):
         if name not in types or len(types[name].shape.dim) != 3:

@@ -25,9 +25,9 @@ from typing import Any, Final, Literal
 from stca.errors import BuildError
 from stca.plugins import aot, tiling
 from stca.plugins.spec import (
-    ARGUMENTS,
     DOMAIN,
     OP_NAME,
+    PLAIN,
     QUALIFIED_NAME,
     SCALE,
     STRUCTURE,
@@ -45,7 +45,7 @@ except ImportError as error:
 _DTYPES: Final = {trt.bfloat16: "bfloat16", trt.float16: "float16", trt.float32: "float32"}
 _TENSORRT_DTYPES: Final = {name: dtype for dtype, name in _DTYPES.items()}
 _ELEMENTS: Final = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}  # in the words of AutoTuneCombination
-_ATTEND_INPUTS: Final = tuple(a.name for a in ARGUMENTS)
+_ATTEND_INPUTS: Final = tuple(a.name for a in PLAIN)
 
 # What `aot_impl` returns: kernel name, PTX, launch parameters, int32 arguments.
 Launch = tuple[str, str, trtp.KernelLaunchParams, trtp.SymExprs]
@@ -107,7 +107,7 @@ def _check_types(inputs: Tensors) -> str:
         if desc.dtype != trt.int32:
             given = str(desc.dtype).removeprefix("DataType.")
             raise BuildError(f"{QUALIFIED_NAME}: {name} is {given}; supported is INT32 (cast it in the network)")
-    for argument, desc in zip(ARGUMENTS, inputs, strict=True):
+    for argument, desc in zip(PLAIN, inputs, strict=True):
         if desc.ndim != (rank := len(argument.shape)):
             raise BuildError(f"{QUALIFIED_NAME}: {argument.name} has {desc.ndim} dimensions, expected {rank}")
     return _DTYPES[query.dtype]

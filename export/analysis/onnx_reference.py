@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
@@ -31,4 +32,6 @@ def reference_of(model: onnx.ModelProto, new_ops: Sequence[type[OpRun]] = ()) ->
         model: with its weights inline.
         new_ops: more implementations to use in place of ONNX's.
     """
+    if any(function.overload for function in model.functions):  # ONNX's own takes one of a name for all of them
+        model = onnx.inliner.inline_local_functions(model)
     return ReferenceEvaluator(model, new_ops=[GatherElements, *new_ops])

@@ -27,7 +27,7 @@ from stca.export.analysis.integers import INTEGERS, fold_integers, known_integer
 from stca.export.analysis.scope import Dataflow, label, walk
 from stca.export.passes.nodes import NewNodes, names_in
 from stca.plugins import onnx_function
-from stca.plugins.spec import DOMAIN, OP_NAME
+from stca.plugins.spec import DOMAIN, OP_NAME, PLAIN
 
 Form = Literal["fused", "decomposed"]
 ATTENTION_OPSET: Final = 23
@@ -126,6 +126,11 @@ def for_one_request(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
     inside = [node for node in walk(model.graph.node) if is_operator(node)][len(operators) :]
     if inside:
         raise ExportError(f"node {label(inside[0])!r} is inside a control-flow body; move it to the graph's top level")
+    if joining := [node for node in operators if len(node.input) > len(PLAIN)]:
+        raise ExportError(
+            f"node {label(joining[0])!r} joins several segments of a history, which standard operators of one fused "
+            "attention cannot; build it with --lowering plugin"
+        )
     all_tokens = all(uses_all_tokens(model, node) for node in operators)
     if form == "fused":
         model = _with_kernels(model)

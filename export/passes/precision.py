@@ -34,7 +34,7 @@ from stca.errors import ExportError
 from stca.export.analysis import operators
 from stca.export.analysis.cost import Sizes, any_sizes
 from stca.export.analysis.scope import Dataflow, label, reads, subgraphs
-from stca.plugins.spec import DOMAIN
+from stca.plugins.spec import ARGUMENTS, DOMAIN, OP_NAME
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: Final[Mapping[Precision, int]] = {
@@ -157,7 +157,7 @@ class _Conversion:
             )
         for i, name in enumerate(node.input):
             if name and self.is_float(name):
-                node.input[i] = self._as(name, kind)
+                node.input[i] = self._as(name, TensorProto.FLOAT if _is_logits(node, i) else kind)
         if kind == self.low:
             _narrow_attributes(node, self.low)
         made = _as_products(node) if kind == TensorProto.BFLOAT16 and node.op_type == "Einsum" else [node]
@@ -255,6 +255,11 @@ class _Conversion:
                 head.add(i)
                 pending.extend(nodes[i].input if nodes[i].op_type in operators.HEAD else ())
         return head
+
+
+def _is_logits(node: onnx.NodeProto, i: int) -> bool:
+    """Whether an input of the operator is float32 whatever the others are."""
+    return (node.domain, node.op_type) == (DOMAIN, OP_NAME) and ARGUMENTS[i].kind == "logits"
 
 
 def _terms(node: onnx.NodeProto) -> tuple[str, str, str] | None:

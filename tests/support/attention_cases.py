@@ -22,12 +22,27 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Layout:
-    """A ragged batch: targets of each request, tokens its segment holds, and how many of them count."""
+    """A ragged batch: targets of each request, tokens its segment holds, and how many of them count.
+
+    With `lists`, a request reads the segments whose numbers it lists, in that order, each with a bias.
+    """
 
     name: str
     targets: tuple[int, ...]
     segments: tuple[int, ...]
     lengths: tuple[int, ...] | None = None  # the whole segments
+    lists: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def read(self) -> tuple[tuple[int, ...], ...]:
+        """The segments of each request."""
+        return self.lists or tuple((i,) for i in range(len(self.segments)))
+
+    @property
+    def pairs(self) -> int:
+        """Targets times the tokens they look at."""
+        lengths = self.lengths or self.segments
+        return sum(m * sum(lengths[s] for s in read) for m, read in zip(self.targets, self.read, strict=True))
 
 
 @dataclass(frozen=True)
@@ -58,8 +73,7 @@ class Case:
     @property
     def products(self) -> int:
         """Target-token pairs times heads: what a slow implementation takes time for."""
-        lengths = self.layout.lengths or self.layout.segments
-        return self.heads * sum(m * length for m, length in zip(self.layout.targets, lengths, strict=True))
+        return self.heads * self.layout.pairs
 
 
 @dataclass(frozen=True)
@@ -72,9 +86,11 @@ class Inputs:
     target_offsets: Tensor
     history_offsets: Tensor
     history_lengths: Tensor
+    segment_offsets: Tensor | None = None
+    segment_bias: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """In the operator's order."""
+        """Those that every request needs, in the operator's order."""
         return (
             self.query,
             self.key,
@@ -84,9 +100,13 @@ class Inputs:
             self.history_lengths,
         )
 
+    def segments(self) -> tuple[Tensor, ...]:
+        """What follows where requests list their segments."""
+        return tuple(x for x in (self.segment_offsets, self.segment_bias) if x is not None)
+
     def cuda(self) -> Inputs:
         """The same on the GPU."""
-        query, key, value, *structure = (x.cuda() for x in self.tensors())
+        query, key, value, *structure = (x.cuda() for x in (*self.tensors(), *self.segments()))
         return Inputs(query, key, key if self.value is self.key else value, *structure)
 
 
@@ -113,6 +133,17 @@ LAYOUTS = (
     Layout("padded-alone", (3,), (40,), (29,)),
     Layout("one-token-each", (1, 1, 1, 1, 1), (1, 1, 1, 1, 1)),
 )
+# A request's own state beside other users', which others read too; pages of a pool, the last of each request not full.
+SEGMENTED = (
+    Layout("neighbours", (3, 2, 4), (21, 9, 40, 1, 33), None, ((0, 2, 4), (1, 4, 2), (3,))),
+    Layout("one-list", (5,), (17, 40, 32), (17, 33, 32), ((0, 1, 2),)),
+    Layout("no-list-between", (2, 3, 1), (30, 7, 5), (30, 0, 5), ((0, 1, 2), (), (1, 2, 1, 0, 2))),
+    Layout("pages", (4, 3), (16,) * 9, (16,) * 4 + (5,) + (16,) * 3 + (11,), ((7, 2, 0, 4), (3, 1, 6, 2, 8))),
+    Layout("pages-of-32", (2,), (32,) * 6, None, ((5, 0, 3, 2),)),
+    Layout("lists-of-nothing", (2, 1), (4,), (0,), ((), (0,))),
+)
+# More segments than the kernel looks at in one go, some of them empty.
+MANY = Layout("many-segments", (2, 1), tuple(i % 4 for i in range(200)), None, (tuple(range(199, 20, -1)), (3, 7)))
 # More requests than the kernel looks at in one go.
 CROWD = Layout("crowd", tuple(i % 2 for i in range(140)), tuple(i % 3 for i in range(140)))
 LONG = Layout("long-beside-empty", (0, 3, 1, 2), (0, 10_000, 0, 0))
@@ -125,6 +156,8 @@ def _table() -> Iterator[Case]:
     small = itertools.cycle(((32, 32), (16, 32), (48, 16)))
     for layout, (heads, key_heads), dtype in itertools.product(LAYOUTS, forms, DTYPES):
         yield Case(layout, heads, key_heads, *next(small), dtype)
+    for layout, (heads, key_heads), dtype in itertools.product(SEGMENTED, forms, DTYPES):
+        yield Case(layout, heads, key_heads, *next(small), dtype)
     middle = Layout("three", (3, 1, 2), (21, 0, 50), (21, 0, 37))
     for (depth, value_depth), (heads, key_heads), dtype in itertools.product(DEPTHS, ((2, 1), (2, 2)), DTYPES):
         yield Case(middle, heads, key_heads, depth, value_depth, dtype, scale=depth**-0.5)
@@ -133,6 +166,9 @@ def _table() -> Iterator[Case]:
     for dtype in DTYPES:
         yield Case(Layout("single-head", (9,), (50,)), 1, 1, 32, 32, dtype)
         yield Case(CROWD, 4, 1, 16, 16, dtype)
+        yield Case(MANY, 2, 1, 16, 16, dtype)
+        yield Case(SEGMENTED[0], 4, 1, 64, 64, dtype, tied=True)
+        yield Case(SEGMENTED[0], 3, 3, 32, 32, dtype, "negative-scale")
         yield Case(Layout("few", (1, 1), (30, 17)), 2, 1, 1024, 1024, dtype, scale=1 / 32)
         for heads, key_heads in forms:
             yield Case(LONG, heads, key_heads, 32, 32, dtype)
@@ -169,12 +205,19 @@ def inputs(case: Case) -> Inputs:
     for begin, end, length in zip(offsets[:-1], offsets[1:], lengths, strict=True):
         key[begin + length : end] = np.nan
         value[begin + length : end] = np.inf
+    listed: list[Tensor] = []
+    if layout.lists is not None:
+        rows = [s for read in layout.lists for s in read]
+        ends = np.cumsum([0, *map(len, layout.lists)])
+        bias = rng.integers(-16, 17, len(rows)) / 4  # numbers of every type, so that PyTorch's error is not theirs
+        offsets, lengths = np.append(offsets[rows], n_tokens), [lengths[s] for s in rows]
+        listed = [torch.from_numpy(ends.astype(np.int32)), torch.from_numpy(bias.astype(np.float32))]
     floats = [torch.from_numpy(x).to(DTYPES[case.dtype]) for x in (query, key, value)]
     if case.tied:
         floats[2] = floats[1]
     target_offsets = np.concatenate([[0], np.cumsum(layout.targets)]).astype(np.int32)
-    structure = (torch.from_numpy(x) for x in (target_offsets, offsets, np.array(lengths, dtype=np.int32)))
-    return Inputs(*floats, *structure)
+    structure = (torch.from_numpy(np.array(x, dtype=np.int32)) for x in (target_offsets, offsets, lengths))
+    return Inputs(*floats, *structure, *listed)
 
 
 def poison_parts(steps: Sequence[Launch]) -> None:
@@ -192,8 +235,9 @@ def signed_scale(case: Case) -> float:
 @functools.lru_cache(maxsize=8)
 def truth(case: Case) -> NDArray[np.float64]:
     """The reference's output on the case's rounded inputs."""
-    floats_and_structure = [x.double().numpy() if x.is_floating_point() else x.numpy() for x in inputs(case).tensors()]
-    return reference(*floats_and_structure, scale=signed_scale(case))
+    x = inputs(case)
+    arrays = [y.double().numpy() if y.is_floating_point() else y.numpy() for y in (*x.tensors(), *x.segments())]
+    return reference(*arrays, scale=signed_scale(case))
 
 
 @functools.lru_cache(maxsize=8)
@@ -210,15 +254,21 @@ def tolerance(case: Case) -> float:
         return 0.0
     worst = largest_logit = largest_value = 0.0
     t, b = x.target_offsets.tolist(), x.history_offsets.tolist()
-    for i, length in enumerate(x.history_lengths.tolist()):
-        if length == 0 or t[i] == t[i + 1]:
+    lengths, ends = x.history_lengths.tolist(), itertools.accumulate(map(len, case.layout.read), initial=0)
+    for i, (first, last) in enumerate(itertools.pairwise(ends)):
+        tokens = [b[s] + n for s in range(first, last) for n in range(lengths[s])]
+        if not tokens or t[i] == t[i + 1]:
             continue
         q = x.query[t[i] : t[i + 1]].transpose(0, 1)
-        k, v = (y[b[i] : b[i] + length].transpose(0, 1).expand(case.heads, -1, -1) for y in (x.key, x.value))
-        out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], scale=signed_scale(case))[
-            0
-        ].transpose(0, 1)
-        worst = max(worst, float(np.abs(out.double().numpy() - expected[t[i] : t[i + 1]]).max()))
+        k, v = (y[tokens].transpose(0, 1).expand(case.heads, -1, -1) for y in (x.key, x.value))
+        bias = None
+        if x.segment_bias is not None:
+            bias = x.segment_bias[first:last].repeat_interleave(x.history_lengths[first:last])
+            largest_logit = max(largest_logit, float(bias.abs().max()))
+            bias = bias.to(q.dtype).expand(1, case.heads, q.shape[1], -1)
+        scale = signed_scale(case)
+        out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], bias, scale=scale)[0]
+        worst = max(worst, float(np.abs(out.transpose(0, 1).double().numpy() - expected[t[i] : t[i + 1]]).max()))
         largest_logit = max(largest_logit, float((q.float() @ k.float().mT).abs().max()) * case.scale)
         largest_value = max(largest_value, float(v.abs().max()))
     rounding = torch.finfo(DTYPES[case.dtype]).eps * float(np.abs(expected).max())

@@ -17,9 +17,10 @@ from onnx.reference import ReferenceEvaluator
 from support.attention_cases import DTYPES, Case, Inputs, inputs, poison_parts, signed_scale
 from torch import Tensor
 
+from stca.export.analysis.onnx_reference import reference_of
 from stca.plugins import launch, onnx_function, torch_op  # noqa: F401  (torch_op registers the op)
 from stca.plugins.interpret import KERNELS, Interpreter
-from stca.plugins.spec import DOMAIN, OP_NAME
+from stca.plugins.spec import ARGUMENTS, DOMAIN, OP_NAME, PLAIN
 from stca.plugins.tiling import Plan, Tile, power_of_two
 
 _ONNX_TYPES = {
@@ -27,31 +28,33 @@ _ONNX_TYPES = {
     "bfloat16": TensorProto.BFLOAT16,
     "float16": TensorProto.FLOAT16,
 }
-_NAMES = ("query", "key", "value", "target_offsets", "history_offsets", "history_lengths")
 
 
 def torch_cpu(case: Case) -> Tensor:
     """`torch.ops.stca.target_history_attention`."""
-    out: Tensor = torch.ops.stca.target_history_attention(*inputs(case).tensors(), signed_scale(case))
+    x = inputs(case)
+    out: Tensor = torch.ops.stca.target_history_attention(*x.tensors(), signed_scale(case), *x.segments())
     return out
 
 
 @functools.lru_cache(maxsize=64)
-def onnx_model(dtype: str, scale: float) -> onnx.ModelProto:
-    """One node of the operator with its function body, every dimension symbolic.
+def onnx_model(dtype: str, scale: float, segments: bool) -> onnx.ModelProto:
+    """One node of the operator with its function body, every dimension symbolic, with or without lists of segments.
 
     The output is widened to float32, which changes nothing in it: ONNX Runtime cannot hand bfloat16 to numpy.
     """
-    element = _ONNX_TYPES[dtype]
-    shapes = (("N_t", "H", "D"), ("N_h", "H_k", "D"), ("N_h", "H_k", "D_v"), ("B_plus_1",), ("B_plus_1",), ("B",))
-    types = (element,) * 3 + (TensorProto.INT32,) * 3
+    types = {"values": _ONNX_TYPES[dtype], "structure": TensorProto.INT32, "logits": TensorProto.FLOAT}
+    arguments = ARGUMENTS if segments else PLAIN
     graph = helper.make_graph(
         [
-            helper.make_node(OP_NAME, _NAMES, ["out"], domain=DOMAIN, scale=scale),
+            helper.make_node(OP_NAME, [a.name for a in arguments], ["out"], domain=DOMAIN, scale=scale),
             helper.make_node("Cast", ["out"], ["out32"], to=TensorProto.FLOAT),
         ],
         "operator",
-        [helper.make_tensor_value_info(n, t, s) for n, t, s in zip(_NAMES, types, shapes, strict=True)],
+        [
+            helper.make_tensor_value_info(a.name, types[a.kind], [s.replace(" + ", "_plus_") for s in a.shape])
+            for a in arguments
+        ],
         [helper.make_tensor_value_info("out32", TensorProto.FLOAT, ("N_t", "H", "D_v"))],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", onnx_function.OPSET)], ir_version=10)
@@ -60,33 +63,33 @@ def onnx_model(dtype: str, scale: float) -> onnx.ModelProto:
 
 
 @functools.lru_cache(maxsize=64)
-def _session(dtype: str, scale: float) -> onnxruntime.InferenceSession:
+def _session(dtype: str, scale: float, segments: bool) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    serialized = onnx_model(dtype, scale).SerializeToString()
+    serialized = onnx_model(dtype, scale, segments).SerializeToString()
     return onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
 
 
 @functools.lru_cache(maxsize=64)
-def _evaluator(dtype: str, scale: float) -> ReferenceEvaluator:
-    return ReferenceEvaluator(onnx_model(dtype, scale))
+def _evaluator(dtype: str, scale: float, segments: bool) -> ReferenceEvaluator:
+    return reference_of(onnx_model(dtype, scale, segments))
 
 
-def _arrays(x: Inputs) -> list[NDArray[np.generic]]:
-    return [
-        y.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if y.dtype == torch.bfloat16 else y.numpy()
-        for y in x.tensors()
-    ]
+def _arrays(x: Inputs) -> dict[str, NDArray[np.generic]]:
+    return {
+        a.name: y.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if y.dtype == torch.bfloat16 else y.numpy()
+        for a, y in zip(ARGUMENTS, (*x.tensors(), *x.segments()), strict=False)
+    }
 
 
 def onnx_runtime(case: Case) -> Tensor:
     """The function body in ONNX Runtime on the CPU."""
-    session = _session(case.dtype, signed_scale(case))
+    session = _session(case.dtype, signed_scale(case), case.layout.lists is not None)
     feeds = {
         name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(x, _ONNX_TYPES[case.dtype])
         if x.dtype == ml_dtypes.bfloat16
         else onnxruntime.OrtValue.ortvalue_from_numpy(x)
-        for name, x in zip(_NAMES, _arrays(inputs(case)), strict=True)
+        for name, x in _arrays(inputs(case)).items()
     }
     (out,) = session.run_with_ort_values(None, feeds)
     return torch.from_numpy(out.numpy()).to(DTYPES[case.dtype])
@@ -94,8 +97,8 @@ def onnx_runtime(case: Case) -> Tensor:
 
 def onnx_reference(case: Case) -> Tensor:
     """The function body in onnx's own evaluator."""
-    feeds = dict(zip(_NAMES, _arrays(inputs(case)), strict=True))
-    (out,) = _evaluator(case.dtype, signed_scale(case)).run(None, feeds)
+    evaluator = _evaluator(case.dtype, signed_scale(case), case.layout.lists is not None)
+    (out,) = evaluator.run(None, _arrays(inputs(case)))
     return torch.from_numpy(out).to(DTYPES[case.dtype])
 
 

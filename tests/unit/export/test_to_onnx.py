@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
@@ -14,6 +15,7 @@ from torch import nn
 from stca import probe
 from stca.bundle import Bundle
 from stca.errors import ExportError, UsageError
+from stca.export.analysis.onnx_reference import reference_of
 from stca.export.reference.checkpoint import load_checkpoint
 from stca.export.to_onnx import RequestModel, to_request_graph
 from stca.export.weights import offsets
@@ -308,3 +310,50 @@ def test_the_operator_needs_its_lengths_to_be_exported():
 def test_a_limit_is_of_ids():
     with one_line(UsageError, "'mask' is float32", "leave the limit out"):
         TensorSpec("mask", "float32", ("N_h",), "user", limit=2)
+
+
+class Joined(nn.Module):
+    """A user's own history, then that and other users' in one softmax."""
+
+    def __init__(self, biased: bool) -> None:
+        super().__init__()
+        self.biased = biased
+
+    def forward(self, x: dict[str, torch.Tensor]) -> torch.Tensor:
+        op, ends = torch.ops.stca.target_history_attention, (x["target_offsets"], x["history_offsets"])
+        query, key = (torch.tanh(x[name])[:, None] for name in ("target", "history"))
+        own = op(query, key, key, *ends, x["history_offsets"].diff(), 0.5)
+        bias = [x["similarity"] * 2] if self.biased else []
+        starts = torch.cat([x["segment_starts"], x["history_offsets"][-1:]])
+        lists = (starts, x["segment_lengths"], 0.5, x["segment_offsets"], *bias)
+        return (own + op(query, key, key, x["target_offsets"], *lists)).flatten(1)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_one_file_holds_attention_over_one_segment_and_over_lists(biased):
+    inputs = (
+        TensorSpec("target", "float32", ("N_t", 8), "target"),
+        TensorSpec("history", "float32", ("N_h", 8), "user"),
+        TensorSpec("target_offsets", "int32", ("B_plus_1",), "target"),
+        TensorSpec("history_offsets", "int32", ("B_plus_1",), "user"),
+        TensorSpec("segment_starts", "int32", ("N_s",), "request"),
+        TensorSpec("segment_lengths", "int32", ("N_s",), "request"),
+        TensorSpec("segment_offsets", "int32", ("B_plus_1",), "request"),
+        TensorSpec("similarity", "float32", ("N_s",), "request"),
+    )
+    model = to_request_graph(RequestModel(Joined(biased), inputs))
+    assert [n.overload for n in model.graph.node if n.op_type == "TargetHistoryAttention"] == ["", "segments"]
+    onnx_function.register_schema()
+    onnx.checker.check_model(model, full_check=True)
+    rng = np.random.default_rng(0)
+    feeds = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in (("target", (5, 8)), ("history", (9, 8)))}
+    lists = {"target_offsets": [0, 2, 5], "history_offsets": [0, 4, 9], "segment_starts": [4, 0, 0]}
+    lists |= {"segment_lengths": [5, 4, 3], "segment_offsets": [0, 2, 3]}
+    feeds |= {n: np.array(x, dtype=np.int32) for n, x in lists.items()} | {
+        "similarity": np.array([1, -1, 2], dtype=np.float32)
+    }
+    expected = run_module(Joined(biased), feeds)
+    read = {i.name for i in model.graph.input}
+    for run in (onnxruntime.InferenceSession(model.SerializeToString()), reference_of(model)):
+        (scores,) = run.run(None, {n: x for n, x in feeds.items() if n in read})
+        np.testing.assert_allclose(scores, expected, atol=1e-6)

@@ -81,6 +81,42 @@ def test_the_torch_op_and_the_reference_name_the_entry(wrong: str) -> None:
         reference(*(x.numpy() for x in rows()), *map(np.array, structure), scale=0.25)
 
 
+# What is wrong: history_offsets, history_lengths, segment_offsets of two requests.
+WRONG_LISTS = {
+    "a list begins late": ([4, 0, 40], [1, 1], [1, 1, 2], "segment_offsets[0] is 1, expected 0"),
+    "a list ends late": ([4, 0, 40], [1, 1], [0, 1, 3], "segment_offsets[2], the last, is 3, expected N_s = 2"),
+    "lists descend": (
+        [4, 0, 40],
+        [1, 1],
+        [0, 3, 2],
+        "segment_offsets[2] is 2, expected at least segment_offsets[1] = 3",
+    ),
+    "a segment below": ([-1, 0, 40], [1, 1], [0, 1, 2], "history_offsets[0] is -1, expected 0 to N_h = 40"),
+    "a segment beyond": ([4, 41, 40], [1, 0], [0, 1, 2], "history_offsets[1] is 41, expected 0 to N_h = 40"),
+    "a segment too long": ([4, 30, 40], [1, 11], [0, 1, 2], "history_lengths[1] is 11, expected 0 to 10, the tokens"),
+    "a negative length": ([4, 30, 40], [-1, 1], [0, 1, 2], "history_lengths[0] is -1, expected 0 to 36"),
+    "no end": ([4, 30, 39], [1, 1], [0, 1, 2], "history_offsets[2] is 39, expected N_h = 40"),
+    "anything": (
+        [2**31 - 1, -(2**31), 40],
+        [2**31 - 1, 2**31 - 1],
+        [-(2**31), 2**31 - 1, -5],
+        "segment_offsets[0] is -2147483648, expected 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LISTS)
+def test_the_torch_op_and_the_reference_name_the_entry_of_a_list(wrong: str) -> None:
+    *lists, message = WRONG_LISTS[wrong]
+    pattern = rf"^stca::TargetHistoryAttention: {re.escape(message)}.*$"
+    starts, lengths, ends = int32(*lists)
+    with pytest.raises(ValueError, match=pattern):
+        Op(*rows(), *int32([0, 2, 5]), starts, lengths, 0.25, ends)
+    arrays = [x.numpy() for x in (*rows(), *int32([0, 2, 5]), starts, lengths, ends)]
+    with pytest.raises(ValueError, match=pattern):
+        reference(*arrays, scale=0.25)
+
+
 def test_lengths_left_out_are_no_way_around() -> None:
     with pytest.raises(ValueError, match=r"history_offsets\[1\], the last, is 47, expected N_h = 40"):
         Op(*rows(), *int32([0, 5], [0, 47]), None, 0.25)

@@ -12,6 +12,7 @@ import torch
 from stca.plugins import kernels, launch, onnx_function, reference, spec, torch_op
 
 NAMES = [a.name for a in spec.ARGUMENTS]
+PLAIN = [a.name for a in spec.PLAIN]
 CPP = Path(spec.__file__).parent / "cpp"
 
 
@@ -21,16 +22,17 @@ def _parameters(function: object) -> list[str]:
 
 def test_the_torch_schema():
     arguments = torch.ops.stca.target_history_attention.default._schema.arguments
-    assert [a.name for a in arguments] == [*NAMES, spec.SCALE]
-    assert [str(a.type) for a in arguments] == ["Tensor"] * 5 + ["Optional[Tensor]", "float"]
+    assert [a.name for a in arguments] == [*PLAIN, spec.SCALE, *NAMES[len(PLAIN) :]]
+    assert [str(a.type) for a in arguments] == ["Tensor"] * 5 + ["Optional[Tensor]", "float"] + ["Optional[Tensor]"] * 2
 
 
 def test_the_onnx_schema_and_function_body():
     schema = onnx_function.schema()
     assert [i.name for i in schema.inputs] == NAMES
     assert [o.name for o in schema.outputs] == [spec.RESULT.name]
-    body = onnx_function.functions()[-1]
-    assert (list(body.input), list(body.output), list(body.attribute)) == (NAMES, [spec.RESULT.name], [spec.SCALE])
+    for segments, names in ((False, PLAIN), (True, NAMES)):
+        body = onnx_function.functions(segments)[-1]
+        assert (list(body.input), list(body.output), list(body.attribute)) == (names, [spec.RESULT.name], [spec.SCALE])
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ def test_python_functions(function):
 def test_the_kernel_takes_them_in_order():
     source = inspect.getsource(inspect.getmodule(kernels) or kernels)
     taken = re.findall(r"^    (\w+),", source[source.index("def attend_kernel") :], flags=re.MULTILINE)
-    assert [n for n in taken if n in NAMES][: len(NAMES)] == NAMES
+    assert [n for n in taken if n in NAMES][: len(PLAIN)] == PLAIN
 
 
 def test_the_cpp_plugin():
@@ -55,18 +57,25 @@ def test_the_cpp_plugin():
         assert found, constant
         return [x.strip().strip('"') for x in found[1].split(",")]
 
-    assert listed("kINPUT_NAMES") == NAMES
-    assert listed("kRANKS") == [str(len(a.shape)) for a in spec.ARGUMENTS]
-    assert f"kINPUTS = {len(NAMES)};" in source
+    assert listed("kINPUT_NAMES") == PLAIN
+    assert listed("kRANKS") == [str(len(a.shape)) for a in spec.PLAIN]
+    assert f"kINPUTS = {len(PLAIN)};" in source
     assert f'kNAME = "{spec.OP_NAME}"' in source
     assert f'kNAMESPACE = "{spec.DOMAIN}"' in source
 
 
 def test_the_contract_says_what_each_argument_looks_like():
     """Each size that is compared in `check_shapes` is named in the declaration, so that the two cannot part."""
-    sizes = dict(zip(["N_t", "N_h", "H", "H_k", "D", "D_v", "B + 1", "B"], [5, 7, 4, 1, 8, 6, 3, 2], strict=True))
+    names = ["N_t", "N_h", "H", "H_k", "D", "D_v", "B + 1", "N_s + 1", "N_s"]
+    sizes = dict(zip(names, [5, 7, 4, 1, 8, 6, 3, 5, 4], strict=True))
     shapes = {a.name: tuple(sizes[n] for n in a.shape) for a in spec.ARGUMENTS}
     spec.check_shapes(*shapes.values())
     for name, shape in shapes.items():
         with pytest.raises(ValueError, match=name if name != "query" else "query|key"):
             spec.check_shapes(*((*shape, 1) if n == name else s for n, s in shapes.items()))
+    one_each = {**shapes, "history_offsets": (3,), "history_lengths": (2,)}
+    spec.check_shapes(*list(one_each.values())[: len(PLAIN)])
+    with pytest.raises(ValueError, match="segment_bias needs segment_offsets, which says whose the segments are"):
+        spec.check_shapes(*list(one_each.values())[: len(PLAIN)], None, (2,))
+    with pytest.raises(ValueError, match="target_offsets has 3 entries, history_offsets 5; both need batch"):
+        spec.check_shapes(*list(shapes.values())[: len(PLAIN)])

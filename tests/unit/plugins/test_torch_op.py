@@ -29,6 +29,59 @@ def test_opcheck(key_heads: int, lengths: bool) -> None:
     torch.library.opcheck(Op, (*tensors[:5], tensors[5] if lengths else None, 0.3))
 
 
+def segmented(key_heads: int, *, dtype: torch.dtype = torch.float32, gradients: bool = False) -> tuple[Tensor, ...]:
+    """Rows that two requests read, or one twice; query, key, value, bias, and the structure in the op's order."""
+    query, key, value, targets, *_ = arguments(key_heads, dtype=dtype, gradients=gradients)
+    bias = torch.tensor([0.5, -1, 2, 0, 1], dtype=dtype).requires_grad_(gradients)
+    rows = [torch.tensor(x, dtype=torch.int32) for x in ([3, 0, 5, 3, 5, 9], [4, 2, 4, 0, 1], [0, 3, 3, 5])]
+    return query, key, value, bias, targets, *rows
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("key_heads", [1, 4])
+def test_opcheck_of_lists_of_segments(key_heads: int, with_bias: bool) -> None:
+    query, key, value, bias, targets, starts, lengths, ends = segmented(key_heads, gradients=True)
+    segments = (ends, bias) if with_bias else (ends,)
+    torch.library.opcheck(Op, (query, key, value, targets, starts, lengths, 0.3, *segments))
+
+
+@pytest.mark.parametrize("key_heads", [1, 4])
+def test_gradient_over_lists_of_segments(key_heads: int) -> None:
+    *floats, targets, starts, lengths, ends = segmented(key_heads, dtype=torch.float64, gradients=True)
+    f = lambda q, k, v, b: Op(q, k, v, targets, starts, lengths, 0.3, ends, b)  # noqa: E731
+    assert torch.autograd.gradcheck(f, floats)
+    ours, plain = (
+        torch.autograd.grad(form(*floats[:3], targets, starts, lengths, 0.3, ends, floats[3]).sum(), floats)
+        for form in (Op, torch_op.eager)
+    )
+    torch.testing.assert_close(ours, plain)
+
+
+def test_gradients_of_rows_that_many_read_are_summed_up_in_float32() -> None:
+    requests = 600
+    query, key, value = (torch.ones(n, 1, 8, dtype=torch.bfloat16) for n in (requests, 2, 2))
+    ends = torch.arange(requests + 1, dtype=torch.int32)
+    starts = torch.cat([torch.zeros(requests, dtype=torch.int32), torch.tensor([2], dtype=torch.int32)])
+    lengths = torch.full((requests,), 2, dtype=torch.int32)
+    out = Op(query, key, value.requires_grad_(), ends, starts, lengths, 1.0, ends)
+    (gradient,) = torch.autograd.grad(out.sum(), [value])
+    assert (gradient == requests / 2).all()  # one more half is lost in bfloat16 from 256 on
+
+
+def test_no_tensor_of_the_historys_size_is_made_on_the_way() -> None:
+    """Pages are read where they lie: what is allocated grows with targets times tokens, not with the history's rows."""
+    rows, width, page = 8192, 256, 512
+    query, pool = torch.randn(1, 1, width), torch.randn(rows, 1, width)
+    table = torch.randperm(rows // page).int()
+    starts, ends = torch.cat([table * page, torch.tensor([rows])]).int(), torch.tensor([0, len(table)]).int()
+    made = (query, pool, pool, torch.tensor([0, 1]).int(), starts, torch.full((len(table),), page).int(), 0.1, ends)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        Op(*made)
+    allocated = [event.cpu_memory_usage for event in profile.events() if event.name != "[memory]"]
+    assert max(allocated) >= rows * 4  # the logits are seen
+    assert sum(n for n in allocated if n > 0) < pool.nbytes / 8
+
+
 @pytest.mark.parametrize("key_heads", [1, 4])
 def test_gradient(key_heads: int) -> None:
     query, key, value, *structure = arguments(key_heads, dtype=torch.float64, gradients=True)

@@ -156,6 +156,15 @@ def test_the_only_row_is_taken_for_each_row_of_an_input(index, source, rng):
         assert np.array_equal(run(lowered, feeds)["y"], np.repeat(x, rows, axis=0))
 
 
+def test_an_operator_over_lists_of_segments_is_refused():
+    names = ["q", "k", "v", "t", "h", "l", "segments", "bias"]
+    node = helper.make_node("TargetHistoryAttention", names, ["x"], "joined", domain="stca", scale=1.0)
+    graph = helper.make_graph([node], "g", [], [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("stca", 1)])
+    with one_line(ExportError, "joined", "several segments", "--lowering plugin"):
+        for_one_request(model, "decomposed")
+
+
 def test_an_operator_inside_a_body_is_refused():
     inner = helper.make_node(
         "TargetHistoryAttention", ["q", "k", "v", "t", "h", "l"], ["x"], "deep", domain="stca", scale=1.0

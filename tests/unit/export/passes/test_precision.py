@@ -108,6 +108,22 @@ def test_softmax_computes_wide():
     assert np.allclose(session.run(None, {"x": np.array([[7.7, 0, 0]], np.float32)})[0], [[1, 0, 0]])
 
 
+def test_what_is_added_to_logits_stays_float32():
+    model = parser.parse_model(
+        """<ir_version: 10, opset_import: ["": 18, "stca": 1]>
+        g (float[t,1,16] q, float[h,1,16] k, int32[b] o, int32[s] s, int32[n] l, float[n] w) => (float[t,1,16] y) {
+            bias = Tanh (w)
+            y = stca.TargetHistoryAttention <scale: float = 1.0> (q, k, k, o, s, l, o, bias)
+        }"""
+    )
+    onnx_function.attach(model)
+    for precision, low in PRECISIONS.items():
+        made = shape_inference.infer_shapes(to_precision(model, precision, ["k"]), check_type=True)
+        (node,) = (node for node in made.graph.node if node.op_type == "TargetHistoryAttention")
+        kinds = [types(made)[name] for name in (node.input[0], node.input[1], node.input[7])]
+        assert kinds == [low, low, TensorProto.FLOAT]
+
+
 def test_constants_and_casts_follow():
     model = to_precision(
         small(
