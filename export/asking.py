@@ -269,7 +269,8 @@ class Child:
     def _start(self) -> subprocess.Popen[bytes]:
         paths = os.pathsep.join(p for p in sys.path if p)
         return subprocess.Popen(
-            [sys.executable, "-m", __name__, str(self._model)],
+            # -P: `-m` alone would import from the working directory first, which may be anyone's.
+            [sys.executable, "-P", "-m", __name__, str(self._model)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -53,7 +53,7 @@ class Interpreter:
         """
         if self._child is None:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "stca.plugins.interpret"],
+                [sys.executable, "-P", "-m", "stca.plugins.interpret"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

@@ -1,4 +1,4 @@
-"""Serve a bundle: `Session.load`, `score`, `append`, `warm`, `forget`, `swap`. Needs numpy and onnxruntime."""
+"""Serve a bundle: `Session.load`, `score`, `append`, `amend`, `warm`, `forget`, `swap`. Needs numpy and onnxruntime."""
 
 from stca.runtime.cache import StateCache
 from stca.runtime.deadline import Deadline

@@ -138,7 +138,7 @@ class FileTier:
         found = []
         for path in self._folder.iterdir():
             if path.name.endswith(_NEW):
-                path.unlink(missing_ok=True)
+                self._unlink(path)
             elif path.name.endswith(_SUFFIX):
                 try:
                     header = record.read_header(path)
@@ -148,7 +148,7 @@ class FileTier:
                 if fits:
                     found.append((path.stat().st_mtime, header, path.stat().st_size))
                 else:
-                    path.unlink(missing_ok=True)
+                    self._unlink(path)
                     self._done.discarded += 1
         for _, header, size in sorted(found, key=lambda one: one[0]):
             self._add(header, size)
@@ -211,13 +211,22 @@ class FileTier:
         return True
 
     def forget(self, user: Hashable) -> bool:
-        """Remove the user's record, and write none that is under way; False when there was none."""
+        """Remove the user's record, and write none that is under way; False when there was none.
+
+        Raises:
+            UsageError: when its file stays, as the folder cannot be written to any more.
+        """
         name = self._names.of(user)
         with self._changed:
             self._waiting.pop(user, None)
             if self._writing == name:
                 self._writing = None
-            return self._remove(name)
+            found, path = self._remove(name), self._path(name)
+            if path.exists():
+                self._unlink(path)
+        if path.exists():
+            raise UsageError(f"state_folder: a file in {self._folder} cannot be removed; see to its mode, forget again")
+        return found
 
     def wait(self, seconds: float) -> bool:
         """Wait until all that was offered is written; whether it is."""
@@ -258,10 +267,11 @@ class FileTier:
                 kind = self._kind
             try:
                 self._write(user, name, kind)
-            except OSError as e:
-                LOG.warning("a user state was not written to %s: %s", self._folder, e.strerror)
-                self._path(name, _NEW).unlink(missing_ok=True)
+            except Exception as e:  # whatever it is, the next state is written
+                said = getattr(e, "strerror", None) or type(e).__name__
+                LOG.warning("a user state was not written to %s: %s", self._folder, said)
                 with self._changed:
+                    self._unlink(self._path(name, _NEW))
                     self._done.failed += 1
             finally:
                 with self._changed:
@@ -311,8 +321,15 @@ class FileTier:
         if held is None:
             return False
         self._done.bytes -= held.bytes
-        self._path(name).unlink(missing_ok=True)
+        self._unlink(self._path(name))
         return True
+
+    def _unlink(self, path: Path) -> None:
+        """A file that cannot be removed costs no request; it is read no more, and looked at when a session starts."""
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as e:
+            LOG.warning("a user state was not removed from %s: %s", self._folder, e.strerror)
 
     def _expire(self, asked: str | None = None) -> None:
         """Remove what is too old: the record asked for, and now and then all others."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from stca import typed_json
 from stca.errors import RequestError
 from stca.json_schema import schema_of
 from stca.manifest import OFFSETS, USERS, Manifest, TensorSpec
 from stca.runtime.request import Request
-
-Label: TypeAlias = str | int | None
 
 
 @dataclass(frozen=True)
@@ -26,8 +24,8 @@ class JsonRequest:
     """
 
     inputs: Mapping[str, Any]
-    user: Label = None
-    version: Label = None
+    user: typed_json.Label = None
+    version: typed_json.Label = None
 
 
 def read_requests(text: str) -> list[Request]:

@@ -70,7 +70,7 @@ class Recorder:
         self._random, self._lock = random.Random(), threading.Lock()
         self._open = True
 
-    def offer(self, door: Door, inputs: Mapping[str, ArrayLike], row: Mapping[str, Array], user: Hashable) -> None:
+    def offer(self, door: Door, inputs: dict[str, ArrayLike], row: Mapping[str, Array], user: Hashable) -> None:
         """Record a request, perhaps.
 
         Args:
@@ -81,11 +81,10 @@ class Recorder:
         """
         if not self._open or self._random.random() >= self._share:
             return
-        of_user = door.names("user")
-        if any(name not in inputs for name in of_user):
+        if not door.has_user(inputs):
             return  # a hit that brought no history
         try:
-            history = door.admit({n: inputs[n] for n in of_user}, "user")
+            history = door.admit({n: inputs[n] for n in door.names("user") if n in inputs}, "user")
             whom = None if user is None else pseudonym(user, self._key)
         except RequestError:
             return  # who asks is told where that matters

@@ -80,9 +80,9 @@ class Scoring:
         if counts.count(0) == len(counts):
             return []
         if recorder is not None:
-            for (request, _, row), targets in zip(admitted, counts, strict=True):
+            for (request, inputs, row), targets in zip(admitted, counts, strict=True):
                 if targets != 0:
-                    recorder.offer(model.door, request.inputs, row, request.user)
+                    recorder.offer(model.door, inputs, row, request.user)
         if len(requests) > 1:
             model.door.limits.check_targets(sum(n or 0 for n in counts), "targets of all requests")
         asked = []

@@ -162,7 +162,11 @@ class Session:
             folder=None if options.state_folder is None else Path(options.state_folder),
             folder_bytes=options.state_folder_bytes,
         )
-        return cls(model, store, options)
+        try:
+            return cls(model, store, options)
+        except BaseException:
+            store.close()  # or its folder stays taken
+            raise
 
     def score(self, request: Request | RequestBatch, *, deadline: Wanted = None) -> Array:
         """Scores `(targets, tasks)` of a request; of a batch, all requests' targets one after the other.

@@ -159,7 +159,10 @@ class StateStore:
         """Drop all that is kept of a user, wherever; False when there was nothing."""
         if self.file is None:
             return self.memory.forget(user)
-        on_file, in_memory = self.file.forget(user), self.memory.forget(user)
+        try:
+            on_file = self.file.forget(user)
+        finally:
+            in_memory = self.memory.forget(user)
         self.file.forget(user)  # what was being written of it in between
         return on_file or in_memory
 

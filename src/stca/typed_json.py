@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 # An integer that may be negative; all others are sizes and counts.
 Signed: TypeAlias = Annotated[int, "signed"]
+# What names a user, or a version.
+Label: TypeAlias = str | Signed | None
 
 # What other languages read as an integer, too: 64 bits.
 _LARGEST = (1 << 63) - 1

@@ -210,3 +210,18 @@ def test_choosing_engines_loads_no_compiler_of_kernels(bundle_dir):
     loaded = done.stdout.split()
     assert not [m for m in loaded if m.startswith(("stca.engines", "stca.export", "stca.checks"))]
     assert {m for m in loaded if m.startswith("stca.plugins.")} <= {"stca.plugins.driver"}
+
+
+def test_an_engine_is_built_anew_when_what_makes_its_graph_has_changed():
+    """Of the export, every module that the making of an engine's graph imports is in the key of the engine cache."""
+    from stca.engines.build import _BUILDER
+
+    seen, waiting = set(), [("export", "engine_graph")]
+    while waiting:
+        file = (SOURCE / Path(*waiting.pop())).with_suffix(".py")
+        if file not in seen and file.is_file():
+            seen.add(file)
+            waiting += [parts for _, parts in imported(file) if parts[:1] == ("export",)]
+    needed = {str(file.relative_to(SOURCE)) for file in seen}
+    assert len(needed) > 5
+    assert needed <= set(_BUILDER)

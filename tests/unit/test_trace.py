@@ -14,8 +14,10 @@ from support.errors import one_line
 from stca import probe
 from stca.bundle import Bundle
 from stca.errors import UsageError
+from stca.manifest import Manifest
 from stca.runtime import Recording, Request, Session
-from stca.runtime.recording import pseudonym
+from stca.runtime.recording import Recorder, pseudonym
+from stca.runtime.request import Door
 from stca.trace import Trace, Traced, TraceWriter
 
 
@@ -168,6 +170,18 @@ def test_a_session_records_requests_that_bring_their_history(tmp_path, bundle_di
     assert all(np.array_equal(found[1].inputs[n], x) for n, x in sent.items())
     assert not any(b"ann of the hills" in f.read_bytes() for f in (tmp_path / "t").iterdir())
     assert not any(p.stat().st_mode & 0o077 for p in (tmp_path / "t", *(tmp_path / "t").iterdir())), "others may read"
+
+
+def test_a_history_is_recorded_though_the_runtime_makes_its_mask(tmp_path):
+    golden = Path(__file__).parent / "runtime_cpp" / "golden" / "padded_right" / "manifest.json"
+    door = Door(Manifest.from_json(golden.read_text()))
+    recorder = Recorder(Recording(tmp_path / "t", 1.0))
+    recorder.offer(door, {"items": [3, 4], "vectors": np.ones((2, 2))}, {}, "ann")
+    recorder.offer(door, {}, {}, "ann")
+    recorder.close()
+    (found,) = Trace(tmp_path / "t")
+    assert found.inputs["mask"].tolist() == [[1, 1, 0, 0, 0]]
+    assert found.inputs["count"].tolist() == [2]
 
 
 def test_what_asks_for_no_scores_and_a_forked_child_record_nothing(tmp_path, bundle_dir):

@@ -8,6 +8,7 @@
 #include "error.hpp"
 #include "text.hpp"
 #include "values.hpp"
+#include "visit.hpp"
 
 namespace stca::core {
 namespace {
@@ -31,6 +32,21 @@ std::string advice(const TensorSpec& spec, const Shape& shape) {
   const bool once = rank < shape.rank || (rank == shape.rank && row);
   if (spec.scope != STCA_REQUEST || !once || shape[0] == 1) return "";
   return "; it has one value per request: make it a target input if it differs between targets";
+}
+
+/// One valid row of an input there is once per user, for a run whose result does not depend on it.
+Array placeholder(const TensorSpec& spec, const Shape& shape) {
+  auto [made, data] = make_array(Memory::host(), spec.dtype, shape);
+  std::memset(data, 0, made.bytes());
+  std::int64_t least = spec.low.value_or(0);
+  if (spec.blank == least) ++least;
+  if (least != 0 && kind_of(spec.dtype) == Kind::integer) {
+    visit_integer(spec.dtype, [&, data = data](auto type) {
+      auto* values = reinterpret_cast<decltype(type)*>(data);
+      std::fill(values, values + shape.elements(), static_cast<decltype(type)>(least));
+    });
+  }
+  return made;
 }
 
 }  // namespace
@@ -200,9 +216,7 @@ void Door::admit_sorted(const Given& given, int scopes, bool events, bool cut, R
     if (events && once_per_user(i)) {
       Shape shape;
       for (const Axis& axis : spec.shape) shape[shape.rank++] = axis.symbol.empty() ? axis.size : 1;
-      auto [zeros, data] = make_array(Memory::host(), spec.dtype, shape);
-      std::memset(data, 0, zeros.bytes());
-      row.arrays[i] = zeros;
+      row.arrays[i] = placeholder(spec, shape);
       continue;
     }
     if (!completed.empty() && completed[i]) {

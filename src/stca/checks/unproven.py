@@ -43,7 +43,7 @@ def _stca(*steps: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
 
 
 def _engine(flavour: str, precision: str, attention: str, *needs: str) -> Proof:
-    build = (*_BUILD, flavour, "--precision", precision, "--attention", attention, "--no-cache")
+    build = (*_BUILD, flavour, "--precision", precision, "--lowering", attention, "--no-cache")
     bench = ("bench", "{bundle}", "--json", "--engine", flavour, "--precision", precision, "--seconds", "0.2")
     return Proof(
         f"{flavour}, {precision}, {attention}: built, right against float64, measured",
@@ -77,7 +77,7 @@ PROOFS: Final = (
             step
             for attention in ("quick", "plugin", "decomposed")
             for step in (
-                ("stca", *_BUILD, "tensorrt", "--precision", "fp16", "--attention", attention, "--no-cache"),
+                ("stca", *_BUILD, "tensorrt", "--precision", "fp16", "--lowering", attention, "--no-cache"),
                 (*_PYTHON, "memory", "{bundle}"),
             )
         ),

@@ -34,7 +34,6 @@ def options(p: argparse.ArgumentParser) -> None:
         choices=("function", "plugin", "quick", "fused", "decomposed"),
         help="how the operator gets in (default: the engine's own way)",
     )
-    p.add_argument("--attention", dest="lowering", help=argparse.SUPPRESS)  # what it was called before
     p.add_argument("--history-max", type=count, metavar="N", help="most history tokens (default: the bundle's limit)")
     p.add_argument("--targets-max", type=count, default=512, metavar="N", help="most targets")
     p.add_argument("--requests-max", type=count, default=1, metavar="N", help="most requests of a batch")

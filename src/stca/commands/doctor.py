@@ -23,16 +23,14 @@ from stca.tensorrt_flavours import FLAVOURS
 HELP = "what is installed here, what will work, and what to do for the rest"
 EXAMPLES = ("stca doctor", "stca doctor --prove --out proof.json")
 
-# What a need is called, and what to do about it.
-_INSTALL: Final = {
-    "torch": "pip install 'stca[export]'",
-    "onnx": "pip install 'stca[export]'",
-    "triton": "pip install 'stca[kernels]'",
-    "cuda-bindings": "pip install 'stca[kernels]'",
-    "jinja2": "pip install 'stca[report]'",
-    "matplotlib": "pip install 'stca[report]'",
-    "shtab": "pip install 'stca[cli]'",
-    "cryptography": "pip install 'stca[sign]'",
+# Packages that are looked for, by the extra that brings them.
+_PACKAGES: Final = {
+    "export": ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "ml_dtypes", "networkx"),
+    "kernels": ("triton", "cuda-bindings"),
+    "report": ("jinja2", "matplotlib"),
+    "cli": ("shtab",),
+    "sign": ("cryptography",),
+    "serve": ("starlette", "uvicorn", "grpcio", "protobuf", "prometheus_client"),
 }
 _TOOLS: Final = {
     "g++ or clang++": (("g++", "clang++"), "apt-get install g++"),
@@ -96,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 def look() -> tuple[list[Fact], list[dict[str, Any]]]:
     """What is installed, without loading a large library, and this machine's GPUs."""
-    facts = [_package(name, todo) for name, todo in _INSTALL.items()]
+    facts = [_package(name, f"pip install 'stca[{extra}]'") for extra, names in _PACKAGES.items() for name in names]
     facts += [_tool(name, *of) for name, of in _TOOLS.items()]
     facts.append(_ptxas())
     facts.append(_headers("TensorRT headers", plugin_library.tensorrt_headers))
@@ -204,8 +202,9 @@ def _torch_cuda(facts: Sequence[Fact]) -> Fact:
 _PLUGIN_LIBRARY: Final = ("g++ or clang++", "cmake", "TensorRT headers", "CUDA headers", "triton", "ptxas")
 _TENSORRT: Final = ("gpu", "tensorrt", "cuda-bindings", "torch", "onnx")
 _ABILITIES: Final = {
-    "export, verify": ("torch", "onnx"),
+    "export, verify": _PACKAGES["export"],
     "serve and bench on a CPU": ("onnxruntime",),
+    "stca serve: HTTP and gRPC": ("onnxruntime", *_PACKAGES["serve"]),
     "serve on a GPU with ONNX Runtime": ("gpu", "onnxruntime-cuda"),
     "build and serve TensorRT engines": _TENSORRT,
     "build TensorRT engines with quick plugins": (*_TENSORRT, "triton", "ptxas"),

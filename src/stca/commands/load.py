@@ -24,8 +24,8 @@ EXAMPLES = (
     "stca load bundle --seconds 60 --report load.html",
     "stca load bundle --scenario offline --users 10000 --history 1000,10000 --json",
 )
-# How much of a run's length the capacity is measured for, twice.
-_MEASURED = 0.2
+# How much of a run's length the capacity is measured for, twice; and the most seconds of that.
+_MEASURED, _MEASURED_SECONDS = 0.2, 60.0
 
 
 def range_(text: str) -> tuple[int, int]:
@@ -161,7 +161,7 @@ def _trace(args: argparse.Namespace, traffic: Traffic, client: Any, told: Any) -
     rate = args.rate
     if rate is None and args.scenario == "server":
         told("measuring the capacity")
-        seconds = _MEASURED * args.seconds
+        seconds = min(_MEASURED * args.seconds, _MEASURED_SECONDS)
         probing = dataclasses.replace(traffic, spike=None).trace(5000.0, 2 * seconds)
         rate = args.of_capacity * capacity(client, _inputs(args, client, probing), probing, _connections(args), seconds)
         told(f"{rate:.1f} requests a second, {args.of_capacity:g} of the capacity")
@@ -192,7 +192,7 @@ def _inputs(args: argparse.Namespace, client: Any, trace: list[Arrival]) -> Any:
 
 
 def _connections(args: argparse.Namespace) -> int:
-    return args.connections or (64 if args.target.startswith("http") else 2)
+    return args.connections or (64 if _remote(args) else 2)
 
 
 def _counts(of: dict[str, int]) -> str:

@@ -159,8 +159,8 @@ _BUILDER: Final = (
     "engines/tensorrt_builder.py",
     "tensorrt_flavours.py",
     "export/engine_graph.py",
-    *(f"export/analysis/{name}.py" for name in ("cost", "integers", "scope")),
-    *(f"export/passes/{name}.py" for name in ("lower", "precision")),
+    *(f"export/analysis/{name}.py" for name in ("cost", "integers", "operators", "scope")),
+    *(f"export/passes/{name}.py" for name in ("lower", "nodes", "precision")),
     *(f"plugins/{name}.py" for name in ("onnx_function", "spec")),
 )
 

@@ -24,6 +24,8 @@ from stca.manifest import EngineEntry
 
 # What went into an engine, in the order in which a miss names it.
 Parts = Mapping[str, Any]
+# Records that are kept, also of plans that made room: they tell what changed since.
+_RECORDS: Final = 256
 _WORDS: Final = {"graph_sha256": "the graph", "weights": "the weights", "builder": "stca's own builder", "sm": "SM"}
 
 
@@ -180,6 +182,14 @@ class EngineCache:
         for plan in self.root.glob("engines/*.plan"):
             with contextlib.suppress(OSError):  # as above
                 found.append((plan.stat().st_mtime, plan.stat().st_size, plan))
+        records = []
+        for record in self.root.glob("engines/*.json"):
+            with contextlib.suppress(OSError):
+                records.append((record.stat().st_mtime, record.stem))
+        for _, key in sorted(records, reverse=True)[_RECORDS:]:
+            record, plan = self._files(key)
+            if not plan.exists():
+                record.unlink(missing_ok=True)
         total = 0
         for _, size, plan in sorted(found, reverse=True):
             total += size

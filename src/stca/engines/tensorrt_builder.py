@@ -284,7 +284,7 @@ def _explain(job: Job, errors: Sequence[str]) -> str:
     if "not supported by a dedicated kernel" in said:
         return (
             f"{name}: {job.flavour} has no fused attention for this head size in {job.precision}; take another "
-            "precision, export with another --form, or ask for an unfused one with --attention decomposed"
+            "precision, export with another --form, or ask for an unfused one with --lowering decomposed"
         )
     if "Cannot compile for target" in said or "Cannot compile operation" in said:
         return f"{name}: {job.flavour} has no {job.precision} kernels for SM {job.sm}; build for a newer GPU"

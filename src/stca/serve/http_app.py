@@ -243,11 +243,11 @@ class _Endpoints:
 
     async def change(self, change: str, request: Request) -> Response:
         served: Served | None = None
-        body, code = self._body(request), "internal"
+        body, code, call = self._body(request), "internal", Call()
         try:
             served = of = self._model(request)
             with self._serving.changes.admitted() as ticket:
-                read, call = self._reader(request, await body.read()), Call()
+                read = self._reader(request, await body.read())
 
                 def job() -> dict[str, Any]:
                     return of.change(change, read(), call)

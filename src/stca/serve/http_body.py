@@ -40,6 +40,7 @@ def plain(body: bytes, encoding: str, limit: int) -> bytes:
     Raises:
         EncodingError, RequestError, TooLargeError: when the encoding is not taken, the body is not in it, or too large.
     """
+    encoding = encoding.strip().lower()
     if encoding in ("", "identity"):
         return body
     if encoding not in ("gzip", "deflate"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeVar
 
 from stca import typed_json
 from stca.arrays import Array
@@ -12,7 +12,6 @@ from stca.errors import RequestError
 
 # What Triton's own clients tell Triton with each request, whatever it is; nothing of it has a meaning here.
 _TRITONS: Final = "triton_"
-Label: TypeAlias = str | typed_json.Signed | None
 P = TypeVar("P")
 
 
@@ -28,54 +27,54 @@ class ScoreParameters:
         priority, sequence_id, sequence_start, sequence_end: Triton's, and without a meaning here.
     """
 
-    user: Label = None
-    version: Label = None
+    user: typed_json.Label = None
+    version: typed_json.Label = None
     deadline_ms: float | None = None
     timeout: int | None = None
     priority: int | None = None
-    sequence_id: Label = None
+    sequence_id: typed_json.Label = None
     sequence_start: bool | None = None
     sequence_end: bool | None = None
 
     @property
     def seconds(self) -> float | None:
-        """The deadline after arrival; None for none."""
-        given = [x for x in (self.deadline_ms and self.deadline_ms / 1e3, self.timeout and self.timeout / 1e6) if x]
-        return min(given, default=None)
+        """The deadline after arrival; None for none, as a timeout of 0 is to Triton."""
+        given = [] if self.deadline_ms is None else [self.deadline_ms / 1e3]
+        return min([*given, self.timeout / 1e6] if self.timeout else given, default=None)
 
 
 @dataclass(frozen=True)
 class AppendParameters:
     """Of `append`; `stca.runtime.Session.append` says what each means."""
 
-    user: Label = None
-    version: Label = None
-    after: Label = None
+    user: typed_json.Label = None
+    version: typed_json.Label = None
+    after: typed_json.Label = None
 
 
 @dataclass(frozen=True)
 class AmendParameters:
     """Of `amend`; `stca.runtime.Session.amend` says what each means."""
 
-    user: Label = None
-    version: Label = None
+    user: typed_json.Label = None
+    version: typed_json.Label = None
     at: typed_json.Signed | None = None
-    after: Label = None
+    after: typed_json.Label = None
 
 
 @dataclass(frozen=True)
 class ForgetParameters:
     """Of `forget`."""
 
-    user: Label = None
+    user: typed_json.Label = None
 
 
 @dataclass(frozen=True)
 class WarmParameters:
     """Of `warm`; the deadline is as a request's."""
 
-    user: Label = None
-    version: Label = None
+    user: typed_json.Label = None
+    version: typed_json.Label = None
     deadline_ms: float | None = None
 
 

@@ -238,7 +238,7 @@ def _forget(served: Served, request: InferRequest, _: Call) -> dict[str, Any]:
 
 def _warm(served: Served, request: InferRequest, call: Call) -> dict[str, Any]:
     given = parameters(WarmParameters, request.parameters)
-    call.expire_in(given.deadline_ms and given.deadline_ms / 1e3)
+    call.expire_in(None if given.deadline_ms is None else given.deadline_ms / 1e3)
     return {"kept": served.session.warm(given.user, request.inputs, given.version, deadline=call.deadline)}
 
 

@@ -63,7 +63,7 @@ class Settings:
         for name in ("http_port", "grpc_port", "admin_port"):
             if not 0 <= getattr(self, name) < 1 << 16:
                 raise UsageError(f"{name}: is {getattr(self, name)}, expected a port from 0 to 65535")
-        for name in ("workers", "body_mib", "body_seconds"):
+        for name in ("workers", "threads", "body_mib", "body_seconds"):
             if (value := getattr(self, name)) is not None and not 0 < value <= 1 << 16:
                 raise UsageError(f"{name}: is {value}, expected a number above 0, and at most 65536")
         known = (

@@ -68,7 +68,7 @@ class Work:
         self.limit = workers + queue
         self._threads = max(workers, min(self.limit, _MOST_THREADS)) if gathered else workers
         self.admitted_now = 0
-        self.open = False
+        self.open = self._closed = False
         self._mean = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -114,6 +114,10 @@ class Work:
             Exception: whatever the job raises.
         """
         loop = asyncio.get_running_loop()
+        if self._closed:
+            if gone is not None:
+                gone.close()
+            raise UnavailableError("the server ends; try another one")
         submitted = self._pool.submit(self._timed, call, job)
         ticket.handed_over = True
         submitted.add_done_callback(lambda _: loop.call_soon_threadsafe(ticket.release))
@@ -139,7 +143,7 @@ class Work:
 
     def close(self) -> None:
         """Take nothing more; what runs ends on its own."""
-        self.open = False
+        self.open, self._closed = False, True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _leave(self) -> None:

@@ -55,6 +55,13 @@ def test_scores_are_the_sessions(bundle, requests, tmp_path, capsys, monkeypatch
     assert _json(capsys, "score", bundle, "-")["requests"] == said["requests"][:1]
 
 
+def test_users_and_versions_are_those_that_the_session_takes(bundle, requests, tmp_path, capsys):
+    file = tmp_path / "requests.json"
+    for user, version in ((-5, 1 << 63), ("", -1)):
+        file.write_text(json.dumps(requests[0] | {"user": user, "version": version}))
+        assert _json(capsys, "score", bundle, file)["requests"][0]["user"] == user
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

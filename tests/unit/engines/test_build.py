@@ -272,7 +272,7 @@ def test_an_engine_without_its_fused_attention_is_not_built(exported, tmp_path):
     """Float32 has no fused kernel. The encoder's engine was built by then, and nothing of it is left."""
     bundle = shutil.copytree(exported("log", "projected"), tmp_path / "B")
     before = tiny.contents(tmp_path)
-    with one_line(BuildError, "target_scorer.onnx", "no fused attention", "fp32", "--attention decomposed"):
+    with one_line(BuildError, "target_scorer.onnx", "no fused attention", "fp32", "--lowering decomposed"):
         build(bundle, engine=RTX, sm=89, precision="fp32", lowering="fused", workload=WORKLOAD)
     assert tiny.contents(tmp_path) == before
 

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+import stca.engines.cache
 from stca.engines.cache import EngineCache, key_of, trusted, why_missed
 from stca.manifest import EngineEntry
 
@@ -71,6 +72,19 @@ def test_the_least_recently_used_go_first_and_are_still_known(cache, plan):
             cache.get(keys[0])  # used again, so it outlives the second
     assert [cache.get(key) is not None for key in keys] == [True, False, True]
     assert len(cache.known()) == 3
+
+
+def test_records_of_plans_that_made_room_go_too_when_they_are_many(cache, plan, monkeypatch):
+    monkeypatch.setattr(stca.engines.cache, "_RECORDS", 2)
+    for sm in range(5):
+        parts = {**PARTS, "sm": sm}
+        cache.put(key_of(parts), made(parts), plan)
+        os.utime(cache.root / "engines" / f"{key_of(parts)}.plan", (sm, sm))
+        os.utime(cache.root / "engines" / f"{key_of(parts)}.json", (sm, sm))
+    left = {parts["sm"] for parts in cache.known()}
+    assert {3, 4} <= left
+    assert not {0, 1} & left
+    assert cache.get(key_of({**PARTS, "sm": 4})) is not None
 
 
 def test_every_part_is_in_the_key():

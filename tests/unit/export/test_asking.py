@@ -37,6 +37,13 @@ def of(tmp_path):
     return run
 
 
+def test_no_code_of_the_working_directory_runs(of, tmp_path, monkeypatch):
+    (tmp_path / "onnxruntime.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    of([ITEM], [("Gather", ["table", "item"], ["score"])], table=table(50))
+    assert not (tmp_path / "ran").exists()
+
+
 def table(rows, width=4):
     return np.random.default_rng(0).standard_normal((rows, width)).astype(np.float32)
 

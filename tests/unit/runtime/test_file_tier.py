@@ -19,7 +19,7 @@ from support.errors import one_line
 
 from stca import probe
 from stca.errors import HistoryNeededError, UsageError
-from stca.runtime import Request, Session, record
+from stca.runtime import Recording, Request, Session, record
 from stca.runtime.file_tier import FileTier
 from stca.runtime.record import Header, Names, Tensor
 
@@ -286,6 +286,48 @@ def test_a_full_disk_fails_no_request(loaded, asked, monkeypatch):
     session = loaded()
     fill(session, asked)
     assert (session.stats().file.failed, session.stats().file.users) == (6, 0)
+
+
+def test_whatever_fails_one_write_the_next_is_written(loaded, asked, monkeypatch):
+    write, failed = record.write, []
+
+    def once(*arguments):
+        if not failed:
+            failed.append(1)
+            raise MemoryError
+        return write(*arguments)
+
+    monkeypatch.setattr(record, "write", once)
+    session = loaded()
+    fill(session, asked)
+    assert (session.stats().file.failed, session.stats().file.users) == (1, 5)
+
+
+def test_a_file_that_stays_fails_no_request_but_is_not_said_to_be_forgotten(loaded, asked, tmp_path, monkeypatch):
+    session = loaded(ttl_seconds=1000)
+    fill(session, asked[:2])
+
+    def readonly(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tmp_path), "unlink", readonly)
+        now = session._store.file._clock
+        session._store.file._clock = lambda: now() + 1001
+        with one_line(HistoryNeededError):
+            session.score(asked[0][1])
+        with one_line(UsageError, "state_folder", "cannot be removed"):
+            session.forget("user 1")
+    assert session._store.memory.find("user 1") is None
+    assert not session.forget("user 1")
+    assert len(files(tmp_path)) == 1, "its file is gone; the other is looked at when a session starts"
+
+
+def test_a_session_that_is_not_made_leaves_the_folder_to_the_next(loaded, tmp_path):
+    (tmp_path / "file").touch()
+    with one_line(UsageError, "trace"):
+        loaded(record=Recording(tmp_path / "file"))
+    loaded().close()
 
 
 def test_a_checked_version_is_checked_after_a_restart(loaded, asked):

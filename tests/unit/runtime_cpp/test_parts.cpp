@@ -15,11 +15,27 @@
 #include "json.hpp"
 #include "onnxruntime_interface.hpp"
 #include "process.hpp"
+#include "request.hpp"
 #include "state.hpp"
 #include "tensor.hpp"
 #include "visit.hpp"
 
 using namespace stca::core;
+
+TEST(door_encodes_events_beside_valid_values_of_what_there_is_once_per_user) {
+  Manifest manifest = Bundle::load(STCA_GOLDEN "/log")->manifest;
+  std::vector<TensorSpec>& inputs = manifest.graphs.find("request")->second.inputs;
+  const auto segment = std::find_if(inputs.begin(), inputs.end(), [](auto& spec) { return spec.name == "user_segment"; });
+  segment->low = 1, segment->blank = 1;
+  const std::int64_t items[] = {4, 5}, actions[] = {1, 0};
+  const stca_tensor events[] = {{"history_item", items, STCA_INT64, 1, {2}},
+                                {"history_action", actions, STCA_INT64, 1, {2}}};
+  Row row;
+  Door(manifest, std::nullopt, false, 100).admit_events({events, 2}, "append", true, row);
+  const Array& made = row.arrays[static_cast<std::size_t>(segment - inputs.begin())];
+  CHECK_EQUAL(made.shape.text(), "[1]");
+  CHECK_EQUAL(*static_cast<const std::int64_t*>(made.data), 2);
+}
 
 TEST(json_reads_every_kind_of_value) {
   const Json json =

@@ -21,10 +21,11 @@ from support.serving import DATATYPES, Held, Running, body_of, running
 from stca import probe
 from stca.errors import EngineError
 from stca.runtime import Request
+from stca.serve.errors import UnavailableError
 from stca.serve.messages import SERVICE, message
 from stca.serve.server import Server, serve
 from stca.serve.settings import Settings
-from stca.serve.work import Work
+from stca.serve.work import Call, Work
 
 
 @pytest.fixture
@@ -43,6 +44,19 @@ def test_a_long_queue_is_not_as_many_threads():
         work = Work(workers, queue, gathered=True)
         assert (work.limit, work._pool._max_workers) == (workers + queue, threads)
         work.close()
+
+
+def test_a_job_that_comes_after_the_end_is_told_so():
+    async def late() -> None:
+        work = Work(1, 1)
+        work.open = True
+        with work.admitted() as ticket:
+            work.close()
+            with pytest.raises(UnavailableError, match="the server ends"):
+                await work.run(ticket, Call(), lambda: None, asyncio.sleep(0))
+        assert work.admitted_now == 0
+
+    asyncio.run(late())
 
 
 def some(server: Running) -> dict[str, Any]:
