@@ -23,6 +23,7 @@ from stca.calibration.quantized_state import levels, require_opset
 from stca.calibration.quantized_weights import finish, read_only_so, replaced
 from stca.export.analysis.scope import attribute
 from stca.export.passes.nodes import NewNodes, names_in
+from stca.export.passes.zero_points import name_zero_points
 
 Activations = Literal["none", "token", "tensor"]
 # A matrix of fewer rows saves little beside its steps.
@@ -102,6 +103,7 @@ def quantize_products(model: onnx.ModelProto, formats: Mapping[str, ProductForma
         else:
             new.multiply(node, format)
     finish(graph, new, ())
+    name_zero_points(model)
 
 
 class _Activations(NewNodes):

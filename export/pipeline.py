@@ -43,6 +43,7 @@ from stca.export.passes.sequences import without_sequences
 from stca.export.passes.spelled_out import spell_out
 from stca.export.passes.squeezes import name_squeezed_axes
 from stca.export.passes.whole_slices import drop_whole_slices
+from stca.export.passes.zero_points import name_zero_points
 from stca.export.reference.checkpoint import Checkpoint
 from stca.export.reference.config import StcaConfig
 from stca.export.reference.module import AttentionForm, request_inputs
@@ -255,6 +256,7 @@ def _request_graph(
     without_sequences(graph)
     drop_whole_slices(graph)
     spell_out(graph)
+    name_zero_points(graph)
     drop_unused(graph)
     specs = with_ranges(graph, specs, cut.ids)
     left = Left()

@@ -115,6 +115,8 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # Else it makes products with dequantized weights in 8 bits on both sides, which no node of the graph says.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        # Else processors without VNNI add two products of int8 in 16 bits, and cut off what is more.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         if literal:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.intra_op_num_threads = processors() if threads is None else threads

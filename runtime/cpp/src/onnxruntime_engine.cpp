@@ -84,6 +84,8 @@ class OnnxRuntimeEngine final : public Engine {
     check(api().add_session_config_entry(options, "session.force_spinning_stop", "1"));
     // Else products with dequantized weights are made in 8 bits on both sides, which no node of the graph says.
     check(api().add_session_config_entry(options, "session.qdq_matmulnbits_accuracy_level", "1"));
+    // Else processors without VNNI add two products of int8 in 16 bits, and cut off what is more.
+    check(api().add_session_config_entry(options, "session.x64quantprecision", "1"));
     OrtSession* session = nullptr;
     runtime_.check(open(options, &session), STCA_BUILD_ERROR,
                    shown(graph_.file) + ": ONNX Runtime cannot load it");

