@@ -28,10 +28,9 @@ from outcome import command, tell
 from stca import probe
 from stca.arrays import Array
 from stca.bundle import Bundle
-from stca.calibration.calibrate import state_bytes
 from stca.calibration.choices import Options, formats_of, weight_choices, with_ranges
 from stca.calibration.quality import Budget, measure
-from stca.calibration.quantized_bundle import Formats, weights_bytes, write_quantized
+from stca.calibration.quantized_bundle import Formats, state_bytes, weights_bytes, write_quantized
 from stca.calibration.quantized_state import quantizable
 from stca.checks.bench import machine
 from stca.checks.trace_runs import TraceRuns, speed, tasks_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,7 +16,17 @@ from stca.calibration.quantized_products import ProductFormat, factors, quantize
 from stca.calibration.quantized_state import StateFormat, quantize
 from stca.calibration.quantized_weights import RowFormat, quantize_tables, write_rows
 from stca.export.weights import externalize
-from stca.manifest import HALVES, POINTWISE, WEIGHTS, GraphSpec, Manifest, TableSpec, TensorSpec
+from stca.manifest import (
+    HALVES,
+    ITEM_BYTES,
+    POINTWISE,
+    TOKENS,
+    WEIGHTS,
+    GraphSpec,
+    Manifest,
+    TableSpec,
+    TensorSpec,
+)
 
 # Of tensors of the state and of weights, by name.
 Formats: TypeAlias = Mapping[str, StateFormat | RowFormat | ProductFormat]
@@ -143,3 +154,13 @@ def weights_bytes(manifest: Manifest) -> int:
     """Bytes of the weights file and of the tables in files."""
     files = manifest.files.get(WEIGHTS, {"bytes": 0})["bytes"]
     return int(files) + sum(t.bytes for t in manifest.tables or ())
+
+
+def state_bytes(manifest: Manifest, tokens: int = 10_000) -> int:
+    """Bytes of a user's state at so many history tokens, its other sizes as the cut took them."""
+    workload = manifest.split.get("workload", {})
+    sizes = {**workload, TOKENS: min(tokens, manifest.max_history or tokens)}
+    return sum(
+        math.prod(n if isinstance(n, int) else int(sizes.get(n, 1)) for n in s.shape) * ITEM_BYTES[s.dtype]
+        for s in manifest.state
+    )

@@ -19,9 +19,9 @@ def name_zero_points(model: onnx.ModelProto) -> None:
     each channel has none.
     """
     graph = model.graph
+    constants = [n for n in graph.node if (n.op_type, n.domain) == ("Constant", "")]
     known = {t.name: t for t in graph.initializer}
-    for n in graph.node:
-        known |= {n.output[0]: a.t for a in n.attribute if (n.op_type, n.domain, a.name) == ("Constant", "", "value")}
+    known |= {n.output[0]: a.t for n in constants for a in n.attribute if a.name == "value"}
     readers = Counter(name for n in graph.node for name in n.input)
     new = NewNodes(names_in(graph))
     for node in graph.node:

@@ -11,7 +11,7 @@ from stca.commands.progress import progress_on_stderr
 from stca.errors import UsageError
 
 if TYPE_CHECKING:
-    from stca.calibration.calibrate import Tried
+    from stca.calibration.search import Found, Tried
 
 HELP = "keep the user state and weights in 8 bits, as far as a trace proves that the ranking stays"
 EXAMPLES = (
@@ -66,14 +66,14 @@ def run(args: argparse.Namespace) -> int:
     progress = progress_on_stderr("torch and onnx")
     import functools
 
-    from stca.calibration.calibrate import calibrate, state_bytes
+    from stca.calibration.calibrate import calibrate
     from stca.calibration.choices import Options
-    from stca.calibration.quantized_bundle import weights_bytes
+    from stca.calibration.quantized_bundle import state_bytes, weights_bytes
     from stca.checks.trace_runs import TraceRuns, speed, tasks_of
     from stca.checks.verify import prove
 
     trace = _trace(args, bundle)
-    made, tried = calibrate(
+    made, found = calibrate(
         bundle,
         trace,
         options=Options(args.precision, args.granularity, args.method, args.tables, args.weights, args.activations),
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         "bundle": str(made.path),
         "precision": args.precision,
         "granularity": args.granularity,
-        "tried": [t.as_dict() for t in tried],
+        **found.as_dict(),
         "tables": args.tables,
         "weights": args.weights,
         "activations": args.activations,
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         "speed": times,
         "parity": made.manifest.parity,
     }
-    emit(args, data, "\n".join(_table(data, tried, new)))
+    emit(args, data, "\n".join(_table(data, found, new)))
     return 0
 
 
@@ -122,24 +122,30 @@ def _trace(args: argparse.Namespace, bundle: Bundle) -> Any:
     return lambda: made
 
 
-def _table(data: dict[str, Any], tried: list[Tried], new: str) -> list[str]:
-    lines = []
-    for t in tried:
-        what = f"8 bits in {len(t.quantized)} of {len(t.quantized) + len(t.high)} tensors"
-        high = f", kept high: {', '.join(t.high)}" if t.high else ""
+def _table(data: dict[str, Any], found: Found, new: str) -> list[str]:
+    lines = [_choice(t) for t in sorted(found.tried[:-1], key=lambda t: -len(t.quantized))]
+    lines += [f"taken: {_choice(found.taken)}, largest change of a score {found.taken.largest:.2g}"]
+    for m in found.taken.measures:
+        e = m.estimate
+        of = f" of {m.exact:.4f}" if m.exact is not None else ""
         lines.append(
-            f"{what}{high}: state {t.ratio:.3f} of float32, weights {t.weights_ratio:.3f}, largest change of a score "
-            f"{t.largest:.2g}, rms {t.rms:.2g}"
+            f"  {m.name}: {e.value:+.6f}{of} ({e.low:+.6f} to {e.high:+.6f}), allowed {m.bound:g}: {m.verdict}"
         )
-        for m in t.measures:
-            e = m.estimate
-            of = f" of {m.exact:.4f}" if m.exact is not None else ""
-            lines.append(
-                f"  {m.name}: {e.value:+.6f}{of} ({e.low:+.6f} to {e.high:+.6f}), allowed {m.bound:g}: {m.verdict}"
-            )
+    for p in sorted(found.parts, key=lambda p: -p.rms):
+        if p.name in found.taken.high:
+            lines.append(f"kept high: {p.name}, {p.node}: alone rms {p.rms:.2g}, would save {p.saved:,} bytes")
+    lines += [found.left_open] if found.left_open else []
     for name, stages in data["speed"]["stages"].items():
         lines.append(f"{name}: hit {stages['hit']:.2f} ms, miss {stages['miss']:.2f} ms (medians)")
     for what, size in (("state of a user", data["state_bytes"]), ("weights and tables", data["weights_bytes"])):
         lines.append(f"{what}: {size['float32']:,} bytes, now {size[new]:,}")
     lines.append(f"{data['bundle']}: verified")
     return lines
+
+
+def _choice(t: Tried) -> str:
+    worst = "" if t.holds else f" ({', '.join(m.name for m in t.measures if m.verdict == t.verdict)})"
+    return (
+        f"8 bits in {len(t.quantized)} of {len(t.quantized) + len(t.high)} tensors: state {t.ratio:.3f} of float32, "
+        f"weights {t.weights_ratio:.3f}, rms {t.rms:.2g}: {t.verdict}{worst}"
+    )

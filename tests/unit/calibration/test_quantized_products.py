@@ -259,13 +259,15 @@ def test_tensorrt_rtx_builds_them_mixed_with_bfloat16(tmp_path, own, requests):
 
 def test_matrices_that_move_the_scores_are_kept_and_named(tmp_path, own, requests):
     harm = {"layers__0__key__weight": 3.0, "target_in__weight": 2.0}
-    made, tried = search(own, requests, tmp_path / "q", Faked(**harm))
-    assert len(tried) == 2
-    assert {"layers.0.key.weight", "target_in.weight"} <= set(tried[-1].high)
-    assert not set(tried[-1].high) & set(made.manifest.quantization["weights"]["tensors"])
-    assert tried[0].weights_ratio < tried[1].weights_ratio < 1
-    order = [name for name, _ in sorted(tried[-1].harm.items(), key=lambda x: -x[1])]
-    assert order[:2] == ["layers.0.key.weight", "target_in.weight"]
+    made, found = search(own, requests, tmp_path / "q", Faked(**harm))
+    assert {"layers.0.key.weight", "target_in.weight"} <= {*found.taken.high}
+    assert not {*found.taken.high} & {*made.manifest.quantization["weights"]["tensors"]}
+    assert found.tried[0].weights_ratio < found.taken.weights_ratio < 1
+    assert {p.name for p in sorted(found.parts, key=lambda p: p.rms)[-2:]} == {
+        "layers.0.key.weight",
+        "target_in.weight",
+    }
+    assert all(p.saved > 0 and p.node.endswith("(MatMul)") for p in found.parts)
 
 
 def test_what_cannot_be_asked_is_one_line(tmp_path, own, requests):

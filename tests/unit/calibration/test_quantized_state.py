@@ -14,9 +14,8 @@ from support.errors import one_line
 
 from stca import probe
 from stca.bundle import Bundle, seal
-from stca.calibration.calibrate import state_bytes
 from stca.calibration.collectors import Collector
-from stca.calibration.quantized_bundle import write_quantized
+from stca.calibration.quantized_bundle import state_bytes, write_quantized
 from stca.calibration.quantized_state import StateFormat, levels, quantizable, quantize
 from stca.checks.trace_runs import TraceRuns
 from stca.checks.verify import verify

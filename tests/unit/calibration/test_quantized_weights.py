@@ -87,13 +87,13 @@ def searched(own, out, trace, budget="top10=0.5", **options):
 
 
 def test_a_table_takes_a_third_of_its_bytes_and_the_proof_holds(tmp_path, own):
-    made, tried = searched(own, tmp_path / "q", requests(own))
+    made, found = searched(own, tmp_path / "q", requests(own))
     loaded = Bundle.load(made.path)
     assert loaded.manifest.quantization["tables"] == {"kind": "int8", "tensors": ["table"]}
     assert loaded.manifest.weights != own.manifest.weights
     assert loaded.manifest.parity["passed"]
-    assert tried[-1].weights_ratio == weights_bytes(made.manifest) / weights_bytes(own.manifest) < 0.33
-    assert (tried[-1].ratio, tried[-1].quantized) == (1.0, ("table",))
+    assert found.tried[-1].weights_ratio == weights_bytes(made.manifest) / weights_bytes(own.manifest) < 0.33
+    assert (found.tried[-1].ratio, found.tried[-1].quantized) == (1.0, ("table",))
     inputs = {"hist": np.array([1, 7, 4999]), "item": np.array([5, 0, 4998])}
     numbers, steps = in_steps(tables.table(), "int8", 1)
     wanted = tables.expected(tables.model(values=numbers * steps), **inputs)

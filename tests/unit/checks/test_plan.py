@@ -12,9 +12,8 @@ from support.errors import one_line
 
 from stca import commands
 from stca.bundle import Bundle
-from stca.calibration.calibrate import state_bytes
 from stca.calibration.choices import Options, formats_of
-from stca.calibration.quantized_bundle import write_quantized
+from stca.calibration.quantized_bundle import state_bytes, write_quantized
 from stca.calibration.quantized_state import Kind, quantizable
 from stca.checks.ceilings import CpuCeilings
 from stca.checks.forecast import items

@@ -47,7 +47,9 @@ def test_onnx_runtime_computes_all_of_a_large_product(tmp_path, scales, zero):
     onnx.save(made, tmp_path / "m.onnx")
     x = np.full((5, 32), 254, np.float32)
     wanted = reference_of(model(scales, zero)).run(None, {"x": x})
-    for found, own in zip(OnnxRuntimeEngine(tmp_path / "m.onnx", threads=1).run({"x": x}).values(), wanted, strict=True):
+    for found, own in zip(
+        OnnxRuntimeEngine(tmp_path / "m.onnx", threads=1).run({"x": x}).values(), wanted, strict=True
+    ):
         np.testing.assert_array_equal(found, own)
 
 
