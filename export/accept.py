@@ -21,6 +21,7 @@ from stca.export.analysis import operators
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, any_sizes, without_weights
 from stca.export.analysis.ranges import Range, input_ranges
 from stca.export.analysis.scope import Dataflow, label, walk
+from stca.export.one_name import inline, lift_weights, name_once
 from stca.export.tables import Large
 from stca.manifest import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, TensorSpec
 from stca.near import did_you_mean
@@ -28,6 +29,8 @@ from stca.plugins import onnx_function
 
 # The first IR version in which a weight need not be an input, and the last that ONNX Runtime 1.31 reads.
 _OLDEST_IR, _NEWEST_IR = 4, 13
+# The first set of operators of which ONNX's reference has those that quantize.
+_QUANTIZED = 19
 
 
 def load_onnx(file: str | os.PathLike[str], large: Large | None = None) -> onnx.ModelProto:
@@ -49,25 +52,32 @@ def load_onnx(file: str | os.PathLike[str], large: Large | None = None) -> onnx.
         raise SplitError(f"{path}: is not an ONNX model ({' '.join(str(e).split())[:200]})") from e
     onnx_function.register_schema()
     home = path.resolve().parent
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location" and home not in (home / entry.value).resolve().parents:
-                raise SplitError(
-                    f"{path}: weight {tensor.name!r} lies outside the model's directory; move it beside it"
-                )
+    model.ir_version = min(max(model.ir_version, _OLDEST_IR), _NEWEST_IR)
     try:
+        name_once(model)
+        inline(model)
+        lift_weights(model)
+        _refuse_elsewhere(model, home)
         if large is not None:
             large.hollow_external(model, home)
         onnx.load_external_data_for_model(model, str(home))
         onnx.checker.check_model(without_weights(model))
+    except SplitError as e:
+        raise SplitError(f"{path}: {e}") from e
     except Exception as e:
         raise SplitError(f"{path}: is not a valid ONNX model ({' '.join(str(e).split())[:300]})") from e
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]  # old exporters list weights there too
     del model.graph.input[:]
     model.graph.input.extend(inputs)
-    model.ir_version = min(max(model.ir_version, _OLDEST_IR), _NEWEST_IR)
     return modern(model)
+
+
+def _refuse_elsewhere(model: onnx.ModelProto, home: Path) -> None:
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and home not in (home / entry.value).resolve().parents:
+                raise SplitError(f"weight {tensor.name!r} lies outside the model's directory; move it beside it")
 
 
 def refuse_types(inputs: Sequence[TensorSpec]) -> None:
@@ -155,10 +165,14 @@ def _within(spec: TensorSpec, found: Range) -> TensorSpec:
 def modern(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model in a set of operators that passes can add to; as it is where it has one, or cannot be converted."""
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), onnx_function.OPSET)
-    if opset >= onnx_function.OLDEST_OPSET:
+    quantized = any(
+        n.op_type in ("QuantizeLinear", "DequantizeLinear") and not n.domain for n in walk(model.graph.node)
+    )
+    oldest, wanted = (_QUANTIZED,) * 2 if quantized else (onnx_function.OLDEST_OPSET, onnx_function.OPSET)
+    if opset >= oldest:
         return model
     try:
-        converted = onnx.version_converter.convert_version(model, onnx_function.OPSET)
+        converted = onnx.version_converter.convert_version(model, wanted)
         onnx.checker.check_model(without_weights(converted))
     except Exception:  # an operator without an adapter, or a model beyond protobuf's 2 GB
         return model

@@ -16,7 +16,6 @@ from stca.export.analysis.cost import without_weights
 from stca.export.analysis.integers import integers_of
 from stca.export.analysis.rows import Everything, attempts, draw
 from stca.export.analysis.scope import attribute
-from stca.export.split import inlined
 from stca.manifest import OFFSETS, TARGETS, USERS, TensorSpec
 from stca.probe import shared_rows
 
@@ -127,7 +126,7 @@ def _with_shapes(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> onnx.M
 def _runs(model: onnx.ModelProto, inputs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> bool:
     """Whether the graph runs with these sizes and gives a score for each row of the largest."""
     names = {n for s in inputs for n in s.shape if isinstance(n, str)} - {TARGETS, USERS}
-    run = Everything(inlined(model))
+    run = Everything(model)
     for integers, scale in attempts():
         try:
             found = run(draw(inputs, {**dict.fromkeys(names, 2 * _ROWS * scale), **sizes}, integers))

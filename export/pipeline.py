@@ -47,7 +47,7 @@ from stca.export.passes.zero_points import name_zero_points
 from stca.export.reference.checkpoint import Checkpoint
 from stca.export.reference.config import StcaConfig
 from stca.export.reference.module import AttentionForm, request_inputs
-from stca.export.split import Split, StateTensor, inlined, split
+from stca.export.split import Split, StateTensor, split
 from stca.export.state import not_one_users
 from stca.export.tables import DEFAULT_ABOVE, Large, Left, leave
 from stca.export.to_onnx import RequestModel, to_request_graph
@@ -261,7 +261,6 @@ def _request_graph(
     specs = with_ranges(graph, specs, cut.ids)
     left = Left()
     if large.contents:
-        graph = inlined(graph)
         left = leave(graph, large, folder, progress)
     specs = with_one_batch(graph, of_one_request(graph, specs), progress) if cut.lift else specs
     name_squeezed_axes(graph, specs)
@@ -274,7 +273,7 @@ def _request_graph(
     specs, history = name_history(graph, specs)
     pointwise, sized = None, cut.workload
     notes: tuple[str, ...] = ()
-    if lifted := lifted_and_proven(inlined(graph), specs, progress) if cut.lift else None:
+    if lifted := lifted_and_proven(graph, specs, progress) if cut.lift else None:
         pointwise = graph if lifted.shared else None
         graph, specs = lifted.model, lifted.inputs
         sized = {n: size for n, size in sized.items() if n != lifted.rows or n == TARGETS}
@@ -289,7 +288,7 @@ def _request_graph(
         progress(f"assuming {sizes}; --history, --targets and --size say otherwise")
     measured = _measured(graph, specs)
     rules = RULES if cut.free else ()
-    freed = freed_and_proven(View(inlined(graph), _scopes(specs), workload, measured), specs, progress, rules)
+    freed = freed_and_proven(View(graph, _scopes(specs), workload, measured), specs, progress, rules)
     if freed.verdicts:
         facts["rules"] = [dataclasses.asdict(v) for v in freed.verdicts]
     before = graph
@@ -305,7 +304,7 @@ def _measured(graph: onnx.ModelProto, specs: Sequence[TensorSpec]) -> Measured:
     if rows is None or any(s.shape == (OFFSETS,) for s in specs):
         return {}
     try:
-        return Rows(inlined(graph), specs, rows).dims
+        return Rows(graph, specs, rows).dims
     except SplitError:
         return {}
 

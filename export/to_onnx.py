@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from stca.arrays import Progress
 from stca.errors import ExportError
+from stca.export.one_name import inline
 from stca.export.tables import Large
 from stca.export.untraceable import batch_attention, by_older_exporter, plain_bags, why_untraceable
 from stca.manifest import OFFSETS, SCOPES, TARGETS, TOKENS, USERS, TensorSpec
@@ -125,6 +126,7 @@ def to_request_graph(
     graph = _tidy(made, large or Large())
     _name_sizes(graph, model.inputs)
     _name_attention(graph)
+    inline(graph)
     onnx_function.attach(graph)
     graph.producer_name, graph.producer_version = "stca", ""
     return graph

@@ -6,6 +6,7 @@ The graphs then hold structure alone, the weights exist once on disk, and new we
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,7 +28,14 @@ _DTYPES = {
     TensorProto.BFLOAT16: torch.bfloat16,
 }
 # Numbers of weights that were quantized, where they are no single ones.
-_QUANTIZED = {TensorProto.INT8: torch.int8, TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn}
+_QUANTIZED = {
+    TensorProto.INT8: torch.int8,
+    TensorProto.UINT8: torch.uint8,
+    TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
+}
+# Integers are structure, but for tables of them: those of so many.
+_INTEGERS = {TensorProto.INT64: torch.int64, TensorProto.INT32: torch.int32, TensorProto.INT16: torch.int16}
+_TABLE = 1 << 10
 # The key of a safetensors header that holds no tensor.
 _RESERVED = "__metadata__"
 
@@ -35,7 +43,7 @@ _RESERVED = "__metadata__"
 def externalize(
     models: Iterable[onnx.ModelProto], directory: Path, contents: Mapping[str, Array] | None = None
 ) -> None:
-    """Move the floating-point initializers of `models`, and their matrices of 8 bits, into
+    """Move the floating-point initializers of `models`, their matrices of 8 bits and tables of integers into
     `directory/weights.safetensors`, in place.
 
     An initializer of one name is one tensor, whichever graphs use it. Other integers stay in the graphs: they are
@@ -54,9 +62,9 @@ def externalize(
     uses: list[TensorProto] = []
     for model in models:
         for tensor in model.graph.initializer:
-            dtype = _DTYPES.get(tensor.data_type) or (
-                _QUANTIZED.get(tensor.data_type) if len(tensor.dims) > 1 else None
-            )
+            kinds = _DTYPES | (_QUANTIZED if len(tensor.dims) > 1 else {})
+            kinds |= _INTEGERS if math.prod(tensor.dims) >= _TABLE else {}
+            dtype = kinds.get(tensor.data_type)
             if dtype is None or 0 in tensor.dims:  # runtimes refuse external data of no length
                 continue
             if tensor.name == _RESERVED:

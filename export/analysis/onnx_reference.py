@@ -12,6 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from stca.arrays import Array
+from stca.errors import SplitError
 
 
 class GatherElements(OpRun):
@@ -31,7 +32,16 @@ def reference_of(model: onnx.ModelProto, new_ops: Sequence[type[OpRun]] = ()) ->
     Args:
         model: with its weights inline.
         new_ops: more implementations to use in place of ONNX's.
+
+    Raises:
+        SplitError: when it has no implementation of a part of the model.
     """
     if any(function.overload for function in model.functions):  # ONNX's own takes one of a name for all of them
         model = onnx.inliner.inline_local_functions(model)
-    return ReferenceEvaluator(model, new_ops=[GatherElements, *new_ops])
+    try:
+        return ReferenceEvaluator(model, new_ops=[GatherElements, *new_ops])
+    except (NotImplementedError, RuntimeError) as e:
+        raise SplitError(
+            f"nothing can prove this model: ONNX's reference lacks a part of it ({' '.join(str(e).split())[:200]}); "
+            "export it with a newer opset_version, or express that part in other operators"
+        ) from e

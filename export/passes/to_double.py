@@ -98,6 +98,8 @@ def _widen_nodes(nodes: MutableSequence[onnx.NodeProto]) -> None:
     for i, node in reversed(list(enumerate(nodes))):
         for body in subgraphs(node):
             _widen_nodes(body.node)
+            for tensor in body.initializer:
+                _widen(tensor)
         if node.op_type == "ConstantOfShape" and not node.attribute:  # of float32, says ONNX
             node.attribute.append(helper.make_attribute("value", numpy_helper.from_array(np.zeros(1))))
         for attribute in node.attribute:

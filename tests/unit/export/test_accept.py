@@ -185,3 +185,29 @@ def test_a_model_of_an_older_operator_set_is_lifted_and_served(opset, tmp_path):
     request = {"history": np.ones((1, 4, 3), np.float32), "item": np.zeros((2, 3), np.float32)}
     scores = Session.load(bundle.path).score(Request(request))
     np.testing.assert_allclose(scores, np.tanh([[4, 4, 4, 0, 0, 0]] * 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [10, 13])
+def test_a_table_of_8_bits_below_the_operator_sets_of_the_reference(opset, tmp_path):
+    """score = Σ E[history] · E[item], E in uint8, as quantizers wrote it for years."""
+    rng = np.random.default_rng(0)
+    table, scale, zero = rng.integers(0, 256, (300, 8)).astype(np.uint8), np.float32(0.02), np.uint8(128)
+    model = parser.parse_model(
+        f"""<ir_version: 7, opset_import: ["": {opset}]>
+        g (int64[batch, 6] history, int64[batch] item) => (float[batch] score) {{
+            e = DequantizeLinear (table, scale, zero)
+            h = Gather (e, history)
+            user = ReduceMean <axes = [1], keepdims = 0> (h)
+            t = Gather (e, item)
+            p = Mul (user, t)
+            score = ReduceMean <axes = [1], keepdims = 0> (p)
+        }}"""
+    )
+    weights = {"table": table, "scale": scale, "zero": zero}
+    model.graph.initializer.extend(numpy_helper.from_array(w, n) for n, w in weights.items())
+    onnx.save(model, tmp_path / "m.onnx")
+    bundle = split_onnx(tmp_path / "m.onnx", SCOPES, tmp_path / "bundle", prove=prove)
+    rows = (table.astype(np.float64) - 128) * scale
+    scores = Session.load(bundle.path).score(Request({"history": [1, 2, 3, 4, 5, 6], "item": [7, 8]}))
+    np.testing.assert_allclose(scores[:, 0], (rows[1:7].mean(0) * rows[7:9]).mean(1), rtol=1e-5)
+    assert all(p.stat().st_size < table.nbytes for p in bundle.path.glob("*.onnx")), "stored once"
