@@ -23,7 +23,7 @@ from typing import Any, Final
 from stca.errors import BuildError
 from stca.plugins import tiling
 from stca.plugins.devices import ARTIFACT_SMS, device_for
-from stca.plugins.spec import STRUCTURE
+from stca.plugins.spec import ARGUMENTS, PLAIN
 from stca.plugins.tiling import Shape, Sizes, Tile
 
 # Drivers since CUDA 12.8 load it, and no older version names every SM; Triton's default is newer than many drivers.
@@ -115,7 +115,8 @@ def compile_attend(shape: Shape, tile: Tile, sm: int, scale: float, split: bool)
     """`attend_kernel` for one tile.
 
     Parameters of the result: `query, key, value, target_offsets, history_offsets, history_lengths, n_targets, n_tokens,
-    n_requests, out` and, with `split`, `stats`. Grid: `attend_grid`.
+    n_requests, out` and, with `split`, `stats`; for a shape with segments also `segment_offsets, segment_bias` behind
+    the other tensors and `n_segments` behind the other numbers. Grid: `attend_grid`.
 
     Args:
         shape: head counts, head sizes and dtype, all compiled in.
@@ -131,11 +132,12 @@ def compile_attend(shape: Shape, tile: Tile, sm: int, scale: float, split: bool)
     pointers = {"query": element, "key": element, "value": element, "out": "fp32" if split else element}
     if split:
         pointers["stats"] = "fp32"
+    given = ARGUMENTS if shape.segments else PLAIN
     return _compile(
         "attend_kernel",
         pointers=pointers,
-        structure=STRUCTURE,
-        scalars=("n_targets", "n_tokens", "n_requests"),
+        unaligned={a.name: "fp32" if a.kind == "logits" else "i32" for a in given if a.kind != "values"},
+        scalars=("n_targets", "n_tokens", "n_requests", *(["n_segments"] if shape.segments else [])),
         constants=attend_constants(shape, tile, scale, split),
         sm=sm,
         warps=tile.warps,
@@ -153,7 +155,7 @@ def compile_combine(value_depth: int, dtype: str, sm: int) -> Artifact:
     return _compile(
         "combine_kernel",
         pointers={"partial_out": "fp32", "partial_stats": "fp32", "out": _TRITON_TYPES[dtype]},
-        structure=(),
+        unaligned={},
         scalars=("n_rows", "n_parts"),
         constants=combine_constants(value_depth),
         sm=sm,
@@ -205,7 +207,7 @@ def _compile(
     kernel: str,
     *,
     pointers: dict[str, str],
-    structure: tuple[str, ...],
+    unaligned: dict[str, str],
     scalars: tuple[str, ...],
     constants: dict[str, Any],
     sm: int,
@@ -226,14 +228,13 @@ def _compile(
     if sm not in ARTIFACT_SMS:
         raise BuildError(f"no artifact for SM {sm}: supported are {', '.join(map(str, ARTIFACT_SMS))}")
     types = {
-        **{name: f"*{element}" for name, element in pointers.items()},
-        **dict.fromkeys(structure, "*i32"),
+        **{name: f"*{element}" for name, element in (pointers | unaligned).items()},
         **dict.fromkeys(scalars, "i32"),
     }
     source = ASTSource(
         function,
         signature={name: types.get(name, "constexpr") for name in function.arg_names},
-        constexprs=constants,
+        constexprs=dict.fromkeys(set(function.arg_names) - types.keys()) | constants,
         attrs={(function.arg_names.index(name),): [["tt.divisibility", ALIGNMENT]] for name in pointers},
     )
     options = {"num_warps": warps, "num_stages": stages, "ptx_version": PTX_VERSION, "enable_fp_fusion": True}

@@ -60,7 +60,7 @@ def default_shapes(dtype: str) -> list[tuple[Shape, float]]:
     return shapes
 
 
-def parse_shape(text: str, dtype: str, tied: bool) -> tuple[Shape, float]:
+def parse_shape(text: str, dtype: str, tied: bool, segments: bool = False) -> tuple[Shape, float]:
     """`H,H_k,D,D_v[,scale]`, where the scale left out is `1 / sqrt(D)`.
 
     Raises:
@@ -70,7 +70,7 @@ def parse_shape(text: str, dtype: str, tied: bool) -> tuple[Shape, float]:
     try:
         heads, key_heads, depth, value_depth = map(int, parts[:4])
         scale = float(parts[4]) if len(parts) > 4 else 1 / math.sqrt(depth)
-        return Shape(heads, key_heads, depth, value_depth, dtype, tied), scale
+        return Shape(heads, key_heads, depth, value_depth, dtype, tied, segments), scale
     except ValueError as error:
         raise BuildError(f"--shape {text}: expected H,H_k,D,D_v[,scale] ({error})") from error
 
@@ -114,7 +114,7 @@ def _kernel(artifact: aot.Artifact, fields: dict[str, Any]) -> Kernel:
     name = f"{artifact.kernel.removesuffix('_kernel')}_{fields['dtype']}_v{fields['value_depth']}"
     if "heads" in fields:
         name += "_d{depth}_h{heads}_k{key_heads}_x{scale:.4g}_m{block_m}_n{block_n}_w{warps}_s{stages}".format(**fields)
-        name += "_tied" * fields["tied"] + "_parts" * fields["parts"]
+        name += "_tied" * fields["tied"] + "_segments" * fields["segments"] + "_parts" * fields["parts"]
     return Kernel(f"{name}_sm{fields['sm']}.ptx", fields, artifact, _resources(artifact))
 
 
@@ -182,7 +182,7 @@ def _index_line(number: int, kernel: Kernel) -> str:
         kernel.artifact.shared,
         f["least_rows"],
     )
-    shape = (element, f["heads"], f["key_heads"], f["depth"], f["value_depth"])
+    shape = (element, f["heads"], f["key_heads"], f["depth"], f["value_depth"], str(f["segments"]).lower())
     return f'STCA_ATTEND({number}, "{kernel.file}", {", ".join(map(str, (*shape, scale, *flags, *tile)))})\n'
 
 
@@ -205,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     parser.add_argument("--shape", action="append", metavar="H,H_k,D,D_v[,SCALE]", help="instead of the default list")
     parser.add_argument("--tied", action="store_true", help="key and value of each --shape may be one tensor")
+    parser.add_argument("--segments", action="store_true", help="also kernels of each --shape for lists of segments")
     parser.add_argument("--dtype", action="append", choices=sorted(DTYPE_BYTES), help="default: bfloat16")
     parser.add_argument("--sm", action="append", type=int, choices=ARTIFACT_SMS, help="default: all of them")
     parser.add_argument("--shared-limit", type=int, default=PORTABLE_SHARED_LIMIT, metavar="BYTES")
@@ -214,7 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for dtype in options.dtype or ["bfloat16"]:
             if not options.shape:
                 shapes += default_shapes(dtype)
-            shapes += [parse_shape(text, dtype, options.tied) for text in options.shape or ()]
+            for lists in (False, True)[: 1 + options.segments]:
+                shapes += [parse_shape(text, dtype, options.tied, lists) for text in options.shape or ()]
         kernels = []
         for kernel in build(shapes, options.sm or ARTIFACT_SMS, options.shared_limit):
             kernels.append(kernel)

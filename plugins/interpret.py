@@ -34,7 +34,7 @@ class Interpreter:
         self,
         kernel: str,
         grid: tuple[int, ...],
-        arguments: Sequence[Tensor | int],
+        arguments: Sequence[Tensor | int | None],
         constants: Mapping[str, Any],
         source: Path = KERNELS,
     ) -> None:
@@ -44,7 +44,7 @@ class Interpreter:
         Args:
             kernel: name of the kernel in `source`.
             grid: blocks in each dimension.
-            arguments: tensors and integers in the kernel's order.
+            arguments: tensors and integers in the kernel's order, None for those it does without.
             constants: compile-time arguments by name.
             source: file with the kernels; a test may pass a changed copy.
 

@@ -9,12 +9,16 @@ where a ragged request begins is looked up on the device. There is no workspace 
 **Rows.** A key head serves `GROUP = HEADS / KEY_HEADS` query heads. The rows of a tile are the (target, head) pairs
 that read that key head: in the absorbed form (`KEY_HEADS = 1`) the `H` heads of several targets stacked, so that few
 targets still fill a tile and a token is read once for all heads; in the projected form (`KEY_HEADS = H`) the targets of
-one head. Row `r` of a segment is `r * KEY_HEADS` heads after the segment's first, in both forms.
+one head. Row `r` of a request is `r * KEY_HEADS` heads after the request's first, in both forms.
 
-**Tiles of a ragged batch.** Segment `b` owns tiles `start(b) … start(b + 1) - 1`, with
-`start(b) = target_offsets[b] * GROUP // BLOCK_M + b`. A segment of `n` rows gets at least `ceil(n / BLOCK_M)` of them
+**Tiles of a ragged batch.** Request `b` owns tiles `start(b) … start(b + 1) - 1`, with
+`start(b) = target_offsets[b] * GROUP // BLOCK_M + b`. A request of `n` rows gets at least `ceil(n / BLOCK_M)` of them
 wherever it begins, so the grid is `N_t * GROUP // BLOCK_M + B` blocks: known from shapes, at most one idle block a
-segment, no prefix sum.
+request, no prefix sum.
+
+**Lists of segments.** With `segment_offsets` a request reads several runs of rows in one softmax: other users' states,
+or pages of a pool, each where it lies. A part of the history is then a range of the list's blocks, each of one segment.
+What is added to a segment's logits shifts the maximum of a block alone, so no logit pays for it.
 
 **Softmax.** Running maximum and sum in float32, base 2 with `log2(e)` folded into the scale. The maximum starts at a
 large finite number instead of -inf, so that nothing here ever computes `inf - inf`: an empty history has sum 0 and
@@ -39,19 +43,19 @@ def _within(x, least, most):
 
 
 @triton.jit
-def _segment_of_tile(target_offsets, n_requests, tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+def _request_of_tile(target_offsets, n_requests, tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """The request a tile belongs to: how many of the requests after the first start at or before the tile.
 
     A count over a block of offsets is one round trip to memory where a binary search would be one a step, and a batch
     of one request needs none.
     """
-    segment = 0
+    request = 0
     for first in range(1, n_requests, _SEARCH):
         b = first + tl.arange(0, _SEARCH)
         begin = tl.load(target_offsets + b, mask=b < n_requests, other=0)
         started = (b < n_requests) & (begin * GROUP // BLOCK_M + b <= tile)
-        segment += tl.sum(started.to(tl.int32), 0)
-    return segment
+        request += tl.sum(started.to(tl.int32), 0)
+    return request
 
 
 @triton.jit
@@ -68,8 +72,7 @@ def _load_tile(
 ):
     """A tile `(ROWS, COLUMNS)` of consecutive rows; zero beyond `rows_left` and beyond `WIDTH` columns.
 
-    Every key and value passes through here: a block table of pages would change `rows`, and quantized tokens would be
-    widened and scaled before the return.
+    Every key and value passes through here: quantized tokens would be widened and scaled before the return.
     """
     rows = tl.arange(0, ROWS)
     columns = first_column + tl.arange(0, COLUMNS)
@@ -99,6 +102,7 @@ def _attend_tokens(
     value_base,
     first_value_column,
     tokens_left,
+    bias,
     SCALE: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -108,10 +112,12 @@ def _attend_tokens(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     TIED: tl.constexpr,
+    BIASED: tl.constexpr,
     LAST: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Fold `BLOCK_N` tokens into the running softmax; in the `LAST` block only `tokens_left` of them exist."""
+    """Fold `BLOCK_N` tokens into the running softmax; in the `LAST` block only `tokens_left` of them exist. BIASED adds
+    `bias`, base 2, to each logit."""
     logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for chunk in tl.static_range(0, D, BLOCK_D):
         # The first chunk stays in registers over the whole loop; a wide head's others come from the cache each time.
@@ -130,8 +136,12 @@ def _attend_tokens(
     if LAST:
         logits = tl.where(tl.arange(0, BLOCK_N)[None, :] < tokens_left, logits, float("-inf"))
 
-    new_max = tl.maximum(row_max, tl.max(logits, 1) * factor)
-    weights = tl.exp2(logits * factor - new_max[:, None])
+    if BIASED:
+        new_max = tl.maximum(row_max, tl.max(logits, 1) * factor + bias)
+        weights = tl.exp2(logits * factor - (new_max - bias)[:, None])
+    else:
+        new_max = tl.maximum(row_max, tl.max(logits, 1) * factor)
+        weights = tl.exp2(logits * factor - new_max[:, None])
     rescale = tl.exp2(row_max - new_max)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     acc = acc * rescale[:, None]
@@ -149,19 +159,105 @@ def _attend_tokens(
     return acc, new_max, row_sum
 
 
+@triton.jit
+def _attend_segment(
+    acc,
+    row_max,
+    row_sum,
+    query_tile,
+    query_base,
+    rows_left,
+    key,
+    value,
+    key_head,
+    first_token,
+    first_value_column,
+    begin,
+    end,
+    bias,
+    SCALE: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    TIED: tl.constexpr,
+    BIASED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Fold tokens `begin` to `end` of the segment at row `first_token`; whole blocks first, then what is left."""
+    # 64-bit offsets for everything that grows with the batch; inside a tile 32 bits are enough.
+    key_base = key + (first_token.to(tl.int64) * KEY_HEADS + key_head) * D
+    value_base = value + (first_token.to(tl.int64) * KEY_HEADS + key_head) * D_V
+    end_of_whole_blocks = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
+    for token in range(begin, end_of_whole_blocks, BLOCK_N):
+        acc, row_max, row_sum = _attend_tokens(
+            acc, row_max, row_sum, query_tile, query_base, rows_left,
+            key_base + tl.cast(token, tl.int64) * (KEY_HEADS * D),
+            value_base + tl.cast(token, tl.int64) * (KEY_HEADS * D_V),
+            first_value_column, BLOCK_N, bias,
+            SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, TIED, BIASED, False, UPCAST,
+        )  # fmt: skip
+    if end_of_whole_blocks < end:
+        last = end_of_whole_blocks.to(tl.int64)
+        acc, row_max, row_sum = _attend_tokens(
+            acc, row_max, row_sum, query_tile, query_base, rows_left,
+            key_base + last * (KEY_HEADS * D), value_base + last * (KEY_HEADS * D_V),
+            first_value_column, end - end_of_whole_blocks, bias,
+            SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, TIED, BIASED, True, UPCAST,
+        )  # fmt: skip
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _rows_of_segments(history_offsets, history_lengths, segment, listed, n_tokens):
+    """First row and length, in bounds, of those segments that are `listed`; else nothing."""
+    first_token = _within(tl.load(history_offsets + segment, mask=listed, other=0), 0, n_tokens)
+    length = tl.load(history_lengths + segment, mask=listed, other=0)
+    return first_token, _within(length, 0, n_tokens - first_token)
+
+
+@triton.jit
+def _part_of_list(history_offsets, history_lengths, first, last, n_tokens, split, parts, BLOCK_N: tl.constexpr):
+    """The part `split` of the blocks of segments `first` to `last`: the segment it begins in, how many blocks of the
+    list lie before that segment, and the blocks at which the part begins and ends."""
+    count = 0
+    for at in range(first, last, _SEARCH):
+        segment = at + tl.arange(0, _SEARCH)
+        _, length = _rows_of_segments(history_offsets, history_lengths, segment, segment < last, n_tokens)
+        count += tl.sum(tl.cdiv(length, BLOCK_N), 0)
+    blocks_a_part = tl.cdiv(count, parts)
+    begin = split * blocks_a_part
+    before, passed, held = 0, 0, first
+    for at in range(first, last, _SEARCH):
+        segment = at + tl.arange(0, _SEARCH)
+        _, length = _rows_of_segments(history_offsets, history_lengths, segment, segment < last, n_tokens)
+        blocks = tl.cdiv(length, BLOCK_N)
+        over = (segment < last) & (passed + tl.cumsum(blocks, 0) <= begin)
+        held += tl.sum(over.to(tl.int32), 0)
+        before += tl.sum(tl.where(over, blocks, 0), 0)
+        passed += tl.sum(blocks, 0)
+    return held, before, begin, tl.minimum(begin + blocks_a_part, count)
+
+
 # Sizes differ from request to request. Triton compiles anew for a size of 1 and for multiples of 16 unless told not to,
 # and a live server must not wait for a compiler.
-@triton.jit(do_not_specialize=["n_targets", "n_tokens", "n_requests"])
+@triton.jit(do_not_specialize=["n_targets", "n_tokens", "n_requests", "n_segments"])
 def attend_kernel(
     query,  # (N_t, HEADS, D)
     key,  # (N_h, KEY_HEADS, D)
     value,  # (N_h, KEY_HEADS, D_V)
     target_offsets,  # (B + 1,) int32
-    history_offsets,  # (B + 1,) int32
-    history_lengths,  # (B,) int32
+    history_offsets,  # (N_s + 1,) int32
+    history_lengths,  # (N_s,) int32
+    segment_offsets,  # (B + 1,) int32; None where request b has segment b, as the next
+    segment_bias,  # (N_s,) float32
     n_targets,  # N_t
     n_tokens,  # N_h
     n_requests,  # B
+    n_segments,  # N_s; None without `segment_offsets`
     out,  # (N_t, HEADS, D_V) of the inputs' type; SPLIT: (S, N_t, HEADS, D_V) float32, not yet divided by the sum
     stats,  # SPLIT only, else None: (S, N_t, HEADS, 2) float32, maximum (base 2) and sum
     SCALE: tl.constexpr,
@@ -195,51 +291,55 @@ def attend_kernel(
     if n_requests == 0:  # then there are no offsets to read
         return
 
-    segment = _segment_of_tile(target_offsets, n_requests, tile, GROUP, BLOCK_M)
-    first_target = _within(tl.load(target_offsets + segment), 0, n_targets)
-    n_rows = (_within(tl.load(target_offsets + segment + 1), first_target, n_targets) - first_target) * GROUP
-    token_offset = _within(tl.load(history_offsets + segment), 0, n_tokens)
-    length = _within(tl.load(history_lengths + segment), 0, n_tokens - token_offset)
-    first_token = token_offset.to(tl.int64)
-    tile_of_segment = tile - first_target * GROUP // BLOCK_M - segment
-    first_row = _within(tile_of_segment, 0, tl.cdiv(n_rows, BLOCK_M)) * BLOCK_M
+    request = _request_of_tile(target_offsets, n_requests, tile, GROUP, BLOCK_M)
+    first_target = _within(tl.load(target_offsets + request), 0, n_targets)
+    n_rows = (_within(tl.load(target_offsets + request + 1), first_target, n_targets) - first_target) * GROUP
+    tile_of_request = tile - first_target * GROUP // BLOCK_M - request
+    first_row = _within(tile_of_request, 0, tl.cdiv(n_rows, BLOCK_M)) * BLOCK_M
     rows_left = n_rows - first_row
     if rows_left <= 0:
         return
 
-    # Equal parts of whole blocks; a short history leaves the last parts empty.
-    blocks_a_part = tl.cdiv(tl.cdiv(length, BLOCK_N), tl.num_programs(2))
-    begin = split * blocks_a_part * BLOCK_N
-    end = tl.minimum(begin + blocks_a_part * BLOCK_N, length)
-    end_of_whole_blocks = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
-
-    # 64-bit offsets for everything that grows with the batch; inside a tile 32 bits are enough.
     head_row = first_target.to(tl.int64) * HEADS + key_head + first_row.to(tl.int64) * KEY_HEADS
     query_base = query + head_row * D
-    key_base = key + (first_token * KEY_HEADS + key_head) * D
-    value_base = value + (first_token * KEY_HEADS + key_head) * D_V
     first_value_column = value_tile * BLOCK_DV
-
     query_tile = _load_tile(query_base, KEY_HEADS * D, rows_left, 0, BLOCK_M, BLOCK_D, D, True, UPCAST)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for token in range(begin, end_of_whole_blocks, BLOCK_N):
-        acc, row_max, row_sum = _attend_tokens(
-            acc, row_max, row_sum, query_tile, query_base, rows_left,
-            key_base + tl.cast(token, tl.int64) * (KEY_HEADS * D),
-            value_base + tl.cast(token, tl.int64) * (KEY_HEADS * D_V),
-            first_value_column, BLOCK_N,
+
+    # Equal parts of whole blocks; a short history leaves the last parts empty.
+    if segment_offsets is None:
+        first_token, length = _rows_of_segments(history_offsets, history_lengths, request, True, n_tokens)
+        blocks_a_part = tl.cdiv(tl.cdiv(length, BLOCK_N), tl.num_programs(2))
+        begin = split * blocks_a_part * BLOCK_N
+        end = tl.minimum(begin + blocks_a_part * BLOCK_N, length)
+        acc, row_max, row_sum = _attend_segment(
+            acc, row_max, row_sum, query_tile, query_base, rows_left, key, value, key_head,
+            first_token, first_value_column, begin, end, 0.0,
             SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, TIED, False, UPCAST,
         )  # fmt: skip
-    if end_of_whole_blocks < end:
-        last = end_of_whole_blocks.to(tl.int64)
-        acc, row_max, row_sum = _attend_tokens(
-            acc, row_max, row_sum, query_tile, query_base, rows_left,
-            key_base + last * (KEY_HEADS * D), value_base + last * (KEY_HEADS * D_V),
-            first_value_column, end - end_of_whole_blocks,
-            SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, TIED, True, UPCAST,
-        )  # fmt: skip
+    else:
+        segment = _within(tl.load(segment_offsets + request), 0, n_segments)
+        last = _within(tl.load(segment_offsets + request + 1), segment, n_segments)
+        before, begin, end = 0, 0, 2**31 - 1
+        if SPLIT:
+            segment, before, begin, end = _part_of_list(
+                history_offsets, history_lengths, segment, last, n_tokens, split, tl.num_programs(2), BLOCK_N
+            )
+        while (segment < last) & (before < end):
+            first_token, length = _rows_of_segments(history_offsets, history_lengths, segment, True, n_tokens)
+            blocks = tl.cdiv(length, BLOCK_N)
+            first_block = _within(begin - before, 0, blocks)
+            end_of_segment = tl.minimum(_within(end - before, 0, blocks) * BLOCK_N, length)
+            bias = tl.load(segment_bias + segment) * _LOG2_E
+            acc, row_max, row_sum = _attend_segment(
+                acc, row_max, row_sum, query_tile, query_base, rows_left, key, value, key_head,
+                first_token, first_value_column, first_block * BLOCK_N, end_of_segment, bias,
+                SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, TIED, True, UPCAST,
+            )  # fmt: skip
+            before += blocks
+            segment += 1
 
     rows = tl.arange(0, BLOCK_M)
     if SPLIT:

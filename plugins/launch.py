@@ -22,24 +22,24 @@ from stca.plugins.tiling import Plan, Shape, Sizes
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch. `arguments` are tensor inputs, int32 scalars, tensor outputs."""
+    """One kernel launch. `arguments` are tensor inputs, int32 scalars, tensor outputs; None where it takes none."""
 
     kernel: str
     grid: tuple[int, int, int]
-    arguments: tuple[Tensor | int, ...]
+    arguments: tuple[Tensor | int | None, ...]
     constants: dict[str, Any]
     warps: int
     stages: int
 
 
-def shape_of(query: Tensor, key: Tensor, value: Tensor) -> Shape:
-    """What is compiled in for these tensors.
+def shape_of(query: Tensor, key: Tensor, value: Tensor, segments: bool = False) -> Shape:
+    """What is compiled in for these tensors, with or without lists of segments.
 
     Raises:
         ValueError: for a head size, head count or dtype without a kernel, naming those that have one.
     """
     dtype = str(query.dtype).removeprefix("torch.")
-    return Shape(query.shape[1], key.shape[1], query.shape[2], value.shape[2], dtype, _same(key, value))
+    return Shape(query.shape[1], key.shape[1], query.shape[2], value.shape[2], dtype, _same(key, value), segments)
 
 
 def sizes_of(query: Tensor, key: Tensor, target_offsets: Tensor) -> Sizes:
@@ -57,18 +57,21 @@ def launches(
     scale: float,
     plan: Plan,
     out: Tensor,
+    segment_offsets: Tensor | None = None,
+    segment_bias: Tensor | None = None,
     *,
     upcast: bool = False,
 ) -> list[Launch]:
     """The launches that fill `out` `(N_t, H, D_v)`: one, or with a split history one and the one that joins its parts.
 
     All tensors are contiguous; shapes and dtypes are those of `torch.ops.stca.target_history_attention`. Partial
-    results are allocated here, uninitialised: what the second kernel reads, the first has written.
+    results are allocated here, uninitialised: what the second kernel reads, the first has written. Segments come with
+    their bias, or neither.
 
     Raises:
         ValueError: for a shape without a kernel, or sizes beyond int32.
     """
-    shape = shape_of(query, key, value)
+    shape = shape_of(query, key, value, segment_offsets is not None)
     sizes = sizes_of(query, key, target_offsets)
     tiling.check_sizes(shape, sizes)
     if sizes.targets == 0:
@@ -80,11 +83,12 @@ def launches(
         outputs = tuple(
             torch.empty((*rows, width), dtype=torch.float32, device=out.device) for width in (shape.value_depth, 2)
         )
-    structure = (target_offsets, history_offsets, history_lengths)
+    structure = (target_offsets, history_offsets, history_lengths, segment_offsets, segment_bias)
+    segments = None if segment_offsets is None else len(history_lengths)
     attend = Launch(
         "attend_kernel",
         attend_grid(sizes.targets, sizes.requests, shape, plan.tile, plan.parts),
-        (query, key, value, *structure, sizes.targets, sizes.tokens, sizes.requests, *outputs),
+        (query, key, value, *structure, sizes.targets, sizes.tokens, sizes.requests, segments, *outputs),
         attend_constants(shape, plan.tile, scale, split, upcast=upcast),
         plan.tile.warps,
         plan.tile.stages,
@@ -160,17 +164,18 @@ def target_history_attention(
         import triton  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{QUALIFIED_NAME} on CUDA needs Triton: pip install triton") from error
-    if segment_offsets is not None:
-        raise ValueError(f"{QUALIFIED_NAME}: no CUDA kernel reads several segments a request yet; run it on the CPU")
     if history_lengths is None:
         history_lengths = history_offsets[1:] - history_offsets[:-1]
     tied = _same(key, value)
     query, key = _aligned(query), _aligned(key)
     value = key if tied else _aligned(value)
-    shape, device = shape_of(query, key, value), device_of(query)
+    shape, device = shape_of(query, key, value, segment_offsets is not None), device_of(query)
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     plan = tiling.choose(shape, sizes_of(query, key, target_offsets), device)
     structure = (_aligned(target_offsets), _aligned(history_offsets), _aligned(history_lengths))
+    if segment_offsets is not None and segment_bias is None:
+        segment_bias = torch.zeros(len(history_lengths), dtype=torch.float32, device=query.device)
+    segments = tuple(None if x is None else _aligned(x) for x in (segment_offsets, segment_bias))
     with torch.cuda.device(query.device):
-        run_cuda(launches(query, key, value, *structure, scale, plan, out))
+        run_cuda(launches(query, key, value, *structure, scale, plan, out, *segments))
     return out

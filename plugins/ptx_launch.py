@@ -110,7 +110,8 @@ def run(steps: Sequence[Launch], kernels: Sequence[LoadedKernel], stream: int = 
         BuildError: with the driver's error.
     """
     for step, kernel in zip(steps, kernels, strict=True):
-        kinds = [isinstance(x, int) for x in step.arguments]
+        given = [x for x in step.arguments if x is not None]
+        kinds = [isinstance(x, int) for x in given]
         first, last = kinds.index(True), len(kinds) - kinds[::-1].index(True)
-        numbers = [x if isinstance(x, int) else x.data_ptr() for x in step.arguments]
+        numbers = [x if isinstance(x, int) else x.data_ptr() for x in given]
         kernel.launch(step.grid, numbers[:first], numbers[first:last], numbers[last:], stream)

@@ -11,10 +11,13 @@ DOMAIN: Final = "stca"
 OP_NAME: Final = "TargetHistoryAttention"
 OP_VERSION: Final = 1
 QUALIFIED_NAME: Final = f"{DOMAIN}::{OP_NAME}"
-# TensorRT alone knows these: the operator where key and value are one tensor, and cut into two kernels in a row.
+# TensorRT alone knows these: the operator where key and value are one tensor, and cut into two kernels in a row; and,
+# as a plugin has so many inputs and no other number, over lists of segments.
 TENSORRT_TIED: Final = f"{OP_NAME}Tied"
 TENSORRT_PARTS: Final = f"{OP_NAME}Parts"
 TENSORRT_JOIN: Final = f"{OP_NAME}Join"
+TENSORRT_SEGMENTS: Final = f"{OP_NAME}Segments"
+TENSORRT_SEGMENTS_PARTS: Final = f"{OP_NAME}SegmentsParts"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,6 @@ ARGUMENTS: Final = (
 # What a request with one segment needs.
 PLAIN: Final = tuple(a for a in ARGUMENTS if not a.optional)
 RESULT: Final = Argument("out", ("N_t", "H", "D_v"), "values", "of the query's type; zeros where a history is empty")
-STRUCTURE: Final = tuple(a.name for a in PLAIN if a.kind == "structure")
 # The attribute: a factor on the logits.
 SCALE: Final = "scale"
 # Types of `values`, as ONNX names them; float64 besides in torch on a CPU, for references and gradients.

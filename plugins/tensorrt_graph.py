@@ -18,7 +18,17 @@ from stca.errors import BuildError
 from stca.plugins import onnx_function, tiling
 from stca.plugins.aot import artifact_sm
 from stca.plugins.devices import device_for
-from stca.plugins.spec import DOMAIN, OP_NAME, PLAIN, QUALIFIED_NAME, TENSORRT_JOIN, TENSORRT_PARTS, TENSORRT_TIED
+from stca.plugins.spec import (
+    DOMAIN,
+    OP_NAME,
+    PLAIN,
+    QUALIFIED_NAME,
+    TENSORRT_JOIN,
+    TENSORRT_PARTS,
+    TENSORRT_SEGMENTS,
+    TENSORRT_SEGMENTS_PARTS,
+    TENSORRT_TIED,
+)
 from stca.plugins.tiling import Shape, Sizes
 
 _DTYPES: dict[int, str] = {
@@ -102,17 +112,20 @@ def prepare(
 
 def _plugins(node: onnx.NodeProto, shape: Shape, parts: int) -> list[onnx.NodeProto]:
     """The nodes that replace `node`."""
-    scale = _scale(node)
-    common = {"domain": DOMAIN, "plugin_namespace": DOMAIN}
+    given: dict[str, Any] = {"scale": _scale(node), "domain": DOMAIN, "plugin_namespace": DOMAIN}
     if parts == 1:
-        kind = TENSORRT_TIED if shape.tied else OP_NAME
-        return [helper.make_node(kind, node.input, node.output, name=node.name, scale=scale, **common)]
+        kind = TENSORRT_SEGMENTS if shape.segments else TENSORRT_TIED if shape.tied else OP_NAME
+        if shape.segments:
+            given["tied"] = int(shape.tied)
+        return [helper.make_node(kind, node.input, node.output, name=node.name, **given)]
     name = node.name or node.output[0]
     partial = [f"{name}/partial_out", f"{name}/partial_stats"]
-    attributes: dict[str, Any] = {"scale": scale, "parts": parts, "tied": int(shape.tied)}
+    kind = TENSORRT_SEGMENTS_PARTS if shape.segments else TENSORRT_PARTS
+    given |= {"parts": parts, "tied": int(shape.tied)}
+    join = {"dtype": shape.dtype, "domain": DOMAIN, "plugin_namespace": DOMAIN}
     return [
-        helper.make_node(TENSORRT_PARTS, node.input, partial, name=f"{name}/parts", **attributes, **common),
-        helper.make_node(TENSORRT_JOIN, partial, node.output, name=f"{name}/join", dtype=shape.dtype, **common),
+        helper.make_node(kind, node.input, partial, name=f"{name}/parts", **given),
+        helper.make_node(TENSORRT_JOIN, partial, node.output, name=f"{name}/join", **join),
     ]
 
 
@@ -122,8 +135,6 @@ def _scale(node: onnx.NodeProto) -> float:
 
 def _shape(node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto.Tensor]) -> Shape:
     """What is compiled into the node's kernel."""
-    if len(node.input) > len(PLAIN):
-        raise BuildError(f"{QUALIFIED_NAME} '{node.name}' joins several segments, which no GPU kernel here does yet")
     sizes: dict[str, list[int]] = {}
     for argument, name in zip(("query", "key", "value"), node.input, strict=False):
         if name not in types or len(types[name].shape.dim) != 3:
@@ -140,7 +151,8 @@ def _shape(node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto.Tensor]) -> 
         usable = ", ".join(_DTYPES.values())
         raise BuildError(f"{QUALIFIED_NAME} '{node.name}': dtype {given} is not supported; use {usable}")
     (heads, depth), (key_heads, _), (_, value_depth) = sizes["query"], sizes["key"], sizes["value"]
-    return Shape(heads, key_heads, depth, value_depth, _DTYPES[dtype], tied=node.input[1] == node.input[2])
+    tied, segments = node.input[1] == node.input[2], len(node.input) > len(PLAIN)
+    return Shape(heads, key_heads, depth, value_depth, _DTYPES[dtype], tied, segments)
 
 
 def _tensor_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:

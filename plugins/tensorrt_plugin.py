@@ -1,12 +1,13 @@
 """The operator as TensorRT plugins whose kernels are compiled while the engine is built and live inside it.
 
-Importing this module registers four Quickly Deployable Plugins in namespace `stca`; the machine that builds an engine
+Importing this module registers six Quickly Deployable Plugins in namespace `stca`; the machine that builds an engine
 needs it, the machine that runs the engine does not.
 
 * `TargetHistoryAttention`: the ONNX node as it is, one kernel, one pass over the history.
 * `TargetHistoryAttentionTied`: the same where key and value are one tensor, which is then read once.
 * `TargetHistoryAttentionParts` and `TargetHistoryAttentionJoin`: the history cut into parts that different blocks walk,
   then joined. Two nodes in a row, because such a plugin is one kernel and has no workspace.
+* `TargetHistoryAttentionSegments` and `TargetHistoryAttentionSegmentsParts`: over lists of segments, two more inputs.
 
 `stca.plugins.tensorrt_graph.prepare` puts the right ones into an ONNX model. A kernel gets its arguments in TensorRT's
 order: input tensors, int32 values, output tensors. Floats cannot be passed, so `scale` is compiled in, and so are the
@@ -25,14 +26,16 @@ from typing import Any, Final, Literal
 from stca.errors import BuildError
 from stca.plugins import aot, tiling
 from stca.plugins.spec import (
+    ARGUMENTS,
     DOMAIN,
     OP_NAME,
     PLAIN,
     QUALIFIED_NAME,
     SCALE,
-    STRUCTURE,
     TENSORRT_JOIN,
     TENSORRT_PARTS,
+    TENSORRT_SEGMENTS,
+    TENSORRT_SEGMENTS_PARTS,
     TENSORRT_TIED,
 )
 
@@ -46,6 +49,7 @@ _DTYPES: Final = {trt.bfloat16: "bfloat16", trt.float16: "float16", trt.float32:
 _TENSORRT_DTYPES: Final = {name: dtype for dtype, name in _DTYPES.items()}
 _ELEMENTS: Final = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}  # in the words of AutoTuneCombination
 _ATTEND_INPUTS: Final = tuple(a.name for a in PLAIN)
+_SEGMENTS_INPUTS: Final = tuple(a.name for a in ARGUMENTS)
 
 # What `aot_impl` returns: kernel name, PTX, launch parameters, int32 arguments.
 Launch = tuple[str, str, trtp.KernelLaunchParams, trtp.SymExprs]
@@ -97,17 +101,19 @@ def _this_gpu() -> int:
 
 def _check_types(inputs: Tensors) -> str:
     """The dtype of query, key and value. Raises BuildError when the inputs are not what the kernels take."""
-    query, key, value, *structure = inputs
+    query, key, value, *_ = inputs
     if not query.dtype == key.dtype == value.dtype or query.dtype not in _DTYPES:
         given = ", ".join(str(desc.dtype).removeprefix("DataType.") for desc in (query, key, value))
         raise BuildError(
             f"{QUALIFIED_NAME}: query, key, value are {given}; supported is one of BF16, HALF, FLOAT for all"
         )
-    for name, desc in zip(STRUCTURE, structure, strict=True):
-        if desc.dtype != trt.int32:
-            given = str(desc.dtype).removeprefix("DataType.")
-            raise BuildError(f"{QUALIFIED_NAME}: {name} is {given}; supported is INT32 (cast it in the network)")
-    for argument, desc in zip(PLAIN, inputs, strict=True):
+    expected = {"values": query.dtype, "structure": trt.int32, "logits": trt.float32}
+    for argument, desc in zip(ARGUMENTS, inputs, strict=False):
+        if desc.dtype != (wanted := expected[argument.kind]):
+            names = (str(dtype).removeprefix("DataType.") for dtype in (desc.dtype, wanted))
+            raise BuildError(
+                f"{QUALIFIED_NAME}: {argument.name} is {'; supported is '.join(names)} (cast it in the network)"
+            )
         if desc.ndim != (rank := len(argument.shape)):
             raise BuildError(f"{QUALIFIED_NAME}: {argument.name} has {desc.ndim} dimensions, expected {rank}")
     return _DTYPES[query.dtype]
@@ -132,7 +138,8 @@ def _shape(inputs: Tensors, attributes: Attributes) -> tiling.Shape:
     heads, key_heads = _static("the query's head count", query[1]), _static("the key's head count", key[1])
     depth, value_depth = _static("the query's head size", query[2]), _static("the value's head size", value[2])
     try:
-        return tiling.Shape(heads, key_heads, depth, value_depth, dtype, bool(attributes["tied"]))
+        segments = len(inputs) > len(PLAIN)
+        return tiling.Shape(heads, key_heads, depth, value_depth, dtype, bool(attributes["tied"]), segments)
     except ValueError as error:
         raise BuildError(str(error)) from error
 
@@ -158,8 +165,9 @@ def _describe_parts(inputs: Tensors, attributes: Attributes) -> tuple[trtp.Tenso
 
 def _sizes(inputs: Tensors, bound: Literal["opt", "max"]) -> tiling.Sizes:
     """`N_t, N_h, B` that the build tunes for, or the most that the engine will take."""
-    shapes = [inputs[i].shape for i in (0, 1, 5)]
-    return tiling.Sizes(*(int(getattr(shape, bound)[0] if shape.is_dynamic else shape[0]) for shape in shapes))
+    shapes = [inputs[i].shape for i in (0, 1, 3)]
+    targets, tokens, ends = (int(getattr(shape, bound)[0] if shape.is_dynamic else shape[0]) for shape in shapes)
+    return tiling.Sizes(targets, tokens, ends - 1)
 
 
 @functools.cache
@@ -185,9 +193,10 @@ def _launch_attend(inputs: Tensors, attributes: Attributes, tactic: int) -> Laun
     shape, sm, parts = _shape(inputs, attributes), target_sm(), attributes.get("parts", 1)
     tile = candidates(shape, sm, settings.shared_limit)[tactic - 1]
     artifact = aot.compile_attend(shape, tile, sm, attributes["scale"], parts > 1)
-    targets, tokens, requests = (inputs[i].shape_expr[0] for i in (0, 1, 5))
+    targets, tokens, ends, lengths = (inputs[i].shape_expr[0] for i in (0, 1, 3, 5))
+    requests = ends - 1
     grid = aot.attend_grid(targets, requests, shape, tile, parts)
-    return _launch(artifact, grid, (targets, tokens, requests))
+    return _launch(artifact, grid, (targets, tokens, requests, *([lengths] if shape.segments else [])))
 
 
 def _describe_join(inputs: Tensors, attributes: Attributes) -> trtp.TensorDesc:
@@ -262,9 +271,11 @@ def _register(
     trtp.aot_impl(f"{DOMAIN}::{name}")(on_launch)
 
 
+_attend = (_describe_out, _tune_attend, _launch_attend)
 for _name, _tied in ((OP_NAME, False), (TENSORRT_TIED, True)):
-    _attend = (_describe_out, _tune_attend, _launch_attend)
     _register(_name, _ATTEND_INPUTS, {SCALE: float}, *_attend, constants={"tied": _tied})
+_register(TENSORRT_SEGMENTS, _SEGMENTS_INPUTS, {SCALE: float, "tied": int}, *_attend)
 _parts = {"scale": float, "parts": int, "tied": int}
-_register(TENSORRT_PARTS, _ATTEND_INPUTS, _parts, _describe_parts, _tune_attend, _launch_attend, outputs=2)
+for _name, _inputs in ((TENSORRT_PARTS, _ATTEND_INPUTS), (TENSORRT_SEGMENTS_PARTS, _SEGMENTS_INPUTS)):
+    _register(_name, _inputs, _parts, _describe_parts, _tune_attend, _launch_attend, outputs=2)
 _register(TENSORRT_JOIN, ("partial_out", "partial_stats"), {"dtype": str}, _describe_join, lambda *_: [1], _launch_join)

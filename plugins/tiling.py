@@ -55,6 +55,7 @@ class Shape:
         depth: `D`. value_depth: `D_v`.
         dtype: of query, key and value: "bfloat16", "float16" or "float32".
         tied: key and value are the same tensor.
+        segments: a request reads a list of them; planning takes all `N_h` rows for what it reads.
     """
 
     heads: int
@@ -63,6 +64,7 @@ class Shape:
     value_depth: int
     dtype: str
     tied: bool = False
+    segments: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming what is supported."""

@@ -27,8 +27,8 @@ namespace stca
 
 std::vector<Attend> const& attends()
 {
-#define STCA_ATTEND(id, file, element, heads, keyHeads, depth, valueDepth, ...)                                         \
-    Attend{Shape{Element::element, heads, keyHeads, depth, valueDepth}, __VA_ARGS__, stca_ptx_##id},
+#define STCA_ATTEND(id, file, element, heads, keyHeads, depth, valueDepth, segments, ...)                               \
+    Attend{Shape{Element::element, heads, keyHeads, depth, valueDepth, segments}, __VA_ARGS__, stca_ptx_##id},
 #define STCA_COMBINE(...)
     static std::vector<Attend> const table{
 #include "artifacts.inc"
@@ -52,8 +52,8 @@ std::vector<Combine> const& combines()
 
 bool operator==(Shape const& a, Shape const& b)
 {
-    return std::tie(a.element, a.heads, a.keyHeads, a.depth, a.valueDepth)
-        == std::tie(b.element, b.heads, b.keyHeads, b.depth, b.valueDepth);
+    return std::tie(a.element, a.heads, a.keyHeads, a.depth, a.valueDepth, a.segments)
+        == std::tie(b.element, b.heads, b.keyHeads, b.depth, b.valueDepth, b.segments);
 }
 
 int64_t Attend::gridX(int64_t targets, int64_t requests) const
@@ -88,7 +88,7 @@ std::string supported()
     {
         std::ostringstream one;
         one << kNAMES[static_cast<int32_t>(a.shape.element)] << " H=" << a.shape.heads << " H_k=" << a.shape.keyHeads
-            << " D=" << a.shape.depth << " D_v=" << a.shape.valueDepth << " scale=" << a.scale;
+            << " D=" << a.shape.depth << " D_v=" << a.shape.valueDepth << " scale=" << a.scale << (a.shape.segments ? " segments" : "");
         shapes.insert(one.str());
         sms.insert(a.sm);
     }

@@ -24,6 +24,7 @@ struct Shape
     int32_t keyHeads;
     int32_t depth;
     int32_t valueDepth;
+    bool segments; //!< a request reads a list of them
 };
 
 bool operator==(Shape const& a, Shape const& b);

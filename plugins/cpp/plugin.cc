@@ -16,10 +16,25 @@ namespace stca
 namespace
 {
 
-constexpr int32_t kINPUTS = 6;
-constexpr char const* kINPUT_NAMES[kINPUTS]
-    = {"query", "key", "value", "target_offsets", "history_offsets", "history_lengths"};
-constexpr int32_t kRANKS[kINPUTS] = {3, 3, 3, 1, 1, 1};
+constexpr int32_t kINPUTS = 8;
+constexpr int32_t kPLAIN = 6; //!< inputs of a node whose requests have one segment each
+constexpr char const* kINPUT_NAMES[kINPUTS] = {"query", "key", "value", "target_offsets", "history_offsets",
+    "history_lengths", "segment_offsets", "segment_bias"};
+constexpr int32_t kRANKS[kINPUTS] = {3, 3, 3, 1, 1, 1, 1, 1};
+
+//! Type of an input beyond query, key and value.
+DataType typeOf(int32_t input)
+{
+    return input == kINPUTS - 1 ? DataType::kFLOAT : DataType::kINT32;
+}
+
+void checkCounts(int32_t nbInputs, int32_t nbOutputs)
+{
+    if ((nbInputs != kPLAIN && nbInputs != kINPUTS) || nbOutputs != 1)
+    {
+        throw std::runtime_error("expected 6 inputs, or 8 with segments, and 1 output");
+    }
+}
 
 // More parts than this make the combine step longer than what they save; the cost model for Python stops there too.
 constexpr int64_t kMAX_PARTS = 128;
@@ -42,7 +57,7 @@ bool toElement(DataType type, Element& element)
 }
 
 //! What is compiled in, from the first three inputs.
-Shape shapeOf(Dims const& query, Dims const& key, Dims const& value, DataType type)
+Shape shapeOf(Dims const& query, Dims const& key, Dims const& value, DataType type, bool segments)
 {
     Element element{};
     if (!toElement(type, element))
@@ -64,7 +79,7 @@ Shape shapeOf(Dims const& query, Dims const& key, Dims const& value, DataType ty
         }
         return static_cast<int32_t>(n);
     };
-    return {element, size(query.d[1]), size(key.d[1]), size(query.d[2]), size(value.d[2])};
+    return {element, size(query.d[1]), size(key.d[1]), size(query.d[2]), size(value.d[2]), segments};
 }
 
 bool sameScale(float a, float b)
@@ -82,9 +97,9 @@ struct Sizes
 
 //! The sizes in these dimensions, which must be ones that the kernels, counting in int32, can count; the limits are those
 //! of `check_sizes` in plugins/tiling.py, which says where they come from.
-Sizes sizesOf(Shape const& shape, Dims const& query, Dims const& key, Dims const& lengths)
+Sizes sizesOf(Shape const& shape, Dims const& query, Dims const& key, Dims const& targetOffsets)
 {
-    Sizes const sizes{query.d[0], key.d[0], lengths.d[0]};
+    Sizes const sizes{query.d[0], key.d[0], targetOffsets.d[0] - 1};
     auto const check = [](char const* name, int64_t size, int64_t limit) {
         if (size >= limit)
         {
@@ -142,47 +157,27 @@ IPluginCapability* TargetHistoryAttention::getCapabilityInterface(PluginCapabili
 
 IPluginV3* TargetHistoryAttention::clone() noexcept
 {
-    return new TargetHistoryAttention(mScale, mWorkspaceRows);
-}
-
-char const* TargetHistoryAttention::getPluginName() const noexcept
-{
-    return kNAME;
-}
-
-char const* TargetHistoryAttention::getPluginVersion() const noexcept
-{
-    return kVERSION;
-}
-
-char const* TargetHistoryAttention::getPluginNamespace() const noexcept
-{
-    return kNAMESPACE;
-}
-
-int32_t TargetHistoryAttention::getNbOutputs() const noexcept
-{
-    return 1;
+    auto* const made = new TargetHistoryAttention(mScale, mWorkspaceRows);
+    made->mSegments = mSegments;
+    return made;
 }
 
 int32_t TargetHistoryAttention::getOutputDataTypes(
     DataType* outputTypes, int32_t nbOutputs, DataType const* inputTypes, int32_t nbInputs) const noexcept
 {
     return guarded([&] {
-        if (nbInputs != kINPUTS || nbOutputs != 1)
-        {
-            throw std::runtime_error("expected 6 inputs and 1 output");
-        }
+        checkCounts(nbInputs, nbOutputs);
         Element element{};
         if (!toElement(inputTypes[0], element) || inputTypes[1] != inputTypes[0] || inputTypes[2] != inputTypes[0])
         {
             throw std::runtime_error("query, key and value must have one type; supported are BF16, HALF, FLOAT");
         }
-        for (int32_t i = 3; i < kINPUTS; ++i)
+        for (int32_t i = 3; i < nbInputs; ++i)
         {
-            if (inputTypes[i] != DataType::kINT32)
+            if (inputTypes[i] != typeOf(i))
             {
-                throw std::runtime_error(std::string(kINPUT_NAMES[i]) + " must be INT32: cast it in the network");
+                throw std::runtime_error(std::string(kINPUT_NAMES[i]) + " must be "
+                    + (typeOf(i) == DataType::kINT32 ? "INT32" : "FLOAT") + ": cast it in the network");
             }
         }
         outputTypes[0] = inputTypes[0];
@@ -193,11 +188,8 @@ int32_t TargetHistoryAttention::getOutputShapes(DimsExprs const* inputs, int32_t
     DimsExprs* outputs, int32_t nbOutputs, IExprBuilder&) noexcept
 {
     return guarded([&] {
-        if (nbInputs != kINPUTS || nbOutputs != 1)
-        {
-            throw std::runtime_error("expected 6 inputs and 1 output");
-        }
-        for (int32_t i = 0; i < kINPUTS; ++i)
+        checkCounts(nbInputs, nbOutputs);
+        for (int32_t i = 0; i < nbInputs; ++i)
         {
             if (inputs[i].nbDims != kRANKS[i])
             {
@@ -215,13 +207,13 @@ int32_t TargetHistoryAttention::getOutputShapes(DimsExprs const* inputs, int32_t
 bool TargetHistoryAttention::supportsFormatCombination(
     int32_t pos, DynamicPluginTensorDesc const* inOut, int32_t nbInputs, int32_t nbOutputs) noexcept
 {
-    if (nbInputs != kINPUTS || nbOutputs != 1 || inOut[pos].desc.format != TensorFormat::kLINEAR)
+    if ((nbInputs != kPLAIN && nbInputs != kINPUTS) || nbOutputs != 1 || inOut[pos].desc.format != TensorFormat::kLINEAR)
     {
         return false;
     }
-    if (pos >= 3 && pos < kINPUTS)
+    if (pos >= 3 && pos < nbInputs)
     {
-        return inOut[pos].desc.type == DataType::kINT32;
+        return inOut[pos].desc.type == typeOf(pos);
     }
     Element element{};
     if (pos == 0)
@@ -233,13 +225,14 @@ bool TargetHistoryAttention::supportsFormatCombination(
 }
 
 int32_t TargetHistoryAttention::configurePlugin(
-    DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*, int32_t) noexcept
+    DynamicPluginTensorDesc const* in, int32_t nbInputs, DynamicPluginTensorDesc const*, int32_t) noexcept
 {
     return guarded([&] {
-        Shape const shape = shapeOf(in[0].desc.dims, in[1].desc.dims, in[2].desc.dims, in[0].desc.type);
+        Shape const shape
+            = shapeOf(in[0].desc.dims, in[1].desc.dims, in[2].desc.dims, in[0].desc.type, nbInputs > kPLAIN);
         // `desc.dims` has -1 where a dimension is dynamic; `max` then bounds it.
         auto const most = [in](int32_t i) { return in[i].desc.dims.d[0] >= 0 ? in[i].desc.dims : in[i].max; };
-        Sizes const sizes = sizesOf(shape, most(0), most(1), most(5));
+        Sizes const sizes = sizesOf(shape, most(0), most(1), most(3));
         // Not of this machine's GPU: an engine may be built for another one, and where there is none.
         int64_t mostRows = 0;
         for (Attend const& candidate : attends())
@@ -253,7 +246,8 @@ int32_t TargetHistoryAttention::configurePlugin(
         {
             throw std::runtime_error("no kernel for H=" + std::to_string(shape.heads)
                 + " H_k=" + std::to_string(shape.keyHeads) + " D=" + std::to_string(shape.depth)
-                + " D_v=" + std::to_string(shape.valueDepth) + " scale=" + std::to_string(mScale) + "; " + supported());
+                + " D_v=" + std::to_string(shape.valueDepth) + " scale=" + std::to_string(mScale)
+                + (shape.segments ? " segments; " : "; ") + supported());
         }
         mWorkspaceRows = static_cast<int32_t>(std::min(mostRows, kMAX_PARTS * sizes.targets * shape.heads));
     });
@@ -264,11 +258,6 @@ size_t TargetHistoryAttention::getWorkspaceSize(
 {
     auto const valueDepth = static_cast<size_t>(inputs[2].desc.dims.d[2]);
     return static_cast<size_t>(mWorkspaceRows) * (valueDepth + 2) * sizeof(float);
-}
-
-int32_t TargetHistoryAttention::setTactic(int32_t) noexcept
-{
-    return 0; // none is offered: TensorRT would time them on offsets that no history has
 }
 
 bool TargetHistoryAttention::serves(Attend const& candidate, Shape const& shape, std::optional<int32_t> sm) const
@@ -293,12 +282,13 @@ Attend const* TargetHistoryAttention::find(Shape const& shape, int32_t sm, int64
 }
 
 int32_t TargetHistoryAttention::onShapeChange(
-    PluginTensorDesc const* in, int32_t, PluginTensorDesc const*, int32_t) noexcept
+    PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const*, int32_t) noexcept
 {
     // Modules are loaded here, not in enqueue, which may be recorded into a CUDA graph.
     return guarded([&] {
-        Shape const shape = shapeOf(in[0].dims, in[1].dims, in[2].dims, in[0].type);
-        sizesOf(shape, in[0].dims, in[1].dims, in[5].dims);
+        mSegments = nbInputs > kPLAIN;
+        Shape const shape = shapeOf(in[0].dims, in[1].dims, in[2].dims, in[0].type, mSegments);
+        sizesOf(shape, in[0].dims, in[1].dims, in[3].dims);
         int32_t const sm = artifactSm(currentDevice().sm);
         if (find(shape, sm, 0, false, false) == nullptr)
         {
@@ -320,11 +310,12 @@ int32_t TargetHistoryAttention::enqueue(PluginTensorDesc const* inputDesc, Plugi
 {
     return guarded([&] {
         Shape const shape
-            = shapeOf(inputDesc[0].dims, inputDesc[1].dims, inputDesc[2].dims, inputDesc[0].type);
-        Sizes const sizes = sizesOf(shape, inputDesc[0].dims, inputDesc[1].dims, inputDesc[5].dims);
+            = shapeOf(inputDesc[0].dims, inputDesc[1].dims, inputDesc[2].dims, inputDesc[0].type, mSegments);
+        Sizes const sizes = sizesOf(shape, inputDesc[0].dims, inputDesc[1].dims, inputDesc[3].dims);
         auto targets = static_cast<int32_t>(sizes.targets);
         auto tokens = static_cast<int32_t>(sizes.tokens);
         auto requests = static_cast<int32_t>(sizes.requests);
+        auto segments = static_cast<int32_t>(inputDesc[5].dims.d[0]);
         int64_t const rows = sizes.targets * shape.heads;
         if (rows == 0 || requests == 0)
         {
@@ -361,35 +352,41 @@ int32_t TargetHistoryAttention::enqueue(PluginTensorDesc const* inputDesc, Plugi
                 int64_t{mWorkspaceRows} / rows});
         }
 
-        std::array<void const*, 6> in{};
-        std::copy_n(inputs, 6, in.begin());
+        // Tensor inputs, int32 values, tensor outputs, as the kernel takes them.
+        std::array<void const*, kINPUTS> in{};
+        int32_t const nbInputs = mSegments ? kINPUTS : kPLAIN;
+        std::copy_n(inputs, nbInputs, in.begin());
+        std::vector<void*> arguments;
+        for (int32_t i = 0; i < nbInputs; ++i)
+        {
+            arguments.push_back(&in[i]);
+        }
+        arguments.insert(arguments.end(), {&targets, &tokens, &requests});
+        if (mSegments)
+        {
+            arguments.push_back(&segments);
+        }
         void* out = outputs[0];
         if (parts < 2)
         {
-            void* arguments[] = {&in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &targets, &tokens, &requests, &out};
+            arguments.push_back(&out);
             launch(loadAttend(*whole),
                 {static_cast<uint32_t>(whole->gridX(targets, requests)), static_cast<uint32_t>(whole->gridY()), 1},
-                arguments, stream);
+                arguments.data(), stream);
             return;
         }
         auto* partialOut = static_cast<float*>(workspace);
         float* partialStats = partialOut + parts * rows * shape.valueDepth;
-        void* attendArguments[]
-            = {&in[0], &in[1], &in[2], &in[3], &in[4], &in[5], &targets, &tokens, &requests, &partialOut, &partialStats};
+        arguments.insert(arguments.end(), {&partialOut, &partialStats});
         launch(loadAttend(*inParts),
             {static_cast<uint32_t>(inParts->gridX(targets, requests)), static_cast<uint32_t>(inParts->gridY()),
                 static_cast<uint32_t>(parts)},
-            attendArguments, stream);
+            arguments.data(), stream);
         auto nRows = static_cast<int32_t>(rows);
         auto nParts = static_cast<int32_t>(parts);
         void* combineArguments[] = {&partialOut, &partialStats, &nRows, &nParts, &out};
         launch(loadCombine(findCombine(shape, sm)), {static_cast<uint32_t>(rows), 1, 1}, combineArguments, stream);
     });
-}
-
-IPluginV3* TargetHistoryAttention::attachToContext(IPluginResourceContext*) noexcept
-{
-    return clone();
 }
 
 PluginFieldCollection const* TargetHistoryAttention::getFieldsToSerialize() noexcept

@@ -17,8 +17,9 @@ constexpr char const* kVERSION = "1";
 constexpr char const* kNAMESPACE = "stca";
 
 //! Inputs: query (N_t, H, D), key (N_h, H_k, D), value (N_h, H_k, D_v) of one type; target_offsets (B + 1),
-//! history_offsets (B + 1), history_lengths (B) of int32. Output: (N_t, H, D_v) of the query's type.
-//! Every format is linear. Failures are logged and answered with -1; nothing throws.
+//! history_offsets (N_s + 1), history_lengths (N_s) of int32; or these and segment_offsets (B + 1) of int32 and
+//! segment_bias (N_s) of float, without which N_s is B. Output: (N_t, H, D_v) of the query's type. Every format is linear.
+//! Failures are logged and answered with -1; nothing throws.
 class TargetHistoryAttention final : public nvinfer1::IPluginV3,
                                      public nvinfer1::IPluginV3OneCore,
                                      public nvinfer1::IPluginV3OneBuild,
@@ -34,12 +35,27 @@ public:
     nvinfer1::IPluginV3* clone() noexcept override;
 
     // IPluginV3OneCore
-    char const* getPluginName() const noexcept override;
-    char const* getPluginVersion() const noexcept override;
-    char const* getPluginNamespace() const noexcept override;
+    char const* getPluginName() const noexcept override
+    {
+        return kNAME;
+    }
+
+    char const* getPluginVersion() const noexcept override
+    {
+        return kVERSION;
+    }
+
+    char const* getPluginNamespace() const noexcept override
+    {
+        return kNAMESPACE;
+    }
 
     // IPluginV3OneBuild
-    int32_t getNbOutputs() const noexcept override;
+    int32_t getNbOutputs() const noexcept override
+    {
+        return 1;
+    }
+
     int32_t getOutputDataTypes(nvinfer1::DataType* outputTypes, int32_t nbOutputs, nvinfer1::DataType const* inputTypes,
         int32_t nbInputs) const noexcept override;
     int32_t getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInputs, nvinfer1::DimsExprs const* shapeInputs,
@@ -53,12 +69,20 @@ public:
         nvinfer1::DynamicPluginTensorDesc const* outputs, int32_t nbOutputs) const noexcept override;
 
     // IPluginV3OneRuntime
-    int32_t setTactic(int32_t tactic) noexcept override;
+    int32_t setTactic(int32_t) noexcept override
+    {
+        return 0; // none is offered: TensorRT would time them on offsets that no history has
+    }
+
     int32_t onShapeChange(nvinfer1::PluginTensorDesc const* in, int32_t nbInputs, nvinfer1::PluginTensorDesc const* out,
         int32_t nbOutputs) noexcept override;
     int32_t enqueue(nvinfer1::PluginTensorDesc const* inputDesc, nvinfer1::PluginTensorDesc const* outputDesc,
         void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept override;
-    nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext* context) noexcept override;
+    nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override
+    {
+        return clone();
+    }
+
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
 private:
@@ -70,6 +94,7 @@ private:
 
     float mScale;
     int32_t mWorkspaceRows;
+    bool mSegments{false}; //!< as TensorRT last told in onShapeChange; enqueue is not told the number of inputs
     std::vector<nvinfer1::PluginField> mFields;
     nvinfer1::PluginFieldCollection mCollection{};
 };

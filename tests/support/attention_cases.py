@@ -68,7 +68,8 @@ class Case:
     @property
     def shape(self) -> Shape:
         """What is compiled in."""
-        return Shape(self.heads, self.key_heads, self.depth, self.value_depth, self.dtype, self.tied)
+        lists = self.layout.lists is not None
+        return Shape(self.heads, self.key_heads, self.depth, self.value_depth, self.dtype, self.tied, lists)
 
     @property
     def products(self) -> int:

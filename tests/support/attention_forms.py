@@ -123,7 +123,7 @@ def interpreted(case: Case, interpreter: Interpreter, source: Path = KERNELS) ->
     """The Triton kernels in Triton's interpreter, on outputs full of NaN."""
     x = inputs(case)
     out = torch.full((len(x.query), case.heads, case.value_depth), float("nan"), dtype=x.query.dtype)
-    steps = launch.launches(*x.tensors(), signed_scale(case), small_plan(case), out, upcast=True)
+    steps = launch.launches(*x.tensors(), signed_scale(case), small_plan(case), out, *x.segments(), upcast=True)
     poison_parts(steps)
     launch.run_interpreted(steps, interpreter, source)
     return out

@@ -14,6 +14,7 @@ from torch import Tensor
 from stca.plugins import launch, torch_op  # noqa: F401  (torch_op registers the op)
 from stca.plugins.interpret import KERNELS, Interpreter
 from stca.plugins.reference import target_history_attention as reference
+from stca.plugins.spec import ARGUMENTS
 from stca.plugins.tiling import Plan, Shape, Sizes, Tile, check_sizes
 
 Op = torch.ops.stca.target_history_attention
@@ -84,7 +85,8 @@ def test_the_torch_op_and_the_reference_name_the_entry(wrong: str) -> None:
 # What is wrong: history_offsets, history_lengths, segment_offsets of two requests.
 WRONG_LISTS = {
     "a list begins late": ([4, 0, 40], [1, 1], [1, 1, 2], "segment_offsets[0] is 1, expected 0"),
-    "a list ends late": ([4, 0, 40], [1, 1], [0, 1, 3], "segment_offsets[2], the last, is 3, expected N_s = 2"),
+    "a list ends late": ([4, 0, 40], [1, 1], [0, 1, 4], "segment_offsets[2], the last, is 4, expected N_s = 2"),
+    "a list begins below": ([4, 0, 40], [1, 1], [-5, 1, 2], "segment_offsets[0] is -5, expected 0"),
     "lists descend": (
         [4, 0, 40],
         [1, 1],
@@ -196,12 +198,14 @@ def surroundings(x: Tensor) -> Tensor:
 def attend(
     tensors: list[Tensor], structure: list[Tensor], parts: int, interpreter: Interpreter, source: Path = KERNELS
 ) -> list[Tensor]:
-    """`attend_kernel` alone, on tensors between NaN and offsets between plausible offsets; returns its outputs."""
+    """`attend_kernel` alone, on tensors between NaN and offsets between plausible offsets; returns its outputs. The
+    fourth of `structure` are the segments', whose bias is zeros between NaN."""
     floats = [guarded(x, float("nan")) for x in tensors]
     integers = [guarded(x, 3) for x in structure]
-    plan = Plan(PLAN.tile, parts, 0.0)
-    (step, *_) = launch.launches(*floats, *integers, 0.25, plan, torch.empty_like(tensors[0]), upcast=True)
-    first = 6 + 3
+    bias = [guarded(torch.zeros(len(structure[2])), float("nan")) for _ in integers[3:]]
+    given = (*floats, *integers[:3], 0.25, Plan(PLAN.tile, parts, 0.0), torch.empty_like(tensors[0]))
+    (step, *_) = launch.launches(*given, *integers[3:], *bias, upcast=True)
+    first = len(ARGUMENTS) + 4
     outputs = [guarded(torch.zeros_like(x), 7.0) for x in step.arguments[first:] if isinstance(x, Tensor)]
     interpreter.launch("attend_kernel", step.grid, [*step.arguments[:first], *outputs], step.constants, source)
     return outputs
@@ -217,6 +221,15 @@ def stays_inside(outputs: list[Tensor]) -> bool:
 def test_the_kernel_touches_only_the_tensors(wrong: str, parts: int, interpreter: Interpreter) -> None:
     *structure, _ = WRONG[wrong]
     assert stays_inside(attend(rows(), int32(*structure), parts, interpreter))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("wrong", WRONG_LISTS)
+def test_the_kernel_touches_only_the_tensors_whatever_a_list_says(
+    wrong: str, parts: int, interpreter: Interpreter
+) -> None:
+    *lists, _ = WRONG_LISTS[wrong]
+    assert stays_inside(attend(rows(), int32([0, 2, 5], *lists), parts, interpreter))
 
 
 NO_REQUEST = "    if n_requests == 0:  # then there are no offsets to read\n        return\n"
@@ -235,7 +248,7 @@ def test_the_kernel_reads_no_offsets_where_there_is_no_request(
     right = int32([0, targets], [0, TOKENS], [TOKENS])
     step = launch.launches(*tensors, *right, 0.25, PLAN, torch.empty_like(tensors[0]), upcast=True)[0]
     out = guarded(torch.zeros_like(tensors[0]), 7.0)
-    arguments = [*tensors, *right, targets, TOKENS, 0, out]
+    arguments = [*tensors, *right, None, None, targets, TOKENS, 0, None, out]
     interpreter.launch("attend_kernel", step.grid, arguments, step.constants, source)
     assert bool((out == 0).all()) == looks
 
@@ -245,23 +258,33 @@ def test_the_kernel_reads_no_offsets_where_there_is_no_request(
     [
         (
             "targets end late",
-            "_within(tl.load(target_offsets + segment + 1), first_target, n_targets)",
-            "tl.load(target_offsets + segment + 1)",
+            "_within(tl.load(target_offsets + request + 1), first_target, n_targets)",
+            "tl.load(target_offsets + request + 1)",
         ),
         (
             "targets below zero",
-            "_within(tile_of_segment, 0, tl.cdiv(n_rows, BLOCK_M))",
-            "tile_of_segment",
+            "_within(tile_of_request, 0, tl.cdiv(n_rows, BLOCK_M))",
+            "tile_of_request",
         ),
         (
             "tokens begin before the first",
-            "_within(tl.load(history_offsets + segment), 0, n_tokens)",
-            "tl.load(history_offsets + segment)",
+            "_within(tl.load(history_offsets + segment, mask=listed, other=0), 0, n_tokens)",
+            "tl.load(history_offsets + segment, mask=listed, other=0)",
         ),
         (
             "tokens end late",
-            "_within(tl.load(history_lengths + segment), 0, n_tokens - token_offset)",
-            "tl.load(history_lengths + segment)",
+            "_within(length, 0, n_tokens - first_token)",
+            "length",
+        ),
+        (
+            "a list ends late",
+            "_within(tl.load(segment_offsets + request + 1), segment, n_segments)",
+            "tl.load(segment_offsets + request + 1)",
+        ),
+        (
+            "a list begins below",
+            "_within(tl.load(segment_offsets + request), 0, n_segments)",
+            "tl.load(segment_offsets + request)",
         ),
     ],
 )
@@ -272,5 +295,5 @@ def test_the_check_notices_a_missing_bound(
     assert text.count(bounded) == 1
     mutant = tmp_path / "mutant.py"
     mutant.write_text(text.replace(bounded, free))
-    *structure, _ = WRONG[wrong]
+    *structure, _ = WRONG.get(wrong) or ([0, 2, 5], *WRONG_LISTS[wrong])
     assert not stays_inside(attend(rows(), int32(*structure), 1, interpreter, mutant))

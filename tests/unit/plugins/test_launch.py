@@ -38,6 +38,21 @@ def asked(targets: int, tokens: int, requests: int, parts: int, *, offset: int =
     return keys
 
 
+def test_pages_are_launched_where_they_lie() -> None:
+    """What a launch reads of a pool is the pool; what it makes are parts of the targets' size."""
+    pool, query = torch.zeros(64, 128, 2, 64), torch.zeros(4, 2, 64)
+    rows = pool.view(-1, 2, 64)
+    table = torch.tensor([9, 3, 60, 7])
+    starts = torch.cat([table * 128, torch.tensor([len(rows)])]).int()
+    lists = (torch.tensor([0, 4]).int(), torch.zeros(4))
+    structure = (torch.tensor([0, 4]).int(), starts, torch.tensor([128, 128, 128, 5]).int())
+    steps = launch.launches(query, rows, rows, *structure, 0.1, Plan(TILE, 4, 0.0), torch.empty_like(query), *lists)
+    made = {x.data_ptr(): x.nbytes for step in steps for x in step.arguments if isinstance(x, torch.Tensor)}
+    assert made.pop(pool.data_ptr()) == pool.nbytes
+    assert sum(made.values()) < pool.nbytes / 100
+    assert {x.data_ptr() for x in (query, *structure, *lists)} <= set(made)
+
+
 @pytest.mark.parametrize("parts", [1, 16])
 def test_no_size_and_no_address_asks_for_another_compilation(parts: int) -> None:
     first = asked(17, 33, 3, parts)

@@ -20,9 +20,7 @@ from stca.plugins.interpret import KERNELS, Interpreter
 _FULL = bool(os.environ.get("STCA_FULL_TABLE"))
 _LONG = [case for case in TABLE if case.products > 10_000]
 INTERPRETED = [
-    case
-    for i, case in enumerate(TABLE)
-    if case.layout.lists is None and (_FULL or case is _LONG[2] or (case not in _LONG and (i + i // 3) % 3 == 0))
+    case for i, case in enumerate(TABLE) if _FULL or case is _LONG[2] or (case not in _LONG and (i + i // 3) % 3 == 0)
 ]
 FORMS = (attention_forms.torch_cpu, attention_forms.onnx_runtime, attention_forms.onnx_reference)
 MUTANTS = {
@@ -35,7 +33,17 @@ MUTANTS = {
         "tl.store(stat_pointers + 1, row_sum, mask=rows < rows_left)",
         "tl.store(stat_pointers + 1, row_sum, mask=rows < 0)",
     ),
-    "a swapped offset": ("tl.load(history_offsets + segment)", "tl.load(target_offsets + segment)"),
+    "a swapped offset": (
+        "_rows_of_segments(history_offsets, history_lengths, request,",
+        "_rows_of_segments(target_offsets, history_lengths, request,",
+    ),
+}
+LIST_MUTANTS = {
+    "a bias that is dropped": ("tl.load(segment_bias + segment) * _LOG2_E", "0.0 * n_segments"),
+    "a bias of another segment": ("tl.load(segment_bias + segment)", "tl.load(segment_bias + last - 1)"),
+    "a bias that the maximum forgets": ("(new_max - bias)[:, None]", "new_max[:, None]"),
+    "a part that begins a block late": ("_within(begin - before, 0, blocks)", "_within(begin - before + 1, 0, blocks)"),
+    "a list that ends early": ("while (segment < last) &", "while (segment < last - 1) &"),
 }
 
 
@@ -72,7 +80,7 @@ def test_tied_cases_have_one_tensor_and_kernels_that_load_it_once() -> None:
     for case in TABLE:
         x = inputs(case)
         if len(x.key):  # tensors without memory have no address to tell them apart by
-            assert launch.shape_of(x.query, x.key, x.value) == case.shape
+            assert launch.shape_of(x.query, x.key, x.value, bool(x.segments())) == case.shape
         assert tiling.is_tied(case.shape, attention_forms.small_plan(case).tile) == case.tied
     assert any(case in INTERPRETED for case in cases)
 
@@ -101,15 +109,17 @@ def test_kernels_in_the_interpreter(case: Case, interpreter: Interpreter) -> Non
     check(case, attention_forms.interpreted(case, interpreter))
 
 
-@pytest.mark.parametrize("mutation", MUTANTS)
+@pytest.mark.parametrize("mutation", [*MUTANTS, *LIST_MUTANTS])
 def test_the_table_catches(mutation: str, interpreter: Interpreter, tmp_path: Path) -> None:
     """A kernel that is wrong in one place fails a case that the right kernel passes."""
-    right, wrong = MUTANTS[mutation]
+    right, wrong = (MUTANTS | LIST_MUTANTS)[mutation]
     assert KERNELS.read_text().count(right) == 1
     mutant = tmp_path / "mutant.py"
     mutant.write_text(KERNELS.read_text().replace(right, wrong))
     # Split, ragged, with an empty request and a padded one: every mutant shows in cases of this layout.
-    cases = [case for case in INTERPRETED if case.layout.name == "three" and attention_forms.small_plan(case).parts > 1]
+    layouts = ("pages", "neighbours") if mutation in LIST_MUTANTS else ("three",)
+    of_layout = [case for case in INTERPRETED if case.layout.name in layouts]
+    cases = [case for case in of_layout if attention_forms.small_plan(case).parts > 1]
     caught = []
     for case in cases[:3]:
         check(case, attention_forms.interpreted(case, interpreter))

@@ -46,7 +46,7 @@ def test_python_functions(function):
 def test_the_kernel_takes_them_in_order():
     source = inspect.getsource(inspect.getmodule(kernels) or kernels)
     taken = re.findall(r"^    (\w+),", source[source.index("def attend_kernel") :], flags=re.MULTILINE)
-    assert [n for n in taken if n in NAMES][: len(PLAIN)] == PLAIN
+    assert [n for n in taken if n in NAMES][: len(NAMES)] == NAMES
 
 
 def test_the_cpp_plugin():
@@ -57,9 +57,10 @@ def test_the_cpp_plugin():
         assert found, constant
         return [x.strip().strip('"') for x in found[1].split(",")]
 
-    assert listed("kINPUT_NAMES") == PLAIN
-    assert listed("kRANKS") == [str(len(a.shape)) for a in spec.PLAIN]
-    assert f"kINPUTS = {len(PLAIN)};" in source
+    assert listed("kINPUT_NAMES") == NAMES
+    assert listed("kRANKS") == [str(len(a.shape)) for a in spec.ARGUMENTS]
+    assert f"kINPUTS = {len(NAMES)};" in source
+    assert f"kPLAIN = {len(PLAIN)};" in source
     assert f'kNAME = "{spec.OP_NAME}"' in source
     assert f'kNAMESPACE = "{spec.DOMAIN}"' in source
 

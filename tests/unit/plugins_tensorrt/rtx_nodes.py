@@ -15,20 +15,31 @@ from stca.engines.tensorrt_builder import _logger
 
 TYPES = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
 SIZES = {"N_t": (1, 300, 512), "N_h": (1, 10_000, 10_240), "B_plus_1": (2, 2, 9), "B": (1, 1, 8)}
+SIZES |= {"N_s": (1, 9, 64), "N_s_plus_1": (2, 10, 65)}
 
 
-def node(dtype: int, depth: int, value: int | None, offsets: int) -> onnx.ModelProto:
-    """The operator alone, ragged; `value` is the type of a tensor of its own, None where the key is also the value."""
+def node(
+    dtype: int, depth: int, value: int | None, offsets: int, lists: bool = False, bias: int = TensorProto.FLOAT
+) -> onnx.ModelProto:
+    """The operator alone, ragged; `value` is the type of a tensor of its own, None where the key is also the value.
+    With `lists` the node takes the overload for segments, and their `bias`."""
     shapes = {"query": (dtype, ["N_t", 2, depth]), "key": (dtype, ["N_h", 1, depth])}
     if value is not None:
         shapes["value"] = (value, ["N_h", 1, depth])
-    shapes |= {"target_offsets": (offsets, ["B_plus_1"]), "history_offsets": (TensorProto.INT32, ["B_plus_1"])}
-    shapes["history_lengths"] = (TensorProto.INT32, ["B"])
+    segments = "N_s" if lists else "B"
+    shapes |= {
+        "target_offsets": (offsets, ["B_plus_1"]),
+        "history_offsets": (TensorProto.INT32, [f"{segments}_plus_1"]),
+    }
+    shapes["history_lengths"] = (TensorProto.INT32, [segments])
+    if lists:
+        shapes |= {"segment_offsets": (TensorProto.INT32, ["B_plus_1"]), "segment_bias": (bias, ["N_s"])}
     inputs = [helper.make_tensor_value_info(name, *of) for name, of in shapes.items()]
-    names = ["query", "key", "value" if value is not None else "key", *list(shapes)[-3:]]
+    names = ["query", "key", "value" if value is not None else "key", *(n for n in shapes if "_" in n)]
     made = helper.make_node(
         "TargetHistoryAttention", names, ["out"], name="node", domain="stca", scale=0.125, plugin_namespace="stca"
     )
+    made.overload = "segments" if lists else ""
     out = helper.make_tensor_value_info("out", dtype, ["N_t", 2, depth])
     imports = [helper.make_opsetid("", 23), helper.make_opsetid("stca", 1)]
     return helper.make_model(helper.make_graph([made], "graph", inputs, [out]), opset_imports=imports, ir_version=10)
@@ -72,6 +83,11 @@ def main(library: str) -> None:
     told["float32 of 64"] = built(node(TensorProto.FLOAT, 64, None, TensorProto.INT32), 80, library)
     told["int64 offsets"] = built(node(TensorProto.FLOAT16, 64, None, TensorProto.INT64), 80, library)
     told["mixed"] = built(node(TensorProto.FLOAT16, 64, TensorProto.BFLOAT16, TensorProto.INT32), 80, library)
+    for sm in (80, 89, 120):
+        lists = node(TensorProto.BFLOAT16, 64, TensorProto.BFLOAT16, TensorProto.INT32, lists=True)
+        told[f"lists {sm}"] = built(lists, sm, library)
+    low = node(TensorProto.BFLOAT16, 64, None, TensorProto.INT32, lists=True, bias=TensorProto.BFLOAT16)
+    told["low bias"] = built(low, 80, library)
     print(json.dumps(told))
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from stca.errors import BuildError
-from stca.plugins import aot, artifacts
-from stca.plugins.devices import ARTIFACT_SMS
+from stca.plugins import aot, artifacts, tiling
+from stca.plugins.devices import ARTIFACT_SMS, device_for
 from stca.plugins.tiling import PORTABLE_SHARED_LIMIT, Shape, Sizes, Tile
 
 pytest.importorskip("triton", reason="compiling kernels needs Triton: pip install triton")
@@ -41,6 +41,18 @@ def test_every_sm_assembles_and_takes_only_what_tensorrt_passes(sm: int) -> None
     resources = aot.assemble(artifact)
     assert 0 < resources.registers <= 255
     assert resources.spill_stores == resources.spill_loads == 0
+
+
+@pytest.mark.parametrize("sm", [80, 90, 120])
+def test_a_kernel_for_lists_of_segments_takes_them_behind_its_other_tensors_and_does_not_spill(sm: int) -> None:
+    shape = Shape(16, 16, 64, 64, "bfloat16", segments=True)
+    plan = tiling.choose(shape, Sizes(300, 10_000, 1), device_for(sm), PORTABLE_SHARED_LIMIT)
+    artifact = aot.compile_attend(shape, plan.tile, sm, 0.125, split=True)
+    assert artifact.parameters == (*TENSORS_IN, *TENSOR * 2, *("u32",) * 4, *TENSOR * 2)
+    assert entry_parameters(artifact.ptx) == list(artifact.parameters)
+    resources = aot.assemble(artifact)
+    assert resources.spill_stores == resources.spill_loads == 0
+    assert ("wgmma.mma_async" in artifact.ptx) == (sm == 90)
 
 
 def test_tile_the_model_puts_first_assembles_without_spills_where_the_head_is_wide() -> None:
@@ -150,3 +162,10 @@ def test_command_refuses_a_shape_without_kernels(
 ) -> None:
     assert artifacts.main(["--out", str(tmp_path), "--shape", shape]) == 2
     assert f"--shape {shape}: expected H,H_k,D,D_v[,scale]" in capsys.readouterr().err
+
+
+def test_command_builds_kernels_for_lists_of_segments_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Shape] = []
+    monkeypatch.setattr(artifacts, "build", lambda shapes, *_: asked.extend(shape for shape, _ in shapes) or iter(()))
+    assert artifacts.main(["--out", str(tmp_path), "--shape", "2,1,16,16", "--segments"]) == 0
+    assert [shape.segments for shape in asked] == [False, True]

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,9 @@ from support import nvidia_bindings
 from stca.errors import BuildError
 from stca.plugins import artifacts, plugin_library
 from stca.plugins.plugin_library import SOURCES
+from stca.plugins.tiling import PORTABLE_SHARED_LIMIT, Shape
 
 TESTS = Path(__file__).parent / "cpp"
-# What test_plugin.cc expects the library to hold.
-ARTIFACTS = ("--shape", "2,1,64,64", "--tied", "--sm", "80", "--sm", "90", "--dtype", "bfloat16")
 
 
 def cmake(source: Path, build: Path, **options: object) -> subprocess.CompletedProcess[str]:
@@ -33,7 +33,11 @@ def cmake(source: Path, build: Path, **options: object) -> subprocess.CompletedP
 @pytest.fixture(scope="module")
 def artifact_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
-    assert artifacts.main(["--out", str(folder), *ARTIFACTS]) == 0
+    plain = Shape(2, 1, 64, 64, "bfloat16", tied=True)
+    kernels = list(artifacts.build([(plain, 0.125)], [80, 90], PORTABLE_SHARED_LIMIT))
+    lists = replace(plain, tied=False, segments=True)
+    kernels += artifacts.build([(lists, 0.125)], [90], PORTABLE_SHARED_LIMIT)
+    artifacts.write(kernels, folder)
     return folder
 
 
@@ -129,6 +133,7 @@ class TestLibrary:
             for kernel in kernels
             if kernel["kernel"] == "attend_kernel"
             and (kernel["sm"], kernel["tied"], kernel["parts"]) == (90, tied, parts > 1)
+            and not kernel["segments"]
             and kernel["least_rows"] == (0 if targets // requests < 48 else 48 * heads)
         )
         tile_rows, block_n = artifact["block_m"], artifact["block_n"]
@@ -149,11 +154,23 @@ class TestLibrary:
         assert (name, grid) == ("combine_kernel", f"{targets * heads},1,1")
         assert arguments.split(",") == [*partial, str(targets * heads), str(parts), out]
 
+    @pytest.mark.parametrize("tokens", [10_000, 100])
+    def test_lists_of_segments_reach_the_kernel_as_they_lie(self, built: Path, tokens: int) -> None:
+        done = drive(built, "--enqueue-lists", 8, tokens, 2, 11, driver=True, RECORDING_SM="90")
+        assert done.returncode == 0, done.stdout
+        launches = re.findall(r"launch (\w+) grid=\S+,(\d+) .*arguments=(\S+)", done.stdout)
+        parts = int(launches[0][1])
+        assert (parts > 1) == (tokens == 10_000) == (len(launches) == 2)
+        given = [*(f"p{4096 * i}" for i in range(1, 9)), "8", str(tokens), "2", "11"]
+        made = [f"p{4096 * 10}", f"p{4096 * 10 + 4 * parts * 8 * 2 * 64}"] if parts > 1 else [f"p{4096 * 9}"]
+        assert launches[0][2].split(",") == [*given, *made]
+
     def test_each_launch_runs_the_tile_for_its_rows_not_one_chosen_when_the_engine_was_built(
         self, built: Path, artifact_folder: Path
     ) -> None:
         kernels = json.loads((artifact_folder / "artifacts.json").read_text())["kernels"]
-        whole = [k for k in kernels if k["kernel"] == "attend_kernel" and k["sm"] == 90 and not k["parts"]]
+        attend = [k for k in kernels if k["kernel"] == "attend_kernel" and k["sm"] == 90 and not k["segments"]]
+        whole = [k for k in attend if not k["parts"]]
         for tied in (False, True):
             few, many = (k for k in whole if k["tied"] == tied)
             assert (few["least_rows"], many["least_rows"], few["block_m"] < many["block_m"]) == (0, 96, True)

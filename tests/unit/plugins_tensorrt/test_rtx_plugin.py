@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx_libs") is None and not os.environ.get("CI"),
     reason="TensorRT-RTX is not installed: pip install 'stca[tensorrt-rtx]'",
 )
+LOW_BIAS = ("low bias", "segment_bias must be FLOAT")
 DTYPES, SMS = ("bfloat16", "float16", "float32"), (80, 89, 120)
 
 
@@ -64,6 +65,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(aot, "assemble", lambda _: aot.Resources(32, 0, 0, 0))
         shapes = [(Shape(2, 1, 64, 64, dtype, tied=True), 0.125) for dtype in DTYPES[:2]]
         shapes += [(Shape(2, 1, 32, 32, dtype, tied=True), 0.125) for dtype in DTYPES]
+        shapes.append((Shape(2, 1, 64, 64, "bfloat16", segments=True), 0.125))
         return plugin_library.build(shapes, SMS, tmp_path_factory.mktemp("library"))
     finally:
         patch.undo()
@@ -94,12 +96,18 @@ def test_each_precision_and_sm_tied_or_not_is_one_layer_of_the_engine(
     assert case["holds_library"]
 
 
+@pytest.mark.parametrize("sm", SMS)
+def test_a_node_over_lists_of_segments_is_one_layer_too(told: dict[str, dict[str, object]], sm: int) -> None:
+    case = told[f"lists {sm}"]
+    assert (case["network"], case["engine"], case["holds_library"]) == (["PLUGIN_V3"], ["custom_layer"], True)
+
+
 def test_a_library_without_such_a_kernel_is_no_engine(told: dict[str, dict[str, object]]) -> None:
     assert told["float32 of 64"]["engine"] is None
     assert "no kernel for H=2 H_k=1 D=64" in str(told["stderr"]["text"])
 
 
 def test_wrong_types_are_refused_when_the_graph_is_parsed(told: dict[str, dict[str, object]]) -> None:
-    for case, said in (("int64 offsets", "target_offsets must be INT32"), ("mixed", "must have one type")):
+    for case, said in (("int64 offsets", "target_offsets must be INT32"), ("mixed", "must have one type"), LOW_BIAS):
         assert told[case]["network"] is None
         assert said in str(told["stderr"]["text"])

@@ -22,6 +22,7 @@ def model(
     dtype: int = TensorProto.BFLOAT16,
     tied: bool = False,
     layers: int = 1,
+    lists: bool = False,
 ) -> onnx.ModelProto:
     """Attention layers in a row, each reading the one before as its query; the shapes between them are inferred."""
     info = helper.make_tensor_value_info
@@ -31,10 +32,14 @@ def model(
         info("value", dtype, ["N_h", key_heads, depth]),
         *(info(name, TensorProto.INT32, [n]) for name, n in (("t", "B+1"), ("h", "B+1"), ("l", "B"))),
     ]
+    ends = ["t", "h", "l"]
+    if lists:
+        inputs += [info("s", TensorProto.INT32, ["B+1"]), info("bias", TensorProto.FLOAT, ["N_s"])]
+        ends += ["s", "bias"]
     nodes = [
         helper.make_node(
             "TargetHistoryAttention",
-            ["query" if i == 0 else f"out{i - 1}", "key", "key" if tied else "value", "t", "h", "l"],
+            ["query" if i == 0 else f"out{i - 1}", "key", "key" if tied else "value", *ends],
             [f"out{i}"],
             name=f"attention{i}",
             domain="stca",
@@ -91,6 +96,17 @@ def test_history_is_cut_where_one_pass_would_leave_the_gpu_idle() -> None:
 
     (node,) = tensorrt_graph.prepare(model(), MANY, 90).graph.node
     assert node.op_type == "TargetHistoryAttention"
+
+
+def test_lists_of_segments_have_plugins_of_their_own() -> None:
+    (node,) = tensorrt_graph.prepare(model(lists=True)).graph.node
+    assert node.op_type == "TargetHistoryAttentionSegments"
+    assert attributes(node) == {"scale": 0.125, "tied": 0, "plugin_namespace": b"stca"}
+    assert list(node.input) == ["query", "key", "value", "t", "h", "l", "s", "bias"]
+    parts, join = tensorrt_graph.prepare(model(lists=True, tied=True), FEW, 90).graph.node
+    assert (parts.op_type, join.op_type) == ("TargetHistoryAttentionSegmentsParts", "TargetHistoryAttentionJoin")
+    assert len(parts.input) == 8
+    assert [shape.segments for shape, _ in tensorrt_graph.operators(model(lists=True))] == [True]
 
 
 def test_layers_keep_their_order_and_names_do_not_collide() -> None:

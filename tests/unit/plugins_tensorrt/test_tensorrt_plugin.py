@@ -32,6 +32,8 @@ from stca.plugins import tensorrt_plugin as plugin  # noqa: E402
 
 SINGLE = "TargetHistoryAttention"
 TIED, PARTS, JOIN = SINGLE + "Tied", SINGLE + "Parts", SINGLE + "Join"
+LISTS, LISTS_PARTS = SINGLE + "Segments", SINGLE + "SegmentsParts"
+PARTS_FIELDS = {"scale": trt.PluginFieldType.FLOAT64, **dict.fromkeys(("parts", "tied"), trt.PluginFieldType.INT64)}
 TYPES = {"bfloat16": trt.bfloat16, "float16": trt.float16, "float32": trt.float32}
 
 
@@ -58,14 +60,17 @@ def attend_inputs(shape: Shape, **changed: Any) -> list[tuple[Any, plugin_driver
         "key": (dtype, ("N_h", shape.key_heads, shape.depth)),
         "value": (dtype, ("N_h", shape.key_heads, shape.value_depth)),
         "target_offsets": (int32, ("B+1",)),
-        "history_offsets": (int32, ("B+1",)),
-        "history_lengths": (int32, ("B",)),
+        "history_offsets": (int32, ("N_s+1" if shape.segments else "B+1",)),
+        "history_lengths": (int32, ("N_s" if shape.segments else "B",)),
     }
+    if shape.segments:
+        inputs |= {"segment_offsets": (int32, ("B+1",)), "segment_bias": (trt.float32, ("N_s",))}
     return list({**inputs, **changed}.values())
 
 
-def sizes(targets: int, tokens: int, requests: int) -> dict[str, int]:
-    return {"N_t": targets, "N_h": tokens, "B": requests, "B+1": requests + 1}
+def sizes(targets: int, tokens: int, requests: int, segments: int = 5) -> dict[str, int]:
+    counts = {"N_t": targets, "N_h": tokens, "B": requests, "N_s": segments}
+    return {**counts, "B+1": requests + 1, "N_s+1": segments + 1}
 
 
 TYPICAL = sizes(300, 10_000, 1)
@@ -82,18 +87,16 @@ def entry_parameters(ptx: str) -> list[str]:
 
 
 class TestRegistration:
-    @pytest.mark.parametrize("name", [SINGLE, TIED, PARTS, JOIN])
+    @pytest.mark.parametrize("name", [SINGLE, TIED, PARTS, JOIN, LISTS, LISTS_PARTS])
     def test_the_registry_has_every_plugin(self, name: str) -> None:
         creator = trt.get_plugin_registry().get_creator(name, "1", "stca")
         assert creator is not None
         expected = {
             SINGLE: {"scale": trt.PluginFieldType.FLOAT64},
             TIED: {"scale": trt.PluginFieldType.FLOAT64},
-            PARTS: {
-                "scale": trt.PluginFieldType.FLOAT64,
-                "parts": trt.PluginFieldType.INT64,
-                "tied": trt.PluginFieldType.INT64,
-            },
+            PARTS: PARTS_FIELDS,
+            LISTS_PARTS: PARTS_FIELDS,
+            LISTS: {"scale": trt.PluginFieldType.FLOAT64, "tied": trt.PluginFieldType.INT64},
             JOIN: {"dtype": trt.PluginFieldType.CHAR},
         }[name]
         assert {field.name: field.type for field in creator.field_names} == expected
@@ -138,6 +141,8 @@ CASES = [
     Case(TIED, Shape(8, 1, 256, 256, "float16", tied=True), sm=100),
     Case(PARTS, Shape(16, 16, 64, 64, "bfloat16"), parts=7),
     Case(PARTS, Shape(8, 1, 256, 256, "bfloat16", tied=True), parts=32),
+    Case(LISTS, Shape(8, 8, 64, 64, "float16", segments=True), sm=80),
+    Case(LISTS_PARTS, Shape(8, 1, 256, 256, "bfloat16", tied=True, segments=True), parts=7),
 ]
 
 
@@ -145,31 +150,34 @@ CASES = [
 def test_types_shapes_kernel_and_launch(case: Case) -> None:
     plugin.settings.sm = case.sm
     shape, parts = case.shape, case.parts
-    extra = {"parts": parts, "tied": int(shape.tied)} if case.name == PARTS else {}
+    extra = {"parts": parts} if parts > 1 else {}
+    extra |= {"tied": int(shape.tied)} if parts > 1 or shape.segments else {}
     built = build(case.name, shape, **extra)
 
     element = TYPES[shape.dtype]
     at = sizes(37, 5000, 3)
     dims = [tuple(plugin_driver.evaluate(d, at) for d in output) for output in built.output_dims]
-    if case.name == PARTS:
+    if parts > 1:
         assert built.output_types == [trt.float32, trt.float32]
         assert dims == [(parts, 37, shape.heads, shape.value_depth), (parts, 37, shape.heads, 2)]
     else:
         assert built.output_types == [element]
         assert dims == [(37, shape.heads, shape.value_depth)]
     (combination,) = built.combinations
-    assert [desc.type for desc in combination] == [element] * 3 + [trt.int32] * 3 + built.output_types
+    lists = [trt.int32, trt.float32] if shape.segments else []
+    assert [desc.type for desc in combination] == [element] * 3 + [trt.int32] * 3 + lists + built.output_types
     assert {desc.format for desc in combination} == {trt.TensorFormat.LINEAR}
 
     (tactic,) = built.tactics
     assert tactic.kernel == "attend_kernel"
     assert f".target sm_{case.sm}" in tactic.ptx
     assert f".visible .entry {tactic.kernel}(" in tactic.ptx
-    assert entry_parameters(tactic.ptx) == ["u64"] * 6 + ["u32"] * 3 + ["u64"] * len(built.output_types)
+    inputs, counts = ["u64"] * (6 + len(lists)), ["u32"] * (4 if shape.segments else 3)
+    assert entry_parameters(tactic.ptx) == inputs + counts + ["u64"] * len(built.output_types)
     tile = plugin.candidates(shape, case.sm, PORTABLE_SHARED_LIMIT)[tactic.number - 1]
     for targets, tokens, requests in ((1, 1, 1), (300, 10_000, 1), (1024, 640_000, 64)):
         launch = tactic.at(sizes(targets, tokens, requests))
-        assert launch.values == (targets, tokens, requests)
+        assert launch.values == (targets, tokens, requests, *([5] if shape.segments else []))
         rows = targets * shape.heads // shape.key_heads
         assert launch.grid == (
             rows // tile.block_m + requests,
@@ -216,8 +224,9 @@ class TestErrors:
 
     def refuse(self, match: str, name: str = SINGLE, parts: int = 1, **changed: Any) -> None:
         attributes = {"scale": 0.125} if name == SINGLE else {"scale": 0.125, "parts": parts, "tied": 0}
+        shape = dataclasses.replace(self.SHAPE, segments=name == LISTS_PARTS)
         with pytest.raises(BuildError, match=match):
-            plugin_driver.build(name, attributes, attend_inputs(self.SHAPE, **changed), TYPICAL)
+            plugin_driver.build(name, attributes, attend_inputs(shape, **changed), TYPICAL)
 
     def test_dtype(self) -> None:
         self.refuse("query, key, value are INT8, BF16, BF16; supported", query=(trt.int8, ("N_t", 2, 64)))
@@ -225,6 +234,10 @@ class TestErrors:
 
     def test_offsets_that_are_not_int32(self) -> None:
         self.refuse(r"history_offsets is INT64; supported is INT32 \(cast it", history_offsets=(trt.int64, ("B+1",)))
+
+    def test_a_bias_that_is_not_float32(self) -> None:
+        said = r"segment_bias is HALF; supported is FLOAT \(cast it"
+        self.refuse(said, LISTS_PARTS, 2, segment_bias=(trt.float16, ("N_s",)))
 
     def test_head_size(self) -> None:
         wide = {name: (trt.bfloat16, (n, 2, 1024)) for name, n in (("query", "N_t"), ("key", "N_h"), ("value", "N_h"))}
@@ -283,10 +296,12 @@ def run(case: attention_cases.Case, parts: int, tactics: int, interpreter: Inter
     x = attention_cases.inputs(case)
     scale = attention_cases.signed_scale(case)
     shape = case.shape
-    at = sizes(x.query.shape[0], x.key.shape[0], x.history_lengths.shape[0])
+    at = sizes(len(x.query), len(x.key), len(x.target_offsets) - 1, len(x.history_lengths))
     plugin.settings.tactics = tactics
-    name = PARTS if parts > 1 else TIED if case.tied else SINGLE
-    extra = {"parts": parts, "tied": int(case.tied)} if parts > 1 else {}
+    lists = bool(x.segments())
+    name = (LISTS_PARTS if lists else PARTS) if parts > 1 else LISTS if lists else TIED if case.tied else SINGLE
+    extra = {"parts": parts} if parts > 1 else {}
+    extra |= {"tied": int(case.tied)} if parts > 1 or lists else {}
     built = plugin_driver.build(name, {"scale": scale, **extra}, attend_inputs(shape), at)
     dims = [tuple(plugin_driver.evaluate(d, at) for d in output) for output in built.output_dims]
     for tactic in built.tactics:
@@ -295,7 +310,9 @@ def run(case: attention_cases.Case, parts: int, tactics: int, interpreter: Inter
         out = torch.full((len(x.query), case.heads, case.value_depth), math.nan, dtype=x.query.dtype)
         outputs = [torch.full(d, math.nan) for d in dims] if parts > 1 else [out]
         launch = tactic.at(at)
-        interpreter.launch(launch.kernel, launch.grid, [*x.tensors(), *launch.values, *outputs], constants)
+        none = [] if lists else [None]
+        given = [*x.tensors(), *(x.segments() or none * 2), *launch.values, *none, *outputs]
+        interpreter.launch(launch.kernel, launch.grid, given, constants)
         if parts > 1:
             inputs = [(trt.float32, (parts, "N_t", *d[2:])) for d in dims]
             join = plugin_driver.build(JOIN, {"dtype": case.dtype}, inputs, at).tactics[0].at(at)

@@ -3,9 +3,11 @@
 // and the caller compares them; with a GPU, `--gpu` runs real ones and compares with a double-precision loop.
 //
 //   test_plugin LIBRARY            checks that need no driver
-//   test_plugin LIBRARY --enqueue N_t N_h B TIED TACTIC   TACTIC counts from 0; -1 sets none
+//   test_plugin LIBRARY --enqueue N_t N_h B TIED
+//   test_plugin LIBRARY --enqueue-lists N_t N_h B N_s
 //   test_plugin LIBRARY --gpu
-// The library must hold bfloat16 kernels for H=2, H_k=1, D=D_v=64, scale 0.125 (as parts, and tied).
+// The library must hold bfloat16 kernels for H=2, H_k=1, D=D_v=64, scale 0.125 (as parts, and tied), and on SM 90 for
+// lists of segments.
 #include <NvInferRuntime.h>
 #include <cuda.h>
 
@@ -346,6 +348,54 @@ void enqueue(IPluginCreatorV3One* factory, int64_t targets, int64_t tokens, int6
     CHECK(nothing || gLog.says("aligned to 16"));
 }
 
+//! A node over lists of segments: eight inputs and the output.
+std::vector<PluginTensorDesc> lists(int64_t targets, int64_t tokens, int64_t requests, int64_t segments)
+{
+    std::vector<PluginTensorDesc> all = node(targets, tokens, requests);
+    all[4].dims.d[0] = segments + 1;
+    all[5].dims.d[0] = segments;
+    all.insert(all.begin() + 6,
+        {describe({requests + 1}, DataType::kINT32), describe({segments}, DataType::kFLOAT)});
+    return all;
+}
+
+void checkLists(Plugin const& plugin)
+{
+    DataType const b = DataType::kBF16, i = DataType::kINT32, f = DataType::kFLOAT;
+    DataType out{};
+    std::vector<DataType> types{b, b, b, i, i, i, i, f};
+    CHECK(plugin.build->getOutputDataTypes(&out, 1, types.data(), 8) == 0 && out == b);
+    CHECK(plugin.build->getOutputDataTypes(&out, 1, types.data(), 7) == -1 && gLog.says("6 inputs, or 8"));
+    types[7] = b;
+    CHECK(plugin.build->getOutputDataTypes(&out, 1, types.data(), 8) == -1);
+    CHECK(gLog.says("segment_bias must be FLOAT"));
+    auto all = dynamic(lists(8, 100, 1, 3));
+    for (int32_t pos = 0; pos < 9; ++pos)
+    {
+        CHECK(plugin.build->supportsFormatCombination(pos, all.data(), 8, 1));
+    }
+    all[7].desc.type = i;
+    CHECK(!plugin.build->supportsFormatCombination(7, all.data(), 8, 1));
+}
+
+//! As `enqueue`, with eight inputs at 4096 to 4096 · 8.
+void enqueueLists(IPluginCreatorV3One* factory, int64_t targets, int64_t tokens, int64_t requests, int64_t segments)
+{
+    Plugin const plugin(make(factory, {scaleField(kSCALE)}));
+    auto const most = dynamic(lists(300, 10000, 4, 64));
+    CHECK(plugin.build->configurePlugin(most.data(), 8, &most[8], 1) == 0);
+    auto const at = lists(targets, tokens, requests, segments);
+    CHECK(plugin.runtime->onShapeChange(at.data(), 8, &at[8], 1) == 0);
+    std::vector<void const*> inputs;
+    for (uintptr_t i = 1; i <= 8; ++i)
+    {
+        inputs.push_back(reinterpret_cast<void const*>(4096 * i));
+    }
+    void* out = reinterpret_cast<void*>(uintptr_t{4096 * 9});
+    void* const workspace = reinterpret_cast<void*>(uintptr_t{4096 * 10});
+    CHECK(plugin.runtime->enqueue(at.data(), &at[8], inputs.data(), &out, workspace, nullptr) == 0);
+}
+
 } // namespace
 
 int gpu(IPluginCreatorV3One* factory);
@@ -362,6 +412,10 @@ int main(int argc, char** argv)
     if (argc == 7 && std::strcmp(argv[2], "--enqueue") == 0)
     {
         enqueue(factory, std::atoll(argv[3]), std::atoll(argv[4]), std::atoll(argv[5]), std::atoi(argv[6]) != 0);
+    }
+    else if (argc == 7 && std::strcmp(argv[2], "--enqueue-lists") == 0)
+    {
+        enqueueLists(factory, std::atoll(argv[3]), std::atoll(argv[4]), std::atoll(argv[5]), std::atoll(argv[6]));
     }
     else if (argc == 4 && std::strcmp(argv[2], "--finder-of") == 0)
     {
@@ -384,6 +438,7 @@ int main(int argc, char** argv)
         checkShapes(plugin);
         checkFormats(plugin);
         checkConfigure(plugin);
+        checkLists(plugin);
         checkSerialization(factory, plugin);
     }
     std::printf("%d failures\n", gFailures);
