@@ -8,7 +8,10 @@
 - `lengths`: the error of a score from 1k to 64k tokens, of a bundle exported for so many;
 - `speed`: hits and misses of one request in turn;
 - `weights`: tables and matrices of int8, by what these are multiplied with: bytes, the change as for `formats`; each
-  matrix alone; hits and misses in turn, of the shipped checkpoint and of a random one of width 256.
+  matrix alone; hits and misses in turn, of the shipped checkpoint and of a random one of width 256;
+- `search`: state, tables and matrices together under the budget: what was tried, and each tensor alone;
+- `gallery`: the gallery's models, with random weights: how far scores move, and the best ten, with the state in 8 bits
+  and with the matrices.
 """
 
 from __future__ import annotations
@@ -26,17 +29,20 @@ import numpy as np
 from outcome import command, tell
 
 from stca import probe
-from stca.arrays import Array
+from stca.arrays import Array, best_kept
 from stca.bundle import Bundle
-from stca.calibration.choices import Options, formats_of, weight_choices, with_ranges
+from stca.calibration.calibrate import calibrate
+from stca.calibration.choices import Options, formats_of, state_choices, weight_choices, with_ranges
 from stca.calibration.quality import Budget, measure
 from stca.calibration.quantized_bundle import Formats, state_bytes, weights_bytes, write_quantized
 from stca.calibration.quantized_state import quantizable
 from stca.checks.bench import machine
 from stca.checks.trace_runs import TraceRuns, speed, tasks_of
 from stca.checks.verify import prove
+from stca.errors import StcaError
+from stca.examples import gallery
 from stca.examples.train.traced import demo_trace
-from stca.export.pipeline import export_checkpoint
+from stca.export.pipeline import export_checkpoint, export_module
 from stca.export.reference.checkpoint import load_checkpoint
 from stca.report.demo import shipped_checkpoint
 from stca.runtime import Request, Session
@@ -48,6 +54,12 @@ CHOICES = (
     *(Options(kind, granularity) for kind in ("int8", "fp8") for granularity in ("token", "head", "channel", "tensor")),
     *(Options("int8", "tensor", method) for method in ("percentile", "entropy", "mse")),
 )
+GALLERY = {
+    "state int8": Options("int8"),
+    "state fp8": Options("fp8"),
+    "matrices int8": Options(None, weights="int8"),
+    "matrices fp8": Options(None, weights="fp8"),
+}
 LENGTHS = (1_000, 4_000, 16_000, 64_000)
 
 
@@ -65,6 +77,8 @@ def main() -> None:
             "lengths": lambda: _lengths(bundle, runs, root, args.threads),
             "speed": lambda: _speed(bundle, requests[0], runs, root, args),
             "weights": lambda: _weights(bundle, requests, runs, root, args),
+            "search": lambda: _search(bundle, requests, runs, root),
+            "gallery": lambda: _gallery(runs, root),
         }
         about = {
             "command": command(),
@@ -165,6 +179,7 @@ def _weights(
         rows.append(row(formats, f"weights-{activations}"))
         if activations == "none":
             alone = formats
+    rows.append(row(_chosen(bundle, requests, runs, weights="fp8"), "weights-fp8"))
     exact = list(runs.scores(bundle, requests[:4]))
     layers = {}
     for name, format in alone.items():
@@ -183,6 +198,53 @@ def _weights(
         sizes = {n: weights_bytes(b.manifest) for n, b in made.items()}
         times[name] = {**speed(made, traced, args.threads, args.seconds), "weights_bytes": sizes}
     return {"formats": rows, "layers_rms": layers, "speed": times}
+
+
+def _search(bundle: Bundle, requests: Sequence[Traced], runs: TraceRuns, root: Path) -> dict[str, Any]:
+    _, found = calibrate(
+        bundle,
+        lambda: requests,
+        options=Options("int8", tables="int8", weights="int8"),
+        budget=BUDGET,
+        out=root / "searched",
+        run=runs,
+        tasks=tasks_of(bundle.manifest),
+        prove=prove,
+        progress=_say,
+    )
+    return found.as_dict()
+
+
+def _gallery(runs: TraceRuns, root: Path) -> list[dict[str, Any]]:
+    """Each model, how far 8 bits move its scores in units of their own spread, and the best ten of 300."""
+    rows = []
+    for name in sorted(p.stem for p in Path(gallery.__file__).parent.joinpath("models").glob("[a-z]*.py")):
+        model = gallery.load(name)
+        bundle = export_module(model(), root / name, prove=prove, source={"kind": "callable", "name": name})
+        specs = bundle.manifest.graphs["request"].inputs
+        requests = [Traced(probe.single(specs, model.history, 300, np.random.default_rng(i))) for i in range(8)]
+        exact = list(runs.scores(bundle, requests))
+        spread = np.sqrt(np.mean([x.var() for x in exact]))
+        for what, options in GALLERY.items():
+            _say(f"{name}: {what}")
+            try:
+                formats: Formats = dict(weight_choices(bundle, options))
+                if options.kind is not None:
+                    candidates = state_choices(bundle, options, {})
+                    formats = formats_of(bundle, candidates, options, runs.states(bundle, requests))
+                made = write_quantized(bundle, formats, root / f"{name} {what}")
+            except StcaError as e:
+                rows.append({"model": name, "what": what, "refused": str(e).replace(str(root), "…")})
+                continue
+            found = list(runs.scores(made, requests))
+            off = np.sqrt(np.mean([np.square(a - b).mean() for a, b in zip(exact, found, strict=True)]))
+            kept = [best_kept(a[:, 0], b[:, 0], 10) / 10 for a, b in zip(exact, found, strict=True)]
+            sizes = [state_bytes(b.manifest, model.history) for b in (made, bundle)]
+            if options.kind is None:
+                sizes = [weights_bytes(b.manifest) for b in (made, bundle)]
+            row = {"bytes": sizes[0] / sizes[1], "rms": float(off / spread), "top10": float(np.mean(kept))}
+            rows.append({"model": name, "what": what, **row})
+    return rows
 
 
 def _chosen(bundle: Bundle, requests: Sequence[Traced], runs: TraceRuns, **options: Any) -> Formats:
@@ -215,7 +277,7 @@ def _arguments() -> argparse.Namespace:
     p.add_argument("--threads", type=int)
     p.add_argument("--seconds", type=float, default=5.0)
     p.add_argument("--wide", type=int, default=256, help="width of the random checkpoint of `weights`")
-    p.add_argument("--parts", default="quality,lengths,speed,weights", help="what to measure")
+    p.add_argument("--parts", default="quality,lengths,speed,weights,search,gallery", help="what to measure")
     p.add_argument("--out", metavar="FILE", help="where results go; parts that are there and not measured stay")
     return p.parse_args()
 

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 import onnx
 
@@ -50,7 +50,7 @@ class Options:
         granularity: what has a scale of its own; all but `token` are constants, taken from the trace by `method`.
         method: how a range is chosen; of `token` it is absmax.
         tables: of the embedding tables' rows; None leaves them. Those in graphs can be int8 alone.
-        weights: of the matrices of products; None leaves them.
+        weights: of the matrices of products; None leaves them. Those of fp8 are multiplied with float32 alone.
         activations: what those are multiplied with: float32, or int8 with a step for each row or, from the trace by
             `method`, for all.
     """
@@ -59,7 +59,7 @@ class Options:
     granularity: Granularity = "token"
     method: Method = "absmax"
     tables: Kind | None = None
-    weights: Literal["int8"] | None = None
+    weights: Kind | None = None
     activations: Activations = "none"
 
 
@@ -88,6 +88,10 @@ def weight_choices(bundle: Bundle, options: Options) -> dict[str, StateFormat | 
         raise UsageError("nothing is to be quantized; ask for 8 bits of the state, of tables or of weights")
     if options.activations != "none" and options.weights is None:
         raise UsageError(f"--activations {options.activations}: is of products with 8-bit weights; add --weights int8")
+    if options.activations != "none" and options.weights == "fp8":
+        raise UsageError(
+            f"--activations {options.activations}: products of 8-bit numbers are of int8; take --weights int8"
+        )
     if options.tables is None and options.weights is None:
         return {}
     graphs = [onnx.load(bundle.file(name), load_external_data=False) for name in bundle.manifest.graphs]
@@ -97,7 +101,7 @@ def weight_choices(bundle: Bundle, options: Options) -> dict[str, StateFormat | 
     if options.weights is not None:
         if not (names := quantizable_products(graphs)):
             raise UsageError(f"{bundle.path}: has no float32 matrix that is a product's second factor alone")
-        made.update(dict.fromkeys(names, ProductFormat(options.activations)))
+        made.update(dict.fromkeys(names, ProductFormat(options.activations, kind=options.weights)))
     return made
 
 

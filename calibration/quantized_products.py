@@ -4,14 +4,16 @@
     y = step · (round(x / step) · dequantized(W))                `token`: step = largest magnitude of x's row / levels
     y = dequantized(quantized(x)) · dequantized(W)               `tensor`: one step, from the trace
 
-All of it is `QuantizeLinear`, `DequantizeLinear` and `MatMul`. ONNX Runtime makes integer products of the last two.
+All of it is `QuantizeLinear`, `DequantizeLinear` and `MatMul`. ONNX Runtime makes integer products of the last two. Of
+float8 (E4M3) there are weights alone.
 A row's step comes from the row alone, or from the trace: so neither what is appended to a state nor what is packed with
 a request changes its scores. ONNX's own `DynamicQuantizeLinear` has one step for all rows that come together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -19,13 +21,16 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from stca.calibration.quantized_state import levels, require_opset
-from stca.calibration.quantized_weights import finish, read_only_so, replaced
-from stca.export.analysis.scope import attribute
+from stca.calibration.quantized_state import Kind, levels, require_opset
+from stca.calibration.quantized_weights import finish, replaced
+from stca.export.analysis.scope import Dataflow, attribute
 from stca.export.passes.nodes import NewNodes, names_in
 from stca.export.passes.zero_points import name_zero_points
 
 Activations = Literal["none", "token", "tensor"]
+_PRODUCTS: Final = ("MatMul", "Gemm")
+# What changes no number of a weight, and gives it another place.
+_MOVES: Final = ("Transpose", "Split", "Slice")
 # A matrix of fewer rows saves little beside its steps.
 _NARROWEST: Final = 8
 # The least magnitude of a row of activations: zeros have a step, too.
@@ -34,7 +39,7 @@ _LEAST: Final = 1e-30
 
 @dataclass(frozen=True)
 class ProductFormat:
-    """A matrix of int8, with a step for each column.
+    """A matrix of 8-bit numbers, with a step for each column; of several matrices in one tensor, for their columns.
 
     Attributes:
         activations: what it is multiplied with: float32, or int8 with a step for each row or for all.
@@ -43,19 +48,47 @@ class ProductFormat:
 
     activations: Activations = "none"
     largest: Mapping[str, float] = field(default_factory=dict)
-    kind: Literal["int8"] = "int8"
+    kind: Kind = "int8"
 
 
 def quantizable_products(models: Iterable[onnx.ModelProto]) -> tuple[str, ...]:
-    """Names of the float32 matrices that all graphs use as a product's second factor alone."""
+    """Names of the float32 matrices of which all graphs make a product's second factor alone, with the same columns."""
+    found: dict[str, set[int | None]] = {}
+    for model in models:
+        flow = Dataflow(model.graph)
+        for tensor in model.graph.initializer:
+            fits = tensor.data_type == TensorProto.FLOAT and len(tensor.dims) in (2, 3)
+            axes = list(_columns(flow, tensor.name, range(len(tensor.dims)))) if fits else []
+            rows = [0 if a is None else math.prod(tensor.dims) // max(1, tensor.dims[a]) for a in axes]
+            found.setdefault(tensor.name, set()).update(axes if min(rows, default=0) >= _NARROWEST else [None])
+    return tuple(name for name, axes in found.items() if len(axes) == 1 and None not in axes)
 
-    def fits(tensor: TensorProto, node: onnx.NodeProto) -> bool:
-        if node.op_type not in ("MatMul", "Gemm") or len(tensor.dims) != 2:
-            return False
-        second = node.input[1] == tensor.name and list(node.input).count(tensor.name) == 1
-        return second and tensor.dims[1 if attribute(node, "transB", 0) else 0] >= _NARROWEST
 
-    return read_only_so(models, fits)
+def _columns(flow: Dataflow, value: str, axes: Sequence[int]) -> Iterator[int | None]:
+    """Which axes of a weight become columns of products; None where it is read otherwise.
+
+    Args:
+        flow: of the graph.
+        value: the weight, or what it was turned or parted into.
+        axes: of the weight, which the value's axes are.
+    """
+    if any(o.name == value for o in flow.graph.output):
+        yield None
+    for node in (flow.graph.node[i] for i in flow.readers.get(value, ())):
+        if node.domain or list(node.input).count(value) != 1:
+            yield None
+        elif node.op_type in _PRODUCTS and node.input[1] == value:
+            yield axes[0 if attribute(node, "transB", 0) else -1]
+        elif node.op_type in _MOVES and node.input[0] == value:
+            order = (
+                list(attribute(node, "perm", range(len(axes))[::-1]))
+                if node.op_type == "Transpose"
+                else range(len(axes))
+            )
+            for made in node.output:
+                yield from _columns(flow, made, [axes[i] for i in order])
+        else:
+            yield None
 
 
 def factors(model: onnx.ModelProto, names: Collection[str]) -> dict[str, list[str]]:
@@ -74,7 +107,10 @@ def _plain(node: onnx.NodeProto) -> bool:
 
 
 def quantize_products(model: onnx.ModelProto, formats: Mapping[str, ProductFormat], *, half: bool) -> None:
-    """Give products of a graph matrices of int8, in place.
+    """Give products of a graph matrices of 8 bits, in place.
+
+    What is multiplied with several matrices in one tensor, or with one that is first turned or parted, stays as it is:
+    ONNX Runtime makes no integer product of that.
 
     Args:
         model: with its weights.
@@ -90,15 +126,21 @@ def quantize_products(model: onnx.ModelProto, formats: Mapping[str, ProductForma
     if not matrices:
         return
     require_opset(model)
-    by_row = {n.input[1] for n in graph.node if n.op_type == "Gemm" and attribute(n, "transB", 0)}
+    flow = Dataflow(graph)
+    columns = {name: next(_columns(flow, name, range(len(t.dims)))) for name, t in matrices.items()}
     new = _Activations(names_in(graph))
     for name, tensor in matrices.items():
-        axis = 1 if name in by_row else 0
-        numbers, steps = replaced(graph, tensor, "int8", axis, flat=True)
-        new.node("DequantizeLinear", [numbers, steps], name, exact=True, axis=1 - axis)
+        shared = tuple(i for i in range(len(tensor.dims)) if i != columns[name])
+        numbers, steps = replaced(graph, tensor, formats[name].kind, shared, flat=True)
+        new.node("DequantizeLinear", [numbers, steps], name, exact=True, axis=columns[name])
+    rounding = {
+        n: f
+        for n, f in formats.items()
+        if n in matrices and half and f.activations != "none" and len(matrices[n].dims) == 2
+    }
     for node in graph.node:
-        format = formats.get(node.input[1]) if len(node.input) > 1 else None
-        if format is None or not half or format.activations == "none" or not _plain(node):
+        format = rounding.get(node.input[1]) if len(node.input) > 1 else None
+        if format is None or not _plain(node):
             new.nodes.append(node)
         else:
             new.multiply(node, format)

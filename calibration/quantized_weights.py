@@ -12,7 +12,7 @@ takes rows of both, `DequantizeLinear` makes a matrix.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -44,13 +44,13 @@ class RowFormat:
     kind: Kind
 
 
-def in_steps(values: Array, kind: Kind, axis: int) -> tuple[Array, Array]:
+def in_steps(values: Array, kind: Kind, axis: int | tuple[int, ...]) -> tuple[Array, Array]:
     """Weights as 8-bit numbers and their steps.
 
     Args:
         values: float32, finite.
         kind: of the numbers.
-        axis: along which one step is shared.
+        axis: along which one step is shared, or several.
 
     Returns:
         The numbers, of the values' shape; the steps, float32, of size 1 along the axis. Zeros have a step of 0.
@@ -100,13 +100,6 @@ def quantizable_tables(models: Iterable[onnx.ModelProto]) -> tuple[str, ...]:
         first = node.op_type == "Gather" and node.input[1] != tensor.name and attribute(node, "axis", 0) in (0, -2)
         return large and first
 
-    return read_only_so(models, fits)
-
-
-def read_only_so(
-    models: Iterable[onnx.ModelProto], fits: Callable[[TensorProto, onnx.NodeProto], bool]
-) -> tuple[str, ...]:
-    """Float32 initializers of which every reader in every graph fits, in the graphs' order."""
     good: dict[str, bool] = {}
     for model in models:
         flow, outputs = Dataflow(model.graph), {o.name for o in model.graph.output}
@@ -149,7 +142,7 @@ def quantize_tables(model: onnx.ModelProto, names: Collection[str]) -> None:
 
 
 def replaced(
-    graph: onnx.GraphProto, tensor: TensorProto, kind: Kind, axis: int, *, flat: bool = False
+    graph: onnx.GraphProto, tensor: TensorProto, kind: Kind, axis: int | tuple[int, ...], *, flat: bool = False
 ) -> tuple[str, str]:
     """Put a weight's numbers and steps in its place; their names.
 

@@ -264,8 +264,10 @@ def rebuild(bundle: Bundle) -> nn.Module:
         raise BundleError(f"{bundle.path}: attention is {form!r}; expected projected or absorbed, export it anew")
     tensors = read_tensors(bundle.path / WEIGHTS)[0]
     told = bundle.manifest.quantization or {}
-    for name in (n for part in ("tables", "weights") for n in told.get(part, {}).get("tensors", ())):
-        if (numbers := tensors.pop(f"{name}_int8", None)) is not None:
+    for name, kind in (
+        (n, told[part]["kind"]) for part in ("tables", "weights") if part in told for n in told[part]["tensors"]
+    ):
+        if (numbers := tensors.pop(f"{name}_{kind}", None)) is not None:
             tensors[name] = numbers.float() * tensors.pop(f"{name}_scale")
     for t in bundle.manifest.tables or ():
         if t.has_scales:

@@ -30,7 +30,9 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--precision", choices=("int8", "fp8"), help="of the state; fp8 is E4M3")
     p.add_argument("--tables", choices=("int8", "fp8"), help="of embedding tables' rows; those in graphs can be int8")
     p.add_argument("--budget", default="auc=0.0005,top10=0.99", help="how far the ranking may move")
-    p.add_argument("--weights", choices=("int8",), help="of the matrices of products, with a scale for each column")
+    p.add_argument(
+        "--weights", choices=("int8", "fp8"), help="of the matrices of products, with a scale for each column"
+    )
     p.add_argument(
         "--activations",
         choices=("none", "token", "tensor"),

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from stca.bundle import Bundle
 from stca.errors import StcaError
 from stca.manifest import check_account
-from stca.report import formats, latency, page
+from stca.report import eight_bits, formats, latency, page
 from stca.report.blocks import Condensed, condense
 from stca.report.markup import clean
 from stca.report.picture import block_picture
@@ -160,6 +160,7 @@ def _context(data: ReportData, graph: Condensed) -> dict[str, Any]:
             for name, (kind, says) in latency.WAYS.items()
             if bench and any(r["stage"] == name for r in bench["rows"])
         ],
+        "eight_bits": _in_eight_bits(m.quantization),
         "accuracy": accuracy,
         "accuracy_terms": [("other", *pair) for pair in accuracy[2]] if accuracy else [],
         "trained": data.trained_history,
@@ -172,6 +173,14 @@ def _context(data: ReportData, graph: Condensed) -> dict[str, Any]:
         "bundle_name": data.bundle.path.name,
         "absent": {part: page.code(clean(data.absent.get(part) or why)) for part, why in WHY_ABSENT.items()},
     }
+
+
+def _in_eight_bits(told: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a calibration found, for the template; None where there was none."""
+    told = _cleaned(told or {})
+    if not (summary := eight_bits.summary(told)):
+        return None
+    return {"summary": summary, "charts": eight_bits.charts_of(told), "tables": eight_bits.tables_of(told)}
 
 
 def _badge(parity: Mapping[str, Any] | None) -> tuple[str, str]:

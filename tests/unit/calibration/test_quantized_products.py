@@ -91,6 +91,55 @@ def test_weights_alone_are_off_by_half_a_step_of_their_column(activations, half)
     np.testing.assert_allclose(yc, ya @ (numbers * steps).T + BIAS, rtol=1e-5, atol=1e-5)
 
 
+def moved_model():
+    """Products with a matrix that is turned first, with parts of another one, and with three matrices in one tensor."""
+    node = helper.make_node
+    nodes = [
+        node("Transpose", ["turned"], ["turned_t"], perm=[1, 0]),
+        node("MatMul", ["x", "turned_t"], ["y0"]),
+        node("Split", ["parted"], ["p0", "p1"], axis=0, num_outputs=2),
+        node("Transpose", ["p0"], ["p0_t"], perm=[1, 0]),
+        node("Transpose", ["p1"], ["p1_t"], perm=[1, 0]),
+        node("MatMul", ["x", "p0_t"], ["y1"]),
+        node("MatMul", ["x", "p1_t"], ["y2"]),
+        node("MatMul", ["x", "three"], ["y3"]),
+        node("MatMul", ["first", "x_t"], ["y4"]),
+        node("Transpose", ["x"], ["x_t"], perm=[1, 0]),
+    ]
+    nodes = [*nodes[:-2], nodes[-1], nodes[-2]]
+    shapes = {"turned": (16, 32), "parted": (20, 32), "three": (3, 32, 8), "first": (9, 32)}
+    weights = [numpy_helper.from_array(RNG.standard_normal(s).astype(np.float32), n) for n, s in shapes.items()]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 32])
+    sizes = (["N", 16], ["N", 10], ["N", 10], [3, "N", 8], [9, "N"])
+    made = [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, s) for i, s in enumerate(sizes)]
+    graph = helper.make_graph(nodes, "g", [given], made, weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+@pytest.mark.parametrize(("kind", "activations"), [("int8", "none"), ("fp8", "none"), ("int8", "token")])
+def test_matrices_that_are_turned_parted_or_several_have_a_step_for_each_column(tmp_path, kind, activations):
+    made = moved_model()
+    weights = {t.name: numpy_helper.to_array(t) for t in made.graph.initializer}
+    names = quantizable_products([made])
+    assert names == ("turned", "parted", "three")
+    quantize_products(made, dict.fromkeys(names, ProductFormat(activations, kind=kind)), half=True)
+    onnx.checker.check_model(made, full_check=True)
+    onnx.save(made, tmp_path / "m.onnx")
+    x = RNG.standard_normal((50, 32)).astype(np.float32)
+    rounded = {}
+    for name, shared in (("turned", 1), ("parted", 1), ("three", (0, 1))):
+        numbers, steps = in_steps(weights[name], kind, shared)
+        rounded[name] = numbers.astype(np.float32) * steps
+    parts = rounded["parted"]
+    wanted = (x @ rounded["turned"].T, x @ parts[:10].T, x @ parts[10:].T, x @ rounded["three"])
+    for found in (
+        reference_of(made).run(None, {"x": x}),
+        OnnxRuntimeEngine(tmp_path / "m.onnx", threads=1).run({"x": x}).values(),
+    ):
+        for value, own in zip(found, wanted, strict=False):
+            np.testing.assert_allclose(value, own, rtol=1e-5, atol=3e-5)
+
+
 def test_rows_of_all_sizes_keep_their_digits_where_each_has_a_step():
     x = (RNG.standard_normal((50, 32)) * np.logspace(-6, 6, 50)[:, None]).astype(np.float32)
     (exact, *_), (found, *_) = (reference_of(m).run(None, {"x": x}) for m in (changed("none"), changed("token")))
@@ -170,16 +219,16 @@ def requests(own):
     return [Traced(probe.single(specs, 20, 30, rng)) for _ in range(10)]
 
 
-def written(own, requests, folder, activations):
-    formats = dict(weight_choices(own, Options(None, weights="int8", activations=activations)))
+def written(own, requests, folder, activations, kind="int8"):
+    formats = dict(weight_choices(own, Options(None, weights=kind, activations=activations)))
     if activations == "tensor":
         formats |= with_ranges(own, formats, "absmax", TraceRuns(1), requests)
     return write_quantized(own, formats, folder)
 
 
-@pytest.mark.parametrize("activations", ACTIVATIONS)
-def test_a_bundle_is_proven_serves_and_appends(tmp_path, own, requests, activations):
-    made = Bundle.load(written(own, requests, tmp_path / "q", activations).path)
+@pytest.mark.parametrize(("activations", "kind"), [*((a, "int8") for a in ACTIVATIONS), ("none", "fp8")])
+def test_a_bundle_is_proven_serves_and_appends(tmp_path, own, requests, activations, kind):
+    made = Bundle.load(written(own, requests, tmp_path / "q", activations, kind).path)
     assert made.manifest.weights != own.manifest.weights
     assert weights_bytes(made.manifest) < 0.65 * weights_bytes(own.manifest)  # of a tiny model
     stages = [s.name for s in verify(made, probes=(((0, 4),), ((9, 6),), ((30, 8), (3, 1)))).require().stages]
@@ -271,6 +320,8 @@ def test_matrices_that_move_the_scores_are_kept_and_named(tmp_path, own, request
 
 
 def test_what_cannot_be_asked_is_one_line(tmp_path, own, requests):
+    with one_line(UsageError, "--activations token", "--weights int8"):
+        search(own, requests, tmp_path / "q", TraceRuns(1), weights="fp8", activations="token")
     with one_line(UsageError, "--activations token", "add --weights int8"):
         search(own, requests, tmp_path / "q", TraceRuns(1), weights=None, kind="int8", activations="token")
     bad = [dataclasses.replace(requests[0], inputs={**requests[0].inputs, "target_item": [[1, 2]]}), *requests]

@@ -283,6 +283,48 @@ PARTS = {
 }
 
 
+def calibrated(data: ReportData, *, searched: bool = True) -> ReportData:
+    """The data of a bundle that went to 8 bits under a budget."""
+
+    def tried(count: int, verdict: str) -> dict[str, object]:
+        measure = {"name": "top10 finish", "estimate": {"value": 0.9 + count / 1000}, "verdict": verdict}
+        names = [f"tensor.{i}" for i in range(20)]
+        return {
+            "quantized": names[:count], "high": names[count:], "bytes": 1000 - 30 * count, "ratio": 0.27,
+            "weights_ratio": 0.6, "rms": count * 1e-5, "measures": [measure], "verdict": verdict,
+        }  # fmt: skip
+
+    parts = [{"name": f"tensor.{i}", "node": f"node 'n{i}'", "rms": (i + 1) * 1e-6, "saved": 30} for i in range(20)]
+    chosen = [tried(20, "broken"), tried(15, "undecided"), tried(10, "holds")]
+    told = {
+        "budget": {"auc": 0.0005, "top": {"10": 0.99}}, "requests": 64, "float32_bytes": 1000,
+        "tried": chosen if searched else [tried(20, "holds")], "parts": parts if searched else [],
+    }  # fmt: skip
+    manifest = dataclasses.replace(data.bundle.manifest, quantization=told)
+    return dataclasses.replace(data, bundle=dataclasses.replace(data.bundle, manifest=manifest))
+
+
+def test_what_is_in_8_bits_is_shown_with_what_it_costs(data):
+    page = _parse(report.render(calibrated(data)))
+    assert "10 of 20 tensors are in 8 bits. On 64 recorded requests, AUC may change by 0.0005 and" in _text(page)
+    assert [row[0] for row in _table(page, "What was tried")] == ["20", "15", "10"]
+    alone = _table(page, "Each tensor alone")
+    assert (len(alone), alone[9][4], alone[10][4]) == (20, "8 bits", "as it was")
+    front = _charts(page)["Bytes against error", "wide"]
+    assert len(_line(front, "added-up")[0]) == 20
+    assert "holds: 0.00010 at 70" in front.attrib["aria-label"]
+    bars = _charts(page)["Error of each tensor alone", "narrow"].attrib["aria-label"]
+    assert "tensor.19" in bars
+    assert "tensor.7" not in bars
+
+
+def test_what_held_at_once_needs_no_chart(data):
+    page = _parse(report.render(calibrated(data, searched=False)))
+    assert "20 of 20 tensors are in 8 bits" in _text(page)
+    assert not {title for title, _ in _charts(page)} & {"Bytes against error", "Error of each tensor alone"}
+    assert "What is kept in 8 bits?" not in _text(_parse(report.render(data)))
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_a_missing_part_is_left_out_with_its_reason(data, part):
     heading, reason, picture, nothing = PARTS[part]
