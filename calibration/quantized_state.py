@@ -25,6 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 from stca.arrays import Array
 from stca.calibration.collectors import Granularity
 from stca.errors import StcaError
+from stca.export.analysis.scope import opset_of
 from stca.export.passes.nodes import NewNodes, names_in
 from stca.manifest import ITEM_BYTES, TOKENS, StateSpec
 
@@ -148,7 +149,7 @@ def require_opset(model: onnx.ModelProto) -> None:
     Raises:
         StcaError: when it is older.
     """
-    own = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    own = opset_of(model)
     if own < _OPSET - 1:
         raise StcaError(
             f"the graphs are of ONNX opset {own}, 8-bit numbers need {_OPSET - 1}; export the model in a newer opset"

@@ -20,7 +20,7 @@ from stca.errors import SplitError
 from stca.export.analysis import operators
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, any_sizes, without_weights
 from stca.export.analysis.ranges import Range, input_ranges
-from stca.export.analysis.scope import Dataflow, label, walk
+from stca.export.analysis.scope import Dataflow, label, opset_of, walk
 from stca.export.one_name import inline, lift_weights, name_once
 from stca.export.tables import Large
 from stca.manifest import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, TensorSpec
@@ -164,7 +164,7 @@ def _within(spec: TensorSpec, found: Range) -> TensorSpec:
 
 def modern(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model in a set of operators that passes can add to; as it is where it has one, or cannot be converted."""
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), onnx_function.OPSET)
+    opset = opset_of(model, onnx_function.OPSET)
     quantized = any(
         n.op_type in ("QuantizeLinear", "DequantizeLinear") and not n.domain for n in walk(model.graph.node)
     )

@@ -21,8 +21,8 @@ from onnx import TensorProto, external_data_helper
 from stca.errors import BuildError
 from stca.export.analysis.cost import Sizes
 from stca.export.analysis.integers import fold_integers
-from stca.export.analysis.scope import reads
-from stca.export.passes.lower import drop_unused, fix_to_one_request, for_one_request, is_operator
+from stca.export.analysis.scope import drop_unread, reads
+from stca.export.passes.lower import fix_to_one_request, for_one_request, is_operator
 from stca.export.passes.precision import Precision, cast_weight, to_precision
 from stca.manifest import WEIGHTS
 from stca.plugins import tensorrt_graph, tiling
@@ -191,7 +191,7 @@ def _without_body(model: onnx.ModelProto) -> None:
     functions = [f for f in model.functions if f.domain != DOMAIN]
     del model.functions[:]
     model.functions.extend(functions)
-    drop_unused(model.graph)
+    drop_unread(model.graph)
 
 
 def _bytes(tensor: TensorProto) -> int:

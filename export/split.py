@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -16,17 +16,13 @@ import numpy as np
 import onnx
 import onnx.inliner
 
-from stca.arrays import Array
 from stca.errors import SplitError
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured, Sizes, without_weights
 from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE, Cut, RequestDependency
-from stca.export.analysis.onnx_reference import reference_of
 from stca.export.analysis.reasons import reasons
 from stca.export.analysis.scope import Dataflow, Scope, infer_scopes, input_scopes, label, walk
 from stca.manifest import TOKENS, Reason
 from stca.plugins.spec import DOMAIN
-
-Runner = Callable[[onnx.ModelProto, Mapping[str, Array]], Sequence[Array]]
 
 
 @dataclass(frozen=True)
@@ -349,39 +345,3 @@ def check_postconditions(model: onnx.ModelProto, scopes: Mapping[str, Scope], re
         raise SplitError(f"postcondition: neither half computes {min(missing)!r}")
     for what, half, _, _ in halves:
         _check(what, half)
-
-
-def run_reference(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> Sequence[Array]:
-    """Outputs of `model` in ONNX's reference implementation: slow, and the same operations in the same order."""
-    return list(reference_of(model).run(None, dict(feeds)))
-
-
-def run_joined(result: Split, feeds: Mapping[str, Array], run: Runner = run_reference) -> Sequence[Array]:
-    """Outputs of the scorer fed with the encoder's state; `feeds` are those of the whole graph."""
-
-    def inputs(half: onnx.ModelProto, values: Mapping[str, Array]) -> dict[str, Array]:
-        return {value.name: values[value.name] for value in half.graph.input}
-
-    state = run(result.user_encoder, inputs(result.user_encoder, feeds))
-    named = {tensor.name: array for tensor, array in zip(result.state, state, strict=True)}
-    return run(result.target_scorer, inputs(result.target_scorer, {**feeds, **named}))
-
-
-def joined_equals_whole(
-    model: onnx.ModelProto,
-    result: Split,
-    feeds: Mapping[str, Array],
-    run: Runner = run_reference,
-    rtol: float = 0.0,
-    atol: float = 0.0,
-) -> bool:
-    """Whether the joined halves give what `model` gives; bit for bit by default, NaN equal to NaN.
-
-    Exactness can be asked of the reference implementation. A runtime that fuses each graph in its own way rounds
-    differently, and needs a tolerance.
-    """
-    whole, joined = run(model, feeds), run_joined(result, feeds, run)
-    return all(
-        a.dtype == b.dtype and a.shape == b.shape and np.allclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
-        for a, b in zip(whole, joined, strict=True)
-    )

@@ -23,7 +23,7 @@ from stca.arrays import Array, Progress
 from stca.errors import SplitError
 from stca.export.analysis.cost import Sizes, any_sizes, without_weights
 from stca.export.analysis.positions import position_tables
-from stca.export.analysis.scope import STAND_IN, Dataflow, attribute, is_stand_in, label, stand_ins
+from stca.export.analysis.scope import STAND_IN, Dataflow, attribute, drop_unread, is_stand_in, label, stand_ins
 from stca.export.passes.nodes import NewNodes, names_in
 from stca.manifest import Lookup, TableSpec
 from stca.tables import write_table
@@ -307,7 +307,7 @@ def with_rows(model: onnx.ModelProto, tables: Sequence[TableSpec]) -> WithRows:
     del done.graph.node[:]
     done.graph.node.extend(new.nodes)
     done.graph.input.extend(inputs.values())
-    _drop_unread(done)
+    drop_unread(done.graph)
     return WithRows(done, tuple(lookups), outside)
 
 
@@ -329,7 +329,7 @@ def put_back(model: onnx.ModelProto, contents: Mapping[str, Array]) -> None:
     kept = [v for v in model.graph.value_info if v.name not in made]
     del model.graph.value_info[:]
     model.graph.value_info.extend(kept)
-    _drop_unread(model)
+    drop_unread(model.graph)
 
 
 def _take_true_ids(graph: onnx.GraphProto, tables: Collection[str]) -> None:
@@ -366,19 +366,6 @@ def _read_rows(new: NewNodes, rows: str, made: str, dtype: str) -> None:
         new.node("Identity", [rows], made, exact=True)
     else:
         new.node("Cast", [rows], made, exact=True, to=kinds[dtype])
-
-
-def _drop_unread(model: onnx.ModelProto) -> None:
-    """Drop nodes, weights and inputs that were the ids' alone, in place."""
-    graph = model.graph
-    nodes, leaves = Dataflow(graph).needed(o.name for o in graph.output)
-    for name, kept in (
-        ("node", [n for i, n in enumerate(graph.node) if i in nodes]),
-        ("initializer", [t for t in graph.initializer if t.name in leaves]),
-        ("input", [v for v in graph.input if v.name in leaves]),
-    ):
-        graph.ClearField(name)
-        getattr(graph, name).extend(kept)
 
 
 def _ids_graph(model: onnx.ModelProto, flow: Dataflow, ids: Mapping[str, Sequence[int | str]]) -> onnx.ModelProto:

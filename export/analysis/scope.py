@@ -99,6 +99,11 @@ def stand_ins(model: onnx.ModelProto) -> frozenset[str]:
     return frozenset(found)
 
 
+def opset_of(model: onnx.ModelProto, otherwise: int = 1) -> int:
+    """The version of ONNX's own operators that a model imports; `otherwise` where it imports none."""
+    return next((int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx")), otherwise)
+
+
 def label(node: onnx.NodeProto) -> str:
     """The node's name or, when it has none, its first output's."""
     return node.name or next((name for name in node.output if name), node.op_type)
@@ -152,6 +157,18 @@ class Dataflow:
                 nodes.add(self.writer[name])
                 open_values.extend(self.reads[self.writer[name]])
         return nodes, leaves
+
+
+def drop_unread(graph: onnx.GraphProto) -> None:
+    """Remove nodes, initializers and inputs that no output of the graph depends on, in place."""
+    nodes, leaves = Dataflow(graph).needed(o.name for o in graph.output)
+    for name, kept in (
+        ("node", [n for i, n in enumerate(graph.node) if i in nodes]),
+        ("initializer", [t for t in graph.initializer if t.name in leaves]),
+        ("input", [v for v in graph.input if v.name in leaves]),
+    ):
+        graph.ClearField(name)
+        getattr(graph, name).extend(kept)
 
 
 def input_scopes(graph: onnx.GraphProto, inputs: Mapping[str, Scope | str]) -> dict[str, Scope]:

@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from stca.export.analysis import operators
 from stca.export.analysis.cost import Sizes, any_sizes, without_weights
 from stca.export.analysis.integers import fold_integers
-from stca.export.analysis.scope import attribute, label, reads, subgraphs
+from stca.export.analysis.scope import attribute, label, opset_of, reads, subgraphs
 from stca.manifest import TOKENS
 
 # Operators along one axis alone, from this opset on; others, and older ones, work from their axis on to the last.
@@ -44,7 +44,7 @@ class Tokenwise:
 
     def __init__(self, model: onnx.ModelProto, tokens: Mapping[str, int]) -> None:
         self._inferred = Sizes(model, any_sizes(model.graph)).dims
-        self._opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+        self._opset = opset_of(model)
         light = without_weights(model)
         fold_integers(light)
         self._known = {t.name: numpy_helper.to_array(t) for t in light.graph.initializer}

@@ -16,7 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from stca.export.analysis.layout import Atom, Layout
-from stca.export.analysis.scope import label
+from stca.export.analysis.scope import label, opset_of
 from stca.export.passes.attention import KEY, OUT, QUERY, VALUE, Attention, NoAttention, read
 from stca.export.passes.nodes import NewNodes
 from stca.export.passes.rules import Rewrite, View, rewritten
@@ -65,7 +65,7 @@ class FuseAttention:
 
 
 def _fused(view: View, node: onnx.NodeProto, new: NewNodes) -> Rewrite:
-    opset = next(o.version for o in view.model.opset_import if o.domain in ("", "ai.onnx"))
+    opset = opset_of(view.model)
     if opset < OLDEST_OPSET:
         raise Layout(f"the model is of opset {opset}; export it with {OLDEST_OPSET} or later")
     if is_attention(node):
@@ -278,7 +278,7 @@ class _Emitter:
 
     def _kept(self, bias: str, axes: Sequence[int] | None = None) -> str:
         """Whether a history has events that count: at all, or over the first axis for each head."""
-        opset = next(o.version for o in self.view.model.opset_import if o.domain in ("", "ai.onnx"))
+        opset = opset_of(self.view.model)
         inputs = [self.new.integers(axes)] if axes and opset >= 18 else []
         given: dict[str, Any] = {"axes": list(axes)} if axes and opset < 18 else {}
         highest = self._node("ReduceMax", [bias, *inputs], "highest_bias", keepdims=int(axes is not None), **given)

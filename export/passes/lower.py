@@ -24,7 +24,7 @@ from onnx.reference import ReferenceEvaluator
 from stca.errors import ExportError
 from stca.export.analysis.cost import Sizes, any_sizes
 from stca.export.analysis.integers import INTEGERS, fold_integers, known_integers
-from stca.export.analysis.scope import Dataflow, label, walk
+from stca.export.analysis.scope import Dataflow, drop_unread, label, opset_of, walk
 from stca.export.passes.nodes import NewNodes, names_in
 from stca.plugins import onnx_function
 from stca.plugins.spec import DOMAIN, OP_NAME, PLAIN
@@ -138,18 +138,18 @@ def for_one_request(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
         model, [(f.domain, f.name) for f in onnx_function.functions()], exclude=True
     )
     try:
-        if _opset(copy) < ATTENTION_OPSET:
+        if opset_of(copy) < ATTENTION_OPSET:
             copy = version_converter.convert_version(copy, ATTENTION_OPSET)
     except Exception as e:  # onnx raises RuntimeError and its own ConvertError, whose message is the useful part
         raise ExportError(
             f"the model cannot be converted to opset {ATTENTION_OPSET}: {' '.join(str(e).split())[:200]}"
         ) from e
     del copy.functions[:]
-    copy.functions.append(parser.parse_function(_body(form, all_tokens, _opset(copy))))
+    copy.functions.append(parser.parse_function(_body(form, all_tokens, opset_of(copy))))
     copy = inliner.inline_local_functions(copy)
     fix_to_one_request(copy)
     fold_integers(copy)
-    drop_unused(copy.graph)
+    drop_unread(copy.graph)
     return copy
 
 
@@ -190,7 +190,7 @@ def fix_to_one_request(model: onnx.ModelProto) -> None:
                 dim.dim_value = _SINGLE[dim.dim_param]
     del model.graph.value_info[:]
     _take_the_only_row(model)
-    drop_unused(model.graph)
+    drop_unread(model.graph)
 
 
 def uses_all_tokens(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
@@ -297,18 +297,6 @@ def _as_many_rows(model: onnx.ModelProto, index: str) -> str | None:
     return long[0]
 
 
-def drop_unused(graph: onnx.GraphProto) -> None:
-    """Remove nodes, initializers and inputs that no output of the graph depends on, in place."""
-    nodes, leaves = Dataflow(graph).needed([o.name for o in graph.output])
-    for field, keep in (
-        (graph.node, [graph.node[i] for i in sorted(nodes)]),
-        (graph.initializer, [t for t in graph.initializer if t.name in leaves]),
-        (graph.input, [v for v in graph.input if v.name in leaves]),
-    ):
-        del field[:]
-        field.extend(keep)
-
-
 def _body(form: Form, all_tokens: bool, opset: int) -> str:
     if form == "fused":
         attention = _FUSED.format(used="" if all_tokens else ", used")
@@ -319,7 +307,3 @@ def _body(form: Form, all_tokens: bool, opset: int) -> str:
     if not all_tokens:
         attention = _MASK + attention
     return _BODY.format(attention=attention, opset=opset)
-
-
-def _opset(model: onnx.ModelProto) -> int:
-    return next(int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx"))

@@ -16,7 +16,7 @@ import onnx
 from onnx import numpy_helper
 
 from stca.export.analysis.layout import Layout, Tried
-from stca.export.analysis.scope import attribute
+from stca.export.analysis.scope import attribute, opset_of
 from stca.export.passes.nodes import NewNodes
 from stca.export.passes.rules import Rewrite, View
 
@@ -123,7 +123,7 @@ def _seen(view: View, node: onnx.NodeProto, run: Tried) -> Match:
     """A transform in a run; its axis is an attribute before opset 20, and an input from there on."""
     read, made = run.shape(node.input[0]), run.shape(node.output[0])
     given = [int(np.ravel(run.values[name])[0]) if name else None for name in (*node.input[1:], "", "")]
-    opset = next(o.version for o in view.model.opset_import if o.domain in ("", "ai.onnx"))
+    opset = opset_of(view.model)
     axis = (attribute(node, "axis", 1 if opset < 20 else -2) if given[1] is None else given[1]) % len(read)
     whole = made[axis] if attribute(node, "inverse", 0) else read[axis]
     return Match(node, axis, whole if given[0] is None else given[0], read, made)

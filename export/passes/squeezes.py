@@ -11,6 +11,7 @@ from onnx import helper
 
 from stca.errors import SplitError
 from stca.export.analysis.rows import Everything, attempts, draw
+from stca.export.analysis.scope import opset_of
 from stca.export.passes.nodes import NewNodes, names_in
 from stca.manifest import TensorSpec
 
@@ -25,7 +26,7 @@ def name_squeezed_axes(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> 
     if not bare:
         return
     found = _shapes(model, inputs)
-    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    opset = opset_of(model)
     new = NewNodes(names_in(graph))
     for node in bare:
         if node.input[0] not in found:

@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from onnx import helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 from support.graphs import SIZES, Case, attention_graph, cases, packed_feeds
+from support.joined import joined_equals_whole
 
 import stca.export.split as split_module
 from stca.errors import SplitError
 from stca.export.analysis.cost import DEFAULT_WORKLOAD
 from stca.export.analysis.scope import Scope, infer_scopes
-from stca.export.split import Split, check_postconditions, joined_equals_whole, split
+from stca.export.split import Split, check_postconditions, split
 
 FLOPS_PER_BYTE = (0.125, 1.0, 16.0, 1000.0)
 RANK = {"user": 1, "request": 2, "target": 3}
