@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ CASES = (
     Case("8 x 10k", _PROJECTED, Sizes(8, 10_000, 1), goal=0.8),
     Case("8 x 10k, absorbed, d = 1024", _ABSORBED, Sizes(8, 10_000, 1)),
     Case("64 requests of 8 x 10k", _PROJECTED, Sizes(512, 640_000, 64)),
+    Case("300 x 10k in lists of segments", replace(_PROJECTED, segments=True), Sizes(300, 10_000, 1)),
 )
 # Matrix products by the first word of their instruction: of a warp group, of tensor memory, of a warp, of a thread.
 _PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA", "FFMA")
@@ -105,7 +106,8 @@ def _disassembler() -> str:
 
 
 def main_loop(sass: str) -> list[str]:
-    """Instructions of the shortest loop with the most matrix products, without addresses and predicates."""
+    """Instructions of the shortest loop with the most matrix products, without addresses and predicates. One around
+    another that has products does not count: it goes from segment to segment."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in sass.splitlines():
@@ -114,11 +116,15 @@ def main_loop(sass: str) -> list[str]:
         elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.+?)\s*;", line):
             instructions.append(found[1])
     best: tuple[int, int, list[str]] = (0, 0, [])
+    inner = -1  # where the last loop with products begins
     for i, instruction in enumerate(instructions):
         target = re.match(r"BRA\S*\s+(?:\S+,\s+)?`\((\.L_\w+)\)", instruction)
         if target and (start := labels.get(target[1], i + 1)) <= i:
             loop = instructions[start : i + 1]
             products = sum(_word(x) in _PRODUCTS for x in loop)
+            if not products or start <= inner:
+                continue
+            inner = start
             best = max(best, (products, -len(loop), loop), key=lambda one: one[:2])
     return best[2]
 

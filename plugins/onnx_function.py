@@ -142,6 +142,7 @@ TargetHistoryAttention <scale>
 """
 
 _SEGMENTS = "segments"
+_OVERLOADS = 10  # the first version of ONNX's format that has them
 # Row i of all segments, one behind the other, is row `shift + i` of the key, where `shift` is its segment's; segments
 # are counted where they begin. A bias is a column of the key that meets a column of ones in the query: of halves, as
 # ONNX Runtime warns of a factor that it can leave out, and a factor of two rounds nothing.
@@ -304,7 +305,9 @@ def attach(model: onnx.ModelProto) -> None:
                 "default an input: give both, the bias as zeros where there is none"
             )
         node.overload = _SEGMENTS if any(given) else ""
-    needed = functions(segments=any(node.overload for node in nodes))
+    if segments := any(node.overload for node in nodes):
+        model.ir_version = max(model.ir_version, _OVERLOADS)
+    needed = functions(segments)
     names = {(f.domain, f.name) for f in needed}
     kept = [f for f in model.functions if (f.domain, f.name) not in names]
     del model.functions[:]

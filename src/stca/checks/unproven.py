@@ -157,7 +157,8 @@ def _run(proof: Proof, places: Mapping[str, str], limit: float) -> dict[str, Any
 
 
 def _cases() -> list[tuple[Any, ...]]:
-    """The operator's arguments on the GPU: both forms, each type, ragged requests with an empty one among them."""
+    """The operator's arguments on the GPU: both forms, each type, ragged requests with an empty one among them; and
+    lists of segments, some of which two requests read."""
     import torch
 
     made: list[tuple[Any, ...]] = []
@@ -173,6 +174,10 @@ def _cases() -> list[tuple[Any, ...]]:
             ends = [[0, *itertools.accumulate(x)] for x in (targets, lengths)]
             structure = [torch.tensor(x, dtype=torch.int32) for x in (*ends, lengths)]
             made.append((normal(sum(targets), heads), key, value, *(x.cuda() for x in structure), depth**-0.5))
+            starts, used, lists = ([777, 0, 5, 300, 777, 906], [129, 70, 128, 477, 64], [0, 3, 3, 5])
+            listed = [torch.tensor(x, dtype=torch.int32).cuda() for x in (starts, used, lists)]
+            bias = torch.tensor([0.5, -1.0, 2.0, 0.0, -3.0]).cuda()
+            made.append((*made[-1][:4], *listed[:2], depth**-0.5, listed[2], bias))
     return made  # fmt: skip
 
 
@@ -205,15 +210,15 @@ def embedded() -> None:
 
     errors = []
     for case in _cases():
-        query, key, value, ends, begins, used, scale = case
-        shape, device = launch.shape_of(query, key, value), launch.device_of(query)
+        query, key, value, ends, begins, used, scale, *lists = case
+        shape, device = launch.shape_of(query, key, value, bool(lists)), launch.device_of(query)
         sizes, sm = launch.sizes_of(query, key, ends), aot.artifact_sm(device.sm)
         for parts in (1, 4):
             (tile,) = aot.best_tiles(shape, scale, sizes, parts, sm, tiling.PORTABLE_SHARED_LIMIT, 1)
             plan = tiling.Plan(tile, parts, 0.0)
             out = query.new_full((len(query), query.shape[1], value.shape[2]), float("nan"))
             kernels = ptx_launch.load(shape, plan, sm, scale)
-            steps = launch.launches(query, key, value, ends, begins, used, scale, plan, out)
+            steps = launch.launches(query, key, value, ends, begins, used, scale, plan, out, *lists)
             ptx_launch.run(steps, kernels, torch.cuda.current_stream().cuda_stream)
             torch.cuda.synchronize()
             errors.append(_held(case, out))

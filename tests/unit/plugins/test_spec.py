@@ -6,9 +6,11 @@ import inspect
 import re
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
+from stca.errors import ExportError
 from stca.plugins import kernels, launch, onnx_function, reference, spec, torch_op
 
 NAMES = [a.name for a in spec.ARGUMENTS]
@@ -80,3 +82,17 @@ def test_the_contract_says_what_each_argument_looks_like():
         spec.check_shapes(*list(one_each.values())[: len(PLAIN)], None, (2,))
     with pytest.raises(ValueError, match="target_offsets has 3 entries, history_offsets 5; both need batch"):
         spec.check_shapes(*list(shapes.values())[: len(PLAIN)])
+
+
+def test_a_model_gets_the_bodies_that_its_nodes_need():
+    node = onnx.helper.make_node(spec.OP_NAME, [*PLAIN], ["out"], "plain", domain=spec.DOMAIN, scale=1.0)
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []), ir_version=8)
+    onnx_function.attach(model)
+    assert ([f.overload for f in model.functions], model.ir_version) == (["", ""], 8)
+    model.graph.node[0].input.extend(NAMES[len(PLAIN) :])
+    onnx_function.attach(model)
+    assert ([f.overload for f in model.functions], model.ir_version) == (["", "", "segments"], 10)
+    assert model.graph.node[0].overload == "segments"
+    del model.graph.node[0].input[-1:]
+    with pytest.raises(ExportError, match="'plain' gives segment_offsets or segment_bias alone"):
+        onnx_function.attach(model)
