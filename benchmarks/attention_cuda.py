@@ -271,7 +271,7 @@ def _launch_embedded(steps: list[launch.Launch], kernels: list[ptx_launch.Loaded
 
 def _tune(table: Path, cases: list[Case], body: dict[str, Any], clock: _Clock) -> Iterator[dict[str, Any]]:
     """Fill `table` row by row: sizes that it lacks first, so that each run goes on where the one before ended."""
-    known, sm = tiling.read_plans(table), device_for(body["sm"]).sm
+    known, sm = tile_table.read_plans(table), device_for(body["sm"]).sm
     body |= {"table": str(table), "tuned": [], "skipped_for_time": 0}
 
     def key(case: Case) -> tuple[int, Shape, Sizes]:
@@ -301,7 +301,7 @@ def _fastest(case: Tensors, clock: _Clock, count: int = 8) -> Plan:
     query, key, value, *structure = case
     shape, device, scale = launch.shape_of(query, key, value), launch.device_of(query), query.shape[2] ** -0.5
     sizes = tiling.rounded(launch.sizes_of(query, key, structure[0]))
-    ranked = tiling.rank(shape, sizes, device, device.shared_limit)
+    ranked = tiling.rank(shape, sizes, device, device.shared_limit, bulk=True)
     each = {(plan.tile.block_m, plan.tile.block_n): plan for plan in reversed(ranked)}
     candidates = [
         dataclasses.replace(plan, parts=min(max(1, int(plan.parts * factor)), tiling.MAX_PARTS))

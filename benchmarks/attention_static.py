@@ -85,19 +85,32 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def counted(shape: Shape, plan: Plan, sm: int) -> dict[str, Any]:
     """The kernel of a plan, compiled and taken apart: registers, spills, and what its main loop is made of."""
-    artifact = aot.compile_attend(shape, plan.tile, sm, shape.depth**-0.5, plan.parts > 1)
+    tile, scale = plan.tile, shape.depth**-0.5
+    if tile.bulk:
+        artifact, _ = aot.compile_bulk(shape, tile, sm, scale)
+    else:
+        artifact = aot.compile_attend(shape, tile, sm, scale, plan.parts > 1)
     with tempfile.TemporaryDirectory() as folder:
         used = aot.assemble(artifact, cubin := Path(folder, "kernel.cubin"))
         done = subprocess.run([_disassembler(), "-c", str(cubin)], capture_output=True, text=True, check=True)
-    loop = main_loop(done.stdout)
+    inner = loops(done.stdout)
+    loop = max((x for x in inner if _amount(x, _PRODUCTS)), key=lambda x: (_amount(x, _PRODUCTS), -len(x)), default=[])
+    copying = next((x for x in inner if tile.bulk and _amount(x, (_BULK,)) and not _amount(x, _PRODUCTS)), [])
+    copied = 2 * tile.block_n * (tile.block_d + tile.block_dv) if copying else 0
     return {
         "registers": used.registers,
         "spilled": used.spill_stores + used.spill_loads,
         "shared": artifact.shared + used.static_shared,
         "instructions": len(loop),
-        "counts": counts(loop),
-        "shared_traffic": sum(map(_shared_bytes, loop)) * plan.tile.warps,
+        **({"copying": len(copying)} if copying else {}),
+        "counts": counts([*loop, *(x for x in copying if _word(x) == _BULK)]),
+        "shared_traffic": sum(map(_shared_bytes, loop)) * _multiplying(tile.warps, tile.bulk) + copied,
     }
+
+
+def _multiplying(warps: int, bulk: bool) -> int:
+    """Warps that multiply: in bulk two groups."""
+    return warps * (2 if bulk else 1)
 
 
 def _disassembler() -> str:
@@ -105,9 +118,8 @@ def _disassembler() -> str:
     return str(Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm")
 
 
-def main_loop(sass: str) -> list[str]:
-    """Instructions of the shortest loop with the most matrix products, without addresses and predicates. One around
-    another that has products does not count: it goes from segment to segment."""
+def loops(sass: str) -> list[list[str]]:
+    """Instructions, without addresses and predicates, of each innermost loop that has products or bulk copies."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in sass.splitlines():
@@ -115,18 +127,18 @@ def main_loop(sass: str) -> list[str]:
             labels[label[1]] = len(instructions)
         elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.+?)\s*;", line):
             instructions.append(found[1])
-    best: tuple[int, int, list[str]] = (0, 0, [])
-    inner = -1  # where the last loop with products begins
+    spans = []
     for i, instruction in enumerate(instructions):
         target = re.match(r"BRA\S*\s+(?:\S+,\s+)?`\((\.L_\w+)\)", instruction)
-        if target and (start := labels.get(target[1], i + 1)) <= i:
-            loop = instructions[start : i + 1]
-            products = sum(_word(x) in _PRODUCTS for x in loop)
-            if not products or start <= inner:
-                continue
-            inner = start
-            best = max(best, (products, -len(loop), loop), key=lambda one: one[:2])
-    return best[2]
+        start = labels.get(target[1], i + 1) if target else i + 1
+        if _amount(instructions[start : i + 1], (*_PRODUCTS, _BULK)):
+            spans.append((start, i))
+    inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
+    return [instructions[a : b + 1] for a, b in inner]
+
+
+def _amount(loop: Sequence[str], words: Sequence[str]) -> int:
+    return sum(_word(x) in words for x in loop)
 
 
 def _word(instruction: str) -> str:
@@ -176,7 +188,13 @@ def complaints(row: Mapping[str, Any], kept: Mapping[str, Any] | None) -> list[s
 
 def _slots(row: Mapping[str, Any]) -> float:
     """Instructions that a scheduler, one of four, issues for 128 rows against 128 tokens."""
-    return float(row["instructions"] * row["warps"] / 4 * 128 * 128 / (row["block_m"] * row["block_n"]))
+    return _issued(row) * 128 * 128 / (row["block_m"] * row["block_n"])
+
+
+def _issued(row: Mapping[str, Any]) -> float:
+    """Instructions that a scheduler issues for a step."""
+    multiplying = row["instructions"] * _multiplying(row["warps"], row.get("bulk", False))
+    return float(multiplying + row.get("copying", 0) * row["warps"]) / 4
 
 
 def bound(case: Case, plan: Plan, row: Mapping[str, Any], device: Device) -> dict[str, float]:
@@ -190,15 +208,16 @@ def bound(case: Case, plan: Plan, row: Mapping[str, Any], device: Device) -> dic
     token = shape.depth + (0 if tiling.is_tied(shape, tile) else tile.block_dv)
     cycles = {
         "matrix": 2 * tile.block_m * tile.block_n * (shape.depth + tile.block_dv) * per_clock / device.matrix,
-        "exponential": row["counts"].get("MUFU", 0) * 32 * tile.warps / 16,
-        "issue": row["instructions"] * tile.warps / 4,
+        "exponential": row["counts"].get("MUFU", 0) * 2 * _multiplying(tile.warps, tile.bulk),
+        "issue": _issued(row),
         "shared": row["shared_traffic"] / 128,
         "cache": tile.block_n * token * shape.element * per_clock / device.cache_bandwidth,
     }
     rows = sizes.targets * shape.group // sizes.requests
     columns = shape.key_heads * -(-shape.value_depth // tile.block_dv)
     blocks = sizes.requests * -(-rows // tile.block_m) * columns * plan.parts
-    steps = -(-blocks // device.multiprocessors) * -(-each // (tile.block_n * plan.parts))
+    part = each / (tile.block_n * plan.parts)  # in bulk, parts differ by one step; else all but the last are as long
+    steps = -(-blocks // device.multiprocessors) * (part if tile.bulk else -(-part // 1))
     moved = shape.element * (
         sizes.targets * shape.heads * (shape.depth + shape.value_depth)
         + sizes.tokens * shape.key_heads * (shape.depth + (0 if shape.tied else shape.value_depth))
@@ -207,7 +226,7 @@ def bound(case: Case, plan: Plan, row: Mapping[str, Any], device: Device) -> dic
     products = 2 * logits * (shape.depth + shape.value_depth) / device.matrix
     floor = max(moved / device.bandwidth, products, logits / device.exponentials)
     inside = max(steps * max(cycles.values()) / device.clock + 4 * tiling.MEMORY_LATENCY, moved / device.bandwidth)
-    total = tiling.LAUNCH + inside + tiling.combine_seconds(shape, sizes, plan.parts, device)
+    total = tiling.LAUNCH + inside + tiling.combine_seconds(shape, sizes, plan.parts, device, tile.bulk)
     return {**cycles, "floor": floor, "seconds": total}
 
 
@@ -224,7 +243,8 @@ def _shown(case: Case, row: Mapping[str, Any], at: Mapping[str, float]) -> str:
     cells = (
         row["case"],
         row["sm"],
-        f"{row['block_m']}x{row['block_n']}, {row['warps']}, {row['stages']}, {row['parts']}",
+        f"{row['block_m']}x{row['block_n']}, {row['warps']}, {row['stages']}, {row['parts']}"
+        + ", in bulk" * row.get("bulk", False),
         f"{row['registers']}" + f", {row['spilled']} B spilled" * (row["spilled"] > 0),
         f"{row['counts'].get(products, 0)} {products}",
         f"{_slots(row):.0f}",

@@ -11,6 +11,7 @@ an index for the C++ plugin and a table of registers, spills and shared memory.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import re
 import shutil
@@ -31,6 +32,9 @@ PTX_VERSION: Final = 87
 FALLBACK_SM: Final = 80
 # Pointers are promised to be aligned to this many bytes, without which no load is wider than one element.
 ALIGNMENT: Final = 16
+# Of `finish_kernel`: few rows a block, because it waits for memory; eight parts of each in flight.
+FINISH: Final = Tile(16, 64, 0, 1024, 4, 2)
+_FINISH_PARTS: Final = 8
 
 _TRITON_TYPES: Final = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -46,6 +50,7 @@ class Artifact:
         threads: block size; the other two dimensions are 1.
         shared: dynamic shared memory, bytes.
         parameters: "u64" (pointer) or "u32" (int32), in order.
+        scratch: bytes of memory for each block, whose address is one more parameter; TensorRT passes none.
     """
 
     kernel: str
@@ -54,6 +59,7 @@ class Artifact:
     threads: int
     shared: int
     parameters: tuple[str, ...]
+    scratch: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,16 @@ def attend_constants(shape: Shape, tile: Tile, scale: float, split: bool, *, upc
     }
 
 
+def bulk_constants(
+    shape: Shape, tile: Tile, scale: float, *, upcast: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compile-time arguments of `attend_bulk_kernel` and of `finish_kernel`; `upcast` is for the interpreter alone."""
+    heads = {"HEADS": shape.heads, "KEY_HEADS": shape.key_heads, "D": shape.depth, "D_V": shape.value_depth}
+    both = {"SCALE": scale, **heads, "UPCAST": upcast}
+    block = {"BLOCK_M": FINISH.block_m, "BLOCK_N": FINISH.block_n, "BLOCK_S": _FINISH_PARTS}
+    return {**both, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}, {**both, "WHOLE": tile.block_n, **block}
+
+
 def combine_constants(value_depth: int) -> dict[str, Any]:
     """Compile-time arguments of `combine_kernel`."""
     parts, width, _ = _combine_block(value_depth)
@@ -128,6 +144,8 @@ def compile_attend(shape: Shape, tile: Tile, sm: int, scale: float, split: bool)
     Raises:
         BuildError: when Triton is missing, runs as an interpreter, or left a parameter that TensorRT would not pass.
     """
+    if tile.bulk:
+        raise BuildError("a tile that is copied in bulk needs scratch memory, which TensorRT does not bring")
     element = _TRITON_TYPES[shape.dtype]
     pointers = {"query": element, "key": element, "value": element, "out": "fp32" if split else element}
     if split:
@@ -162,6 +180,39 @@ def compile_combine(value_depth: int, dtype: str, sm: int) -> Artifact:
         warps=_combine_block(value_depth)[2],
         stages=1,
     )
+
+
+@functools.cache
+def compile_bulk(shape: Shape, tile: Tile, sm: int, scale: float) -> tuple[Artifact, Artifact]:
+    """`attend_bulk_kernel` and `finish_kernel` for one tile, to be looked at: nothing here launches them.
+
+    Raises:
+        BuildError: as for `compile_attend`.
+    """
+    element = _TRITON_TYPES[shape.dtype]
+    pointers, counts = dict.fromkeys(("query", "key", "value"), element), ("n_targets", "n_tokens", "n_requests")
+    attend_values, finish_values = bulk_constants(shape, tile, scale)
+    structure = {a.name: "i32" for a in PLAIN if a.kind == "structure"}
+    common: dict[str, Any] = {"unaligned": structure, "sm": sm, "module": "kernels_bulk"}
+    attend = _compile(
+        "attend_bulk_kernel",
+        pointers={**pointers, "out": "fp32", "stats": "fp32"},
+        scalars=counts,
+        constants=attend_values,
+        warps=tile.warps,
+        stages=tile.stages,
+        **common,
+    )
+    finish = _compile(
+        "finish_kernel",
+        pointers={**pointers, "partial_out": "fp32", "partial_stats": "fp32", "out": element},
+        scalars=(*counts, "n_parts"),
+        constants=finish_values,
+        warps=FINISH.warps,
+        stages=FINISH.stages,
+        **common,
+    )
+    return attend, finish
 
 
 def attend_grid(n_targets: Any, n_requests: Any, shape: Shape, tile: Tile, parts: int) -> tuple[Any, int, int]:
@@ -213,6 +264,7 @@ def _compile(
     sm: int,
     warps: int,
     stages: int,
+    module: str = "kernels",
 ) -> Artifact:
     try:
         import triton
@@ -220,9 +272,7 @@ def _compile(
         from triton.compiler import ASTSource
     except ImportError as error:
         raise BuildError("compiling the kernels needs Triton: pip install triton") from error
-    from stca.plugins import kernels
-
-    function = getattr(kernels, kernel)
+    function = getattr(importlib.import_module(f"stca.plugins.{module}"), kernel)
     if not isinstance(function, triton.JITFunction):
         raise BuildError("Triton runs as an interpreter: unset TRITON_INTERPRET to compile kernels")
     if sm not in ARTIFACT_SMS:
@@ -243,12 +293,14 @@ def _compile(
         compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     metadata = compiled.metadata
     parameters = tuple("u64" if types[name][0] == "*" else "u32" for name in function.arg_names if name in types)
-    if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
+    scratch = metadata.global_scratch_size
+    if (scratch and module != "kernels_bulk") or metadata.profile_scratch_size or metadata.num_ctas != 1:
         raise BuildError(f"{kernel} for SM {sm} wants scratch memory or a cluster, which TensorRT does not launch with")
+    parameters += ("u64",) * (scratch > 0)
     ptx = strip_hidden_parameters(compiled.asm["ptx"], metadata.name, parameters)
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target is not None
-    return Artifact(metadata.name, ptx, target[1], metadata.num_warps * 32, metadata.shared, parameters)
+    return Artifact(metadata.name, ptx, target[1], metadata.num_warps * 32, metadata.shared, parameters, scratch)
 
 
 def strip_hidden_parameters(ptx: str, kernel: str, parameters: tuple[str, ...]) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stca.plugins import tiling
-from stca.plugins.aot import ALIGNMENT, attend_constants, attend_grid
+from stca.plugins.aot import ALIGNMENT, FINISH, attend_constants, attend_grid, bulk_constants
 from stca.plugins.devices import Device, device_for, scaled
 from stca.plugins.interpret import KERNELS, Interpreter
 from stca.plugins.spec import QUALIFIED_NAME
@@ -22,7 +23,10 @@ from stca.plugins.tiling import Plan, Shape, Sizes
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch. `arguments` are tensor inputs, int32 scalars, tensor outputs; None where it takes none."""
+    """One kernel launch. `arguments` are tensor inputs, int32 scalars, tensor outputs; None where it takes none.
+
+    `module` has the kernel.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
@@ -30,6 +34,7 @@ class Launch:
     constants: dict[str, Any]
     warps: int
     stages: int
+    module: str = "kernels"
 
 
 def shape_of(query: Tensor, key: Tensor, value: Tensor, segments: bool = False) -> Shape:
@@ -76,13 +81,16 @@ def launches(
     tiling.check_sizes(shape, sizes)
     if sizes.targets == 0:
         return []
-    split = plan.parts > 1
+    split = plan.parts > 1 or plan.tile.bulk
     outputs: tuple[Tensor, ...] = (out,)
     if split:
         rows = (plan.parts, sizes.targets, shape.heads)
         outputs = tuple(
             torch.empty((*rows, width), dtype=torch.float32, device=out.device) for width in (shape.value_depth, 2)
         )
+    if plan.tile.bulk:
+        plain = (query, key, value, target_offsets, history_offsets, history_lengths)
+        return _bulk(plain, scale, plan, outputs, out, upcast)
     structure = (target_offsets, history_offsets, history_lengths, segment_offsets, segment_bias)
     segments = None if segment_offsets is None else len(history_lengths)
     attend = Launch(
@@ -108,20 +116,58 @@ def launches(
     return [attend, combine]
 
 
+def _bulk(
+    tensors: tuple[Tensor, ...], scale: float, plan: Plan, parts: tuple[Tensor, ...], out: Tensor, upcast: bool
+) -> list[Launch]:
+    """The two launches of `kernels_bulk.py`."""
+    query, key, value, target_offsets, *_ = tensors
+    shape, sizes, tile = shape_of(query, key, value), sizes_of(query, key, target_offsets), plan.tile
+    counts = (sizes.targets, sizes.tokens, sizes.requests)
+    attend_values, finish_values = bulk_constants(shape, tile, scale, upcast=upcast)
+    attend = Launch(
+        "attend_bulk_kernel",
+        attend_grid(sizes.targets, sizes.requests, shape, tile, plan.parts),
+        (*tensors, *counts, *parts),
+        attend_values,
+        tile.warps,
+        tile.stages,
+        "kernels_bulk",
+    )
+    finish = Launch(
+        "finish_kernel",
+        attend_grid(sizes.targets, sizes.requests, shape, FINISH, 1),
+        (*tensors, *parts, *counts, plan.parts, out),
+        finish_values,
+        FINISH.warps,
+        FINISH.stages,
+        "kernels_bulk",
+    )
+    return [attend, finish]
+
+
 def run_cuda(steps: list[Launch]) -> None:
     """Launch on the current stream of the tensors' device."""
-    from stca.plugins import kernels
+    import triton
 
     for step in steps:
-        getattr(kernels, step.kernel)[step.grid](
-            *step.arguments, **step.constants, num_warps=step.warps, num_stages=step.stages, enable_fp_fusion=True
-        )
+        options: dict[str, Any] = {"num_warps": step.warps, "num_stages": step.stages, "enable_fp_fusion": True}
+        if step.module == "kernels_bulk":
+            triton.set_allocator(_scratch)
+            options["launch_pdl"] = step.kernel == "finish_kernel"  # before the one that it waits for has ended
+        kernel = getattr(importlib.import_module(f"stca.plugins.{step.module}"), step.kernel)
+        kernel[step.grid](*step.arguments, **step.constants, **options)
 
 
-def run_interpreted(steps: list[Launch], interpreter: Interpreter, source: Path = KERNELS) -> None:
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for a launch's descriptors; torch keeps it until the current stream, which launches, is done with it."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def run_interpreted(steps: list[Launch], interpreter: Interpreter, source: Path | None = None) -> None:
     """Launch in Triton's interpreter; the tensors are CPU tensors, the launches were made with `upcast`."""
     for step in steps:
-        interpreter.launch(step.kernel, step.grid, step.arguments, step.constants, source)
+        at = source or KERNELS.with_name(f"{step.module}.py")
+        interpreter.launch(step.kernel, step.grid, step.arguments, step.constants, at)
 
 
 def device_of(tensor: Tensor) -> Device:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from stca.plugins import tiling
-from stca.plugins.tiling import Plan, Shape, Sizes
+from stca.plugins.tiling import Plan, Shape, Sizes, Tile
 
 
 def record(path: Path, sm: int, shape: Shape, sizes: Sizes, plan: Plan) -> None:
@@ -21,7 +22,7 @@ def record(path: Path, sm: int, shape: Shape, sizes: Sizes, plan: Plan) -> None:
         sizes: of the launch; rounded here.
         plan: with the seconds it took.
     """
-    plans = {**tiling.read_plans(path), (sm, shape, tiling.rounded(sizes)): plan}
+    plans = {**read_plans(path), (sm, shape, tiling.rounded(sizes)): plan}
     rows: list[dict[str, Any]] = []
     for (of_sm, of_shape, of_sizes), of in plans.items():
         key = {"sm": of_sm, "shape": asdict(of_shape), "sizes": asdict(of_sizes)}
@@ -30,3 +31,25 @@ def record(path: Path, sm: int, shape: Shape, sizes: Sizes, plan: Plan) -> None:
     new = path.with_name(f".{path.name}.new")
     new.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     new.replace(path)
+
+
+@functools.cache
+def measured_plans(path: Path) -> dict[tuple[int, Shape, Sizes], Plan]:
+    """The table written by `benchmarks/attention.py --tune`; empty where nobody has measured.
+
+    A JSON list of objects with `sm`, `shape`, `sizes`, `tile` (the fields of those classes), `parts` and `seconds`.
+    """
+    return read_plans(path)
+
+
+def read_plans(path: Path) -> dict[tuple[int, Shape, Sizes], Plan]:
+    """The table at `path` as it is now; empty where there is none."""
+    if not path.exists():
+        return {}
+    rows: list[dict[str, Any]] = json.loads(path.read_text())
+    return {
+        (row["sm"], Shape(**row["shape"]), Sizes(**row["sizes"])): Plan(
+            Tile(**row["tile"]), row["parts"], row["seconds"], measured=True
+        )
+        for row in rows
+    }

@@ -10,7 +10,8 @@ multiprocessor and what stands in the way of reaching them:
   never less than the chain through one of them, `matrix + exponential`, barriers, and the latency not hidden by stages;
 * blocks run in *rounds* of as many as fit (registers, shared memory); the last round is as long as the others, which is
   why the number of parts matters: 48 tiles on 132 multiprocessors leave 64 % idle, 5 x 48 in pairs leave 9 %;
-* nothing ends before the tensors have moved once through device memory;
+* nothing ends before the tensors have moved once through device memory, at its rate, or at that of the tokens which
+  all blocks together wait for at a time;
 * parts must be joined: another launch, and `S` partial results written and read.
 
 What it cannot know (bank conflicts, clocks, the compiler's schedule) is what `benchmarks/attention.py --tune` is for:
@@ -21,12 +22,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from stca.plugins.devices import Device
 from stca.plugins.spec import QUALIFIED_NAME
@@ -112,7 +112,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Tile:
-    """Constants of one compiled `attend_kernel`; all but `stages` are powers of two."""
+    """Constants of one compiled `attend_kernel`, or with `bulk` of `attend_bulk_kernel`; all but `stages` are powers of
+    two. In bulk, two groups of `warps` multiply and one copies."""
 
     block_m: int
     block_n: int
@@ -120,6 +121,7 @@ class Tile:
     block_dv: int
     warps: int
     stages: int
+    bulk: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,9 @@ def is_tied(shape: Shape, tile: Tile) -> bool:
 def shared_bytes(shape: Shape, tile: Tile, sm: int) -> int:
     """A block's shared memory in bytes: query, weights and tokens in the loop, or the accumulators on their way out."""
     wide = is_wide(shape, tile, sm)
+    if tile.bulk:  # query, tokens and the accumulators on their way out all at once
+        tokens = tile.block_m * tile.block_d + tile.stages * tile.block_n * (tile.block_d + tile.block_dv)
+        return shape.element * tokens + 4 * tile.block_m * tile.block_dv + 1024
     chunks = math.ceil(shape.depth / tile.block_d)
     token = chunks * tile.block_d + (0 if wide and is_tied(shape, tile) else tile.block_dv)
     query = tile.block_m * tile.block_d * chunks
@@ -207,6 +212,8 @@ def _repeats(tile: Tile, sm: int) -> int:
 
 def registers(shape: Shape, tile: Tile, sm: int) -> int:
     """About how many registers a thread needs: fitted to what ptxas reports, to tell occupancy and to avoid spills."""
+    if tile.bulk:
+        return 168  # what a third of all leaves each; the groups that multiply take from the one that copies
     threads = 32 * tile.warps
     accumulators = tile.block_m * tile.block_dv // threads
     logits = tile.block_m * tile.block_n // threads
@@ -242,6 +249,13 @@ def tiles(shape: Shape, sm: int, shared_limit: int) -> Iterator[Tile]:
                 yield tile
 
 
+def bulk_tiles(shape: Shape, sm: int) -> list[Tile]:
+    """Of `attend_bulk_kernel`, which only Triton's own launcher can launch: for SM 90 and heads it was compiled for."""
+    width = shape.depth if shape.depth == shape.value_depth else 0
+    taken = sm == 90 and shape.element == 2 and not shape.segments and width in (32, 64, 128)
+    return [Tile(128, min(128, 8192 // width), width, width, 4, 2, bulk=True)] if taken else []
+
+
 def _chunk(shape: Shape, block_m: int, warps: int, sm: int) -> int:
     """How much of a head one product takes.
 
@@ -266,7 +280,7 @@ def seconds(shape: Shape, sizes: Sizes, tile: Tile, parts: int, device: Device) 
 def _order(shape: Shape, sizes: Sizes, tile: Tile, parts: int, device: Device) -> tuple[float, float, int]:
     """The time; where the bytes are the floor of many, the time without that floor; then the more stages."""
     inside, floor = _attend_seconds(shape, sizes, tile, parts, device)
-    rest = LAUNCH + combine_seconds(shape, sizes, parts, device)
+    rest = LAUNCH + combine_seconds(shape, sizes, parts, device, tile.bulk)
     return max(inside, floor) + rest, inside + rest, -tile.stages
 
 
@@ -276,7 +290,7 @@ def _attend_seconds(shape: Shape, sizes: Sizes, tile: Tile, parts: int, device: 
     length = max(1, sizes.tokens // max(1, sizes.requests))
     columns = shape.key_heads * -(-shape.value_depth // tile.block_dv)
     count = sizes.requests * -(-rows // tile.block_m) * columns * parts
-    steps = -(-length // (tile.block_n * parts))
+    steps = length / (tile.block_n * parts) if tile.bulk else -(-length // (tile.block_n * parts))
     chunked_depth = -(-shape.depth // tile.block_d) * tile.block_d
     token = chunked_depth + (0 if is_tied(shape, tile) else tile.block_dv)
 
@@ -287,7 +301,7 @@ def _attend_seconds(shape: Shape, sizes: Sizes, tile: Tile, parts: int, device: 
     shared = shared_traffic(shape, tile, device.sm) * processors / device.shared_bandwidth
     cache = tile.block_n * token * shape.element * processors / device.cache_bandwidth
 
-    threads = 32 * tile.warps
+    threads = 32 * tile.warps * (1 + 2 * tile.bulk)
     resident = min(
         65536 // (threads * registers(shape, tile, device.sm)),
         device.shared // (shared_bytes(shape, tile, device.sm) + 1024),
@@ -295,13 +309,17 @@ def _attend_seconds(shape: Shape, sizes: Sizes, tile: Tile, parts: int, device: 
     )
     together = max(1, min(resident, -(-count // processors)))
     rounds = -(-count // (processors * together))
-    chain = matrix + exponential + STEP + MEMORY_LATENCY / tile.stages
+    # In bulk two groups take turns, and a third copies.
+    alone = matrix + exponential + STEP
+    chain = alone / 2 if tile.bulk else alone + MEMORY_LATENCY / tile.stages
     step = max(together * max(matrix, exponential, cache, shared), chain)
     moved = shape.element * (
         sizes.targets * shape.heads * (shape.depth + shape.value_depth)
         + sizes.tokens * shape.key_heads * (shape.depth + (0 if shape.tied else shape.value_depth))
     )
-    return rounds * (4 * MEMORY_LATENCY + steps * step), moved / device.bandwidth
+    waiting = shape.element * tile.block_n * token * (tile.stages if tile.bulk else max(1, tile.stages - 1))
+    bandwidth = min(device.bandwidth, min(count, processors * together) * waiting / MEMORY_LATENCY)
+    return rounds * (4 * MEMORY_LATENCY + steps * step), moved / bandwidth
 
 
 def combine_block(shape: Shape) -> tuple[int, int, int]:
@@ -311,12 +329,12 @@ def combine_block(shape: Shape) -> tuple[int, int, int]:
     return parts, width, max(1, min(4, parts * width // 1024))
 
 
-def combine_seconds(shape: Shape, sizes: Sizes, parts: int, device: Device) -> float:
-    """Writing the parts, and `combine_kernel`, which reads them back from the cache."""
-    if parts == 1:
+def combine_seconds(shape: Shape, sizes: Sizes, parts: int, device: Device, bulk: bool = False) -> float:
+    """Writing the parts, and the kernel that reads them back; `finish_kernel` starts while the first still runs."""
+    if parts == 1 and not bulk:
         return 0.0
     partial = 4 * parts * sizes.targets * shape.heads * (shape.value_depth + 2)
-    return LAUNCH + 2 * MEMORY_LATENCY + 2 * partial / device.cache_bandwidth
+    return (0.0 if bulk else LAUNCH) + 2 * MEMORY_LATENCY + 2 * partial / device.cache_bandwidth
 
 
 def _matrix_efficiency(shape: Shape, tile: Tile, device: Device) -> float:
@@ -333,32 +351,36 @@ def _matrix_efficiency(shape: Shape, tile: Tile, device: Device) -> float:
 def choose(shape: Shape, sizes: Sizes, device: Device, shared_limit: int | None = None) -> Plan:
     """The plan for a launch: the measured one where `tiles.json` has this shape and size, else the model's best.
 
+    A `shared_limit` is an engine's, whose launcher brings no scratch memory: then nothing is copied in bulk.
+
     Sizes are rounded up to three significant bits first, so that a server with ever-changing histories meets few
     distinct plans.
 
     Raises:
         ValueError: when no tile fits.
     """
-    return _choose(shape, rounded(sizes), device, device.shared_limit if shared_limit is None else shared_limit)
+    return _choose(shape, rounded(sizes), device, shared_limit or device.shared_limit, shared_limit is None)
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(shape: Shape, sizes: Sizes, device: Device, shared_limit: int) -> Plan:
-    measured = measured_plans(MEASURED_TABLE).get((device.sm, shape, sizes))
-    if measured is not None and shared_bytes(shape, measured.tile, device.sm) <= shared_limit:
+def _choose(shape: Shape, sizes: Sizes, device: Device, shared_limit: int, bulk: bool) -> Plan:
+    from stca.plugins import tile_table  # which knows plans
+
+    measured = tile_table.measured_plans(MEASURED_TABLE).get((device.sm, shape, sizes))
+    if measured and (bulk or not measured.tile.bulk) and shared_bytes(shape, measured.tile, device.sm) <= shared_limit:
         return measured
-    return rank(shape, sizes, device, shared_limit)[0]
+    return rank(shape, sizes, device, shared_limit, bulk)[0]
 
 
-def rank(shape: Shape, sizes: Sizes, device: Device, shared_limit: int) -> list[Plan]:
-    """The best number of parts for every candidate tile, fastest first by the model.
+def rank(shape: Shape, sizes: Sizes, device: Device, shared_limit: int, bulk: bool = False) -> list[Plan]:
+    """The best number of parts for every candidate tile, with `bulk` those of `bulk_tiles` too, fastest first.
 
     Raises:
         ValueError: when no tile fits `shared_limit`.
     """
     length = max(1, sizes.tokens // max(1, sizes.requests))
     plans = []
-    for tile in tiles(shape, device.sm, shared_limit):
+    for tile in (*tiles(shape, device.sm, shared_limit), *(bulk_tiles(shape, device.sm) if bulk else ())):
         timed = ((_order(shape, sizes, tile, s, device), s) for s in _PARTS if s == 1 or s * tile.block_n <= length)
         plans.append((*min(timed), tile))
     if not plans:
@@ -376,25 +398,3 @@ def rounded(sizes: Sizes) -> Sizes:
         return -(-n // step) * step
 
     return Sizes(up(sizes.targets), up(sizes.tokens), up(sizes.requests))
-
-
-@functools.cache
-def measured_plans(path: Path) -> dict[tuple[int, Shape, Sizes], Plan]:
-    """The table written by `benchmarks/attention.py --tune`; empty where nobody has measured.
-
-    A JSON list of objects with `sm`, `shape`, `sizes`, `tile` (the fields of those classes), `parts` and `seconds`.
-    """
-    return read_plans(path)
-
-
-def read_plans(path: Path) -> dict[tuple[int, Shape, Sizes], Plan]:
-    """The table at `path` as it is now; empty where there is none."""
-    if not path.exists():
-        return {}
-    rows: list[dict[str, Any]] = json.loads(path.read_text())
-    return {
-        (row["sm"], Shape(**row["shape"]), Sizes(**row["sizes"])): Plan(
-            Tile(**row["tile"]), row["parts"], row["seconds"], measured=True
-        )
-        for row in rows
-    }

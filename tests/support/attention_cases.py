@@ -223,7 +223,7 @@ def inputs(case: Case) -> Inputs:
 
 def poison_parts(steps: Sequence[Launch]) -> None:
     """Fill the partial results that a split launch leaves for the join with NaN: what it does not write then shows."""
-    for part in steps[1].arguments[:2] if len(steps) == 2 else ():
+    for part in steps[0].arguments[-2:] if len(steps) == 2 else ():
         assert isinstance(part, Tensor)
         part.fill_(float("nan"))
 

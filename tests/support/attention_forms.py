@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from stca.export.analysis.onnx_reference import reference_of
 from stca.plugins import launch, onnx_function, torch_op  # noqa: F401  (torch_op registers the op)
-from stca.plugins.interpret import KERNELS, Interpreter
+from stca.plugins.interpret import Interpreter
 from stca.plugins.spec import ARGUMENTS, DOMAIN, OP_NAME, PLAIN
 from stca.plugins.tiling import Plan, Tile, power_of_two
 
@@ -119,11 +120,19 @@ def small_plan(case: Case) -> Plan:
     return Plan(tile, parts=1 if many_requests else (1, 2, 3)[pick // 6 % 3], seconds=0.0)
 
 
-def interpreted(case: Case, interpreter: Interpreter, source: Path = KERNELS) -> Tensor:
+def bulk_plan(case: Case) -> Plan:
+    """The same parts and tokens a block, in bulk."""
+    plan = small_plan(case)
+    tile = replace(plan.tile, block_d=case.depth, block_dv=case.value_depth, bulk=True)
+    return replace(plan, tile=tile)
+
+
+def interpreted(case: Case, interpreter: Interpreter, source: Path | None = None, plan: Plan | None = None) -> Tensor:
     """The Triton kernels in Triton's interpreter, on outputs full of NaN."""
     x = inputs(case)
     out = torch.full((len(x.query), case.heads, case.value_depth), float("nan"), dtype=x.query.dtype)
-    steps = launch.launches(*x.tensors(), signed_scale(case), small_plan(case), out, *x.segments(), upcast=True)
+    plan = plan or small_plan(case)
+    steps = launch.launches(*x.tensors(), signed_scale(case), plan, out, *x.segments(), upcast=True)
     poison_parts(steps)
     launch.run_interpreted(steps, interpreter, source)
     return out

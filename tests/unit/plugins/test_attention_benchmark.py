@@ -92,4 +92,4 @@ def test_a_lost_gpu_loses_no_tuned_row_and_the_next_run_goes_on(
     assert measured == [1, 8, 32, 128, 1, 8]
     rows = json.loads(table.read_text())
     assert [(row["sm"], row["sizes"]["targets"]) for row in rows] == [(80, 8), (90, 1), (90, 8), (90, 32), (90, 128)]
-    assert tiling.read_plans(table)[80, tiling.Shape(8, 8, 64, 64, "float16"), Sizes(8, 512, 1)].parts == 2
+    assert tile_table.read_plans(table)[80, tiling.Shape(8, 8, 64, 64, "float16"), Sizes(8, 512, 1)].parts == 2

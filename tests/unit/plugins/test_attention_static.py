@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stca.plugins import tiling
+from stca.plugins import aot, tiling
 from stca.plugins.devices import device_for
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -40,7 +40,7 @@ def static(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_loop_with_most_products_is_the_one_that_counts(static: ModuleType) -> None:
-    loop = static.main_loop(SASS)
+    _, loop = static.loops(SASS)
     assert loop[0].startswith("LDSM.16.M88.4")
     assert len(loop) == 7
     assert static.counts(loop) == {"HGMMA.64x64x16": 2, "LDGSTS": 1, "LDSM": 2, "MUFU": 1}
@@ -50,7 +50,7 @@ def test_the_loop_with_most_products_is_the_one_that_counts(static: ModuleType) 
 
 def test_a_loop_around_another_is_not_the_main_loop(static: ModuleType) -> None:
     outer = SASS.replace("        /*0000*/", ".L_x_2:\n        /*0000*/").replace("EXIT ;", "@P3 BRA `(.L_x_2) ;")
-    assert static.main_loop(outer) == static.main_loop(SASS)
+    assert static.loops(outer) == static.loops(SASS)
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -99,3 +99,16 @@ def test_the_headline_kernel_is_what_the_table_says(static: ModuleType, sm: int,
     at = static.bound(case, plan, found, device_for(sm))
     assert 0.1 < at["floor"] / at["seconds"] < 1
     assert max(at[unit] for unit in static._UNITS) < 10_000
+
+
+def test_the_kernel_that_joins_waits_for_the_parts_before_it_reads_them(static: ModuleType) -> None:
+    """It is launched while they are written, which no interpreter shows."""
+    case = static.CASES[0]
+    tile = tiling.choose(case.shape, case.sizes, device_for(90)).tile
+    attend, finish = aot.compile_bulk(case.shape, tile, 90, 0.125)
+    assert (attend.threads, attend.parameters[-1], attend.scratch > 0) == (384, "u64", True)
+    before, waits, after = finish.ptx.partition("griddepcontrol.wait")
+    assert waits
+    for part in ("[finish_kernel_param_6]", "[finish_kernel_param_7]"):  # the addresses of the parts
+        assert part not in before
+        assert part in after

@@ -232,6 +232,24 @@ def test_the_kernel_touches_only_the_tensors_whatever_a_list_says(
     assert stays_inside(attend(rows(), int32([0, 2, 5], *lists), parts, interpreter))
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_kernels_in_bulk_touch_only_the_tensors(wrong: str, parts: int, interpreter: Interpreter) -> None:
+    *structure, _ = WRONG[wrong]
+    inputs = [guarded(x.half(), float("nan")) for x in rows()] + [guarded(x, 3) for x in int32(*structure)]
+    plan = Plan(Tile(16, 16, 16, 16, 4, 2, bulk=True), parts, 0.0)
+    out = guarded(torch.zeros(TARGETS, HEADS, DEPTH, dtype=torch.float16), 7.0)
+    attend, finish = launch.launches(*inputs, 0.25, plan, out, upcast=True)
+    partial = [guarded(torch.zeros_like(x), 7.0) for x in attend.arguments[-2:] if isinstance(x, Tensor)]
+    for step, arguments in (
+        (attend, [*attend.arguments[:-2], *partial]),
+        (finish, [*finish.arguments[:6], *partial, *finish.arguments[8:]]),
+    ):
+        source = KERNELS.with_name("kernels_bulk.py")
+        interpreter.launch(step.kernel, step.grid, arguments, step.constants, source)
+    assert stays_inside([*partial, out])
+
+
 NO_REQUEST = "    if n_requests == 0:  # then there are no offsets to read\n        return\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -15,23 +16,21 @@ pytest.importorskip("triton")
 TILE = Tile(16, 16, 64, 64, 4, 2)
 
 
-def asked(targets: int, tokens: int, requests: int, parts: int, *, offset: int = 0) -> list[Any]:
+def asked(targets: int, tokens: int, requests: int, parts: int, *, offset: int = 0, tile: Tile = TILE) -> list[Any]:
     """What Triton's cache of compiled kernels is asked for by each launch of these sizes."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
-
-    from stca.plugins import kernels
 
     def tensor(rows: int, heads: int) -> torch.Tensor:
         return torch.zeros(rows * heads * 64 + offset, dtype=torch.bfloat16)[offset:].view(rows, heads, 64)
 
     ends = [torch.zeros(n, dtype=torch.int32) for n in (requests + 1, requests + 1, requests)]
     query, key, value = (launch._aligned(tensor(*of)) for of in ((targets, 2), (tokens, 2), (tokens, 2)))
-    steps = launch.launches(query, key, value, *ends, 0.125, Plan(TILE, parts, 0.0), torch.empty_like(query))
+    steps = launch.launches(query, key, value, *ends, 0.125, Plan(tile, parts, 0.0), torch.empty_like(query))
     backend, keys = make_backend(GPUTarget("cuda", 90, 32)), []
     for step in steps:
-        function = getattr(kernels, step.kernel)
+        function = getattr(importlib.import_module(f"stca.plugins.{step.module}"), step.kernel)
         bind = create_function_from_signature(function.signature, function.params, backend)
         _, specialization, _ = bind(*step.arguments, **step.constants)
         keys.append((step.kernel, specialization))
@@ -74,3 +73,12 @@ def test_key_and_value_are_one_tensor_by_their_memory() -> None:
     key = torch.zeros(4, 1, 64)
     assert launch.shape_of(key, key, key.view(4, 1, 64)) == Shape(1, 1, 64, 64, "float32", tied=True)
     assert not launch.shape_of(key, key, key.clone()).tied
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_no_size_asks_for_another_compilation_in_bulk(parts: int) -> None:
+    bulk = Tile(128, 128, 64, 64, 4, 2, bulk=True)
+    first = asked(17, 33, 3, parts, tile=bulk)
+    assert [kernel for kernel, _ in first] == ["attend_bulk_kernel", "finish_kernel"]
+    for sizes in ((1, 1, 1), (16, 16, 16), (300, 160, 1)):
+        assert asked(*sizes, parts, tile=bulk) == first

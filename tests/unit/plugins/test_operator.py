@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from support import attention_forms
-from support.attention_cases import TABLE, Case, check, inputs, signed_scale
+from support.attention_cases import TABLE, Case, Layout, check, inputs, signed_scale
 from torch import Tensor
 
 from stca.plugins import launch, tiling, torch_op
@@ -22,6 +23,15 @@ _LONG = [case for case in TABLE if case.products > 10_000]
 INTERPRETED = [
     case for i, case in enumerate(TABLE) if _FULL or case is _LONG[2] or (case not in _LONG and (i + i // 3) % 3 == 0)
 ]
+# In bulk: 16 bits and head sizes that are powers of two, to 128. Of those every sixth, so all layouts and scores.
+BULK = [
+    case
+    for case in TABLE
+    if case.dtype != "float32"
+    and not case.shape.segments
+    and case.products <= 10_000
+    and {case.depth, case.value_depth} <= {16, 32, 64, 128}
+][:: 1 if _FULL else 7]
 FORMS = (attention_forms.torch_cpu, attention_forms.onnx_runtime, attention_forms.onnx_reference)
 MUTANTS = {
     "a wrong mask": (
@@ -44,6 +54,14 @@ LIST_MUTANTS = {
     "a bias that the maximum forgets": ("(new_max - bias)[:, None]", "new_max[:, None]"),
     "a part that begins a block late": ("_within(begin - before, 0, blocks)", "_within(begin - before + 1, 0, blocks)"),
     "a list that ends early": ("while (segment < last) &", "while (segment < last - 1) &"),
+}
+BULK_MUTANTS = {
+    "a wrong mask": ("[None, :] < tokens_left", "[None, :] <= tokens_left"),
+    "a missing rescale of the parts": ("tl.sum(part_out * part_rescale[:, :, None], 0)", "tl.sum(part_out, 0)"),
+    "a missing rescale of the sum": ("row_sum * rescale + tl.sum(weights, 1)", "row_sum + tl.sum(weights, 1)"),
+    "a block that no part takes": ("tl.minimum(part, more)", "part"),
+    "a tail that is left out": ("length // WHOLE * WHOLE", "length"),
+    "a sum that is never written": ("tl.store(places + 1, row_sum, mask=rows < rows_left)", "pass"),
 }
 
 
@@ -127,3 +145,24 @@ def test_the_table_catches(mutation: str, interpreter: Interpreter, tmp_path: Pa
         except AssertionError:
             return
     pytest.fail(f"no case fails with {mutation}")
+
+
+@pytest.mark.parametrize("case", BULK, ids=lambda case: case.name)
+def test_kernels_in_bulk_in_the_interpreter(case: Case, interpreter: Interpreter) -> None:
+    check(case, attention_forms.interpreted(case, interpreter, plan=attention_forms.bulk_plan(case)))
+
+
+@pytest.mark.parametrize("mutation", BULK_MUTANTS)
+def test_the_table_catches_in_bulk(mutation: str, interpreter: Interpreter, tmp_path: Path) -> None:
+    right, wrong = BULK_MUTANTS[mutation]
+    source = KERNELS.with_name("kernels_bulk.py").read_text()
+    assert source.count(right) == 1
+    mutant = tmp_path / "mutant.py"
+    mutant.write_text(source.replace(right, wrong))
+    # Whole blocks in more parts than one that do not come out even, and a tail.
+    case = Case(Layout("tailed", (3, 2), (95, 21), (87, 17)), 2, 2, 16, 16, "bfloat16", scale=0.05)
+    plan = attention_forms.bulk_plan(case)
+    plan = replace(plan, tile=replace(plan.tile, block_n=16), parts=4)
+    check(case, attention_forms.interpreted(case, interpreter, plan=plan))
+    with pytest.raises(AssertionError):
+        check(case, attention_forms.interpreted(case, interpreter, mutant, plan))

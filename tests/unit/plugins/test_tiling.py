@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
+from stca.errors import BuildError
 from stca.plugins import aot, tile_table, tiling
 from stca.plugins.devices import ARTIFACT_SMS, device_for
 from stca.plugins.tiling import PORTABLE_SHARED_LIMIT, Plan, Shape, Sizes, Tile
@@ -61,8 +62,9 @@ def test_few_tiles_are_split_and_many_are_not() -> None:
 
 def test_rows_of_a_tile_follow_the_number_of_targets() -> None:
     device = device_for(90)
-    assert tiling.choose(PROJECTED, Sizes(8, 10_000, 1), device).tile.block_m == 16
-    assert tiling.choose(PROJECTED, Sizes(1024, 10_000, 1), device).tile.block_m >= 64
+    limit = device.shared_limit
+    assert tiling.choose(PROJECTED, Sizes(8, 10_000, 1), device, limit).tile.block_m == 16
+    assert tiling.choose(PROJECTED, Sizes(1024, 10_000, 1), device, limit).tile.block_m >= 64
     assert tiling.choose(ABSORBED, Sizes(1, 10_000, 1), device).tile.block_m == 16
     assert tiling.choose(ABSORBED, Sizes(300, 10_000, 1), device).tile.block_m >= 64
 
@@ -102,9 +104,9 @@ def test_a_recorded_plan_joins_the_table_and_replaces_only_its_own_row(tmp_path:
     tile_table.record(table, 90, PROJECTED, sizes, first)
     tile_table.record(table, 80, PROJECTED, sizes, first)
     tile_table.record(table, 90, ABSORBED, Sizes(8, 10_000, 1), first)
-    before = tiling.read_plans(table)
+    before = tile_table.read_plans(table)
     tile_table.record(table, 90, PROJECTED, sizes, second)
-    after = tiling.read_plans(table)
+    after = tile_table.read_plans(table)
     key = (90, PROJECTED, tiling.rounded(sizes))
     assert after == {**before, key: dataclasses.replace(second, measured=True)} != before
     assert list(tmp_path.iterdir()) == [table]
@@ -115,8 +117,11 @@ def test_the_chosen_tile_compiles_within_the_shared_memory_the_model_counted(sha
     pytest.importorskip("triton", reason="Triton is not installed")
     device = device_for(sm)
     tile = tiling.choose(shape, Sizes(300, 10_000, 1), device).tile
-    artifact = aot.compile_attend(shape, tile, sm, 0.125, True)
-    assert artifact.threads == 32 * tile.warps
+    if tile.bulk:
+        artifact, _ = aot.compile_bulk(shape, tile, sm, 0.125)
+    else:
+        artifact = aot.compile_attend(shape, tile, sm, 0.125, True)
+    assert artifact.threads == 32 * tile.warps * (3 if tile.bulk else 1)
     assert artifact.shared <= 1.05 * tiling.shared_bytes(shape, tile, sm)
 
 
@@ -164,3 +169,42 @@ def test_two_warp_groups_over_64_rows_do_their_products_twice() -> None:
     sizes, device = Sizes(64 * 16, 100_000, 1), device_for(90)
     four, eight = (tiling.seconds(PROJECTED, sizes, Tile(64, 64, 64, 64, w, 2), 1, device) for w in (4, 8))
     assert eight > 1.2 * four
+
+
+def test_copies_in_bulk_are_for_sm_90_and_never_for_an_engine() -> None:
+    many = Sizes(300, 10_000, 1)
+    assert tiling.choose(PROJECTED, many, device_for(90)).tile.bulk
+    assert not tiling.choose(PROJECTED, many, device_for(90), device_for(90).shared_limit).tile.bulk
+    assert not any(tiling.bulk_tiles(PROJECTED, sm) for sm in (80, 86, 89, 100, 120))
+    assert not tiling.bulk_tiles(Shape(16, 16, 64, 64, "float32"), 90)
+    assert not tiling.bulk_tiles(Shape(16, 16, 64, 128, "bfloat16"), 90)
+    assert not tiling.bulk_tiles(dataclasses.replace(PROJECTED, segments=True), 90)
+    (tile,) = tiling.bulk_tiles(PROJECTED, 90)
+    with pytest.raises(BuildError, match="needs scratch memory, which TensorRT does not bring"):
+        aot.compile_attend(PROJECTED, tile, 90, 0.125, True)
+
+
+def test_a_measured_plan_in_bulk_is_for_launches_that_bring_scratch_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, device = Sizes(300, 10_000, 1), device_for(90)
+    (tile,) = tiling.bulk_tiles(PROJECTED, 90)
+    tile_table.record(table := tmp_path / "tiles.json", 90, PROJECTED, sizes, Plan(tile, 3, 1e-5))
+    monkeypatch.setattr(tiling, "MEASURED_TABLE", table)
+    tiling._choose.cache_clear()
+    try:
+        assert tiling.choose(PROJECTED, sizes, device) == Plan(tile, 3, 1e-5, measured=True)
+        assert not tiling.choose(PROJECTED, sizes, device, device.shared_limit).measured
+    finally:
+        tiling._choose.cache_clear()
+
+
+def test_memory_is_no_faster_than_what_the_blocks_wait_for_at_a_time() -> None:
+    """One block that holds 2 KiB on its way gets 2 KiB in the time of one access, whatever the memory could give."""
+    sizes, device = Sizes(8, 10_000, 1), device_for(90)
+    floors = [
+        tiling._attend_seconds(PROJECTED, sizes, Tile(16, 16, 64, 64, 4, stages), 1, device)[1] for stages in (2, 3, 4)
+    ]
+    moved = 2 * (8 * 16 * 128 + 10_000 * 16 * 128)
+    assert floors[0] == pytest.approx(moved / (16 * 16 * 128 * 2 / tiling.MEMORY_LATENCY))
+    assert floors[0] > floors[1] > floors[2] > moved / device.bandwidth
