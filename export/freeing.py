@@ -19,6 +19,7 @@ from stca.export.passes.channels import ConvAsLayer, TurnedOnce
 from stca.export.passes.flat import FlatApart
 from stca.export.passes.flat_rows import RowsKept
 from stca.export.passes.fuse import FuseAttention
+from stca.export.passes.layer_norm import LayerBeforeNorm
 from stca.export.passes.rules import Rule, Verdict, View, apply
 from stca.export.passes.slopes import SlopeApart
 from stca.export.passes.spectra import SpectrumAsProduct
@@ -34,6 +35,7 @@ RULES: Final[tuple[Rule, ...]] = (
     ConvAsLayer(),
     NormInLayer(),
     NormOfLayer(),
+    LayerBeforeNorm(),
     TurnedOnce(),
     RowsKept(),
     SumOfProducts(),
@@ -177,7 +179,7 @@ def _without_events(inputs: Sequence[TensorSpec], request: Mapping[str, Array]) 
     """A request in which all of a user's ids and flags are the least there is, as of a history that is masked whole."""
     made = dict(request)
     for spec in inputs:
-        if spec.scope == "user" and made[spec.name].dtype.kind in "biu":
+        if spec.scope == "user" and spec.name in made and made[spec.name].dtype.kind in "biu":
             made[spec.name] = np.full_like(made[spec.name], max(spec.low or 0, 0))
     return made
 

@@ -77,8 +77,10 @@ class SumOfProducts:
     def pattern(self, view: View, node: onnx.NodeProto) -> Match | None:
         """A linear layer of a target's input that is made from values with fewer rows than it has."""
         linear = linear_at(view, node)
-        if linear is None or view.scopes[linear.x] < Scope.TARGET:
-            return None
+        return self.of(view, linear) if linear is not None and view.scopes[linear.x] == Scope.TARGET else None
+
+    def of(self, view: View, linear: Linear) -> Match | None:
+        """The parts of a layer's input; None where it has none that are lighter than the whole."""
         sizes = view.sizes.shape(linear.weight)
         assert sizes is not None
         outputs = sizes[0 if linear.turned else 1]

@@ -51,6 +51,26 @@ def test_convolutions_become_layers_whose_input_is_parted(between: str) -> None:
     same(before.model, after.model, SHAPES)
 
 
+@pytest.mark.parametrize("axis", [2, 3])
+@pytest.mark.parametrize("turned", [True, False], ids=["turned whole", "turned in parts"])
+def test_convolutions_over_two_axes_too(axis: int, turned: bool) -> None:
+    """`Conv2d` with a kernel of 1 over events with an axis more, of the whole or of parts that are turned first."""
+    unit = "u = Unsqueeze (first, axis) h = Conv (u, W, b) a = Sigmoid (h) c = Conv (a, V) y = Squeeze (c, axis)"
+    body = UNIT.format(unit=unit).replace("scores = ReduceMean", "all = ReduceMean")
+    if not turned:
+        parts = " ".join(f"{n}t = Transpose <perm: ints = [0, 2, 1]> ({n})" for n in ("k", "q", "like"))
+        whole = "x = Concat <axis: int = -1> (k, q, like) first = Transpose <perm: ints = [0, 2, 1]> (x)"
+        assert whole in body
+        body = body.replace(whole, f"{parts} first = Concat <axis: int = 1> (kt, qt, liket)")
+    end = "end = Constant <value_ints: ints = [1]> () scores = Unsqueeze (all, end)"
+    weights = {**WEIGHTS, "W": (12, 24, 1, 1), "V": (5, 12, 1, 1), "axis": [axis]}
+    before = view_of(f"{body} {end}", INPUTS, weights)
+    after = freed_and_proven(before, INPUTS, lambda _: None)
+    assert "sum of products" in {v.rule for v in after.verdicts if v.why is None}, after.verdicts
+    assert "Conv" not in [n.op_type for n in after.model.graph.node]
+    same(before.model, after.model, SHAPES)
+
+
 @pytest.mark.parametrize(
     ("conv", "weight"),
     [
@@ -75,8 +95,8 @@ def test_what_is_read_between_the_turns_stays() -> None:
         "a = Relu (first) back = Transpose <perm: ints = [0, 2, 1]> (a) both = Constant <value_ints: ints = [1, 2]> () "
         "most = ReduceMax (back, both) y = Mul (a, most)"
     )
-    (verdict,) = freed(before, INPUTS, TurnedOnce()).verdicts
-    assert verdict.why == "'y' reads what is between"
+    verdicts = {v.node: v.why for v in freed(before, INPUTS, TurnedOnce()).verdicts}
+    assert verdicts["back"] == "'y' reads what is between"
 
 
 def test_a_size_of_what_is_between_stays_too() -> None:
@@ -84,8 +104,8 @@ def test_a_size_of_what_is_between_stays_too() -> None:
         "a = Relu (first) back = Transpose <perm: ints = [0, 2, 1]> (a) size = Shape (a) "
         "real = Cast <to: int = 1> (size) most = ReduceMax (real) y = Mul (back, most)"
     )
-    (verdict,) = freed(before, INPUTS, TurnedOnce()).verdicts
-    assert verdict.why == "'size' reads what is between"
+    verdicts = {v.node: v.why for v in freed(before, INPUTS, TurnedOnce()).verdicts}
+    assert verdicts["back"] == "'size' reads what is between"
 
 
 def test_many_gates_in_a_row_are_walked_once() -> None:

@@ -86,6 +86,57 @@ def test_a_wide_second_layer_stays() -> None:
     assert (verdict.why or "").startswith("apart it takes as much as")
 
 
+GATE = """scaled = Mul (hidden, f) moved = Add (scaled, t) p = Sigmoid (moved)
+    whole = Constant <value_float: float = 1.0> ()"""
+DICE = {  # as libraries write it
+    "two products": "off = Sub (whole, p) l = Mul (s, off) l2 = Mul (l, hidden) r = Mul (p, hidden) bent = Add (l2, r)",
+    "the slope last": "o = Sub (whole, p) l = Mul (o, hidden) l2 = Mul (l, s) r = Mul (p, hidden) bent = Add (r, l2)",
+    "one factor": "off = Sub (whole, s) g = Mul (off, p) m = Add (g, s) bent = Mul (hidden, m)",
+}
+GATED = {**WEIGHTS, "f": (48,), "t": (48,)}
+
+
+def gated(spelled: str) -> View:
+    return view_of(BODY.replace("bent = PRelu (hidden, s)", f"{GATE} {spelled}"), INPUTS, GATED)
+
+
+@pytest.mark.parametrize("spelled", DICE)
+def test_of_a_gate_one_product_with_what_it_gates_is_left(spelled: str) -> None:
+    view = gated(DICE[spelled])
+    after = freed(view, INPUTS, SlopeApart())
+    assert [(v.node, v.why) for v in after.verdicts] == [("y", None)]
+    rewritten = View(after.model, view.inputs, view.workload)
+    assert [n.op_type for n in rewritten.readers("p")] == ["Mul"]
+    for targets, events in ((1, 1), (5, 9)):
+        same(view.model, after.model, {"history": (1, events, 64), "item": (targets, 64)})
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "bent = Mul (hidden, p)",  # SiLU and kin: nothing in it is linear
+        "off = Sub (whole, p) l = Mul (off, hidden) r = Mul (p, moved) bent = Add (l, r)",
+        "r = Mul (p, hidden) bent = Add (r, whole)",
+        f"x0 = Mul (p, hidden) {' '.join(f'x{i + 1} = Add (x{i}, hidden)' for i in range(1500))} bent = Neg (x1500)",
+    ],
+    ids=["no linear part", "two that are gated", "a constant", "a sum of many"],
+)
+def test_what_is_no_gate_of_one_value_is_no_match(spelled: str) -> None:
+    assert not freed(gated(spelled), INPUTS, SlopeApart()).verdicts
+
+
+@pytest.mark.parametrize("spelled", ["the slope last", "two products"])
+def test_a_gate_with_a_wrong_sign_does_not_pass_the_proof(spelled: str) -> None:
+    class Mutant(SlopeApart):
+        def rewrite(self, view: View, match: Match) -> Rewrite:
+            made = super().rewrite(view, match)
+            nodes = [helper.make_node("Add", n.input, n.output) if n.op_type == "Sub" else n for n in made.nodes]
+            return Rewrite(nodes, made.weights)
+
+    view = gated(DICE[spelled])
+    assert freed(view, INPUTS, Mutant()).model is view.model
+
+
 @pytest.mark.parametrize("wrong", ["Sub", "Relu", "Mul"])
 def test_a_wrong_rewrite_does_not_pass_the_proof(wrong: str) -> None:
     other = {"Sub": "Add", "Relu": "Abs", "Mul": "Add"}[wrong]

@@ -13,7 +13,6 @@ from onnx import TensorProto, helper, numpy_helper
 from stca.export.analysis.rows import Rows
 from stca.export.freeing import RULES, freed_and_proven
 from stca.export.passes.rules import Rule, View
-from stca.export.passes.sums import Match, SumOfProducts
 from stca.export.split import split
 from stca.manifest import TensorSpec
 
@@ -25,14 +24,18 @@ INPUTS = (
     TensorSpec("item", "float32", ("N_t", 1, WIDTH), "target"),
     TensorSpec("price", "float32", ("N_t", 1, WIDTH), "target"),
 )
-SIZES = {"L": 11, "N_t": 7}
+SIZES = {"L": 2000, "N_t": 300}  # nominal: what is run is small
 
 
-class AtAnyPrice(SumOfProducts):
-    """Parts whatever can be parted."""
+class AtAnyPrice:
+    """A rule that does not count operations."""
 
-    def check(self, view: View, match: Match) -> str | None:
-        return match.why
+    def __init__(self, rule: Rule) -> None:
+        self.name, self.pattern, self.rewrite, self._check = rule.name, rule.pattern, rule.rewrite, rule.check
+
+    def check(self, view: View, match: Any) -> str | None:
+        why = self._check(view, match)
+        return None if why and "takes as much as" in why else why
 
 
 class _Grower:
@@ -116,6 +119,8 @@ class _Grower:
         if self.rng.random() < 0.3:
             x = self.node("Unsqueeze", [x, self.ints(0)])
         width, out = sum(self.full[p] for p in pieces), int(self.rng.integers(1, 6))
+        if self.rng.random() < 0.4:
+            x = self.node("LayerNormalization", [x, self.weight(width), self.weight(width)])
         if self.rng.random() < 0.3:
             made = self.node("Einsum", [x, self.weight(out, width)], equation="...c,nc->...n")
         else:
@@ -125,8 +130,20 @@ class _Grower:
         events = self.node("Shape", ["history"], start=1, end=2)
         rows = self.node("Concat", [self.ints(-1), events, self.ints(out)], axis=0)
         made = self.node("Reshape", [made, rows])
-        made = self.node(self.any(["Tanh", "Relu"]), [made])
+        gated = self.rng.random() < 0.4
+        made = self.gated(made, out) if gated else self.node(self.any(["Tanh", "Relu"]), [made])
         self.full[made] = out
+
+    def gated(self, h: str, width: int) -> str:
+        """Dice of a value in one of its spellings."""
+        moved = self.node("Add", [self.node("Mul", [h, self.weight(width)]), self.weight(width)])
+        gate, slope = self.node("Sigmoid", [moved]), self.weight(width)
+        one = self.node("Constant", [], value_float=1.0)
+        off = self.node("Sub", [one, gate])
+        if self.rng.random() < 0.5:
+            left = self.node("Mul", [self.node("Mul", [slope, off]), h])
+            return self.node("Add", [left, self.node("Mul", [gate, h])])
+        return self.node("Mul", [h, self.node("Add", [gate, self.node("Mul", [off, slope])])])
 
 
 def least_cost(model: onnx.ModelProto) -> float:
@@ -136,13 +153,13 @@ def least_cost(model: onnx.ModelProto) -> float:
     return report.state_bytes * report.flops_per_byte + report.recomputed_work + report.target_work
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(1, 21))  # of 0, no layer has parts that are light
 def test_parts_of_random_layers_keep_every_value(seed: int) -> None:
     model = _Grower(seed).model()
     view = View(model, {s.name: str(s.scope) for s in INPUTS}, SIZES, Rows(model, INPUTS, "N_t").dims)
     costs = [least_cost(freed_and_proven(view, INPUTS, lambda _: None, order).model) for order in (RULES, RULES[::-1])]
     assert costs[0] == costs[1] <= least_cost(model)
-    rules: list[Rule] = [AtAnyPrice(), *(r for r in RULES if not isinstance(r, SumOfProducts))]
+    rules = [AtAnyPrice(rule) for rule in RULES]
     for order in (rules, rules[::-1]):
         found = freed_and_proven(view, INPUTS, lambda _: None, order)
         onnx.checker.check_model(found.model, full_check=True)
