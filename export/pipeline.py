@@ -26,7 +26,7 @@ from stca.export.accept import (
     with_ranges,
 )
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured
-from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE
+from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE, DEFAULT_FLOPS_PER_ROW
 from stca.export.analysis.rows import Rows
 from stca.export.analysis.scope import stand_ins
 from stca.export.answers import answers
@@ -86,6 +86,7 @@ class CutOptions:
         lift: whether a batch axis that users and targets share is parted.
         free: whether rules rewrite the graph to free user work.
         tables_above: embedding tables of more bytes leave the graphs; None for none.
+        flops_per_row: work in whose time a row of such a table is looked up.
     """
 
     workload: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict(DEFAULT_WORKLOAD))
@@ -95,6 +96,7 @@ class CutOptions:
     lift: bool = True
     free: bool = True
     tables_above: int | None = DEFAULT_ABOVE
+    flops_per_row: float = DEFAULT_FLOPS_PER_ROW
 
 
 def choose_form(config: StcaConfig, targets: int) -> AttentionForm:
@@ -377,6 +379,7 @@ def _halves(request: _Request, cut: CutOptions, max_history: int | None) -> Spli
         flops_per_byte=cut.flops_per_byte,
         never=lambda model, of: not_one_users(model, of, request.specs) | stand_ins(model),
         measured=request.measured,
+        per_row={table.name: cut.flops_per_row for table in request.left.tables},
         verbatim=request.pointwise is not None,
     )
 

@@ -101,6 +101,7 @@ def split(
     history_dim: str = TOKENS,
     never: Callable[[onnx.ModelProto, Mapping[str, Scope]], Collection[str]] = lambda *_: (),
     measured: Measured | None = None,
+    per_row: Mapping[str, float] | None = None,
     verbatim: bool = False,
 ) -> Split:
     """Cut `model` into its two halves and prove the cut's postconditions.
@@ -117,6 +118,7 @@ def split(
         history_dim: the symbolic dimension that counts history tokens.
         never: asked, of the model and of the scope of every value, which values may not be in the state.
         measured: shapes of values as runs showed them, for the cost of those that inference does not know.
+        per_row: operations that looking up a row takes, by table, of those outside the graphs.
         verbatim: whether user inputs as they came are state enough.
 
     Raises:
@@ -132,7 +134,7 @@ def split(
     model = inlined(model)
     marked = input_scopes(model.graph, scopes)
     inferred = infer_scopes(model, scopes)
-    cut = Cut(model, inferred, Sizes(model, workload, measured))
+    cut = Cut(model, inferred, Sizes(model, workload, measured, per_row))
     cut.refuse_hopeless(verbatim)
     cut.never = never(model, inferred)
     recomputed = cut.recomputed(Fraction(flops_per_byte))

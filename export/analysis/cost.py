@@ -54,6 +54,7 @@ class Sizes:
         workload: nominal size of each symbolic dimension of the inputs. An input's dimension that has neither name nor
             size goes by `<input>.<axis>`.
         measured: shapes of values as runs showed them, for those that inference does not know.
+        per_row: operations that looking up a row takes, by table: of those outside the graphs.
 
     Attributes:
         workload: as given.
@@ -63,8 +64,14 @@ class Sizes:
         SplitError: when an input's symbolic dimension has no nominal size, or inference finds the graph wrong.
     """
 
-    def __init__(self, model: onnx.ModelProto, workload: Mapping[str, int], measured: Measured | None = None) -> None:
-        self.workload, self._measured = workload, measured or {}
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        workload: Mapping[str, int],
+        measured: Measured | None = None,
+        per_row: Mapping[str, float] | None = None,
+    ) -> None:
+        self.workload, self._measured, self._per_row = workload, measured or {}, per_row or {}
         skeleton = _skeleton(model)
         self._types = _types(_infer(skeleton).graph)
         _make_nominal(skeleton, workload)
@@ -153,6 +160,8 @@ class Sizes:
         if op in operators.RECURRENT:  # every step multiplies with all of W and R
             steps = self._size(node.input[0], 0) * self._size(node.input[0], 1)
             return 2 * steps * (self.elements(node.input[1]) + self.elements(node.input[2]))
+        if op == "Gather" and node.input[0] in self._per_row:
+            return round(self._per_row[node.input[0]] * self.elements(node.input[1]))
         if op in operators.COSTS_NOTHING:
             return 1
         if op in operators.OPERATIONS_PER_INPUT:

@@ -9,7 +9,8 @@ at nominal sizes, and among equals takes the one with less recomputed work. Byte
 the smallest state of all, and caching them saves nothing. So bytes are minimal at a stated price of work:
 `flops_per_byte` is about the machine balance of what serves the model. At the default of 16, what only widens its
 input (Cast, Expand, an embedding lookup) moves to the scorer, while a projection of width d stays in the encoder until
-the price is about d or more.
+the price is about d or more. A row of a table outside the graphs has a price of its own: where it is low, ids are the
+state, and where the rows' source is slow, the rows are.
 
 The optimum is a minimum s-t cut, in the manner of project selection: a recomputed node costs its work, and a value that
 crosses costs its bytes once, however many nodes read it. A node may be on both sides: what the encoder needs along the
@@ -33,6 +34,8 @@ from stca.export.analysis.cost import Sizes
 from stca.export.analysis.scope import Dataflow, Scope, explain, label, walk
 
 DEFAULT_FLOPS_PER_BYTE: Final = 16.0
+# The price of a row of a table outside the graphs: of a mapped file, rows of up to 70 bytes are state rather than ids.
+DEFAULT_FLOPS_PER_ROW: Final = 1000.0
 
 # A request dependency is reported when it keeps at least this part of the user and request work out of the cache.
 HEAVY: Final = 0.01

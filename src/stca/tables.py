@@ -7,6 +7,7 @@ a block is held against its digest when a row of it is first looked up. A table 
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -89,10 +90,7 @@ class TableFile:
     def __init__(self, root: Path, spec: TableSpec) -> None:
         self.spec, self._root = spec, root
         for name, size in ((spec.file, spec.bytes), (spec.digests, spec.blocks * DIGEST_BYTES)):
-            found = (root / name).stat().st_size if (root / name).is_file() else None
-            if found != size:
-                has = "is no plain file" if found is None else f"has {found} bytes"
-                raise BundleError(f"{root}: {name} {has}, table {spec.name!r} needs {size}; copy it again")
+            self._require_size(name, size, (root / name).stat().st_size if (root / name).is_file() else None)
         stored = _STORED.get(spec.dtype, np.dtype("u1"))
         self._file, self._reading = (root / spec.file).open("rb", buffering=0), threading.Lock()
         self._rows: Array = np.memmap(self._file, stored, "r", 0, (spec.rows, spec.row_bytes // stored.itemsize))
@@ -108,8 +106,10 @@ class TableFile:
             ids: `(n,)` integers in `[0, rows)`.
 
         Raises:
-            BundleError: when a block of the file is not what it was, naming the table and the block.
+            BundleError: when the file has another size now, or a block of it is not what it was, naming the table.
         """
+        # The system ends a process that looks behind the end of a mapped file.
+        self._require_size(self.spec.file, self.spec.bytes, os.fstat(self._file.fileno()).st_size)
         if self._left:
             self._check(ids)
         # Clipped, because `take` copies twice where it has to look out for wrong indices.
@@ -122,6 +122,11 @@ class TableFile:
         if self.spec.dtype == "bfloat16":
             found = np.left_shift(found, 16, dtype=np.uint32).view(np.float32)
         return found.astype(np.float32, copy=False)
+
+    def _require_size(self, name: str, size: int, found: int | None) -> None:
+        if found != size:
+            has = "is no plain file" if found is None else f"has {found} bytes"
+            raise BundleError(f"{self._root}: {name} {has}, table {self.spec.name!r} needs {size}; copy it again")
 
     def _check(self, ids: Array) -> None:
         blocks = ids >> self._shift

@@ -1,6 +1,7 @@
 #include "tables.hpp"
 
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -68,6 +69,9 @@ class TableFile final : public RowSource {
     const bool scaled = table_.has_scales();
     auto [found, to] = make_array(Memory::host(), scaled ? STCA_FLOAT32 : table_.dtype,
                                   {static_cast<std::int64_t>(ids.size()), table_.width});
+    // The system ends a process that looks behind the end of a mapped file.
+    struct stat now {};
+    check_size(table_.file, ::fstat(file_, &now) == 0 ? static_cast<std::size_t>(now.st_size) : 0, table_.bytes());
     const std::size_t bytes = table_.row_bytes();
     for (const std::int64_t id : ids) {
       if (const auto block = static_cast<std::size_t>(id >> shift_); unchecked_[block]) {

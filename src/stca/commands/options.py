@@ -171,11 +171,17 @@ def cut_options(p: argparse.ArgumentParser) -> None:
         metavar="BYTES|off",
         help="embedding tables of more bytes leave the graphs for files of the bundle",
     )
+    p.add_argument(
+        "--flops-per-row",
+        type=positive,
+        metavar="F",
+        help="work in whose time a row of such a table is looked up; more where its source is slow (default: 1000)",
+    )
     p.add_argument("--no-lift", action="store_true", help="leave a batch axis that users and targets share as it is")
 
 
 def cut(args: argparse.Namespace) -> Any:
-    from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE
+    from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE, DEFAULT_FLOPS_PER_ROW
     from stca.export.padding import PadOptions
     from stca.export.pipeline import CutOptions
 
@@ -188,6 +194,7 @@ def cut(args: argparse.Namespace) -> Any:
         pad,
         not args.no_lift,
         tables_above=args.tables_above,
+        flops_per_row=args.flops_per_row or DEFAULT_FLOPS_PER_ROW,
     )
 
 

@@ -93,3 +93,12 @@ def test_a_history_without_some_of_its_events_is_tried_where_ids_are_many() -> N
     assert "value 'far' differs by" in (
         why_not(body, inputs, Instead("far", "Identity")) or ""
     )  # alike for events alone
+
+
+def test_packed_histories_are_tried_without_their_events_too() -> None:
+    """Their offsets come with the packing, and not with a request."""
+    offsets = TensorSpec("history_offsets", "int32", (OFFSETS,), "user")
+    inputs = (TensorSpec("ids", "int64", ("N_h",), "user", limit=10**6), offsets, TARGET)
+    body = """ends = ReduceMax (history_offsets) end = CastLike (ends, target) many = ReduceSum (ids)
+              all = CastLike (many, target) scaled = Mul (target, end) scores = Add (scaled, all)"""
+    assert why_not(body, inputs, Instead("scores", "Sum", 2)) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,23 @@ def test_files_of_another_size_are_refused_before_they_are_mapped(bundle, change
         file.write_bytes(file.read_bytes()[:-64] if change == "shorter" else file.read_bytes() + b"x")
     with one_line(BundleError, "table_0.digests" if change == "digests changed" else "table_0.rows", "copy"):
         Session.load(bundle.path)
+
+
+@pytest.mark.parametrize("huge_table", [True, False])
+def test_a_file_that_is_cut_short_while_it_is_served_is_refused(bundle, monkeypatch, huge_table):
+    """Without a look at its size the system would end the process."""
+    if huge_table:
+        monkeypatch.setattr(table_files, "CHECKED_AT_LOAD", 0)
+    session = Session.load(bundle.path)
+    wanted = session.score(REQUEST)
+    (spec,) = bundle.manifest.tables or ()
+    whole = (bundle.path / spec.file).read_bytes()
+    os.truncate(bundle.path / spec.file, 4096)
+    words = f"{spec.file} has 4096 bytes, table '{spec.name}' needs {spec.bytes}; copy it again"
+    with pytest.raises(BundleError, match=words):
+        session.score(REQUEST)
+    (bundle.path / spec.file).write_bytes(whole)
+    np.testing.assert_array_equal(session.score(REQUEST), wanted)
 
 
 @pytest.mark.parametrize(

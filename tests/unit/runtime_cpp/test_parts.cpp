@@ -17,6 +17,7 @@
 #include "process.hpp"
 #include "request.hpp"
 #include "state.hpp"
+#include "tables.hpp"
 #include "tensor.hpp"
 #include "visit.hpp"
 
@@ -151,6 +152,26 @@ TEST(sha1_names_a_history_as_python_does) {
   Sha1 longer;
   longer.update(std::string(1000000, 'a'));
   CHECK_EQUAL(longer.hex(), "34aa973cd4c4daa4f61eeb2bdbad27316534016f");
+}
+
+TEST(folder_whose_table_is_cut_short_while_it_is_mapped) {
+  const check::TemporaryFolder place;
+  const auto put = [&](const char* name, const std::string& text) {
+    std::ofstream(place.path() / name, std::ios::binary) << text;
+  };
+  const std::string row(4096, '\1');
+  put("t.rows", row + row + row);
+  put("t.digests", std::string(32, '\0'));  // of a table so small, blocks are checked at load alone
+  Bundle bundle;
+  bundle.folder = std::make_shared<Folder>(place.path());
+  bundle.manifest.tables = {{"t", "t.rows", "t.digests", STCA_FLOAT32, 3, 1024, 4}};
+  const auto source = row_sources(bundle, {}).at("t");
+  CHECK_EQUAL(source->rows(bundle.manifest.tables[0], {2, 0}).shape[0], 2);
+  std::filesystem::resize_file(place.path() / "t.rows", 4096);
+  CHECK_THROWS(source->rows(bundle.manifest.tables[0], {2}), stca::BundleError,
+               "t.rows has 4096 bytes, table 't' needs 12288; copy it again");
+  put("t.rows", row + row + row);
+  CHECK_EQUAL(source->rows(bundle.manifest.tables[0], {2}).shape[0], 1);
 }
 
 TEST(folder_stays_the_one_that_was_opened) {
