@@ -6,7 +6,8 @@ Each model is exported twice, with the rules and without, and served by ONNX Run
 and the pointwise graph with a copy of the user for each target take turns, on one thread. `operations` are counted from
 shapes: what a hit takes, and what 300 copies take. A model of a fixed history has its own length, whatever `--history`
 says, but with `--any-length`, for modules that take any. `gain` is of a hit with rules over the copies: as counted, as
-measured, and the part of the counted gain that was measured.
+measured, and the part of the counted gain that was measured. Besides the gallery's models there are DIN's units as
+libraries spell them (`scorers.py`): `din-conv2d-sigmoid-80x40` is one of convolutions with two hidden layers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import onnx
 from outcome import command, tell
+from scorers import ACTIVATIONS, LAYERS, scorer
 
 from stca.arrays import Array
 from stca.bundle import Bundle
@@ -33,6 +35,11 @@ from stca.export.pipeline import CutOptions, split_onnx
 from stca.export.split import inlined
 from stca.manifest import TARGETS, TOKENS
 from stca.runtime import OnnxRuntimeEngine, Request, Session
+
+_NAMED = (
+    f"{', '.join(NAMES)}, or din-UNIT-ACTIVATION-HIDDEN of {', '.join(LAYERS)}; {', '.join(ACTIVATIONS)}; and sizes "
+    "as 80x40"
+)
 
 
 def main() -> None:
@@ -48,7 +55,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("names", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
+    p.add_argument("names", nargs="+", type=_known, metavar="NAME", help=f"of {_NAMED}")
     p.add_argument("--history", type=int, default=2000, metavar="L", help="events; default 2000")
     p.add_argument("--any-length", action="store_true", help="give fixed histories that length too")
     p.add_argument("--targets", type=int, default=300, metavar="M", help="targets of the request; default 300")
@@ -57,8 +64,17 @@ def _arguments() -> argparse.Namespace:
     return p.parse_args()
 
 
+def _known(name: str) -> str:
+    try:
+        if name not in NAMES:
+            scorer(name)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {_NAMED}") from e
+    return name
+
+
 def _row(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    model = load(name)
+    model = load(name) if name in NAMES else scorer(name)
     if args.any_length:
         model = _longer(model, args.history)
     fixed = all(isinstance(n, int) for i in model.inputs.values() if i.scope == "user" for n in i.shape[1:])
