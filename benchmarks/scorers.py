@@ -1,4 +1,4 @@
-"""DIN's attention unit (arXiv 1706.06978) as libraries spell it: `din-UNIT-ACTIVATION-HIDDEN`, as `din-conv2d-dice-80x40`."""
+"""DIN's attention unit (arXiv 1706.06978) as libraries spell it, by names as `din-conv2d-dice-80x40`."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ TEST(folder_whose_table_is_cut_short_while_it_is_mapped) {
   const auto source = row_sources(bundle, {}).at("t");
   CHECK_EQUAL(source->rows(bundle.manifest.tables[0], {2, 0}).shape[0], 2);
   std::filesystem::resize_file(place.path() / "t.rows", 4096);
-  CHECK_THROWS(source->rows(bundle.manifest.tables[0], {2}), stca::BundleError,
+  CHECK_THROWS(source->rows(bundle.manifest.tables[0], {2}), Error,
                "t.rows has 4096 bytes, table 't' needs 12288; copy it again");
   put("t.rows", row + row + row);
   CHECK_EQUAL(source->rows(bundle.manifest.tables[0], {2}).shape[0], 1);
