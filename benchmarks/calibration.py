@@ -7,9 +7,10 @@
 - `layers`: each tensor alone;
 - `lengths`: the error of a score from 1k to 64k tokens, of a bundle exported for so many;
 - `speed`: hits and misses of one request in turn;
-- `weights`: tables and matrices of int8, by what these are multiplied with: bytes, the change as for `formats`; each
-  matrix alone; hits and misses in turn, of the shipped checkpoint and of a random one of width 256;
-- `search`: state, tables and matrices together under the budget: what was tried, and each tensor alone;
+- `weights`: tables of int8, and matrices of int8, by what these are multiplied with, and of fp8: bytes, and the change
+  as for `formats`;
+- `weights_speed`: hits and misses in turn, with matrices of int8, of the shipped checkpoint and of a random one of
+  width 256;
 - `gallery`: the gallery's models, with random weights: how far scores move, and the best ten, with the state in 8 bits
   and with the matrices.
 """
@@ -31,7 +32,6 @@ from outcome import command, tell
 from stca import probe
 from stca.arrays import Array, best_kept
 from stca.bundle import Bundle
-from stca.calibration.calibrate import calibrate
 from stca.calibration.choices import Options, formats_of, state_choices, weight_choices, with_ranges
 from stca.calibration.quality import Budget, measure
 from stca.calibration.quantized_bundle import Formats, state_bytes, weights_bytes, write_quantized
@@ -76,8 +76,8 @@ def main() -> None:
             "quality": lambda: _quality(bundle, requests, runs, root),
             "lengths": lambda: _lengths(bundle, runs, root, args.threads),
             "speed": lambda: _speed(bundle, requests[0], runs, root, args),
-            "weights": lambda: _weights(bundle, requests, runs, root, args),
-            "search": lambda: _search(bundle, requests, runs, root),
+            "weights": lambda: _weights(bundle, requests, runs, root),
+            "weights_speed": lambda: _weights_speed(bundle, requests, runs, root, args),
             "gallery": lambda: _gallery(runs, root),
         }
         about = {
@@ -169,23 +169,18 @@ def _speed(bundle: Bundle, traced: Traced, runs: TraceRuns, root: Path, args: ar
     return speed(made, traced, args.threads, args.seconds)
 
 
-def _weights(
-    bundle: Bundle, requests: Sequence[Traced], runs: TraceRuns, root: Path, args: argparse.Namespace
-) -> dict[str, Any]:
+def _weights(bundle: Bundle, requests: Sequence[Traced], runs: TraceRuns, root: Path) -> list[dict[str, Any]]:
     row = _rows_of(bundle, requests, runs, root)
     rows = [row(_chosen(bundle, requests, runs, tables="int8"), "tables")]
     for activations in ("none", "token", "tensor"):
         formats = _chosen(bundle, requests, runs, weights="int8", activations=activations)
         rows.append(row(formats, f"weights-{activations}"))
-        if activations == "none":
-            alone = formats
-    rows.append(row(_chosen(bundle, requests, runs, weights="fp8"), "weights-fp8"))
-    exact = list(runs.scores(bundle, requests[:4]))
-    layers = {}
-    for name, format in alone.items():
-        with tempfile.TemporaryDirectory() as folder:
-            found = runs.scores(write_quantized(bundle, {name: format}, Path(folder, "alone")), requests[:4])
-            layers[name] = float(np.sqrt(np.mean([np.square(a - b).mean() for a, b in zip(exact, found, strict=True)])))
+    return [*rows, row(_chosen(bundle, requests, runs, weights="fp8"), "weights-fp8")]
+
+
+def _weights_speed(
+    bundle: Bundle, requests: Sequence[Traced], runs: TraceRuns, root: Path, args: argparse.Namespace
+) -> dict[str, Any]:
     wide = _random(root / "wide", args.wide)
     some = Traced(probe.single(wide.manifest.graphs["request"].inputs, args.history, 300, np.random.default_rng(0)))
     times = {}
@@ -197,22 +192,7 @@ def _weights(
         _say(f"speed of {name}")
         sizes = {n: weights_bytes(b.manifest) for n, b in made.items()}
         times[name] = {**speed(made, traced, args.threads, args.seconds), "weights_bytes": sizes}
-    return {"formats": rows, "layers_rms": layers, "speed": times}
-
-
-def _search(bundle: Bundle, requests: Sequence[Traced], runs: TraceRuns, root: Path) -> dict[str, Any]:
-    _, found = calibrate(
-        bundle,
-        lambda: requests,
-        options=Options("int8", tables="int8", weights="int8"),
-        budget=BUDGET,
-        out=root / "searched",
-        run=runs,
-        tasks=tasks_of(bundle.manifest),
-        prove=prove,
-        progress=_say,
-    )
-    return found.as_dict()
+    return times
 
 
 def _gallery(runs: TraceRuns, root: Path) -> list[dict[str, Any]]:
@@ -220,7 +200,7 @@ def _gallery(runs: TraceRuns, root: Path) -> list[dict[str, Any]]:
     rows = []
     for name in sorted(p.stem for p in Path(gallery.__file__).parent.joinpath("models").glob("[a-z]*.py")):
         model = gallery.load(name)
-        bundle = export_module(model(), root / name, prove=prove, source={"kind": "callable", "name": name})
+        bundle = export_module(model(), root / name, prove=lambda *_: {}, source={"kind": "callable", "name": name})
         specs = bundle.manifest.graphs["request"].inputs
         requests = [Traced(probe.single(specs, model.history, 300, np.random.default_rng(i))) for i in range(8)]
         exact = list(runs.scores(bundle, requests))
@@ -277,7 +257,7 @@ def _arguments() -> argparse.Namespace:
     p.add_argument("--threads", type=int)
     p.add_argument("--seconds", type=float, default=5.0)
     p.add_argument("--wide", type=int, default=256, help="width of the random checkpoint of `weights`")
-    p.add_argument("--parts", default="quality,lengths,speed,weights,search,gallery", help="what to measure")
+    p.add_argument("--parts", default="quality,lengths,speed,weights,weights_speed,gallery", help="what to measure")
     p.add_argument("--out", metavar="FILE", help="where results go; parts that are there and not measured stay")
     return p.parse_args()
 
