@@ -3,6 +3,7 @@
     python benchmarks/serving.py BUNDLE --seconds 60 --out benchmarks/results/serving-cpu.json
 
 The server is a process of its own, and the clients are this one, on the same processors: what they take, it lacks.
+With `--apart`, the server has the first processor to itself, and the clients have the others.
 Latencies count from the moment each request was due, and users are known when a run begins. `steady` runs at 80 % of
 the capacity that was measured first, with the memory at a third of the time and at its end; `overload` at three
 times the capacity, with a deadline; `swaps` at half of it, while the bundle is replaced by itself every 5 seconds;
@@ -39,11 +40,14 @@ SWAP_SECONDS = 5.0
 class Served:
     """The server's process, and its admin port as a client."""
 
-    def __init__(self, bundle: str, options: list[str]) -> None:
+    def __init__(self, bundle: str, options: list[str], on: set[int] | None) -> None:
         self.bundle = bundle
+        all_ = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, on or all_)  # the server's threads inherit it
         ports = [f for p in ("http", "grpc", "admin") for f in (f"--{p}-port", "0")]
         command = [sys.executable, "-m", "stca", "serve", f"m={bundle}", *ports, "--json", *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        os.sched_setaffinity(0, all_ - (on or set()))
         assert self.process.stdout
         ports_ = json.loads(self.process.stdout.readline())["ports"]
         self.url, self.admin = (f"http://127.0.0.1:{ports_[p]}" for p in ("http", "admin"))
@@ -73,7 +77,8 @@ class Served:
 def main() -> None:
     args = _arguments()
     traffic = Traffic(users=args.users, history=args.history, targets=args.targets, events=1.0)
-    served = Served(args.bundle, ["--queue", str(args.queue), "--cache-mib", str(args.cache_mib)])
+    options = ["--queue", str(args.queue), "--cache-mib", str(args.cache_mib)]
+    served = Served(args.bundle, options, {min(os.sched_getaffinity(0))} if args.apart else None)
     try:
         found = _measured(args, served, traffic)
     finally:
@@ -94,22 +99,30 @@ def _measured(args: argparse.Namespace, served: Served, traffic: Traffic) -> dic
     inputs = Inputs(served.client.manifest, max(a.tokens for a in probing), 0)
     most = capacity(served.client, inputs, probing, 4, min(10.0, args.seconds / 3))
     print(f"capacity {most:.1f}/s", file=sys.stderr, flush=True)
-    steady, memory = _watched(served, args.seconds, lambda: load(trace(0.8 * most, args.seconds, 2)))
     short = args.seconds / 4
-    overload = load(trace(3 * most, short, 3), deadline_ms=args.deadline_ms)
-    swaps, done = _swapped(served, lambda: load(trace(0.5 * most, max(short, 3 * SWAP_SECONDS), 4)))
-    ending, code, took = _ended(served, 8.0, lambda: load(trace(0.8 * most, 10.0, 5)))
+    found: dict[str, Any] = {}
+    if "steady" in args.runs:
+        steady, memory = _watched(served, args.seconds, lambda: load(trace(0.8 * most, args.seconds, 2)))
+        over = steady.latency_ms["p99"] / steady.latency_ms["p50"]
+        found["steady"] = {**_told(steady), "p99_over_p50": over, **memory}
+    if "overload" in args.runs:
+        overload = load(trace(3 * most, short, 3), deadline_ms=args.deadline_ms)
+        found["overload"] = {**_told(overload), "goodput_of_capacity": overload.goodput_per_second / most}
+    if "swaps" in args.runs:
+        swaps, done = _swapped(served, lambda: load(trace(0.5 * most, max(short, 3 * SWAP_SECONDS), 4)))
+        found["swaps"] = {**_told(swaps), "swaps": done}
+    if "ending" in args.runs:
+        ending, code, took = _ended(served, 8.0, lambda: load(trace(0.8 * most, 10.0, 5)))
+        found["ending"] = {**_told(ending), "exit_code": code, "seconds_from_sigterm": took}
     return {
         "bundle": Path(args.bundle).name,
         "machine": machine(None),
         "traffic": dataclasses.asdict(traffic),
         "queue": args.queue,
         "cache_mib": args.cache_mib,
+        "apart": args.apart,
         "capacity_per_second": most,
-        "steady": {**_told(steady), "p99_over_p50": steady.latency_ms["p99"] / steady.latency_ms["p50"], **memory},
-        "overload": {**_told(overload), "goodput_of_capacity": overload.goodput_per_second / most},
-        "swaps": {**_told(swaps), "swaps": done},
-        "ending": {**_told(ending), "exit_code": code, "seconds_from_sigterm": took},
+        **found,
     }
 
 
@@ -195,6 +208,10 @@ def _arguments() -> argparse.Namespace:
     p.add_argument("--queue", type=int, default=16)
     p.add_argument("--cache-mib", type=int, default=1024)
     p.add_argument("--deadline-ms", type=float, default=1000.0)
+    p.add_argument("--runs", type=lambda t: t.split(","), default=["steady", "overload", "swaps", "ending"])
+    p.add_argument(
+        "--apart", action="store_true", help="the server on the first processor alone, clients on the others"
+    )
     p.add_argument("--out")
     return p.parse_args()
 

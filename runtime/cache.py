@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -30,15 +30,18 @@ NEW, VERSION, EXPIRED, EVICTED, WEIGHTS, TOO_LARGE = REASONS = (
 )
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A kept state, what it costs, when it was made, and how long it is kept, both on the cache's clock."""
+class _Entry(NamedTuple):
+    """A kept state, what it costs, when it was made and how long it is kept, both on the cache's clock, and the bytes
+    of its rows and of their memory.
+    """
 
     key: StateKey
     state: UserState
     bytes: int
     born: float
     until: float | None
+    row_bytes: int
+    room_bytes: int
 
 
 @dataclass(frozen=True)
@@ -112,16 +115,19 @@ class StateCache:
                 self._clear()
             self._kind = weights, format
 
-    def get(self, key: StateKey) -> UserState | None:
-        """The state with exactly this key, or None."""
+    def get(self, key: StateKey, *, again: bool = False) -> UserState | None:
+        """The state with exactly this key, or None; with `again`, whoever does not find it asks once more, and counts
+        as a use then.
+        """
         user = key.user
         with self._lock:
             if self._until:
                 self._expire(user)
             held = self._held.get(user)
-            if self._reuse is not None:
+            there = held is not None and held.key == key
+            if self._reuse is not None and (there or not again):
                 self._ask(self._reuse, user, held)
-            if held is None or held.key != key:
+            if held is None or not there:
                 return None
             self._held.move_to_end(user)
             return held.state
@@ -165,12 +171,13 @@ class StateCache:
             evicted = self._make_room(cost)
             born = self._clock() - age
             until = None if self._ttl is None else born + self._ttl
-            self._held[key.user] = _Entry(key, state, cost, born, until)
+            held = _Entry(key, state, cost, born, until, state.row_bytes, state.nbytes)
+            self._held[key.user] = held
             if until is not None:
                 self._until[key.user] = until
             self._bytes += cost
-            self._state_bytes += state.row_bytes
-            self._room_bytes += state.nbytes
+            self._state_bytes += held.row_bytes
+            self._room_bytes += held.room_bytes
             users = len(self._held)
         if evicted:  # a log's handlers may take their time, or ask for statistics
             LOG.debug("evicted %d states; %d are kept", evicted, users)
@@ -285,8 +292,8 @@ class StateCache:
         self._until.pop(user, None)
         if held is not None:
             self._bytes -= held.bytes
-            self._state_bytes -= held.state.row_bytes
-            self._room_bytes -= held.state.nbytes
+            self._state_bytes -= held.row_bytes
+            self._room_bytes -= held.room_bytes
         return held is not None
 
 

@@ -67,6 +67,11 @@ def change(
     try:
         fresh = model.grown(held[1], arrays) if model.sums else next(model.encode([arrays]))
         state, written = extend(model, held[1], fresh) if first is None else replace(model, held[1], fresh, first)
+        if (blank := model.door.only_blank(arrays)) is not None and not model.gives_finite(state):
+            raise RequestError(
+                f"{blank.name}: with these events the history would hold nothing but {blank.blank}, for which the "
+                "model has no finite score; send at least one other value"
+            )
     finally:
         turns.leave()
     kept = store.put(model.key(user, version), state, instead_of=held[1])

@@ -18,7 +18,7 @@ from stca.errors import RequestError
 # value takes no memory of its own, whatever its length.
 MOST_VALUES: Final = 1 << 27
 _LONGEST_INTEGER: Final = 1024  # bits of an id
-_TEXT: Final = frozenset((str,))
+TEXT: Final = frozenset((str,))
 _DEEPEST: Final = 8  # tuples in tuples of an id; looking up thousands of them would end the process
 
 
@@ -92,7 +92,7 @@ def mapping_of(what: str, value: Any) -> dict[str, Any]:
         RequestError: when it is no mapping, or a name is no text.
     """
     found = value if type(value) is dict else _dict_of(what, value)
-    if not _TEXT.issuperset(map(type, found)):
+    if not TEXT.issuperset(map(type, found)):
         name = next(name for name in found if type(name) is not str)
         raise RequestError(f"{what}: has the name {quoted(name)}, expected text")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -63,35 +64,7 @@ class InputCheck:
         self._bounds = _Bounds.of(spec, self.dtype) if self.dtype.kind in "iu" else None
         # Whether one target's value may stand for all of them, without the axis of targets.
         self._of_targets = spec.scope == "target" and isinstance(next(iter(spec.shape), 0), str)
-        self._plain = _Plain.of(spec, self.dtype, limits, self._bounds)
-
-    def ready(self, value: ArrayLike, sizes: Sizes) -> Array | None:
-        """The value itself where it is an array that graphs take as it is; None where `of_kind` and `array` are to say.
-
-        Most requests bring nothing else, and these few comparisons are all that their inputs cost.
-
-        Args:
-            value: what was sent.
-            sizes: as of `array`.
-        """
-        if type(value) is not np.ndarray:
-            return None
-        dtype, size, behind, most, any_value, below, above = self._plain
-        shape = value.shape
-        if value.dtype is not dtype or not shape or shape[1:] != behind or not value.flags.c_contiguous:
-            return None
-        rows = shape[0]
-        known = sizes.get(size) if isinstance(size, str) else (size, "")
-        if (known is not None and known[0] != rows) or rows > most or value.size > MOST_VALUES:
-            return None
-        # As in `extremes`, without its call; no comparison with NaN holds.
-        if not (any_value or not value.size or below < value.item(value.argmin())):
-            return None
-        if not (any_value or not value.size or value.item(value.argmax()) < above):
-            return None
-        if known is None:
-            sizes[str(size)] = rows, self.name
-        return value
+        self.plain = Plain.of(spec, self.dtype, limits, self._bounds)
 
     def of_kind(self, value: ArrayLike) -> Array:
         """What was sent as an array of the input's kind.
@@ -211,11 +184,11 @@ class _Bounds(NamedTuple):
         return f"in [{self.low}, {self.high}]"
 
 
-class _Plain(NamedTuple):
+class Plain(NamedTuple):
     """An array of an input that needs no more than a few comparisons.
 
     Attributes:
-        dtype: its own.
+        name, dtype: its own.
         rows: the size of its first axis, a number or a name.
         behind: the other sizes, in which a name equals none.
         most: most rows.
@@ -223,6 +196,7 @@ class _Plain(NamedTuple):
         below, above: what its values must be between.
     """
 
+    name: str
     dtype: np.dtype[Any]
     rows: int | str
     behind: tuple[int | str, ...]
@@ -232,13 +206,50 @@ class _Plain(NamedTuple):
     above: float
 
     @classmethod
-    def of(cls, spec: TensorSpec, dtype: np.dtype[Any], limits: Limits, bounds: _Bounds | None) -> _Plain:
+    def of(cls, spec: TensorSpec, dtype: np.dtype[Any], limits: Limits, bounds: _Bounds | None) -> Plain:
         rows = spec.shape[0] if spec.shape else -1  # a number of its own is no array's first axis
         limit = {TARGETS: limits.max_targets, TOKENS: limits.max_history}.get(str(rows))
         most = MOST_VALUES if limit is None else limit
         if bounds is not None:
-            return cls(dtype, rows, spec.shape[1:], most, bounds.whole, bounds.low - 1, bounds.high + 1)
-        return cls(dtype, rows, spec.shape[1:], most, dtype.kind != "f", -math.inf, math.inf)
+            return cls(spec.name, dtype, rows, spec.shape[1:], most, bounds.whole, bounds.low - 1, bounds.high + 1)
+        return cls(spec.name, dtype, rows, spec.shape[1:], most, dtype.kind != "f", -math.inf, math.inf)
+
+
+def ready(plain: Sequence[Plain], inputs: Mapping[str, ArrayLike], sizes: Sizes) -> dict[str, Array] | None:
+    """Inputs that are all arrays which graphs take as they are, and not empty; None where `InputCheck` is to say.
+
+    Most requests bring nothing else, and these few comparisons, in one piece, are all that their inputs cost.
+
+    Args:
+        plain: of each input that is wanted.
+        inputs: what was sent, by name.
+        sizes: as of `InputCheck.array`; left alone where None is given.
+    """
+    found = sizes.copy()
+    arrays: dict[str, Array] = {}
+    for name, dtype, size, behind, most, any_value, below, above in plain:
+        value = inputs.get(name)
+        if type(value) is not np.ndarray:
+            return None
+        shape = value.shape
+        if value.dtype is not dtype or not shape or shape[1:] != behind or not value.flags.c_contiguous:
+            return None
+        rows = shape[0]
+        if type(size) is not str:
+            if size != rows:
+                return None
+        elif (known := found.get(size)) is None:
+            found[size] = rows, name
+        elif known[0] != rows:
+            return None
+        if rows > most or not 0 < value.size <= MOST_VALUES:
+            return None
+        # As in `extremes`, without its call; no comparison with NaN holds.
+        if not (any_value or (below < value.item(value.argmin()) and value.item(value.argmax()) < above)):
+            return None
+        arrays[name] = value
+    sizes |= found
+    return arrays
 
 
 def shape_of(spec: TensorSpec) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,14 +13,44 @@ from typing import Any, Final
 _LOADED: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 
 
-def processors(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """How many processors this process may run on: those it is bound to, and no more than a container's quota."""
+def processors(root: Path = Path("/")) -> int:
+    """How many processors this process may run on: those it is bound to, and no more than a container's quota.
+
+    Args:
+        root: of the files in which Linux tells of quotas, of control groups of both versions.
+    """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = (_quota(files) for files in _quota_files(root))
+    return max(1, min([bound, *(n for n in quotas if n is not None)]))
+
+
+def _quota_files(root: Path) -> Iterator[tuple[Path, ...]]:
+    """Files that may hold a quota: of the groups this process is in, and of those around them.
+
+    In a container the paths may be the host's; its own group is then at the root of what is mounted, as without paths.
+    """
     try:
-        most, period = quota.read_text(encoding="ascii").split()[:2]
-        return max(1, min(bound, math.ceil(int(most) / int(period))))
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        groups = []
+    for line in ["0::/", *groups]:
+        number, kinds, path = [*line.split(":", 2), "", ""][:3]
+        group = Path(path.lstrip("/"))
+        for place in (group, *group.parents):
+            if number == "0":
+                yield (root / "sys/fs/cgroup" / place / "cpu.max",)
+            elif "cpu" in kinds.split(","):
+                folder = root / "sys/fs/cgroup/cpu" / place
+                yield folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"
+
+
+def _quota(files: Sequence[Path]) -> int | None:
+    """Processors that a quota and its period, in one file or two, allow, whole ones; None for any number."""
+    try:
+        most, period = " ".join(file.read_text(encoding="ascii") for file in files).split()[:2]
+        return -(-int(most) // int(period)) if int(most) > 0 else None
     except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max"
-        return bound
+        return None
 
 
 def mark_after_fork(session: Any) -> None:

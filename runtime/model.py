@@ -192,9 +192,9 @@ class Model:
             rows: their request and target inputs.
             deadline: looked at before each run, which raises what it says.
         """
-        deadline.check()
         if len(states) == 1:
-            return self._score(states, rows)
+            deadline.check()
+            return [self.score_one(states[0], rows[0])]
         if self.door.stacked:
             runs: Iterator[slice] = (slice(i, i + 1) for i in range(len(states)))
         else:
@@ -216,20 +216,43 @@ class Model:
             for s, r in zip(states, rows, strict=True)
         ]
 
+    def score_one(self, state: UserState, row: Mapping[str, Array]) -> Array:
+        """As `score`, of one user."""
+        if self._shared:
+            self._check_shared(state, row)
+        return self._scores({**row, **state.tensors}, (row,))
+
+    def gives_finite(self, state: UserState) -> bool:
+        """Whether the scores of a state are finite, by those of one made-up target."""
+        names = self.door.names("request", "target")
+        row = self.door.admit({n: self.door.placeholder(n) for n in names}, "request", "target")
+        feeds = {**row, **state.tensors}
+        outputs = self.scorer.run({n: feeds[n] for n in self._taken})
+        return all(all_finite(x) for x in outputs.values())
+
     def _score(self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]]) -> list[Array]:
         if len(states) == 1:
-            state, row = states[0].tensors, rows[0]
-            if self._shared:
-                self._check_shared(states[0], row)
-        else:
-            state, row = self._joined(states), self._pack(rows)
-        feeds = {**row, **state}
+            return [self.score_one(states[0], rows[0])]
+        scores = self._scores({**self._pack(rows), **self._joined(states)}, rows)
+        targets = next(n for n, s in self.door.offsets.items() if s.scope == "target")
+        return np.split(scores, np.cumsum([r[targets][-1] for r in rows])[:-1])
+
+    def _scores(self, feeds: dict[str, Any], rows: Sequence[Mapping[str, Array]]) -> Array:
         if not self._takes_all:
             feeds = {n: feeds[n] for n in self._taken}
         outputs = self.scorer.run(feeds)
-        scores = scores_of(list(map(outputs.__getitem__, self._given)))
-        if self._counted is not None:
-            self._check_count(scores, rows, *self._counted)
+        scores = scores_of([outputs[n] for n in self._given])
+        if (counted := self._counted) is not None:
+            name, axis = counted
+            targets = 0
+            for row in rows:
+                targets += row[name].shape[axis]
+            if len(scores) != targets:
+                # It may have broadcast one user to several, or read one row alone.
+                raise EngineError(
+                    f"the model gave {len(scores)} scores for {targets} targets ({name}); give each target a row of "
+                    "every input, or export the model anew"
+                )
         if self.check_finite and not all_finite(scores):
             wrong = next(n for n in self._given if not np.isfinite(outputs[n]).all())
             raise EngineError(
@@ -237,10 +260,7 @@ class Model:
                 f"{scores.size} scores; look for overflow, NaN in the weights or a mask that leaves no event, or load "
                 "with check_finite=False"
             )
-        if len(states) == 1:
-            return [scores]
-        targets = next(n for n, s in self.door.offsets.items() if s.scope == "target")
-        return np.split(scores, np.cumsum([r[targets][-1] for r in rows])[:-1])
+        return scores
 
     # What each request would find in the manifest again.
 
@@ -298,7 +318,8 @@ class Model:
         """Sizes of states that other inputs have too: the size, the state and its axis, the input and its."""
         others = [s for s in self.door.inputs.values() if s.scope != "user"]
         known = {n: (s.name, axis) for s in others for axis, n in enumerate(s.shape)}
-        sizes = [(n, s.name, axis) for s in self.manifest.state for axis, n in enumerate(s.shape)]
+        states = [s for s in self.manifest.state if not self.is_offsets(s)]  # which are made, and not kept
+        sizes = [(n, s.name, axis) for s in states for axis, n in enumerate(s.shape)]
         return tuple((n, *of, *known[n]) for n, *of in sizes if isinstance(n, str) and n in known)  # type: ignore[misc]
 
     @cached_property
@@ -316,17 +337,6 @@ class Model:
                 raise RequestError(
                     f"{name}: has shape {list(row[name].shape)}, with {n} = {has}; the user's inputs had {kept}"
                 )
-
-    def _check_count(self, scores: Array, rows: Sequence[Mapping[str, Array]], name: str, axis: int) -> None:
-        """As many scores as targets: a model may broadcast one user to several, or read one row alone."""
-        targets = 0
-        for row in rows:
-            targets += row[name].shape[axis]
-        if len(scores) != targets:
-            raise EngineError(
-                f"the model gave {len(scores)} scores for {targets} targets ({name}); give each target a row of every "
-                "input, or export the model anew"
-            )
 
     def _joined(self, states: Sequence[UserState]) -> Mapping[str, StateArray]:
         """The tensors of several users' states as one ragged batch."""

@@ -15,8 +15,8 @@ from stca.arrays import Array
 from stca.errors import RequestError
 from stca.manifest import OFFSETS, TARGETS, TOKENS, USERS, Manifest, TensorSpec, packable
 from stca.near import did_you_mean
-from stca.runtime.client_values import array_of, key_of, labels_of, mapping_of, quoted
-from stca.runtime.input_check import InputCheck, Limits, Sizes
+from stca.runtime.client_values import TEXT, array_of, key_of, labels_of, mapping_of, quoted
+from stca.runtime.input_check import InputCheck, Limits, Plain, Sizes, ready
 from stca.runtime.padding import History
 
 # Most targets scored together unless a session says otherwise: so many need gigabytes.
@@ -59,12 +59,13 @@ class RequestBatch:
 
 
 class _Part(NamedTuple):
-    """What the door knows of some scopes: their inputs without offsets, the checks of these, and each offsets input
-    with its dtype and the size that it counts.
+    """What the door knows of some scopes: their inputs without offsets, the checks of these, short and whole, and each
+    offsets input with its dtype and the size that it counts.
     """
 
     names: tuple[str, ...]
     checks: tuple[InputCheck, ...]
+    plain: tuple[Plain, ...]
     offsets: tuple[tuple[str, str, str], ...]
     has_user: bool
 
@@ -107,6 +108,9 @@ class Door:
         self._no_user = frozenset(self.names("request", "target"))
         self._lengths = [s for s in self.inputs.values() if s.length_of is not None]
         self._blanks = [s for s in self.inputs.values() if s.blank is not None]
+        self._sizes: Sizes = {USERS: (1, "one request")} if self.offsets else {}
+        only_compared = all(s.scope == "user" for s in (*self._lengths, *self._blanks))
+        self._of_request = self._part(("request", "target")) if only_compared else None
 
     def names(self, *scopes: str) -> tuple[str, ...]:
         """Inputs of these scopes, offsets aside."""
@@ -118,13 +122,32 @@ class Door:
             checks = tuple(self._checks[s.name] for s in of if s.name not in self.offsets)
             counted = {"user": TOKENS, "target": TARGETS}
             offsets = tuple((s.name, s.dtype, counted[str(s.scope)]) for s in of if s.name in self.offsets)
-            part = _Part(tuple(c.name for c in checks), checks, offsets, "user" in scopes)
+            plain = tuple(c.plain for c in checks)
+            part = _Part(tuple(c.name for c in checks), checks, plain, offsets, "user" in scopes)
             self._parts[scopes] = part
         return part
 
     def has_user(self, inputs: dict[str, ArrayLike]) -> bool:
         """Whether anything is sent that is not the request's or its targets'."""
         return not inputs.keys() <= self._no_user
+
+    def plain(self, inputs: Mapping[str, ArrayLike]) -> dict[str, Array] | None:
+        """As `admit` of one request's request and target inputs, where it brings these alone, and as arrays that graphs
+        take as they are, none of them empty; None where `admit` is to say.
+        """
+        part = self._of_request
+        if (
+            part is None
+            or type(inputs) is not dict
+            or len(inputs) != len(part.plain)
+            or not TEXT.issuperset(map(type, inputs))
+        ):
+            return None
+        sizes = dict(self._sizes)
+        if (arrays := ready(part.plain, inputs, sizes)) is not None:
+            for name, dtype, size in part.offsets:
+                arrays[name] = _from_0_to(sizes[size][0] if size in sizes else 0, dtype)
+        return arrays
 
     def admit(
         self, inputs: dict[str, ArrayLike], *scopes: str, events: bool = False, cut: bool = True
@@ -146,23 +169,8 @@ class Door:
         part = self._part(scopes)
         if self.histories and part.has_user:
             inputs = {**inputs, **self._completed(inputs)}
-        sizes: Sizes = {USERS: (1, "one request")} if self.offsets else {}
-        arrays: dict[str, Array] = {}
-        of_any_target: list[tuple[InputCheck, Array]] = []
-        for check in part.checks:
-            name = check.name
-            if name not in inputs:
-                raise RequestError(f"{name}: is missing; the model needs it ({check.spec.scope} input)")
-            if (ready := check.ready(inputs[name], sizes)) is not None:
-                arrays[name] = ready
-                continue
-            raw = check.of_kind(inputs[name])
-            if check.for_any_target(raw):
-                of_any_target.append((check, raw))
-            else:
-                arrays[name] = check.array(raw, sizes)
-        for check, raw in of_any_target:
-            arrays[check.name] = check.array(check.repeated(raw, sizes), sizes)
+        sizes = dict(self._sizes)
+        arrays = ready(part.plain, inputs, sizes) or self._checked(part, inputs, sizes)
         for spec in self._lengths:
             if spec.name in arrays and (of := str(spec.length_of)) in sizes:
                 _check_length(spec.name, arrays[spec.name], *sizes[of])
@@ -175,6 +183,23 @@ class Door:
             arrays[name] = _from_0_to(sizes[size][0] if size in sizes else 0, dtype)
         return arrays
 
+    def _checked(self, part: _Part, inputs: Mapping[str, ArrayLike], sizes: Sizes) -> dict[str, Array]:
+        """Each input of a part as the contiguous array that graphs take; `sizes` are added to."""
+        arrays: dict[str, Array] = {}
+        of_any_target: list[tuple[InputCheck, Array]] = []
+        for check in part.checks:
+            name = check.name
+            if name not in inputs:
+                raise RequestError(f"{name}: is missing; the model needs it ({check.spec.scope} input)")
+            raw = check.of_kind(inputs[name])
+            if check.for_any_target(raw):
+                of_any_target.append((check, raw))
+            else:
+                arrays[name] = check.array(raw, sizes)
+        for check, raw in of_any_target:
+            arrays[check.name] = check.array(check.repeated(raw, sizes), sizes)
+        return arrays
+
     def _unknown(self, inputs: Mapping[str, ArrayLike]) -> RequestError:
         """What to say of the first input that is not the client's to send."""
         name = next(n for n in inputs if n not in self._checks)
@@ -183,6 +208,10 @@ class Door:
         known = self.names(*_ALL)
         takes = f"it takes {', '.join(known):.600}{did_you_mean(name, known) if isinstance(name, str) else ''}"
         return RequestError(f"{quoted(name)}: the model has no such input; {takes}")
+
+    def only_blank(self, arrays: Mapping[str, Array]) -> TensorSpec | None:
+        """An admitted input that holds nothing but what stands for no event, where the model has no score for that."""
+        return next((s for s in self._blanks if s.name in arrays and _is_blank(s, arrays[s.name])), None)
 
     def why_not_appendable(self) -> str:
         """Why new events are not appended, of a bundle whose states cannot be."""
@@ -194,7 +223,7 @@ class Door:
         return "this bundle's states cannot be appended to: their events depend on each other or on other inputs"
 
     def placeholder(self, name: str) -> Array:
-        """One valid row of an input there is once per user, for a run whose result does not depend on it."""
+        """One valid row of an input, for a run whose result does not depend on it."""
         spec = self.inputs[name]
         least = spec.low or 0
         value = least + 1 if least == spec.blank else least
@@ -311,8 +340,12 @@ def _check_length(name: str, values: Array, size: int, of: str) -> None:
         raise RequestError(f"{name}: holds {values.max()}, which is more than the {size} rows of {of}")
 
 
+def _is_blank(spec: TensorSpec, values: Array) -> bool:
+    return values.size > 0 and bool((values == spec.blank).all())
+
+
 def _check_not_blank(spec: TensorSpec, values: Array) -> None:
-    if values.size and (values == spec.blank).all():
+    if _is_blank(spec, values):
         raise RequestError(
             f"{spec.name}: holds nothing but {spec.blank}, for which the model has no finite score; send at least one "
             "other value"

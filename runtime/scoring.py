@@ -65,6 +65,27 @@ class Scoring:
     def __init__(self, states: UserStates, turns: Turns) -> None:
         self._states, self._turns = states, turns
 
+    def at_once(self, model: Model, request: Request, began: float) -> Answer | None:
+        """The answer to what most requests are: their inputs are arrays that graphs take as they are, and the state is
+        in memory. None for any other, which is for `asked` and `answer`; they would give the same, some calls later.
+
+        Raises:
+            RequestError, EngineError: as `Session.score`.
+        """
+        if (row := model.door.plain(request.inputs)) is None:
+            return None
+        if (state := self._states.at_hand(model, request.user, request.version)) is None:
+            return None
+        checked = time.perf_counter()
+        self._turns.enter()
+        try:
+            scores = model.score_one(state, row)
+        finally:
+            self._turns.leave()
+            self._states.count_at_hand()
+        seconds = {"check": checked - began, "encode": 0.0, "score": time.perf_counter() - checked}
+        return Answer(scores, (True,), seconds)
+
     def asked(self, model: Model, requests: Sequence[Request], recorder: Recorder | None) -> list[Asked]:
         """Requests that passed the door, all of them before any state is looked for; none where nobody has targets.
 

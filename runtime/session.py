@@ -58,6 +58,7 @@ class Session:
         if options.batch_seconds is not None:
             run, places = self._scoring.answer_several, model.side_by_side
             self._batcher = Batcher(run, options.batch_tokens, options.batch_seconds, places)
+        self._at_once = self._batcher is None and self._recorder is None and not options.check_versions
         self.forked = self._closed = False
         mark_after_fork(self)
 
@@ -191,11 +192,15 @@ class Session:
         Raises:
             RequestError, EngineError, DeadlineError, CancelledError: as `score`.
         """
-        began, wanted = time.perf_counter(), Deadline.of(deadline)
+        began, model = time.perf_counter(), self._running()
+        if self._at_once and deadline is None and type(request) is Request:
+            at_once = self._scoring.at_once(model, request, began)
+            if at_once is not None:
+                return at_once
+        wanted = Deadline.of(deadline)
         wanted.check()
         if not isinstance(request, (Request, RequestBatch)):
             raise RequestError(f"score takes a Request or a RequestBatch, got {type(request).__name__}")
-        model = self._running()
         requests = model.door.unpack(request) if isinstance(request, RequestBatch) else (request,)
         asked = self._scoring.asked(model, requests, self._recorder)
         if not asked:  # nothing is run, and nobody encoded, for no scores

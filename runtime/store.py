@@ -172,6 +172,11 @@ class StateStore:
             self.file.close()
         self.memory.close()
 
+    def count_in_memory(self) -> None:
+        """Count a request whose user's state was in memory."""
+        with self._lock:
+            self._hits[MEMORY] += 1
+
     def count(self, *, hits: Sequence[str] = (), misses: Sequence[str] = ()) -> None:
         """Count requests of users: where the state of each was, and of encodings why there was none."""
         with self._lock:

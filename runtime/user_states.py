@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from numpy.typing import ArrayLike
 
@@ -35,6 +35,10 @@ class Found(NamedTuple):
     came: str = ""
 
 
+# Types of keys that need no more looking at.
+_PLAIN: Final = frozenset((str, int))
+
+
 class UserStates:
     """Finds states and makes those that are missing, each once. Safe to share between threads.
 
@@ -46,6 +50,15 @@ class UserStates:
     def __init__(self, store: StateStore, *, check_versions: bool = False) -> None:
         self._store, self._check_versions = store, check_versions
         self._flights = Flights()
+        self.count_at_hand = store.count_in_memory
+
+    def at_hand(self, model: Model, user: Hashable, version: Hashable) -> UserState | None:
+        """The state that is in memory for this version of a user's history; None where there is none, or `find` is to
+        say. It counts as no hit yet.
+        """
+        if type(user) not in _PLAIN or type(version) not in _PLAIN:
+            return None
+        return self._store.memory.get(StateKey(user, version, model.manifest.weights, model.format), again=True)
 
     def find(self, model: Model, inputs: dict[str, ArrayLike], user: Hashable, version: Hashable) -> Found:
         """The state kept for this version of a user's history, or else the history, checked.

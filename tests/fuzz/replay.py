@@ -158,7 +158,18 @@ class Recorder:
     def stats(self) -> None:
         """Note what is kept and was done, without the bytes that each language's objects take."""
         kept = dataclasses.asdict(self._session.stats())
-        names = ("hits", "misses", "evictions", "refused", "expired", "users", "state_bytes", "warmed", "appends")
+        names = (
+            "hits",
+            "misses",
+            "evictions",
+            "refused",
+            "expired",
+            "users",
+            "state_bytes",
+            "warmed",
+            "appends",
+            "appended_bytes",
+        )
         noted = {n: kept[n] for n in names}
         for kinds, known in (("hits_from", HITS), ("misses_for", MISSES)):
             noted |= {f"{kinds[: kinds.index('_')]}_{kind}": kept[kinds].get(kind, 0) for kind in known}

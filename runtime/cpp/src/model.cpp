@@ -306,15 +306,32 @@ Array Model::score(const std::vector<StateCache::State>& states, const std::vect
   return concatenate(Memory::host(), "scores", parts);
 }
 
-Array Model::score_together(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const {
-  if (door_.targets(rows) == 0) return no_scores();  // of a batch whose other requests have some
-  if (states.size() == 1) check_shared(*states[0], rows[0]);
+bool Model::gives_finite(const StateCache::State& state) const {
+  std::vector<Row> rows(1);
+  door_.make_up(rows[0]);
+  bool finite = true;
+  for (const Array& output : run_scorer({state}, rows)) {
+    visit_floating(output.dtype, [&](auto type) {
+      const std::size_t count = output.shape.elements();
+      finite = finite && first_not_finite(static_cast<const decltype(type)*>(output.data), count) == count;
+    });
+  }
+  return finite;
+}
+
+std::vector<Array> Model::run_scorer(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const {
   std::vector<Array> feeds;
   feeds.reserve(scorer_inputs_.size());
   for (const Source& source : scorer_inputs_) {
     feeds.push_back(source.state ? join(source.index, states) : door_.pack(rows, static_cast<int>(source.index)));
   }
-  const std::vector<Array> outputs = engines_.scorer->run(feeds);
+  return engines_.scorer->run(feeds);
+}
+
+Array Model::score_together(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const {
+  if (door_.targets(rows) == 0) return no_scores();  // of a batch whose other requests have some
+  if (states.size() == 1) check_shared(*states[0], rows[0]);
+  const std::vector<Array> outputs = run_scorer(states, rows);
   const std::int64_t targets = door_.targets(rows);
   for (std::size_t i = 0; i < outputs.size(); ++i) {
     check_output(*engines_.scorer, i, outputs[i], rows);
@@ -345,18 +362,40 @@ StateCache::State Model::extend(const UserState& old, const UserState& fresh) co
   auto state = std::make_shared<UserState>();
   state->tokens = std::min(total, window_.value_or(total));
   const std::int64_t dropped = total - state->tokens;
+  std::vector<Array> kept, added;  // of each tensor with a row a token; cut first, so that only what is kept is copied
+  for (std::size_t i = 0; i < state_.size(); ++i) {
+    if (is_offsets(i) || !state_[i].rows_are(tokens_symbol)) continue;
+    kept.push_back(rows(old.tensors[i], std::min(dropped, old.tokens), old.tokens));
+    added.push_back(rows(fresh.tensors[i], std::max<std::int64_t>(0, dropped - old.tokens), fresh.tokens));
+  }
+  const bool in_place = !kept.empty() && dropped < old.tokens && !engines_.encoder->memory().device();
+  if (in_place) {
+    state->room = old.room;
+    state->end = old.end;
+    if (state->room == nullptr || !state->room->take(state->end, fresh.tokens)) {
+      state->room = std::make_shared<Room>(kept, fresh.tokens);
+      state->end = state->tokens - fresh.tokens;
+      state->room->take(state->end, fresh.tokens);
+      for (const Array& array : kept) state->written += array.bytes();
+    }
+  }
+  std::size_t next = 0;  // of `kept` and `added`
   for (std::size_t i = 0; i < state_.size(); ++i) {
     if (is_offsets(i)) {
       state->tensors.push_back(offsets_array(state_[i].dtype, {state->tokens}));
-    } else if (state_[i].rows_are(tokens_symbol)) {
-      // Cut before joining, so that only what is kept is copied, once.
-      const Array kept = rows(old.tensors[i], std::min(dropped, old.tokens), old.tokens);
-      const Array added = rows(fresh.tensors[i], std::max<std::int64_t>(0, dropped - old.tokens), fresh.tokens);
-      state->tensors.push_back(concatenate(engines_.encoder->memory(), state_[i].name, {&kept, &added}));
-    } else {
+    } else if (!state_[i].rows_are(tokens_symbol)) {
       state->tensors.push_back(old.tensors[i]);
+    } else if (in_place) {
+      state->tensors.push_back(state->room->write(next, state->end, added[next], state->tokens));
+      state->written += added[next++].bytes();
+    } else {
+      const std::vector<const Array*> both{&kept[next], &added[next]};
+      state->tensors.push_back(concatenate(engines_.encoder->memory(), state_[i].name, both));
+      state->written += state->tensors.back().bytes();
+      ++next;
     }
   }
+  if (in_place) state->end += fresh.tokens;
   return state;
 }
 
@@ -372,6 +411,7 @@ StateCache::State Model::replace(const UserState& old, const UserState& fresh, s
     const Array after = rows(old.tensors[i], first + fresh.tokens, old.tokens);
     state->tensors.push_back(
         concatenate(engines_.encoder->memory(), state_[i].name, {&before, &fresh.tensors[i], &after}));
+    state->written += state->tensors.back().bytes();
   }
   return state;
 }

@@ -46,6 +46,8 @@ class Model {
               const Deadline& deadline = Deadline::never()) const;
   /// Scores of no target.
   Array no_scores() const;
+  /// Whether the scores of a state are finite, by those of one made-up target.
+  bool gives_finite(const StateCache::State& state) const;
   /// The state of both histories one after the other, its oldest tokens dropped beyond the window.
   StateCache::State extend(const UserState& old, const UserState& fresh) const;
   /// The state with the events of `fresh` in the place of those from `first` on, all of which it has.
@@ -69,6 +71,7 @@ class Model {
   void check_shared(const UserState& state, const Row& row) const;
   bool is_offsets(std::size_t state) const;
   std::vector<std::shared_ptr<UserState>> encode_together(const std::vector<Row>& rows) const;
+  std::vector<Array> run_scorer(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const;
   Array score_together(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const;
   Array join(std::size_t index, const std::vector<StateCache::State>& states) const;
   void check_output(const Engine& engine, std::size_t index, const Array& output, const std::vector<Row>& rows) const;

@@ -9,7 +9,8 @@ namespace stca::core {
 /// How often this process was forked from another, counted from the first that asked: another number, another process.
 std::uint64_t process_number();
 
-/// How many processors this process may run on: those it is bound to, and no more than a container's quota.
-int processors(const std::string& quota = "/sys/fs/cgroup/cpu.max");
+/// How many processors this process may run on: those it is bound to, and no more than a container's quota, of which
+/// files below `root` tell, of control groups of both versions.
+int processors(const std::string& root = "");
 
 }  // namespace stca::core

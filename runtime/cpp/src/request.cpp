@@ -242,7 +242,10 @@ void Door::admit_sorted(const Given& given, int scopes, bool events, bool cut, R
     limit_history(row, sizes[tokens_id], cut);
     row.tokens = sizes[tokens_id].size;
   }
-  if (!events) check_not_blank(row);
+  if (const TensorSpec* const spec = events ? nullptr : only_blank(row)) {
+    request_error(spec->name, ": holds nothing but ", *spec->blank,
+                  ", for which the model has no finite score; send at least one other value");
+  }
   row.sizes.resize(sizes.size(), -1);
   for (std::size_t i = 0; i < sizes.size(); ++i) {
     if (sizes[i].size >= 0) row.sizes[i] = sizes[i].size;
@@ -333,13 +336,39 @@ void Door::check_lengths(const Row& row, const Sizes& sizes) const {
   }
 }
 
-void Door::check_not_blank(const Row& row) const {
+const TensorSpec* Door::only_blank(const Row& row) const {
   for (std::size_t i = 0; i < inputs_.size(); ++i) {
     const std::optional<std::int64_t>& blank = inputs_[i].blank;
     if (!blank || row.arrays[i].data == nullptr || row.arrays[i].shape.elements() == 0) continue;
-    if (holds_only(row.arrays[i], *blank)) {
-      request_error(inputs_[i].name, ": holds nothing but ", *blank,
-                    ", for which the model has no finite score; send at least one other value");
+    if (holds_only(row.arrays[i], *blank)) return &inputs_[i];
+  }
+  return nullptr;
+}
+
+void Door::make_up(Row& row) const {
+  std::vector<Array> values;
+  std::vector<stca_tensor> given;
+  for (std::size_t i = 0; i < inputs_.size(); ++i) {
+    const TensorSpec& spec = inputs_[i];
+    if (spec.scope == STCA_USER || offsets_[i]) continue;
+    Shape shape;
+    for (const Axis& axis : spec.shape) shape[shape.rank++] = axis.symbol.empty() ? axis.size : 1;
+    auto [array, data] = make_array(Memory::host(), spec.dtype, shape);
+    std::memset(data, 0, array.bytes());
+    const std::int64_t least = spec.low.value_or(0), value = spec.blank == least ? least + 1 : least;
+    if (kind_of(spec.dtype) == Kind::integer) {
+      visit_integer(spec.dtype, [value, to = data, count = shape.elements()](auto type) {
+        std::fill_n(reinterpret_cast<decltype(type)*>(to), count, static_cast<decltype(type)>(value));
+      });
+    }
+    stca_tensor& tensor = given.emplace_back(stca_tensor{spec.name.c_str(), array.data, spec.dtype, shape.rank, {}});
+    std::copy_n(shape.sizes.begin(), shape.rank, tensor.shape);
+    values.push_back(std::move(array));
+  }
+  admit({given.data(), given.size()}, STCA_REQUEST | STCA_TARGET, 0, row);
+  for (Array& array : row.arrays) {  // which point into `values`
+    for (const Array& value : values) {
+      if (array.data == value.data) array.owner = value.owner;
     }
   }
 }

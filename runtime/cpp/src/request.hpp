@@ -83,6 +83,11 @@ class Door {
   /// otherwise all are left.
   void admit_events(Inputs events, const char* call, bool cut, Row& row) const;
 
+  /// An admitted input that holds nothing but what stands for no event, where the model has no score for that; or null.
+  const TensorSpec* only_blank(const Row& row) const;
+  /// The request and target inputs of one made-up target, for a run whose result does not depend on them.
+  void make_up(Row& row) const;
+
   /// Why new events are not appended, of a bundle whose states cannot be.
   std::string why_not_appendable() const;
 
@@ -112,7 +117,6 @@ class Door {
   Array array(std::size_t index, Array raw, Sizes& sizes) const;
   History::Sent complete(const Given& given) const;
   void check_lengths(const Row& row, const Sizes& sizes) const;
-  void check_not_blank(const Row& row) const;
   void check_history(const Bound& tokens) const;
   void limit_history(Row& row, Bound& tokens, bool cut) const;
   /// The last `window_` tokens of a user input.

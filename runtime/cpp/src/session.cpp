@@ -307,6 +307,11 @@ bool Session::change(const std::string& user, Inputs events, const char* version
     const Turns::Turn turn(turns_);
     const StateCache::State fresh = model->encode(row);
     changed = at ? model->replace(old, *fresh, first) : model->extend(old, *fresh);
+    const TensorSpec* const blank = model->door().only_blank(row);
+    if (blank != nullptr && !model->gives_finite(changed)) {
+      request_error(blank->name, ": with these events the history would hold nothing but ", *blank->blank,
+                    ", for which the model has no finite score; send at least one other value");
+    }
   }
   return store_->put(model->key(user, version), std::move(changed), held->second);
 }

@@ -25,15 +25,27 @@ std::size_t UserState::bytes() const {
   return sum;
 }
 
+std::size_t UserState::memory_bytes() const {
+  std::size_t sum = room == nullptr ? 0 : room->bytes();
+  for (const Array& tensor : tensors) sum += room != nullptr && room->holds(tensor) ? 0 : tensor.bytes();
+  return sum;
+}
+
 std::size_t cost_of(const StateKey& key, const UserState& state) {
   // The list's node, the age's node, the table's node and its share of the buckets, and the state with its tensors.
   std::size_t sum = block(2 * pointer + sizeof(StateKey) + sizeof(StateCache::State) + 6 * pointer) +
                     block(2 * pointer + sizeof(std::string)) + block(3 * pointer + sizeof(std::string)) + 2 * pointer +
                     block(shared_count + sizeof(UserState)) + block(state.tensors.capacity() * sizeof(Array));
   sum += 3 * text(key.user) + text(key.version) + text(state.history);
-  for (const Array& tensor : state.tensors)
-    sum += block(tensor.bytes() == 0 ? 1 : tensor.bytes()) + block(shared_count);
-  return sum;
+  const auto memory = [&](const Array& array) {
+    sum += block(array.bytes() == 0 ? 1 : array.bytes()) + block(shared_count);
+  };
+  for (const Array& tensor : state.tensors) {
+    if (state.room == nullptr || !state.room->holds(tensor)) memory(tensor);
+  }
+  if (state.room == nullptr) return sum;
+  for (const NewArray& grown : state.room->memory()) memory(grown.array);
+  return sum + block(shared_count + sizeof(Room)) + block(state.room->memory().size() * sizeof(NewArray));
 }
 
 StateCache::State StateCache::held(const StateKey& key) {
@@ -149,10 +161,14 @@ bool StateCache::keep(StateKey key, State state, const State& instead_of, double
   }
   ages_.push_back(key.user);
   state_bytes_ += state->bytes();
+  room_bytes_ += state->memory_bytes();
+  if (instead_of != nullptr) {
+    ++appends_;
+    appended_bytes_ += state->written;
+  }
   order_.push_back({std::move(key), std::move(state), bytes, clock_() - age, std::prev(ages_.end())});
   bytes_ += bytes;
   by_user_.emplace(order_.back().key.user, std::prev(order_.end()));
-  if (instead_of != nullptr) ++appends_;
   return true;
 }
 
@@ -192,6 +208,7 @@ bool StateCache::forget(const std::string& user) {
 void StateCache::remove(Order::iterator held, Order& dropped) {
   bytes_ -= held->bytes;
   state_bytes_ -= held->state->bytes();
+  room_bytes_ -= held->state->memory_bytes();
   ages_.erase(held->age);
   by_user_.erase(held->key.user);
   dropped.splice(dropped.end(), order_, held);
@@ -228,7 +245,7 @@ void StateCache::serve(const std::shared_ptr<const StateKind>& kind) {
   dropped.swap(order_);
   by_user_.clear();
   ages_.clear();
-  bytes_ = state_bytes_ = 0;
+  bytes_ = state_bytes_ = room_bytes_ = 0;
 }
 
 stca_cache_stats StateCache::stats() {
@@ -258,6 +275,8 @@ stca_cache_stats StateCache::stats() {
   stats.state_bytes = state_bytes_;
   stats.warmed = warmed_;
   stats.appends = appends_;
+  stats.room_bytes = room_bytes_;
+  stats.appended_bytes = appended_bytes_;
   return stats;
 }
 

@@ -16,6 +16,7 @@
 
 #include "deadline.hpp"
 #include "gone.hpp"
+#include "room.hpp"
 #include "tensor.hpp"
 
 namespace stca::core {
@@ -43,9 +44,16 @@ struct UserState {
   std::int64_t tokens = 0;
   /// Digest of the user inputs it was made of, where versions are checked and nothing was appended.
   std::string history;
+  /// Where the rows of tokens lie after an append, to end there at row `end`.
+  std::shared_ptr<Room> room;
+  std::int64_t end = 0;
+  /// What an append or an amendment wrote for it, in bytes.
+  std::size_t written = 0;
 
   /// Bytes of all tensors.
   std::size_t bytes() const;
+  /// Bytes of the memory that they lie in, with what is free behind their rows.
+  std::size_t memory_bytes() const;
 };
 
 /// How much is kept, and how long.
@@ -157,7 +165,8 @@ class StateCache {
   std::shared_ptr<const StateKind> kind_;
   Gone gone_;
   std::array<std::uint64_t, came_count> counts_{};
-  std::uint64_t bytes_ = 0, state_bytes_ = 0, evictions_ = 0, refused_ = 0, expired_ = 0, warmed_ = 0, appends_ = 0;
+  std::uint64_t bytes_ = 0, state_bytes_ = 0, room_bytes_ = 0, evictions_ = 0, refused_ = 0, expired_ = 0;
+  std::uint64_t warmed_ = 0, appends_ = 0, appended_bytes_ = 0;
 };
 
 /// An encoding under way.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import http.client
 import json
+import re
 import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 
 from stca.arrays import Array
 from stca.errors import StcaError, UsageError
+from stca.load.connection import Connection, SpeaksOtherwiseError
 from stca.manifest import Manifest
 from stca.runtime import Deadline, Request, Session
 from stca.serve.http_body import HEADER_LENGTH
@@ -177,22 +178,20 @@ class Behind:
         """Status and JSON; 0 and the code `connection` where none is to be had."""
         kept = self._local.__dict__.setdefault("connections", {})  # of this thread
         if at not in kept:
-            kept[at] = http.client.HTTPConnection(*at, timeout=60)
-        connection: http.client.HTTPConnection = kept[at]
+            kept[at] = Connection(*at)
         try:
-            connection.request(method, path, body, headers)
-            answer = connection.getresponse()
-            text = answer.read()
-            told = json.loads(text[: int(answer.headers.get(HEADER_LENGTH, len(text)))])
-            return answer.status, told if isinstance(told, dict | list) else {}
-        except (http.client.HTTPException, ValueError):
-            connection.close()
+            status, head, text = kept[at].ask(method, path, body or b"", headers)
+            if (length := _JSON_LENGTH.search(head)) is not None:
+                text = text[: int(length[1])]
+            told = json.loads(text)
+            return status, told if isinstance(told, dict | list) else {}
+        except (SpeaksOtherwiseError, ValueError):
             return 0, {"code": "connection", "error": "what answers there speaks another protocol"}
         except OSError as e:
-            connection.close()
             return 0, {"code": "connection", "error": e.strerror or str(e) or type(e).__name__}
 
 
+_JSON_LENGTH = re.compile(rf"\r\n{HEADER_LENGTH}:\s*(\d{{1,15}})\r\n".encode(), re.IGNORECASE)
 _NO_SERVER = "start `stca serve BUNDLE` and name its HTTP port, 8000 unless --http-port says otherwise"
 
 
@@ -210,7 +209,7 @@ def _address(url: str) -> tuple[tuple[str, int], str]:
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError
-        return (parts.hostname, parts.port or 80), parts.path.rstrip("/")
+        return (parts.hostname, parts.port or 80), quote(parts.path.rstrip("/"), safe="/%")
     except ValueError:
         tls = "; TLS is for a proxy in front of the server" if url.startswith("https:") else ""
         raise UsageError(f"{url!r:.80}: is no URL of a server; write http://HOST:PORT{tls}") from None

@@ -64,6 +64,41 @@ def packed(session, requests):
 # --- hits and misses --------------------------------------------------------------------------------------------------
 
 
+def test_what_most_requests_are_is_answered_at_once(session):
+    inputs = ask(session)
+    rest = without_user(inputs)
+    session.score(Request(inputs, "ann", 1))
+
+    def at_once(inputs, user="ann", version=1):
+        return session._scoring.at_once(session._model, Request(inputs, user, version), 0.0)
+
+    answered = at_once(rest)
+    assert answered.hits == (True,)
+    assert answered.seconds.keys() == {"check", "encode", "score"}
+    assert counts(session) == (1, 1)
+    lists = {n: x.tolist() for n, x in rest.items()}
+    np.testing.assert_array_equal(answered.scores, session.score(Request(lists, "ann", 1)))
+    np.testing.assert_array_equal(answered.scores, session.score(Request(rest, "ann", 1)))
+    ids = next(n for n, x in rest.items() if n.startswith("target_") and x.dtype.kind == "i")
+    for others in (
+        lists,
+        inputs,
+        {**rest, ids: rest[ids].astype(np.int32)},
+        {**rest, ids: rest[ids][:-1]},
+        {**rest, ids: -1 - rest[ids]},
+        {**rest, ids: rest[ids][:, None]},
+        {n: x[:0] if n.startswith("target_") else x for n, x in rest.items()},
+        {n: x for n, x in rest.items() if n != ids},
+        {"x" if n == ids else n: x for n, x in rest.items()},
+        {1 if n == ids else n: x for n, x in rest.items()},
+        None,
+    ):
+        assert at_once(others) is None
+    for user, version in ((None, None), ("ann", None), ("ann", 2), ("bob", 1), (True, 1), ("ann", 1.0), ([], 1)):
+        assert at_once(rest, user, version) is None
+    assert counts(session) == (3, 1)
+
+
 def test_scores_are_the_models(session, checkpoint_file):
     from stca.export.reference.checkpoint import load_checkpoint
 

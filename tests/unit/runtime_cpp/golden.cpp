@@ -317,6 +317,7 @@ class Runner {
         {"state_bytes", stats.state_bytes},
         {"warmed", stats.warmed},
         {"appends", stats.appends},
+        {"appended_bytes", stats.appended_bytes},
         {"hits_memory", stats.hits_memory},
         {"hits_joined", stats.hits_joined},
         {"misses_new_user", stats.misses_new_user},

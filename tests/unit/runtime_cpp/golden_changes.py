@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from make_golden import Log, append, case, events, forget, refused, score, stats, warm
+from make_golden import NEEDY_BIAS, WINDOW, Log, append, case, events, forget, refused, score, stats, warm
 
 A = Log([1, 2, 3, 40, 50], [0, 1, 3, 2, 2])
 DEADLINE_ERROR, CANCELLED_ERROR = 11, 12
@@ -43,7 +43,7 @@ def _amendments() -> list[Any]:
                 amend("ann", events(items, actions), "v2", at, True, "v1"),
                 score(A.rest(), right.scores(), "ann", "v2"),
                 score(A.rest(), refused("ann", "v1", "send the user inputs"), "ann", "v1"),
-                stats(hits=1, misses=1, appends=1, users=1, state_bytes=A.state_bytes()),
+                stats(hits=1, misses=1, appends=1, users=1, state_bytes=A.state_bytes(), appended_bytes=5 * 8),
             )
         )
     for at, items in ((5, [9]), (4, [9, 9]), (-6, [9]), (1 << 62, [9]), (-(1 << 62), [9])):
@@ -127,18 +127,33 @@ def _blanks() -> list[Any]:
     """Of a model that has no score for a history of nothing but blank events, which these are a part of."""
     longer = Log([*A.items, 0, 0], [*A.actions, 0, 0])
     corrected = Log([0, *A.items[1:], 0], [3, *A.actions[1:], 0])
+    one = Log([7], [1])
+    nothing = refused("history_item", "would hold nothing but 0", "at least one other")
     return [
+        case(
+            "blank: events that leave nothing else",
+            score(A.inputs(), A.scores(NEEDY_BIAS), "ann", "v1"),
+            append("ann", events([0] * WINDOW, [1] * WINDOW), "v2", nothing),
+            score(A.rest(), A.scores(NEEDY_BIAS), "ann", "v1"),
+            score(one.inputs(), one.scores(NEEDY_BIAS), "bob", "v1"),
+            amend("bob", events([0], [1]), "v2", 0, nothing),
+            append("bob", events([0] * (WINDOW - 1), [0] * (WINDOW - 1)), "v2", True),
+            append("bob", events([0], [0]), "v3", nothing),
+            score(one.rest(), Log([7, 0], [1, 0]).scores(NEEDY_BIAS), "bob", "v2"),
+            stats(hits=2, misses=2, appends=1, users=2),
+            bundle="log_not_blank",
+        ),
         case(
             "blank: events of a history that has others",
             score(A.inputs(**events([0, 0], [1, 1])), refused("history_item", "nothing but 0", "at least one other")),
-            score(A.inputs(), A.scores(), "ann", "v1"),
+            score(A.inputs(), A.scores(NEEDY_BIAS), "ann", "v1"),
             append("ann", events([0], [0]), "v2", True),
             amend("ann", events([0], [3]), "v3", 0, True),
-            score(A.rest(), corrected.scores(), "ann", "v3"),
-            score(longer.inputs(), longer.scores(), "ann", "v4"),
+            score(A.rest(), corrected.scores(NEEDY_BIAS), "ann", "v3"),
+            score(longer.inputs(), longer.scores(NEEDY_BIAS), "ann", "v4"),
             bundle="log_not_blank",
             truncate=True,
-        )
+        ),
     ]
 
 

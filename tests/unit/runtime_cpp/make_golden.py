@@ -23,6 +23,7 @@ from stca.manifest import GraphSpec, Manifest, StateSpec, TensorSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 WINDOW = 6  # max_history of the `log` bundles
+NEEDY_BIAS = 0.5  # by which toy_engine.hpp knows the model that has no scores where all items are 0
 ELEMENT = {"int64": TensorProto.INT64, "int32": TensorProto.INT32, "float32": TensorProto.FLOAT}
 ELEMENT["float16"] = TensorProto.FLOAT16
 
@@ -122,8 +123,10 @@ def _in_weights(offset: int) -> onnx.TensorProto:
     return tensor
 
 
-def log_halves(first: bool = False) -> Any:
-    """Encoder and scorer of `log`: sums over each request's own segment of the history. `first`: of items alone."""
+def log_halves(first: bool = False, needy: bool = False) -> Any:
+    """Encoder and scorer of `log`: sums over each request's own segment of the history. `first`: of items alone.
+    `needy`: NaN where all items are 0.
+    """
     n = helper.make_node
     zero, one, end = np.int64([0]), np.int64([1]), np.int64([2**31])
     encoder = [
@@ -150,7 +153,7 @@ def log_halves(first: bool = False) -> Any:
             n("Unsqueeze", ["segment10", "one"], ["segment_column"]),
             n("Unsqueeze", ["device100", "one"], ["device_column"]),
             n("Concat", ["segment_column", "device_column"], ["columns"], axis=1),
-            n("Sum", ["segment_sum", "columns", "state_user_profile"], ["of_request"]),
+            n("Sum", ["segment_sum", "columns", "state_user_profile", *(["nothing"] if needy else [])], ["of_request"]),
             # Which request a target belongs to: how many requests end at or before it.
             n("Shape", ["target_item"], ["targets"]),
             n("Squeeze", ["targets", "zero"], ["targets0"]),
@@ -170,6 +173,12 @@ def log_halves(first: bool = False) -> Any:
         ]
         if first:
             nodes.append(n("Gather", ["both_scores", "first"], ["scores"], axis=1))
+        if needy:
+            nodes[7:7] = [
+                n("Slice", ["segment_sum", "zero", "one", "one"], ["items"]),
+                n("Div", ["items", "items"], ["ones"]),
+                n("Sub", ["ones", "ones"], ["nothing"]),
+            ]
         constants = {
             "zero": zero, "one": one, "end": end, "last": np.int64([-1]), "axis0": np.int64(0),
             "first": np.int64(0), "step": np.int64(1), "no_token": np.zeros((1, 2), np.float32),
@@ -440,7 +449,8 @@ def good_cases() -> list[Any]:
             score(a.rest(), longer.scores(), "ann", "v2"),
             append("ann", events([60, 70, 80], [0, 0, 1]), "v3", True),
             score(a.rest(), full.scores(), "ann", "v3"),
-            stats(hits=2, misses=1, users=1, state_bytes=full.state_bytes()),
+            # Three old rows of 8 bytes and two new ones move into a room; the next three are written behind them.
+            stats(hits=2, misses=1, users=1, state_bytes=full.state_bytes(), appended_bytes=(3 + 2 + 3) * 8),
         ),
         case(
             "appending a whole window replaces the history",
@@ -864,7 +874,8 @@ def main() -> None:
     ):
         write_bundle(name, inputs, LOG_STATE, scores, log_halves(), 0.0, appendable=True, max_history=window)
     needy = [dataclasses.replace(s, blank=0) if s.name == "history_item" else s for s in LOG_INPUTS]
-    write_bundle("log_not_blank", needy, LOG_STATE, scores, log_halves(), 0.0, appendable=True, max_history=WINDOW)
+    halves = log_halves(needy=True)
+    write_bundle("log_not_blank", needy, LOG_STATE, scores, halves, NEEDY_BIAS, appendable=True, max_history=WINDOW)
     first = (TensorSpec("scores", "float32", ("N_t",)),)
     write_bundle(
         "log_other_scores", LOG_INPUTS, LOG_STATE, first, log_halves(first=True), 0.0, appendable=True, max_history=6

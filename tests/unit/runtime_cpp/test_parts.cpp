@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <limits>
 #include <thread>
@@ -347,10 +348,14 @@ TEST(cache_counts_all_that_an_entry_takes) {
 
 TEST(process_may_use_what_it_is_bound_to_and_its_quota) {
   const check::TemporaryFolder folder;
+  const auto write = [&](const std::string& path, const char* text) {
+    std::filesystem::create_directories((folder.path() / path).parent_path());
+    std::ofstream(folder.path() / path) << text;
+  };
+  const auto found = [&] { return processors(folder.path().string()); };
   const auto with_quota = [&](const char* text) {
-    const auto file = folder.path() / "cpu.max";
-    std::ofstream(file) << text;
-    return processors(file.string());
+    write("sys/fs/cgroup/cpu.max", text);
+    return found();
   };
   const int bound = processors((folder.path() / "none").string());
   CHECK(bound >= 1);
@@ -360,6 +365,18 @@ TEST(process_may_use_what_it_is_bound_to_and_its_quota) {
   CHECK_EQUAL(with_quota("100000 100000"), 1);
   CHECK_EQUAL(with_quota("50000 100000"), 1);
   CHECK_EQUAL(with_quota("150000 100000"), std::min(bound, 2));
+  CHECK_EQUAL(with_quota("max 100000"), bound);
+  write("proc/self/cgroup", "0::/a/b\n");
+  write("sys/fs/cgroup/a/cpu.max", "100000 100000\n");  // of the group around it
+  CHECK_EQUAL(found(), 1);
+  write("proc/self/cgroup", "4:memory:/c\n3:cpu,cpuacct:/host/c\n0::/\n::\nx\n");
+  CHECK_EQUAL(found(), bound);
+  write("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "50000\n");
+  CHECK_EQUAL(found(), bound);
+  write("sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n");  // a container's, whose path is the host's
+  CHECK_EQUAL(found(), 1);
+  write("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n");
+  CHECK_EQUAL(found(), bound);
   std::thread one([&] {  // affinity is a thread's own
     cpu_set_t first;
     CPU_ZERO(&first);

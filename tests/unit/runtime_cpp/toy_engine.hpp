@@ -5,6 +5,7 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -103,10 +104,13 @@ class ToyEngine : public stca::Engine {
       float right = bias_ + 100 * static_cast<float>(feeds.data<std::int64_t>("request_device")[r]);
       left += feeds.data<float>("state_user_profile")[2 * r];
       right += feeds.data<float>("state_user_profile")[2 * r + 1];
+      float items = 0;
       for (std::int32_t i = history[r]; i < history[r + 1]; ++i) {
+        items += feeds.data<float>("token")[2 * i];
         left += feeds.data<float>("token")[2 * i];
         right += feeds.data<float>("token")[2 * i + 1];
       }
+      if (bias_ == 0.5f && items == 0) left = std::numeric_limits<float>::quiet_NaN();  // NEEDY_BIAS of make_golden.py
       for (std::int32_t t = bounds[r]; t < bounds[r + 1]; ++t) {
         out[2 * t] = left + static_cast<float>(feeds.data<std::int64_t>("target_item")[t]);
         out[2 * t + 1] = right + price[2 * t] + 2 * price[2 * t + 1];

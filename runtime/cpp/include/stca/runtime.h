@@ -226,6 +226,9 @@ typedef struct stca_cache_stats {
   uint64_t file_users, file_bytes, file_budget, file_reads, file_writes, file_written_bytes, file_evictions;
   uint64_t file_expired, file_skipped, file_discarded, file_failed, file_waiting;
   double file_read_seconds; /* what all reads took together */
+  uint64_t room_bytes;      /* the memory that `state_bytes` lie in, with the room that appends left for rows to come */
+  uint64_t appended_bytes;  /* what `appends` wrote: new rows and those that moved into a larger room, or all rows of a
+                             * corrected history */
 } stca_cache_stats;
 
 /* Defaults: 1 GiB of states, 64 CUDA graphs, 1048576 targets, everything else off. `size` is the caller's
