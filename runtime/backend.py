@@ -80,5 +80,5 @@ def server_of(name: str) -> Server:
         BuildError: naming those there are.
     """
     if name not in BACKENDS:
-        raise BuildError(f"there is no engine {name!r}; choose {', '.join((*BACKENDS, 'graphs'))}")
+        raise BuildError(f"there is no engine {name!r:.60}; choose {', '.join((*BACKENDS, 'graphs'))}")
     return cast(Server, BACKENDS[name].server())

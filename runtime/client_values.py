@@ -47,6 +47,8 @@ def _converted(name: str, value: Any) -> Array:
     if isinstance(value, np.ma.MaskedArray):
         raise RequestError(f"{name}: is a masked array; fill it or leave the masked rows out")
     try:
+        if isinstance(value, Sequence) and len(value) > MOST_VALUES:  # as a `range`, which takes no memory of its own
+            raise ValueError(f"more than {MOST_VALUES} values")
         return np.asarray(value)
     except Exception as e:  # whatever the code of a client's object raises
         said = " ".join(str(e).split())[:200]

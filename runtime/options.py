@@ -28,6 +28,7 @@ CPU: Final = "CPUExecutionProvider"
 # More threads than any machine's cores are a mistake, and each takes memory.
 _MOST_THREADS: Final = 1024
 _MOST_GPUS: Final = 1023
+_LONGEST_PATH: Final = 4096  # of Linux
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,14 @@ class Options:
             if not isinstance(getattr(self, name), bool):
                 _refuse(name, getattr(self, name), "True or False")
         for name in ("engine", "precision"):
-            if not isinstance(getattr(self, name), str | None):
-                _refuse(name, getattr(self, name), "text or None")
-        if not isinstance(self.state_folder, str | os.PathLike | None) or self.state_folder == "":
+            if (value := getattr(self, name)) is not None:
+                if not isinstance(value, str):
+                    _refuse(name, value, "text or None")
+                object.__setattr__(self, name, str.__str__(value))  # a subclass compares as it likes
+        if self.state_folder is not None and not _is_path(self.state_folder):
             _refuse("state_folder", self.state_folder, "a folder's path or None")
+        if self.trusted is not None and not isinstance(self.trusted, bytes) and not _is_path(self.trusted):
+            _refuse("trusted", self.trusted, "a public key in PEM, as bytes or a file's path, or None")
         for name, shortest in (("ttl_seconds", math.ulp(0.0)), ("batch_seconds", 0.0)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _seconds(name, getattr(self, name), shortest))
@@ -131,6 +136,13 @@ def _is_provider(given: object) -> bool:
     if isinstance(given, tuple) and len(given) == 2:
         return isinstance(given[0], str) and isinstance(given[1], Mapping)
     return isinstance(given, str)
+
+
+def _is_path(given: Any) -> bool:
+    try:
+        return 0 < len(os.fspath(given)) <= _LONGEST_PATH and isinstance(os.fspath(given), str)
+    except Exception:  # whatever the code of a caller's object raises
+        return False
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int:

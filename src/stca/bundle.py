@@ -24,6 +24,7 @@ from stca.manifest import FORMAT, MANIFEST, MOST_BYTES, WEIGHTS, FileEntry, Mani
 from stca.signature import SIGNATURE, Key, check_signature, signature_of
 
 # What a bundle's files end in; a directory with anything else is not replaced by a bundle.
+_LONGEST_PATH = 4096  # of Linux
 _SUFFIXES = (".json", ".onnx", ".safetensors", ".plan", ".weights", ".sig", ".rows", ".digests")
 
 
@@ -55,8 +56,16 @@ class Bundle:
         Raises:
             BundleError: naming the first file or field that is not as it should be, and what to do.
         """
-        if not isinstance(path, str | os.PathLike):
+        try:
+            named: object = os.fspath(path)
+        except Exception:  # whatever the code of a caller's object raises
+            named = None
+        if not isinstance(named, str):
             raise BundleError(f"a bundle's path is text or a Path, not {type(path).__name__:.40}")
+        if len(named) > _LONGEST_PATH:
+            raise BundleError(
+                f"a bundle's path has {len(named)} characters, which no file system takes; name its folder"
+            )
         require_folder(path)
         root = Path(path)
         if os.path.lexists(root / MANIFEST) and not (root / MANIFEST).is_file():

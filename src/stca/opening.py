@@ -83,7 +83,7 @@ def _identity(path: str | os.PathLike[str], own: bool = False) -> tuple[tuple[ob
     try:
         files = sorted(names(path))
         stats = [(name, os.stat(os.path.join(path, name) if name else path)) for name in ("", *files)]
-    except (OSError, TypeError, ValueError):  # no path at all: whoever loads it says so
+    except (OSError, TypeError, ValueError, OverflowError):  # no path at all: whoever loads it says so
         return ()
     # Numbers of removed files are given again, and copies keep the time of their contents: only ctime is never set.
     return tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns if own else s.st_ctime_ns) for name, s in stats)

@@ -227,6 +227,11 @@ def test_anything_in_any_input(name, value):
         assert wanted.tolist() == out[name].ravel().tolist()
 
 
+def test_a_range_that_takes_no_memory_is_not_written_out():
+    with one_line(RequestError, "history_item", "more than"):
+        DOOR.admit({**single(), "history_item": range(10**12)}, *ALL)
+
+
 @given(st.sampled_from([s.name for s in SPECS]), values)
 def test_anything_in_any_input_of_a_batch(name, value):
     batch = RequestBatch({**packed((2, 1), (3, 2)), name: value})
