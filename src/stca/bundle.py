@@ -56,16 +56,7 @@ class Bundle:
         Raises:
             BundleError: naming the first file or field that is not as it should be, and what to do.
         """
-        try:
-            named: object = os.fspath(path)
-        except Exception:  # whatever the code of a caller's object raises
-            named = None
-        if not isinstance(named, str):
-            raise BundleError(f"a bundle's path is text or a Path, not {type(path).__name__:.40}")
-        if len(named) > _LONGEST_PATH:
-            raise BundleError(
-                f"a bundle's path has {len(named)} characters, which no file system takes; name its folder"
-            )
+        require_path(path)
         require_folder(path)
         root = Path(path)
         if os.path.lexists(root / MANIFEST) and not (root / MANIFEST).is_file():
@@ -87,6 +78,22 @@ class Bundle:
         if not is_sealed(text):
             raise BundleError(f"{root}: {MANIFEST} was changed; copy the bundle again or export it anew")
         return cls(root, manifest)
+
+
+def require_path(path: str | os.PathLike[str]) -> None:
+    """Whether it is a path at all.
+
+    Raises:
+        BundleError: when it is of another kind, or longer than any.
+    """
+    try:
+        named: object = os.fspath(path)
+    except Exception:  # whatever the code of a caller's object raises
+        named = None
+    if not isinstance(named, str):
+        raise BundleError(f"a bundle's path is text or a Path, not {type(path).__name__:.40}")
+    if len(named) > _LONGEST_PATH:
+        raise BundleError(f"a bundle's path has {len(named)} characters, which no file system takes; name its folder")
 
 
 def _manifest_of(root: Path) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeVar
 
-from stca.bundle import Bundle, names
+from stca.bundle import Bundle, names, require_path
 from stca.errors import BundleError
 from stca.signature import Key
 
@@ -36,6 +36,7 @@ def opened(
         BundleError: as `Bundle.load`, and when the bundle is replaced faster than it can be read.
         Exception: what `use` raises on a bundle that stays as it is.
     """
+    require_path(path)
     last: Exception | None = None
     for turn in range(tries):
         settled: Exception | None = None
@@ -83,7 +84,7 @@ def _identity(path: str | os.PathLike[str], own: bool = False) -> tuple[tuple[ob
     try:
         files = sorted(names(path))
         stats = [(name, os.stat(os.path.join(path, name) if name else path)) for name in ("", *files)]
-    except (OSError, TypeError, ValueError, OverflowError):  # no path at all: whoever loads it says so
+    except (OSError, ValueError):  # it leads nowhere: whoever loads it says so
         return ()
     # Numbers of removed files are given again, and copies keep the time of their contents: only ctime is never set.
     return tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns if own else s.st_ctime_ns) for name, s in stats)
