@@ -63,7 +63,7 @@ def report_of(
         report.ReportData(
             title=title or bundle.path.resolve().name,
             bundle=bundle,
-            parity=dict(bundle.manifest.parity) or None,
+            parity=dict(bundle.manifest.parity) if bundle.manifest.parity.get("stages") else None,
             bench=latency.as_dict(),
             auc=auc,
             trained_history=trained_history,
