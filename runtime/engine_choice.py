@@ -41,6 +41,7 @@ def best_engine(
     only: str | None = None,
     precision: str | None = None,
     gpu: int = 0,
+    native_code: bool = False,
 ) -> Choice:
     """The fastest pair of engines that can run here; ONNX Runtime on the CPU always can.
 
@@ -49,6 +50,7 @@ def best_engine(
         machine: where to run; None looks at this one, with the GPU of number `gpu`.
         only: the flavour to take, whose engines must then run here.
         precision: of the engines, where a flavour is asked for; None takes the fastest.
+        native_code: take engines that carry native code: opening one runs it.
 
     Raises:
         BuildError: when a flavour is asked for and it has no such engines that run here.
@@ -67,6 +69,8 @@ def best_engine(
                 name = f"{flavour} {kind}" + (f" for SM {sm}" if sm else "")
                 missing = [f"there is no engine of {half}; run `stca build`" for half in HALVES if half not in entries]
                 reason = next(iter(missing), None) or server.obstacle(entries, machine)
+                if reason is None and not native_code and any(e.carries_code for e in entries.values()):
+                    reason = "it carries native code, which opening it runs; say native_code if you trust its maker"
                 if reason is None and only is None:
                     reason = server.slow(provider, kind)
                 if reason is None:

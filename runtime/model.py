@@ -59,7 +59,10 @@ class Model:
         elif options.engine == "graphs":
             choice = own_graphs()
         else:
-            choice = best_engine(manifest, only=options.engine, precision=options.precision, gpu=options.gpu)
+            native_code = options.native_code or options.trusted is not None
+            choice = best_engine(
+                manifest, only=options.engine, precision=options.precision, gpu=options.gpu, native_code=native_code
+            )
         engines = open_engines(
             bundle, choice, threads=options.threads, onnxruntime=options.onnxruntime, gpu=options.gpu
         )

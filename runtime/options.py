@@ -67,6 +67,7 @@ class Options:
     engine: str | None
     precision: str | None
     trusted: Key | None
+    native_code: bool
     max_users: int | None
     max_targets: int
     ttl_seconds: float | None
@@ -100,7 +101,7 @@ class Options:
             value = getattr(self, name)
             if value is not None or name in ("cache_bytes", "max_targets", "gpu", "state_folder_bytes", "batch_tokens"):
                 object.__setattr__(self, name, _whole(name, value, least, most))
-        for name in ("truncate", "check_finite", "check_versions"):
+        for name in ("truncate", "check_finite", "check_versions", "native_code"):
             if not isinstance(getattr(self, name), bool):
                 _refuse(name, getattr(self, name), "True or False")
         for name in ("engine", "precision"):

@@ -73,6 +73,7 @@ class Session:
         engine: str | None = None,
         precision: str | None = None,
         trusted: Key | None = None,
+        native_code: bool = False,
         max_users: int | None = None,
         max_targets: int = MOST_TARGETS,
         ttl_seconds: float | None = None,
@@ -101,6 +102,8 @@ class Session:
             precision: of that engine, fp32, bf16 or fp16; None takes the fastest that was built.
             trusted: Ed25519 public key, as the path or the bytes of a PEM file: this bundle, and those swapped in, must
                 be signed by its holder (`stca sign`). None takes anyone's bundle.
+            native_code: open engines that carry native code, as TensorRT's with our C++ plugin do, of bundles that no
+                `trusted` key vouches for. Others are passed over, and refused where `engine` asks for them.
             max_users: most users whose states are kept; None for as many as fit into `cache_bytes`.
             max_targets: most targets of a request, or of a batch together.
             ttl_seconds: how long a state is kept; None for ever.
@@ -136,6 +139,7 @@ class Session:
             engine=engine,
             precision=precision,
             trusted=trusted,
+            native_code=native_code,
             max_users=max_users,
             max_targets=max_targets,
             ttl_seconds=ttl_seconds,

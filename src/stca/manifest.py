@@ -127,6 +127,11 @@ class EngineEntry:
     fused_layers: Any = None
     key: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def carries_code(self) -> bool:
+        """Whether opening its plan runs native code that lies in it: our plugin's library, or what calls itself so."""
+        return self.lowering == "plugin"
+
     @classmethod
     def of(cls, raw: Any) -> EngineEntry:
         """Parse and check an entry, also one that an earlier release wrote.

@@ -89,7 +89,7 @@ std::size_t whole_fields(std::size_t size) {
        {offsetof(stca_options, unchecked_scores), offsetof(stca_options, max_users),
         offsetof(stca_options, ttl_seconds), offsetof(stca_options, precision), offsetof(stca_options, max_targets),
         offsetof(stca_options, check_versions), offsetof(stca_options, tables), offsetof(stca_options, state_folder),
-        sizeof(stca_options)}) {
+        offsetof(stca_options, native_code), sizeof(stca_options)}) {
     if (end <= size) whole = end;
   }
   return whole;
@@ -131,6 +131,7 @@ Options options_of(const stca_options* given_options) {
   options.threads = whole("threads", o.threads, 0, most_threads);
   options.max_targets = static_cast<std::int64_t>(whole("max_targets", o.max_targets, std::uint64_t{1}, largest));
   options.check_versions = o.check_versions != 0;
+  options.native_code = o.native_code != 0;
   options.check_finite = o.unchecked_scores == 0;
   options.precision = o.precision == nullptr ? "" : o.precision;
   options.truncate = o.truncate != 0;

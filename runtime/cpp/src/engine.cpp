@@ -28,7 +28,7 @@ Machine machine_for(const Manifest& manifest) {
   return {with_tensorrt, 0, "", "", ""};
 }
 
-Choice choose(const Manifest& manifest, const std::string& wanted, const std::string& precision) {
+Choice choose(const Manifest& manifest, const std::string& wanted, const std::string& precision, bool native_code) {
   if (!precision.empty() && (wanted.empty() || wanted == "graphs")) {
     fail(STCA_USAGE_ERROR, "precision: ", in_quotes(precision), " is of a built engine; say which with engine=");
   }
@@ -43,7 +43,7 @@ Choice choose(const Manifest& manifest, const std::string& wanted, const std::st
   if (!with_tensorrt && wanted == "tensorrt") {  // whatever the bundle lacks besides
     fail(STCA_BUILD_ERROR, "this library was built without TensorRT; rebuild it with -DSTCA_TENSORRT_INCLUDE_DIR=…");
   }
-  return best_engine(manifest, machine_for(manifest), wanted, precision);
+  return best_engine(manifest, machine_for(manifest), wanted, precision, native_code);
 }
 
 Engines open(const std::shared_ptr<const Bundle>& bundle, const Choice& choice, const Options& options) {
@@ -65,7 +65,7 @@ Engines make_engines(const std::shared_ptr<const Bundle>& bundle, const Options&
     return {options.make(bundle, "user_encoder"), options.make(bundle, "target_scorer"), "the caller's own engines",
             ""};
   }
-  const Choice choice = choose(bundle->manifest, options.engine, options.precision);
+  const Choice choice = choose(bundle->manifest, options.engine, options.precision, options.native_code);
   const std::string passed_over = joined(choice.passed_over);
   try {
     Engines engines = open(bundle, choice, options);

@@ -60,6 +60,7 @@ struct Options {
   bool check_versions = false;  ///< whether a history sent with the version of another one that is kept is an error
   std::string engine;        ///< "tensorrt", "onnxruntime" or "graphs"; empty for the best one that runs here
   std::string precision;     ///< of built engines, "fp32", "bf16" or "fp16"; empty for the fastest
+  bool native_code = false;  ///< whether to open plans that carry native code: the caller trusts their maker
   bool check_finite = true;  ///< whether scores that are not finite are an error
   int cuda_graphs = 64;      ///< most CUDA graphs that a TensorRT engine keeps; none from 0 down
   /// The caller's own source of rows, by the name of a table that left the graphs; files of the bundle for the others.

@@ -75,7 +75,7 @@ std::string joined(const std::vector<std::string>& reasons) {
 }
 
 Choice best_engine(const Manifest& manifest, const Machine& machine, const std::string& only,
-                   const std::string& wanted) {
+                   const std::string& wanted, bool native_code) {
   std::vector<std::string> passed_over;
   for (const Rank& rank : order()) {
     if (!only.empty() && only != rank.flavour) continue;
@@ -93,7 +93,12 @@ Choice best_engine(const Manifest& manifest, const Machine& machine, const std::
       for (const auto& [sm, pair] : pairs) {
         const std::string name =
             std::string(rank.flavour) + " " + precision + (sm != 0 ? " for SM " + std::to_string(sm) : "");
-        if (const std::string reason = obstacle(pair, rank, sm, manifest, machine); !reason.empty()) {
+        std::string reason = obstacle(pair, rank, sm, manifest, machine);
+        const auto carries = [](const auto& half) { return half.second->lowering == "plugin"; };
+        if (reason.empty() && !native_code && std::any_of(pair.begin(), pair.end(), carries)) {
+          reason = "it carries native code, which opening it runs; say native_code if you trust its maker";
+        }
+        if (!reason.empty()) {
           passed_over.push_back(name + ": " + reason);
           continue;
         }

@@ -28,9 +28,9 @@ struct Choice {
 
 /// The fastest pair of engines that can run here; the bundle's own graphs always can. The pointers are into `manifest`.
 /// `only` is "tensorrt", whose plans must then run here, or empty; `precision` is that of the plans, or empty for the
-/// fastest. Throws BuildError when there are none.
+/// fastest. `native_code` takes plans that carry native code: opening one runs it. Throws BuildError when there are none.
 Choice best_engine(const Manifest& manifest, const Machine& machine, const std::string& only,
-                   const std::string& precision = "");
+                   const std::string& precision = "", bool native_code = false);
 
 /// The bundle's own graphs, whatever engines it has.
 Choice own_graphs(std::string why = "the bundle's own graphs were asked for");

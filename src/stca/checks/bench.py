@@ -122,6 +122,7 @@ def bench(
     precision: str | None = None,
     onnxruntime: OnnxRuntimeOptions | None = None,
     gpu: int = 0,
+    native_code: bool = False,
     threads: int | None = None,
     seconds: float = 1.0,
     pointwise: bool = True,
@@ -137,6 +138,7 @@ def bench(
         precision: of the built engines; None takes each one's fastest.
         onnxruntime: providers and settings for `graphs`.
         gpu: number of the GPU for TensorRT's engines.
+        native_code: open engines that carry native code.
         threads: threads of one request; None takes every core.
         seconds: time given to each figure; a run that takes longer is still repeated 5 times. The stages of one size
             are run in turn.
@@ -152,7 +154,7 @@ def bench(
     real = list(dict.fromkeys(probe.history_of(specs, n) for n in histories))
     if limit is not None and max(real) > limit:
         raise RequestError(f"--history {max(real)}: this bundle serves at most {limit} tokens")
-    given = {"precision": precision, "onnxruntime": onnxruntime, "gpu": gpu}
+    given = {"precision": precision, "onnxruntime": onnxruntime, "gpu": gpu, "native_code": native_code}
     sessions, absent = _sessions(bundle, engines, threads, given)
     first = next(iter(sessions))
     names = dict(sessions[first].engines)

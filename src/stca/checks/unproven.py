@@ -233,7 +233,7 @@ def memory(bundle: str, changes: int = 2000) -> None:
     from stca import probe
     from stca.runtime import Request, Session
 
-    session = Session.load(bundle, engine="tensorrt", precision="fp16", cache_bytes=0)
+    session = Session.load(bundle, engine="tensorrt", precision="fp16", cache_bytes=0, native_code=True)
     specs, rng = session.manifest.graphs["request"].inputs, np.random.default_rng(0)
     two = [Request(probe.single(specs, n, m, rng), user="u", version=0) for n, m in ((100, 7), (301, 12))]
 

@@ -115,6 +115,13 @@ def measured_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--provider", action="append", metavar="NAME", help="ONNX Runtime's provider for graphs, best first")
     p.add_argument("--config", action="append", type=pair, metavar="NAME=VALUE", help="its session entry for graphs")
     p.add_argument("--gpu", type=int, default=0, metavar="N", help="number of the GPU for TensorRT's engines")
+    native_code_option(p)
+
+
+def native_code_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--native-code", action="store_true", help="open engines that carry native code: you trust its maker"
+    )
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
@@ -127,7 +134,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         if "graphs" not in engines:
             raise UsageError("--provider, --config: are of the bundle's own graphs; add --engine graphs")
         options = OnnxRuntimeOptions(tuple(args.provider or (CPU,)), dict(args.config or ()))
-    return {"engines": engines, "precision": args.precision, "onnxruntime": options, "gpu": args.gpu}
+    given = {"engines": engines, "precision": args.precision, "onnxruntime": options, "gpu": args.gpu}
+    return {**given, "native_code": args.native_code}
 
 
 def emit(args: argparse.Namespace, data: Mapping[str, Any], text: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stca.bundle import require_folder
-from stca.commands.options import ENGINES, count, emit
+from stca.commands.options import ENGINES, count, emit, native_code_option
 from stca.errors import RequestError
 
 HELP = "requests in JSON → scores"
@@ -32,6 +32,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--engine", choices=(*ENGINES, "graphs"), help="what runs it (default: the fastest that runs here)")
     p.add_argument("--threads", type=count, help="threads of one request (default: every core)")
     p.add_argument("--trusted", metavar="KEY", help="public key in PEM: refuse a bundle its holder did not sign")
+    native_code_option(p)
     p.add_argument("--truncate", action="store_true", help="keep the most recent events of a history that is too long")
 
 
@@ -44,7 +45,12 @@ def run(args: argparse.Namespace) -> int:
 
     requests = read_requests(text)
     session = Session.load(
-        args.bundle, threads=args.threads, truncate=args.truncate, engine=args.engine, trusted=args.trusted
+        args.bundle,
+        threads=args.threads,
+        truncate=args.truncate,
+        engine=args.engine,
+        trusted=args.trusted,
+        native_code=args.native_code,
     )
     found: list[dict[str, Any]] = []
     lines = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from stca.bundle import Bundle
-from stca.commands.options import ENGINES, PRECISIONS, emit, require_module
+from stca.commands.options import ENGINES, PRECISIONS, emit, native_code_option, require_module
 from stca.commands.progress import progress_on_stderr
 from stca.errors import StcaError
 from stca.manifest import check_account
@@ -24,6 +24,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--engine", choices=ENGINES, help="check these built engines instead, and name the node at fault")
     p.add_argument("--trusted", metavar="KEY", help="public key in PEM: refuse a bundle its holder did not sign")
     p.add_argument("--precision", choices=PRECISIONS, help="of the engines (default: the fastest that run here)")
+    native_code_option(p)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if args.engine:
         from stca.runtime.engine_choice import best_engine
 
-        choice = best_engine(bundle.manifest, only=args.engine, precision=args.precision)
+        native_code = args.native_code or args.trusted is not None
+        choice = best_engine(bundle.manifest, only=args.engine, precision=args.precision, native_code=native_code)
 
     progress = progress_on_stderr("torch and onnx")
     from stca.checks.engines import verify_engine

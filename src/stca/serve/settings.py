@@ -47,6 +47,7 @@ class Settings:
     engine: str | None = _said("what runs the bundles (default: the fastest that runs here)", None)
     precision: str | None = _said("of that engine", None)
     trusted: str | None = _said("public key in PEM: refuse a bundle its holder did not sign", None)
+    native_code: bool = _said("open engines that carry native code: you trust its maker", False)
     truncate: bool = _said("keep the most recent events of a history that is too long", False)
     cache_mib: int = _said("most MiB of user states of each bundle", 1024)
     max_users: int | None = _said("most users whose states are kept (default: as many as fit)", None)
@@ -88,7 +89,17 @@ class Settings:
 
     def of_session(self, label: str) -> dict[str, Any]:
         """What `Session.load` is told of the bundle with this name and version."""
-        same = ("engine", "precision", "trusted", "truncate", "max_users", "max_targets", "ttl_seconds", "gpu")
+        same = (
+            "engine",
+            "precision",
+            "trusted",
+            "native_code",
+            "truncate",
+            "max_users",
+            "max_targets",
+            "ttl_seconds",
+            "gpu",
+        )
         threads = self.threads or max(1, _processors() // self.jobs)
         made = {n: getattr(self, n) for n in same} | {"threads": threads, "cache_bytes": self.cache_mib << 20}
         if self.batch_tokens:

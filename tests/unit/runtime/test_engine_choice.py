@@ -13,7 +13,7 @@ from stca.bundle import Bundle
 from stca.engines.build import build
 from stca.errors import BuildError
 from stca.manifest import EngineEntry
-from stca.runtime import Session
+from stca.runtime import Session, model
 from stca.runtime.engine_choice import Choice, Machine, best_engine, open_engines
 
 CPU = Machine()
@@ -91,6 +91,36 @@ def test_what_stands_in_the_way(manifest, pair, machine, said):
     assert "bundle's own graphs" in choice.why
     assert len(choice.passed_over) == 1
     assert said in choice.passed_over[0]
+
+
+def test_native_code_runs_only_where_its_maker_is_trusted(manifest):
+    plain = entries("tensorrt", "fp16", 89)
+    coded = [dataclasses.replace(e, lowering="plugin") for e in entries("tensorrt", "bf16", 89)]
+    both = manifest(coded, plain)
+    choice = best_engine(both, GPU)
+    assert choice.precision == "fp16"
+    reason = "it carries native code, which opening it runs; say native_code if you trust its maker"
+    assert choice.passed_over == (f"tensorrt bf16 for SM 89: {reason}",)
+    assert best_engine(both, GPU, native_code=True).precision == "bf16"
+    half = manifest([coded[0], entries("tensorrt", "bf16", 89)[1]])
+    with pytest.raises(BuildError, match=r"no tensorrt engines that run here: .*carries native code"):
+        best_engine(half, GPU, only="tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"), [({}, False), ({"native_code": True}, True), ({"trusted": "key.pem"}, True)]
+)
+def test_a_session_asks_for_consent_or_a_signature(bundle_dir, monkeypatch, options, asked):
+    told = []
+
+    def choose(found, **given):
+        told.append(given["native_code"])
+        return model.own_graphs()
+
+    monkeypatch.setattr(model, "best_engine", choose)
+    monkeypatch.setattr("stca.bundle.check_signature", lambda *_: None)
+    Session.load(bundle_dir, threads=1, **options)
+    assert told == [asked]
 
 
 def test_a_bundle_without_engines(manifest):

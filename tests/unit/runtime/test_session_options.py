@@ -23,6 +23,7 @@ WRONG = [
     *(("truncate", x) for x in (None, 1, "yes")),
     ("check_finite", 0),
     ("check_versions", "x\ny"),
+    ("native_code", 1),
     *(("engine", x) for x in (1, b"graphs", ["graphs"])),
     *(("precision", x) for x in (16, "fp16")),
     *(("onnxruntime", x) for x in ("CPUExecutionProvider", {}, 1)),

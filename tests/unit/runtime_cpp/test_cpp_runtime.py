@@ -95,9 +95,11 @@ def choice_cases(seed: int) -> list[dict[str, Any]]:
                 "precision": choose.choice(["bf16", "fp16", "fp32"]),
                 **sizes,
             }
+            kind["lowering"] = choose.choice([None, "plugin"])
             kind |= {"sm": choose.choice([80, 90]), "version": choose.choice(["11.4.0.106", "11.5.0.1"])}
             if choose.random() < 0.3:
                 kind |= {"flavour": "onnxruntime", "precision": choose.choice(["fp16", "fp32"]), "sm": None}
+                kind["lowering"] = None
                 kind |= {"provider": choose.choice(["CPUExecutionProvider", "CUDAExecutionProvider"])}
             for half in choose.choice([HALVES, HALVES, HALVES, HALVES[:1], HALVES[1:], HALVES[::-1]]):
                 file = manifest.graphs[half].file if kind["precision"] == "fp32" else f"{half}.{len(found)}"

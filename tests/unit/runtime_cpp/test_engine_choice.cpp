@@ -105,6 +105,20 @@ TEST(choice_goes_on_to_the_next_pair) {
                "no tensorrt engines that run here: the bundle has none; run `stca build --engine tensorrt`");
 }
 
+TEST(choice_takes_native_code_only_from_those_the_caller_trusts) {
+  Manifest m = manifest();
+  m.engines = {plan("user_encoder"), plan("target_scorer"), plan("user_encoder", "fp16"), plan("target_scorer", "fp16")};
+  m.engines[1].lowering = "plugin";
+  Choice choice = best_engine(m, h100, "");
+  CHECK(choice.encoder == &m.engines[2]);
+  CHECK_EQUAL(joined(choice.passed_over),
+              "tensorrt bf16 for SM 90: it carries native code, which opening it runs; say native_code if you trust its "
+              "maker");
+  CHECK(best_engine(m, h100, "", "", true).encoder == &m.engines[0]);
+  m.engines.resize(2);
+  CHECK_THROWS(best_engine(m, h100, "tensorrt"), Error, "it carries native code");
+}
+
 TEST(choice_runs_no_engine_but_tensorrts) {
   Manifest m = manifest();
   const auto add = [&](const char* flavour, const char* precision, const char* provider, const char* suffix) {

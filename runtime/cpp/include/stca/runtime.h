@@ -199,6 +199,8 @@ typedef struct stca_options {
   const char* state_folder; /* of files in which states outlive memory and the process, for engines on a CPU; it is this
                              * session's own until that is released. NULL or "" keeps states in memory alone */
   uint64_t state_folder_bytes; /* most bytes of files in it */
+  int32_t native_code; /* not 0: open plans that carry native code, as those with our plugin do: you trust their maker.
+                        * Others are passed over, and refused where `engine` asks for them */
 } stca_options;
 
 typedef struct stca_cache_stats {

@@ -220,6 +220,7 @@ struct Options {
   std::map<std::string, std::shared_ptr<RowSource>> tables;  ///< of rows by the table; else the bundle's files
   std::string state_folder;  ///< of files in which states outlive memory and the process; empty for none
   std::uint64_t state_folder_bytes = std::uint64_t{1} << 33;  ///< most bytes of files in it
+  bool native_code = false;  ///< open plans that carry native code, as those with our plugin do: you trust their maker
 };
 
 using CacheStats = stca_cache_stats;
@@ -255,6 +256,7 @@ class Session {
     o.table_count = tables.size();
     o.state_folder = options_->state_folder.empty() ? nullptr : options_->state_folder.c_str();
     o.state_folder_bytes = options_->state_folder_bytes;
+    o.native_code = options_->native_code ? 1 : 0;
     stca_session* session = nullptr;
     detail::check(stca_session_load(bundle.c_str(), &o, &session));
     session_.reset(session);
