@@ -38,6 +38,7 @@ from stca.export.modules import adapted
 from stca.export.one_batch import of_one_request, with_one_batch
 from stca.export.outputs import lay_out_by_target, name_rows, score_axes
 from stca.export.padding import PadOptions
+from stca.export.passes.bags import without_loops_of_bags
 from stca.export.passes.rules import View
 from stca.export.passes.sequences import without_sequences
 from stca.export.passes.spelled_out import spell_out
@@ -256,6 +257,7 @@ def _request_graph(
 ) -> _Request:
     """Through the door, to request level, and past the rules that free user work; tables go to `folder`."""
     without_sequences(graph)
+    without_loops_of_bags(graph)
     drop_whole_slices(graph)
     spell_out(graph)
     name_zero_points(graph)
