@@ -116,7 +116,7 @@ def to_request_graph(
         made: onnx_ir.Model = program.model
     except Exception as e:  # torch raises many types here; the cause is what the user can act on
         with quietly(model.module):
-            scripted = by_older_exporter(model, feeds)
+            scripted = by_older_exporter(model, feeds, e)
         if scripted is None:
             raise ExportError(f"the model cannot be traced: {why_untraceable(e)}") from e
         progress("torch's newer exporter cannot trace the model: taking the older one")

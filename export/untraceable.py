@@ -24,6 +24,7 @@ _BAG_ARGUMENTS: Final = (
     "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse", "per_sample_weights", "include_last_offset",
     "padding_idx",
 )  # fmt: skip
+_CONSTANT: Final = r"specialized it to be a constant \((\d+)\)|Constraints violated"
 # What torch says, and what it means.
 _CAUSES: Final = (
     (
@@ -31,7 +32,7 @@ _CAUSES: Final = (
         "its code asks for the value of a tensor (in an if, .item() or a shape), which a graph does not know",
     ),
     (
-        r"specialized it to be a constant \((\d+)\)|Constraints violated",
+        _CONSTANT,
         "its code, or a layer of torch's, turns a size that varies into a constant",
     ),
     (
@@ -104,18 +105,22 @@ class _Positional(nn.Module):
         return self.module(dict(zip(self.names, values, strict=True)))  # type: ignore[no-any-return]
 
 
-def by_older_exporter(model: RequestModel, feeds: Mapping[str, Tensor]) -> onnx.ModelProto | None:
-    """A model with recurrent layers by torch's TorchScript exporter, in which they take any length; None for others.
+def by_older_exporter(model: RequestModel, feeds: Mapping[str, Tensor], error: BaseException) -> onnx.ModelProto | None:
+    """A model by torch's TorchScript exporter, in which recurrent layers take any length; None where it fails.
+
+    What is a constant to the newer one, whose `error` this is, is one in a record too, and its line is better told.
 
     It records one run. Where it warns that the module's code made a constant of a value in this run, the graph is not
-    taken; what it does not notice, the proof at other sizes does. None also where it fails.
+    taken; what it does not notice, the proof at other sizes does.
     """
-    if not any(isinstance(part, nn.RNNBase) for part in model.module.modules()):
+    recurrent = any(isinstance(part, nn.RNNBase) for part in model.module.modules())
+    if re.search(_CONSTANT, str(_innermost(error))) and not recurrent:
         return None
     names = [s.name for s in model.inputs]
     sizes = {s.name: {axis: n for axis, n in enumerate(s.shape) if isinstance(n, str)} for s in model.inputs}
-    file = io.BytesIO()
-    torch._C._jit_set_onnx_log_enabled(False)  # which prints whole graphs on stdout
+    file, fast = io.BytesIO(), torch.backends.mha.get_fastpath_enabled()
+    log, torch._C._jit_onnx_log = torch._C._jit_onnx_log, lambda *_: None  # which prints whole graphs on stdout
+    torch.backends.mha.set_fastpath_enabled(False)  # fused layers that it has no operator for
     try:
         with warnings.catch_warnings(record=True) as warned, torch.no_grad():
             warnings.simplefilter("always")
@@ -132,6 +137,9 @@ def by_older_exporter(model: RequestModel, feeds: Mapping[str, Tensor]) -> onnx.
             )
     except Exception:  # torch raises many types here; the newer exporter's reason is the one told
         return None
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch._C._jit_onnx_log = log
     traced = [w.filename for w in warned if issubclass(w.category, torch.jit.TracerWarning)]  # type: ignore[attr-defined]
     if any(_theirs(name) for name in traced):
         return None
@@ -140,9 +148,7 @@ def by_older_exporter(model: RequestModel, feeds: Mapping[str, Tensor]) -> onnx.
 
 def why_untraceable(error: BaseException) -> str:
     """The innermost reason that has words, and the line of the module's own code, on one line, with the way out."""
-    inner = error.__cause__ or error.__context__
-    while inner is not None:
-        error, inner = inner if str(inner).strip() else error, inner.__cause__ or inner.__context__
+    error = _innermost(error)
     said = str(error)
     places = re.findall(r'File "([^"]+)", line (\d+)', said)
     theirs = [(file, line) for file, line in places if _theirs(file)]
@@ -153,6 +159,13 @@ def why_untraceable(error: BaseException) -> str:
         if found := re.search(pattern, said):
             told = meaning.format(*found.groups())
     return f"{told}{place}; {_WAY_OUT}"
+
+
+def _innermost(error: BaseException) -> BaseException:
+    inner = error.__cause__ or error.__context__
+    while inner is not None:
+        error, inner = inner if str(inner).strip() else error, inner.__cause__ or inner.__context__
+    return error
 
 
 def _theirs(file: str) -> bool:

@@ -209,9 +209,35 @@ class Unconvertible(nn.Module):
 @pytest.mark.parametrize(
     ("module", "words"), [(Fixed(), ()), (Branch(), ()), (Broken(), ("y",)), (Unconvertible(), ())], ids=repr
 )
-def test_a_module_that_cannot_be_exported(module, words):
+def test_a_module_that_cannot_be_exported(module, words, capfd):
     with one_line(ExportError, *words):
         to_request_graph(RequestModel(module, (ROWS,)))
+    assert not capfd.readouterr().out
+
+
+class Encoder(nn.Module):
+    """With a mask, of which a layer of torch's asks whether it is causal: the newer exporter stops there."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.register_buffer("mask", torch.triu(torch.ones(3, 3, dtype=torch.bool), 1))
+
+    def forward(self, inputs):
+        return self.layers(inputs["x"], mask=self.mask)[:, -1]
+
+
+def test_what_the_newer_exporter_cannot_trace_the_older_one_may():
+    said = []
+    module = Encoder().eval()
+    graph = to_request_graph(RequestModel(module, (TensorSpec("x", "float32", ("N_t", 3, 4), "target"),)), said.append)
+    assert any("taking the older one" in s for s in said)
+    x = np.random.default_rng(0).standard_normal((6, 3, 4)).astype(np.float32)
+    (found,) = ReferenceEvaluator(graph).run(None, {"x": x})
+    with torch.no_grad():
+        wanted = module({"x": torch.from_numpy(x)}).numpy()
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 class Plain(nn.Module):
