@@ -46,6 +46,8 @@ _Key = tuple[int | str, ...]  # what a CUDA graph holds for: profile, sizes, inp
 
 # A longer copy costs more than the launches that a graph would spare; the C++ runtime draws the same line.
 MOST_COPIED: Final = 64 << 20
+# Each graph's context takes memory of its own, how much the library does not say: this share of the GPU stays free.
+LEFT_FREE: Final = 1 / 16
 # What TensorRT asks of an address that it reads or writes.
 ALIGNMENT: Final = 256
 
@@ -111,7 +113,8 @@ class TensorRTEngine:
         device: shared by the engines of one session, so that they share scratch memory.
         keep: outputs to leave on the GPU, as `DeviceArray`s, and inputs that were left there.
         graphs: CUDA graphs to keep, one for each shape, those of the shapes that first come twice: a capture takes many
-            times a run, so none is made in another's place. 0 captures none, and adds no rows.
+            times a run, so none is made in another's place, nor with a sixteenth or less of the GPU's memory free. 0
+            captures none, and adds no rows.
         module: stands in for the library.
 
     Raises:
@@ -335,9 +338,12 @@ class TensorRTEngine:
             device.call("cudaMemcpyAsync", *to_host)
 
     def _capture(self, key: _Key, profile: int, sizes: Mapping[str, int], staged: Sequence[str]) -> None:
-        """Keep the run just done as a CUDA graph; where that cannot be had, do not try again."""
+        """Keep the run just done as a CUDA graph, if there is memory; where that cannot be had, do not try again."""
         device = self._device
         try:
+            free, total = device.call("cudaMemGetInfo")
+            if free <= total * LEFT_FREE:
+                return
             context = self._new_context()
             if profile:
                 self._use_profile(context, profile)

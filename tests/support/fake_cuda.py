@@ -17,6 +17,7 @@ class FakeCuda:
 
     def __init__(self, sm=89, fail=None):
         self.sm, self.fail, self.log, self.largest = sm, fail or {}, [], 1 << 40
+        self.free = (40 << 30, 80 << 30)  # and in all
         self.memory, self.pinned, self.graphs, self.streams = {}, {}, [], 0
         self.queue, self.captured, self.device, self.devices, self.error = [], None, 0, 1, 0
 
@@ -100,6 +101,9 @@ class FakeCuda:
     def _cudaFreeAsync(self, address, stream):
         assert self.captured is None
         self.queue.append(lambda: self.memory.pop(address))
+
+    def _cudaMemGetInfo(self):
+        return self.free
 
     def _cudaDeviceGetDefaultMemPool(self, device):
         return 5

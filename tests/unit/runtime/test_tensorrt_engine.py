@@ -244,6 +244,25 @@ def test_a_library_that_makes_graphs_itself_is_let_to(tmp_path):
     assert "cudaStreamBeginCapture" not in engine._device.cuda.log
 
 
+def test_no_graph_is_made_of_the_memory_that_is_left(tmp_path):
+    engine = make(tmp_path)
+    cuda, contexts = engine._device.cuda, engine._context.trt.contexts
+
+    def run(times, tokens):
+        for seed in range(times):
+            same(engine.run(inputs := request(tokens, 4, seed)), inputs)
+
+    run(3, 8)
+    assert (len(engine._replays), len(contexts)) == (1, 2)
+    cuda.free = (1 << 30, 16 << 30)
+    run(4, 40)
+    assert (len(engine._replays), len(contexts)) == (1, 2)
+    assert engine.name.endswith("bf16)")  # nothing failed
+    cuda.free = ((1 << 30) + 1, 16 << 30)
+    run(3, 40)
+    assert (len(engine._replays), len(contexts)) == (2, 3)
+
+
 def test_all_is_given_back(tmp_path):
     """As a swap does: a new session's engines are loaded, and the old ones are garbage."""
     cuda = FakeCuda()
