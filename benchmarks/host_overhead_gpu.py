@@ -59,6 +59,9 @@ class Cuda:
     def cudaGetDeviceCount(self) -> tuple[int, int]:
         return 0, 1
 
+    def cudaMemGetInfo(self) -> tuple[int, int, int]:
+        return 0, 40 << 30, 80 << 30
+
     def cudaGetDevice(self) -> tuple[int, int]:
         self.calls += 1
         return 0, 0
