@@ -64,6 +64,8 @@ class InputCheck:
         self._bounds = _Bounds.of(spec, self.dtype) if self.dtype.kind in "iu" else None
         # Whether one target's value may stand for all of them, without the axis of targets.
         self._of_targets = spec.scope == "target" and isinstance(next(iter(spec.shape), 0), str)
+        # Whether one value may stand for all history tokens, whose number the state knows.
+        self._of_tokens = spec.scope == "request" and spec.shape[:1] == (TOKENS,)
         self.plain = Plain.of(spec, self.dtype, limits, self._bounds)
 
     def of_kind(self, value: ArrayLike) -> Array:
@@ -105,7 +107,9 @@ class InputCheck:
             RequestError: naming the input, the value and the limit.
         """
         shape = self._shape
-        if raw.ndim == self._rank - 1 and 1 in (shape[0], *sizes.get(str(shape[0]), ())):
+        if self._of_tokens and raw.ndim == self._rank - 1:
+            raw, sizes = raw[np.newaxis], {}
+        elif raw.ndim == self._rank - 1 and 1 in (shape[0], *sizes.get(str(shape[0]), ())):
             raw = raw[np.newaxis]  # one user's value, given without the batch axis
         if raw.ndim != self._rank:
             raise RequestError(

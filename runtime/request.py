@@ -35,11 +35,16 @@ class Request:
         version: which history this is, of the same kinds; change it when the history changes. None takes a digest of
             the user inputs.
             With a version, a user whose state is kept need not send the user inputs again.
+        neighbours: users whose histories are read behind the user's own, as if they were one. Each is a request without
+            targets: who it is, the history unless it is kept, and request inputs with an entry per history token.
+        leave_out: score without the neighbours of whom neither a state nor a history is there.
     """
 
     inputs: Mapping[str, ArrayLike]
     user: Hashable = None
     version: Hashable = None
+    neighbours: Sequence[Request] = ()
+    leave_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ class Door:
         self._checks = {n: InputCheck(s, self.limits) for n, s in self.inputs.items() if n not in self.offsets}
         self._parts: dict[tuple[str, ...], _Part] = {}
         self._no_user = frozenset(self.names("request", "target"))
+        # Request inputs with an entry per history token, which one value may stand for.
+        self.of_tokens = tuple(n for n in self.names("request") if self.inputs[n].shape[:1] == (TOKENS,))
         self._lengths = [s for s in self.inputs.values() if s.length_of is not None]
         self._blanks = [s for s in self.inputs.values() if s.blank is not None]
         self._sizes: Sizes = {USERS: (1, "one request")} if self.offsets else {}
@@ -212,6 +219,14 @@ class Door:
     def only_blank(self, arrays: Mapping[str, Array]) -> TensorSpec | None:
         """An admitted input that holds nothing but what stands for no event, where the model has no score for that."""
         return next((s for s in self._blanks if s.name in arrays and _is_blank(s, arrays[s.name])), None)
+
+    def admit_neighbour(self, inputs: dict[str, ArrayLike]) -> dict[str, Array]:
+        """Of a neighbour's inputs those of the request, one for each history token; raises RequestError as `admit`."""
+        if other := [n for n in inputs if n in self._no_user and n not in self.of_tokens]:
+            raise RequestError(f"neighbours: {other[0]} is the request's or its targets' own; leave it out")
+        if missing := [n for n in self.of_tokens if n not in inputs]:
+            raise RequestError(f"neighbours: {missing[0]} is missing; the model needs it of each neighbour's history")
+        return {n: self._checks[n].array(self._checks[n].of_kind(inputs[n]), {}) for n in self.of_tokens}
 
     def why_not_appendable(self) -> str:
         """Why new events are not appended, of a bundle whose states cannot be."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from stca.arrays import Array
-from stca.manifest import Manifest
+from stca.errors import HistoryNeededError, RequestError
+from stca.manifest import TOKENS, Manifest
 from stca.runtime.client_values import mapping_of
 from stca.runtime.deadline import Deadline
 from stca.runtime.model import Model
 from stca.runtime.recording import Recorder
 from stca.runtime.request import Request
+from stca.runtime.state import UserState, join
 from stca.runtime.turns import Turns
 from stca.runtime.user_states import Found, UserStates
 
@@ -26,32 +29,42 @@ class Answer(NamedTuple):
         scores: `(targets, tasks)`, as `Session.score` gives them.
         hits: for each request whether its user's state was kept, or being made for another request already.
         seconds: of the stages `check`, `encode` and `score`, those that ran.
+        neighbours: for each request, what became of its neighbours: `hit`, `miss` or `left_out`.
+        copied: bytes of states that were copied behind each other, where neighbours were read: engines take each tensor
+            as one piece of memory.
     """
 
     scores: Array
     hits: tuple[bool, ...]
     seconds: Mapping[str, float]
+    neighbours: tuple[tuple[str, ...], ...] = ()
+    copied: int = 0
 
 
 class Asked(NamedTuple):
-    """A request that passed the door: its model, its state or history, its request and target inputs."""
+    """A request that passed the door: its model, its state or history, its request and target inputs; and of each
+    neighbour, state or history and inputs, or None where it is left out.
+    """
 
     model: Model
     found: Found
     row: Mapping[str, Array]
+    neighbours: tuple[tuple[Found, Mapping[str, Array]] | None, ...] = ()
+
+    @property
+    def read(self) -> tuple[Found, ...]:
+        """All whose histories are read, the user first."""
+        return self.found, *(one[0] for one in self.neighbours if one is not None)
 
     @property
     def ready(self) -> bool:
         """Whether its state or history is at hand; otherwise it waits for the state that another call makes."""
-        return self.found.state is not None or self.found.history is not None
+        return all(one.state is not None or one.history is not None for one in self.read)
 
     @property
     def cost(self) -> int:
         """Tokens and targets."""
-        found, targets = self.found, self.model.targets(self.row) or 0
-        if found.state is not None:
-            return found.state.tokens + targets
-        return max((len(x) for x in (found.history or {}).values() if x.ndim), default=0) + targets
+        return sum(map(_tokens, self.read)) + (self.model.targets(self.row) or 0)
 
 
 class Scoring:
@@ -72,7 +85,7 @@ class Scoring:
         Raises:
             RequestError, EngineError: as `Session.score`.
         """
-        if (row := model.door.plain(request.inputs)) is None:
+        if request.neighbours or model.door.of_tokens or (row := model.door.plain(request.inputs)) is None:
             return None
         if (state := self._states.at_hand(model, request.user, request.version)) is None:
             return None
@@ -102,28 +115,61 @@ class Scoring:
             return []
         if recorder is not None:
             for (request, inputs, row), targets in zip(admitted, counts, strict=True):
-                if targets != 0:
+                if targets != 0 and not request.neighbours:  # which a trace does not know
                     recorder.offer(model.door, inputs, row, request.user)
         if len(requests) > 1:
             model.door.limits.check_targets(sum(n or 0 for n in counts), "targets of all requests")
         asked = []
         for request, inputs, row in admitted:
-            asked.append(Asked(model, self._states.find(model, inputs, request.user, request.version), row))
+            found = self._states.find(model, inputs, request.user, request.version)
+            asked.append(Asked(model, found, row, self._neighbours(model, request)))
         return asked
+
+    def _neighbours(self, model: Model, request: Request) -> tuple[tuple[Found, Mapping[str, Array]] | None, ...]:
+        if not request.neighbours:
+            return ()
+        if not model.manifest.appendable or model.sums:
+            raise RequestError(
+                "neighbours: this bundle's states are not read one behind the other, for they are not rows of events "
+                "that are each encoded by itself; send requests without neighbours"
+            )
+        found: list[tuple[Found, Mapping[str, Array]] | None] = []
+        for one in request.neighbours:
+            if not isinstance(one, Request) or one.neighbours:
+                raise RequestError("neighbours: each is a Request that names no neighbours itself")
+            inputs = mapping_of("neighbours", one.inputs)
+            row = model.door.admit_neighbour(inputs)
+            try:
+                found.append((self._states.find(model, inputs, one.user, one.version), row))
+            except HistoryNeededError:
+                if not request.leave_out:
+                    raise
+                found.append(None)
+        return tuple(found)
 
     def answer(self, asked: Sequence[Asked], wanted: Deadline) -> list[Answer]:
         """Of each, its scores, whether its state was there, and how long the stages took for all together."""
         model, began = asked[0].model, time.perf_counter()
         self._turns.enter()
         try:
-            _, found, rows = zip(*asked, strict=True)
-            states, hits = self._states.complete(model, found, wanted)
+            states, hits = self._states.complete(model, [found for one in asked for found in one.read], wanted)
             encoded = time.perf_counter()
-            scores = model.score(states, rows, wanted)
+            read, rows = _read_together(asked, states)
+            scores = model.score(read, rows, wanted)
         finally:
             self._turns.leave()
         seconds = {"encode": encoded - began, "score": time.perf_counter() - encoded}
-        return list(map(Answer, scores, zip(hits, strict=True), itertools.repeat(seconds)))
+        told = iter(hits)
+        return [
+            Answer(
+                of_request,
+                (next(told),),
+                seconds,
+                (tuple("left_out" if n is None else "hit" if next(told) else "miss" for n in one.neighbours),),
+                state.row_bytes if len(one.read) > 1 else 0,
+            )
+            for one, of_request, state in zip(asked, scores, read, strict=True)
+        ]
 
     def answer_several(self, asked: Sequence[Asked], wanted: Deadline) -> list[Answer]:
         """As `answer`, of callers who came together: before and after a swap, perhaps."""
@@ -132,6 +178,66 @@ class Scoring:
             places = [i for i, one in enumerate(asked) if id(one.model) == model]
             answers |= zip(places, self.answer([asked[i] for i in places], wanted), strict=True)
         return [answers[i] for i in range(len(asked))]
+
+
+def _tokens(found: Found) -> int:
+    if found.state is not None:
+        return found.state.tokens
+    return max((len(x) for x in (found.history or {}).values() if x.ndim), default=0)
+
+
+def _read_together(
+    asked: Sequence[Asked], states: Sequence[UserState]
+) -> tuple[list[UserState], list[Mapping[str, Array]]]:
+    """Of each request, the state of all histories that it reads, and its row with an entry for each token of these.
+
+    Raises:
+        RequestError: when there are more tokens than the engines take, or entries than tokens.
+    """
+    model, came = asked[0].model, iter(states)
+    if not model.door.of_tokens and len(states) == len(asked):
+        return list(states), [one.row for one in asked]
+    read: list[UserState] = []
+    rows: list[Mapping[str, Array]] = []
+    for one in asked:
+        own, *others = (next(came) for _ in one.read)
+        parts = [one.row, *(near[1] for near in one.neighbours if near is not None)]
+        along = {
+            name: np.concatenate([_along(name, row[name], s) for row, s in zip(parts, (own, *others), strict=True)])
+            for name in model.door.of_tokens
+        }
+        read.append(_behind(model, own, others) if others else own)
+        rows.append({**one.row, **along})
+    return read, rows
+
+
+def _behind(model: Model, own: UserState, others: Sequence[UserState]) -> UserState:
+    """The state of several users' histories, one behind the other: what there is once per user is `own`'s.
+
+    Raises:
+        RequestError: when they are longer together than the bundle and its engines take.
+    """
+    states, tensors = (own, *others), dict(own.tensors)
+    tokens = sum(s.tokens for s in states)
+    if model.window is not None and tokens > model.window:
+        raise RequestError(
+            f"neighbours: the histories have {tokens} tokens together, the limit is {model.window}; name fewer"
+        )
+    for spec in model.manifest.state:
+        if model.is_offsets(spec):
+            tensors[spec.name] = np.array([0, tokens], spec.dtype)
+        elif spec.shape[:1] == (TOKENS,):
+            tensors[spec.name] = join([one.tensors[spec.name] for one in states])
+    return UserState(tensors, tokens)
+
+
+def _along(name: str, values: Array, state: UserState) -> Array:
+    """An entry for each token of a state: what was sent, or one for all."""
+    if len(values) not in (1, state.tokens):
+        raise RequestError(
+            f"{name}: has {len(values)} rows for a history of {state.tokens} tokens; send so many, or one value"
+        )
+    return values if len(values) == state.tokens else np.repeat(values, state.tokens, axis=0)
 
 
 def column_names(manifest: Manifest) -> tuple[str, ...]:

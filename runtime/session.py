@@ -218,9 +218,9 @@ class Session:
         first = answers[0]
         seconds = {"check": checked, **first.seconds}
         if len(answers) == 1:
-            return Answer(first.scores, first.hits, seconds)
-        scores = np.concatenate([answer.scores for answer in answers])
-        return Answer(scores, tuple(hit for answer in answers for hit in answer.hits), seconds)
+            return first._replace(seconds=seconds)
+        scores, hits, _, neighbours, copied = zip(*answers, strict=True)
+        return Answer(np.concatenate(scores), sum(hits, ()), seconds, sum(neighbours, ()), sum(copied))
 
     def append(
         self, user: Hashable, events: Mapping[str, ArrayLike], version: Hashable, *, after: Hashable = None

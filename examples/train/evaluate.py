@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 
 from stca.calibration.quality import auc
 from stca.errors import StcaError
-from stca.examples.train.log import Inputs, Log, LoggedRequest
+from stca.examples.train.log import Log, LoggedRequest
 from stca.examples.train.world import World, generate
 
-ScoreFn = Callable[[Inputs], NDArray[Any]]
+ScoreFn = Callable[[Any], NDArray[Any]]
 """Maps one request's inputs (int64 ids and times, int32 offsets) to scores `[m, tasks]`; only their order matters."""
+
+BatchFn = Callable[[LoggedRequest, int], tuple[Any, NDArray[np.float32]]]
+"""Maps a request of a log and a history's length to what is scored and the targets' labels `[m, tasks]`."""
 
 # Users no training run has seen: the generator's stream of that number.
 EVALUATION_SEED = 7
@@ -48,6 +51,7 @@ def auc_rows(
     references: Callable[[LoggedRequest, int], Mapping[str, NDArray[Any]]],
     *,
     request_time: bool = False,
+    batch: BatchFn | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[AucRow]:
     """AUC on the log's held-out requests with their most recent `lengths[i]` events.
@@ -58,6 +62,7 @@ def auc_rows(
         lengths: of the histories; users with fewer events have what they have.
         references: other scores `[m, tasks]` of a request at a length, by name.
         request_time: give `score` the input `request_time`.
+        batch: makes a request's inputs and labels; None takes the log's own.
         progress: told what is being done.
 
     Returns:
@@ -74,7 +79,9 @@ def auc_rows(
         progress(f"evaluating at history {length}")
         parts: dict[str, list[NDArray[Any]]] = {}
         for request in requests:
-            inputs, labels = log.batch([request], [length], request_time=request_time)
+            inputs, labels = (
+                log.batch([request], [length], request_time=request_time) if batch is None else batch(request, length)
+            )
             scored = {"": np.asarray(score(inputs)), "labels": labels, **references(request, length)}
             for name, values in scored.items():
                 parts.setdefault(name, []).append(values)

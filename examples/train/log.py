@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Inputs = dict[str, NDArray[np.integer[Any]]]
+Inputs = dict[str, NDArray[Any]]
 """Arrays of one or more requests under the request graph's input names."""
 
 

@@ -6,41 +6,20 @@ of the whole history besides. Both have the same layers but for it, and the same
 
 from __future__ import annotations
 
-import argparse
-import json
+import dataclasses
 import sys
-import time
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stca.examples.train.evaluate import as_text, auc_table
-from stca.examples.train.log import Inputs, Log
+from stca.examples.train.evaluate import AucRow, ScoreFn, auc_table
+from stca.examples.train.log import Inputs, Log, LoggedRequest
+from stca.examples.train.tiny import SEED, SHARP, Reader, exported, fit, parser, score_with, served, target_inputs, tell
 from stca.examples.train.world import World, generate
-
-# A training log of users whom no evaluation sees.
-SEED = 1
-# How sharply an untrained model tells topics apart: then it attends to events, and sketches them, by topic.
-_SHARP = 16.0
-
-
-class Reader(nn.Module):
-    """One query over tokens `(n, 2 width)`: keys are their first half, values their second."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
-        for layer in (self.q, self.k):
-            nn.init.eye_(layer.weight)
-
-    def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
-        keys, values = tokens.chunk(2, dim=-1)
-        keys = nn.functional.normalize(self.k(keys), dim=-1)
-        shares = (_SHARP * nn.functional.normalize(self.q(query), dim=-1) @ keys.T).softmax(dim=-1)
-        read: Tensor = shares @ self.v(values)
-        return read
+from stca.manifest import TOKENS, TensorSpec
 
 
 class Sketched(nn.Module):
@@ -48,14 +27,13 @@ class Sketched(nn.Module):
 
     Args:
         log: whose vocabularies it takes.
-        recent: events that are read one by one.
         sketch: whether the whole history is sketched besides.
         width: of embeddings.
     """
 
-    def __init__(self, log: Log, recent: int, sketch: bool, width: int = 32) -> None:
+    def __init__(self, log: Log, sketch: bool, width: int = 32) -> None:
         super().__init__()
-        sizes, self.recent, self.sketch = log.sizes, recent, sketch
+        sizes, self.sketch = log.sizes, sketch
         self.topic, self.action = nn.Embedding(sizes["category"], width), nn.Embedding(sizes["action"], width)
         self.prototypes = nn.Parameter(self.topic.weight.detach().clone())
         self.item, self.segment = nn.Embedding(log.items, width), nn.Embedding(sizes["segment"], width)
@@ -64,76 +42,71 @@ class Sketched(nn.Module):
         self.top = nn.Sequential(nn.Linear(5 * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, len(log.tasks)))
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        topics = nn.functional.normalize(self.topic(inputs["history_category"]), dim=-1)
-        tokens = torch.cat([topics, self.action(inputs["history_action"])], dim=-1)
         query = self.topic(inputs["target_category"])
-        near = self.near(query, tokens[-self.recent :])
-        far = self.far(query, self.slots(topics, tokens)) if self.sketch else torch.zeros_like(near)
+        near = self.near(query, self.tokens(inputs, "recent"))
+        far = self.far(query, self.slots(self.tokens(inputs, "history"))) if self.sketch else torch.zeros_like(near)
         user = (self.segment(inputs["user_segment"]) + self.device(inputs["request_device"])).expand_as(near)
         scores: Tensor = self.top(torch.cat([near, far, user, self.item(inputs["target_item"]), query], dim=-1))
         return scores
 
-    def slots(self, topics: Tensor, tokens: Tensor) -> Tensor:
+    def tokens(self, inputs: dict[str, Tensor], which: str) -> Tensor:
+        """Of the whole history, or of its recent events."""
+        topics = nn.functional.normalize(self.topic(inputs[f"{which}_category"]), dim=-1)
+        return torch.cat([topics, self.action(inputs[f"{which}_action"])], dim=-1)
+
+    def slots(self, tokens: Tensor) -> Tensor:
         """The sketch: each token shared out among the prototypes, and summed up; then, what share of a slot is what."""
-        shares = (_SHARP * topics @ nn.functional.normalize(self.prototypes, dim=-1).T).softmax(dim=-1)
+        topics, _ = tokens.chunk(2, dim=-1)
+        shares = (SHARP * topics @ nn.functional.normalize(self.prototypes, dim=-1).T).softmax(dim=-1)
         return (shares.T @ tokens) / (shares.sum(dim=0)[:, None] + 1.0)
 
 
-def trained(log: Log, *, sketch: bool, args: argparse.Namespace) -> Sketched:
-    """A model after `args.steps` steps of one request each."""
-    torch.manual_seed(0)
-    model, rng = Sketched(log, args.recent, sketch), np.random.default_rng(0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
-    requests = log.training_requests(64, args.history)
-    for step in range(args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * (1 - step / args.steps)
-        inputs, labels = log.batch([requests[rng.integers(len(requests))]], [args.history])
-        loss = nn.functional.binary_cross_entropy_with_logits(model(_tensors(inputs)), torch.from_numpy(labels))
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
-    return model.eval()
+def with_recent(inputs: Inputs, recent: int) -> Inputs:
+    """A request's inputs with its recent events by themselves: an append to the sketch brings all of these anew."""
+    return {**inputs, **{f"recent_{of}": inputs[f"history_{of}"][-recent:] for of in ("category", "action")}}
 
 
-def _tensors(inputs: Inputs) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.asarray(x)) for name, x in inputs.items()}
+def inputs_of(log: Log, recent: int) -> tuple[TensorSpec, ...]:
+    """What `Sketched` takes of one request: no offsets, for sums are over one whole history."""
+    size = {"user_segment": 1, "request_device": 1}
+    return (
+        *(
+            TensorSpec(f"{which}_{of}", "int64", (events,), "user", log.sizes[of])
+            for which, events in (("history", TOKENS), ("recent", recent))
+            for of in ("category", "action")
+        ),
+        *(
+            dataclasses.replace(s, shape=(size.get(s.name, s.shape[0]),))
+            for s in target_inputs(log.items, log.sizes)
+            if s.name != "target_offsets"
+        ),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train both, evaluate both; returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = parser("stca.examples.train.sketch", __doc__, history=10_000, recent=512, users=200).parse_args(argv)
     torch.set_num_threads(1)
     log = generate(World(), users=args.users, history=args.history + 512, targets=0, seed=SEED).log
+    requests = log.training_requests(64, args.history)
     found = {}
+
+    def rows(score: ScoreFn) -> list[AucRow]:
+        lengths = sorted({args.recent, args.history})
+        return auc_table(lambda inputs: score(with_recent(inputs, args.recent)), lengths, users=args.eval_users)
+
+    def batch(request: LoggedRequest) -> tuple[Inputs, NDArray[np.float32]]:
+        inputs, labels = log.batch([request], [args.history])
+        return with_recent(inputs, args.recent), labels
+
     for name, sketch in (("recent events alone", False), ("with a sketch", True)):
-        began = time.monotonic()
-        model = trained(log, sketch=sketch, args=args)
-        print(f"{name}: trained in {time.monotonic() - began:.0f} s", file=sys.stderr)
-        with torch.no_grad():
-            rows = auc_table(
-                lambda inputs, model=model: model(_tensors(inputs)).numpy(),  # type: ignore[misc]
-                sorted({args.recent, args.history}),
-                users=args.eval_users,
-            )
-        found[name] = [row.as_dict() for row in rows]
-        if not args.json:
-            print(f"{name}\n{as_text(rows)}")
-    if args.json:
-        print(json.dumps(found))
+        torch.manual_seed(0)
+        model = fit(Sketched(log, sketch), requests, batch, args)
+        found[name] = rows(score_with(model))
+    if args.bundle:
+        found["with a sketch, served"] = rows(served(exported(model, inputs_of(log, args.recent), args.bundle)))
+    tell(found, args)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m stca.examples.train.sketch", description=__doc__, allow_abbrev=False)
-    p.add_argument("--steps", type=int, default=600)
-    p.add_argument("--history", type=int, default=10_000, help="events of the whole history")
-    p.add_argument("--recent", type=int, default=512, help="events that are read one by one")
-    p.add_argument("--users", type=int, default=200, help="to train on")
-    p.add_argument("--eval-users", type=int, default=100)
-    p.add_argument("--learning-rate", type=float, default=3e-3)
-    p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    return p
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ Users watch short videos. There are `topics` topics, and every item belongs to o
 - Each event draws a topic from `w_u` and an item of it. The video is finished with probability `p[u, c]`; a finished
   one is liked with probability `quality[item] · ease[device]`. The action is skip, finish or like (a like implies a
   finish); the tasks are `finish` and `like`.
+- Where `alike` is more than 1, so many users one after the other share segment, `w` and `p`: their events are drawn
+  apart, and tell of one another's tastes.
 - Events come in requests of `page` videos on one device; requests follow a Poisson process with a day's rhythm.
 
 **Why long history matters.** What one topic's events say about the user's taste for another topic is nothing at all. A
@@ -21,7 +23,8 @@ target is best judged by the events of its own topic, and with hundreds of topic
 
 No score orders positives above negatives better, in expectation, than the label's probability given all that is known
 (Neyman-Pearson): its AUC on the very same targets is the best possible one at history `L`. With `n = f = 0` it is what
-can be known without history; with `p` itself in place of the estimate, the limit of an endless history.
+can be known without history; with `p` itself in place of the estimate, the limit of an endless history. Where users are
+alike, all of this holds of what a user's own events tell.
 """
 
 from __future__ import annotations
@@ -47,13 +50,16 @@ EPOCH = 1_767_225_600  # 2026-01-01 00:00 UTC
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
-    """Sizes of a generated world. `prior_strength` is κ; `exposure_spread` the σ of the log-normal topic weights."""
+    """Sizes of a generated world. `prior_strength` is κ; `exposure_spread` the σ of the log-normal topic weights;
+    `alike` how many users are of one kind.
+    """
 
     topics: int = 256
     items: int = 2048
     page: int = 64
     prior_strength: float = 2.0
     exposure_spread: float = 1.0
+    alike: int = 1
     requests_per_day: float = 3.0
     seed: int = 1
 
@@ -117,10 +123,12 @@ def generate(world: World, *, users: int, history: int, targets: int, seed: int)
     c = world.config
     rng = np.random.default_rng([c.seed, seed])
     events = history + targets
-    segment = rng.integers(0, len(SEGMENT_MEANS), users)
+    kinds = -(-users // c.alike)
+    segment = rng.integers(0, len(SEGMENT_MEANS), kinds)
     mean = np.array(SEGMENT_MEANS)[segment, None]
-    affinity = rng.beta(c.prior_strength * mean, c.prior_strength * (1 - mean), (users, c.topics))
-    exposure = np.cumsum(np.exp(c.exposure_spread * rng.standard_normal((users, c.topics))), axis=1)
+    affinity = rng.beta(c.prior_strength * mean, c.prior_strength * (1 - mean), (kinds, c.topics))
+    exposure = np.cumsum(np.exp(c.exposure_spread * rng.standard_normal((kinds, c.topics))), axis=1)
+    segment, affinity, exposure = (np.repeat(x, c.alike, axis=0)[:users] for x in (segment, affinity, exposure))
     # Requests of `page` events; the held-out events, if any, are one request more.
     request_of = np.arange(events) // c.page
     request_of[history:] = request_of[history - 1] + 1 if history else 0

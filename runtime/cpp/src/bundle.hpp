@@ -121,6 +121,9 @@ struct EngineEntry {
   std::vector<std::string> padded;  ///< symbols that count rows: such as the offsets leave out change no other row
 };
 
+/// The graph that makes a longer history's state of new events and kept sums.
+inline constexpr const char* user_grower = "user_grower";
+
 struct Manifest {
   std::string text;  ///< the file as it is
   std::string weights;
@@ -138,6 +141,8 @@ struct Manifest {
   /// Throws BundleError when the text is not ours, newer than this library, or lacks a field or has a wrong one.
   static Manifest parse(std::string text);
   const GraphSpec& graph(const std::string& name) const { return graphs.at(name); }
+  /// Whether states hold sums over events, to which the user grower adds new ones.
+  bool grows() const { return graphs.count(user_grower) != 0; }
 };
 
 struct Bundle {

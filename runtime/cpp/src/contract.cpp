@@ -182,6 +182,40 @@ void check_state(const Manifest& manifest) {
   }
 }
 
+/// It gives what the encoder gives, of the sums that are kept, in the state's order, and of users' inputs.
+void check_grower(const Manifest& manifest) {
+  const std::string where = std::string("graphs.") + user_grower;
+  const ByName given = by_name(manifest.graph("request").inputs);
+  std::vector<const TensorSpec*> taken, sums;
+  for (const StateSpec& spec : manifest.state) {
+    if (spec.is_sum) sums.push_back(&spec);
+  }
+  const std::vector<TensorSpec> none;
+  for (const TensorSpec& spec : manifest.grows() ? manifest.graph(user_grower).inputs : none) {
+    if (spec.scope == STCA_NO_SCOPE) {
+      taken.push_back(&spec);
+      continue;
+    }
+    const TensorSpec* input = find(given, spec.name);
+    if (input == nullptr || input->scope != STCA_USER) {
+      broken(where + ": input " + in_quotes(spec.name) + " is no user input of the request graph");
+    }
+    same_tensor(spec, where, *input, "graphs.request");
+  }
+  if (taken.size() != sums.size()) {
+    broken(std::string("graphs: ") + user_grower + " takes " + std::to_string(taken.size()) + " sums, the state has " +
+           std::to_string(sums.size()));
+  }
+  if (!manifest.grows()) return;
+  for (std::size_t i = 0; i < sums.size(); ++i) same_tensor(*taken[i], where, *sums[i], "state");
+  const std::vector<TensorSpec>&made = manifest.graph(user_grower).outputs, &its = manifest.graph("user_encoder").outputs;
+  if (!std::equal(made.begin(), made.end(), its.begin(), its.end(),
+                  [](const TensorSpec& a, const TensorSpec& b) { return a.name == b.name; })) {
+    broken(where + ": its outputs are not those of the user encoder");
+  }
+  for (std::size_t i = 0; i < its.size(); ++i) same_tensor(made[i], where, its[i], "graphs.user_encoder");
+}
+
 void check_scores(const Manifest& manifest) {
   for (const char* graph : {"request", "target_scorer"}) {
     for (const TensorSpec& spec : manifest.graph(graph).outputs) {
@@ -310,6 +344,7 @@ void check_contract(const Manifest& manifest) {
   check_inputs(manifest);
   check_tables(manifest);
   check_state(manifest);
+  check_grower(manifest);
   check_scores(manifest);
 }
 

@@ -62,8 +62,10 @@ Engines open(const std::shared_ptr<const Bundle>& bundle, const Choice& choice, 
 
 Engines make_engines(const std::shared_ptr<const Bundle>& bundle, const Options& options) {
   if (options.make) {
-    return {options.make(bundle, "user_encoder"), options.make(bundle, "target_scorer"), "the caller's own engines",
-            ""};
+    Engines own{options.make(bundle, "user_encoder"), options.make(bundle, "target_scorer"), "the caller's own engines",
+                ""};
+    if (bundle->manifest.grows()) own.grower = options.make(bundle, user_grower);
+    return own;
   }
   const Choice choice = choose(bundle->manifest, options.engine, options.precision, options.native_code);
   const std::string passed_over = joined(choice.passed_over);

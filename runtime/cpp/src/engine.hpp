@@ -66,6 +66,7 @@ struct Options {
   /// The caller's own source of rows, by the name of a table that left the graphs; files of the bundle for the others.
   std::map<std::string, std::shared_ptr<RowSource>> tables;
   /// The caller's own engine for a graph, instead of the built-in ones. It is given ids where a table left the graphs.
+  /// Asked for the user grower too, where states hold sums.
   std::function<std::unique_ptr<Engine>(const std::shared_ptr<const Bundle>&, const std::string& graph)> make;
 };
 
@@ -73,6 +74,7 @@ struct Engines {
   std::unique_ptr<Engine> encoder, scorer;
   std::string why;          ///< why these, one line
   std::string passed_over;  ///< why not a faster pair, one reason for each
+  std::unique_ptr<Engine> grower = nullptr;  ///< of the bundle's own graph on the CPU, where states hold sums
 };
 
 /// The engines of both halves. Throws BuildError when there is none, or it cannot load a graph.

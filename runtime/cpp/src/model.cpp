@@ -170,6 +170,12 @@ void Model::find_sources() {
     }
     scorer_inputs_.push_back({state.has_value(), state ? *state : static_cast<std::size_t>(door_.find(spec.name))});
   }
+  std::size_t sum = 0;  // the next of the state's sums, which the grower takes in their order
+  for (const TensorSpec& spec : engines_.grower ? engines_.grower->spec().inputs : std::vector<TensorSpec>{}) {
+    const bool kept = spec.scope == STCA_NO_SCOPE;
+    while (kept && !manifest().state[sum].is_sum) ++sum;
+    grower_inputs_.push_back({kept, kept ? sum++ : static_cast<std::size_t>(door_.find(spec.name))});
+  }
 }
 
 void Model::find_shared() {
@@ -243,10 +249,7 @@ void Model::encode(const std::vector<Row>& rows, const Deadline& deadline, const
 
 std::vector<std::shared_ptr<UserState>> Model::encode_together(const std::vector<Row>& rows) const {
   std::vector<std::shared_ptr<UserState>> states;
-  std::vector<Array> feeds;
-  feeds.reserve(encoder_inputs_.size());
-  for (const Source& source : encoder_inputs_) feeds.push_back(door_.pack(rows, static_cast<int>(source.index)));
-  const std::vector<Array> outputs = engines_.encoder->run(feeds);
+  const std::vector<Array> outputs = engines_.encoder->run(feeds(encoder_inputs_, {}, rows));
   const auto users = static_cast<std::int64_t>(rows.size());
   for (std::size_t i : state_outputs_) check_output(*engines_.encoder, i, outputs[i], rows);
   std::int64_t begin = 0;
@@ -270,6 +273,16 @@ std::vector<std::shared_ptr<UserState>> Model::encode_together(const std::vector
     states.push_back(std::move(state));
   }
   return states;
+}
+
+std::vector<Array> Model::feeds(const std::vector<Source>& sources, const std::vector<StateCache::State>& states,
+                                const std::vector<Row>& rows) const {
+  std::vector<Array> arrays;
+  arrays.reserve(sources.size());
+  for (const Source& source : sources) {
+    arrays.push_back(source.state ? join(source.index, states) : door_.pack(rows, static_cast<int>(source.index)));
+  }
+  return arrays;
 }
 
 Array Model::join(std::size_t index, const std::vector<StateCache::State>& states) const {
@@ -320,12 +333,7 @@ bool Model::gives_finite(const StateCache::State& state) const {
 }
 
 std::vector<Array> Model::run_scorer(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const {
-  std::vector<Array> feeds;
-  feeds.reserve(scorer_inputs_.size());
-  for (const Source& source : scorer_inputs_) {
-    feeds.push_back(source.state ? join(source.index, states) : door_.pack(rows, static_cast<int>(source.index)));
-  }
-  return engines_.scorer->run(feeds);
+  return engines_.scorer->run(feeds(scorer_inputs_, states, rows));
 }
 
 Array Model::score_together(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const {
@@ -357,6 +365,19 @@ Array Model::no_scores() const {
   return scores_of(outputs);
 }
 
+StateCache::State Model::grown(const StateCache::State& old, const Row& row) const {
+  if (engines_.grower == nullptr) {
+    request_error("append: ", shown(engines_.encoder->name()), " keeps sums of its own, to which nothing is added; send ",
+                  "the whole history with a new version, or load with the engine \"graphs\"");
+  }
+  const std::vector<Array> outputs = engines_.grower->run(feeds(grower_inputs_, {old}, {row}));
+  for (std::size_t i : state_outputs_) check_output(*engines_.grower, i, outputs[i], {row});
+  auto state = std::make_shared<UserState>();
+  state->tokens = std::max<std::int64_t>(row.tokens, 0);
+  for (std::size_t i : state_outputs_) state->tensors.push_back(outputs[i]);
+  return state;
+}
+
 StateCache::State Model::extend(const UserState& old, const UserState& fresh) const {
   const std::int64_t total = old.tokens + fresh.tokens;
   auto state = std::make_shared<UserState>();
@@ -384,7 +405,7 @@ StateCache::State Model::extend(const UserState& old, const UserState& fresh) co
     if (is_offsets(i)) {
       state->tensors.push_back(offsets_array(state_[i].dtype, {state->tokens}));
     } else if (!state_[i].rows_are(tokens_symbol)) {
-      state->tensors.push_back(old.tensors[i]);
+      state->tensors.push_back(manifest().grows() ? fresh.tensors[i] : old.tensors[i]);
     } else if (in_place) {
       state->tensors.push_back(state->room->write(next, state->end, added[next], state->tokens));
       state->written += added[next++].bytes();

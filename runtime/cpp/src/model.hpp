@@ -28,6 +28,7 @@ class Model {
 
   const Engine& engine(bool encoder) const { return encoder ? *engines_.encoder : *engines_.scorer; }
   const Engines& engines() const { return engines_; }
+  std::optional<std::int64_t> window() const { return window_; }
   const std::shared_ptr<const StateKind>& state_kind() const { return state_kind_; }
   StateKey key(std::string user, std::string version) const {
     return {std::move(user), std::move(version), state_kind_};
@@ -48,7 +49,10 @@ class Model {
   Array no_scores() const;
   /// Whether the scores of a state are finite, by those of one made-up target.
   bool gives_finite(const StateCache::State& state) const;
-  /// The state of both histories one after the other, its oldest tokens dropped beyond the window.
+  /// What the user grower makes of new events, and of what there is once per user now, on top of an old state's sums.
+  StateCache::State grown(const StateCache::State& old, const Row& row) const;
+  /// The state of both histories one after the other, its oldest tokens dropped beyond the window. Where states hold
+  /// sums, `fresh` was grown from `old`, and all but rows of tokens is its.
   StateCache::State extend(const UserState& old, const UserState& fresh) const;
   /// The state with the events of `fresh` in the place of those from `first` on, all of which it has.
   StateCache::State replace(const UserState& old, const UserState& fresh, std::int64_t first) const;
@@ -74,6 +78,9 @@ class Model {
   std::vector<Array> run_scorer(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const;
   Array score_together(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const;
   Array join(std::size_t index, const std::vector<StateCache::State>& states) const;
+  /// What a graph takes, in its order.
+  std::vector<Array> feeds(const std::vector<Source>& sources, const std::vector<StateCache::State>& states,
+                           const std::vector<Row>& rows) const;
   void check_output(const Engine& engine, std::size_t index, const Array& output, const std::vector<Row>& rows) const;
 
   std::shared_ptr<const Bundle> bundle_;
@@ -81,7 +88,7 @@ class Model {
   std::optional<std::int64_t> window_;  // the longest history that the bundle and both engines serve
   Door door_;
   std::shared_ptr<const StateKind> state_kind_;
-  std::vector<Source> encoder_inputs_, scorer_inputs_;
+  std::vector<Source> encoder_inputs_, scorer_inputs_, grower_inputs_;
   std::vector<std::size_t> state_outputs_;  // of each state tensor, which output of the user encoder it is
   std::vector<TensorSpec> state_;           // in the encoder's own types
   std::vector<Shared> shared_;

@@ -317,7 +317,9 @@ Engines make_onnxruntime_engines(const std::shared_ptr<const Bundle>& bundle, co
     if (!graph.ids.empty()) ids = std::make_unique<OnnxRuntimeEngine>(bundle, graph.ids, nullptr, 1);
     return with_tables(bundle, name, std::move(own), std::move(ids), sources);
   };
-  return {engine("user_encoder"), engine("target_scorer"), "", ""};
+  Engines engines{engine("user_encoder"), engine("target_scorer"), "", ""};
+  if (bundle->manifest.grows()) engines.grower = engine(user_grower);
+  return engines;
 }
 
 }  // namespace stca::core

@@ -71,6 +71,7 @@ Door::Door(const Manifest& manifest, std::optional<std::int64_t> window, bool tr
     }
   }
   ragged_ = tokens || targets;
+  grows_ = manifest.grows();
   for (const TensorSpec& spec : inputs_) {
     const auto found = symbol_ids_.find(spec.length_of);
     const bool counts = found != symbol_ids_.end() && kind_of(spec.dtype) == Kind::integer;
@@ -164,7 +165,7 @@ std::string Door::names() const {
 }
 
 bool Door::once_per_user(std::size_t index) const {
-  return inputs_[index].scope == STCA_USER && !offsets_[index] && !inputs_[index].rows_are(tokens_symbol);
+  return !grows_ && inputs_[index].scope == STCA_USER && !offsets_[index] && !inputs_[index].rows_are(tokens_symbol);
 }
 
 Door::Given Door::sort(Inputs inputs, int scopes, int others, const char* call) const {
@@ -181,7 +182,8 @@ Door::Given Door::sort(Inputs inputs, int scopes, int others, const char* call) 
     }
     const auto i = static_cast<std::size_t>(found);
     if ((inputs_[i].scope & (scopes | others)) == 0) {
-      request_error(shown(tensor.name), ": is no part of an event; ", call, " takes the per-token user inputs alone");
+      request_error(shown(tensor.name), ": is no part of an event; ", call, " takes the ", grows_ ? "" : "per-token ",
+                    "user inputs alone");
     }
     if (given[i] != nullptr) request_error(shown(tensor.name), ": is given twice");
     given[i] = &tensor;

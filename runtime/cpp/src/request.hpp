@@ -78,7 +78,8 @@ class Door {
   /// Checks the inputs of `scopes` and puts them into `row`; those of the scopes `others` are left for another call.
   /// Arrays of the right dtype are not copied. Throws RequestError naming the input, the value and the limit.
   void admit(Inputs inputs, int scopes, int others, Row& row) const;
-  /// `admit` for the per-token user inputs alone, with any valid value where there is one per user.
+  /// `admit` for the per-token user inputs alone, with any valid value where there is one per user; for all user inputs
+  /// where states hold sums, since what follows from no event is made again.
   /// `call` is what takes them, for its messages. `cut`: drop the oldest beyond the limit, where the session truncates;
   /// otherwise all are left.
   void admit_events(Inputs events, const char* call, bool cut, Row& row) const;
@@ -138,6 +139,7 @@ class Door {
   std::vector<History> histories_;
   std::string unpackable_;  // an input whose rows cannot be told apart in a batch
   bool truncate_ = false, ragged_ = false, stacked_ = false, has_user_inputs_ = false;
+  bool grows_ = false;  // states hold sums, and an append brings what there is once per user as it is now
 };
 
 /// Whoever sends requests for one bundle must be able to send them to the other: the same inputs, and scores of the

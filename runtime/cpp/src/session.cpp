@@ -284,10 +284,10 @@ bool Session::change(const std::string& user, Inputs events, const char* version
   if (!model->manifest().appendable) {
     request_error(model->door().why_not_appendable(), "; send the whole history with a new version");
   }
-  const std::vector<StateSpec>& state = model->manifest().state;
-  if (std::any_of(state.begin(), state.end(), [](const StateSpec& spec) { return spec.is_sum; })) {
-    request_error(call, ": this bundle's states are sums over events, which the C++ runtime does not change; send the "
-                  "whole history with a new version");
+  const bool grows = model->manifest().grows();
+  if (grows && at) {
+    request_error(call, ": this bundle's states are sums over all events, and what one of them gave is not known any "
+                  "more; send the whole history with a new version");
   }
   Row row;
   model->door().admit_events(events, call, !at, row);  // what is corrected is never cut: the others would come early
@@ -301,11 +301,14 @@ bool Session::change(const std::string& user, Inputs events, const char* version
   if (held->first.version == version) return true;  // the same call again, after a timeout perhaps: its events are in
   if (after != nullptr && held->first.version != after) return false;
   const UserState& old = *held->second;
+  if (grows && model->window() && old.tokens + std::max<std::int64_t>(row.tokens, 0) > *model->window()) {
+    return false;  // the oldest events would have to leave the sums
+  }
   const std::int64_t first = at ? place(old, row.tokens, *at) : 0;
   StateCache::State changed;
   {
     const Turns::Turn turn(turns_);
-    const StateCache::State fresh = model->encode(row);
+    const StateCache::State fresh = grows ? model->grown(held->second, row) : model->encode(row);
     changed = at ? model->replace(old, *fresh, first) : model->extend(old, *fresh);
     const TensorSpec* const blank = model->door().only_blank(row);
     if (blank != nullptr && !model->gives_finite(changed)) {

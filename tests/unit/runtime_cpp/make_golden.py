@@ -65,7 +65,10 @@ PLAIN_STATE = (
 
 
 def write_bundle(name: str, inputs: Any, state: Any, scores: Any, halves: Any, bias: float, **fields: Any) -> None:
-    """One golden bundle; its weights file is a safetensors file of the one number `bias`."""
+    """One golden bundle; its weights file is a safetensors file of the one number `bias`.
+
+    `halves`: encoder and scorer; where states hold sums, the grower with its inputs, too.
+    """
     root = GOLDEN / name
     root.mkdir(parents=True)
     header = json.dumps({"bias": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
@@ -75,10 +78,12 @@ def write_bundle(name: str, inputs: Any, state: Any, scores: Any, halves: Any, b
     states = tuple(TensorSpec(s.name, s.dtype, s.shape) for s in state)
     user = tuple(s for s in inputs if s.scope == "user")
     rest = tuple(s for s in inputs if s.scope != "user")
+    unread = {s.name for s in state if s.append is not None}
     graphs = {}
     for graph, takes, gives, nodes, constants in (
         ("user_encoder", user, states, *halves[0]),
-        ("target_scorer", (*states, *rest), scores, *halves[1](bias)),
+        ("target_scorer", (*(s for s in states if s.name not in unread), *rest), scores, *halves[1](bias)),
+        *(("user_grower", grown[0], states, *grown[1:]) for grown in halves[2:]),
     ):
         proto = helper.make_graph(
             nodes,
@@ -862,7 +867,8 @@ def damage_cases() -> list[Any]:
 
 
 def main() -> None:
-    import golden_padding  # which takes this module's helpers
+    import golden_padding  # which take this module's helpers
+    import golden_sums
 
     shutil.rmtree(GOLDEN, ignore_errors=True)
     scores = (TensorSpec("scores", "float32", ("N_t", 2)),)
@@ -887,6 +893,7 @@ def main() -> None:
         "rows", ROWS_INPUTS, ROWS_STATE, one, rows_halves(), 0.0, appendable=False, max_history=2, min_history=1
     )
     golden_padding.write_bundles()
+    golden_sums.write_bundle()
     (GOLDEN / "cases.json").write_text(cases_text(), encoding="utf-8")
 
 
@@ -898,8 +905,9 @@ def cases_text() -> str:
     """All cases as JSON, one to a line."""
     import golden_changes
     import golden_padding
+    import golden_sums
 
-    others = (*golden_padding.cases(), *golden_changes.cases())
+    others = (*golden_padding.cases(), *golden_changes.cases(), *golden_sums.cases())
     cases = {"cases": [*good_cases(), *bad_cases(), *others], "damages": damage_cases()}
     lines = (f' "{key}": [\n  ' + ",\n  ".join(map(json.dumps, value)) + "\n ]" for key, value in cases.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
