@@ -9,6 +9,7 @@ from stca.runtime.recording import Recording
 from stca.runtime.request import Request, RequestBatch
 from stca.runtime.scoring import Answer
 from stca.runtime.session import Session
+from stca.runtime.split_file import Recorded, Replayed
 from stca.runtime.state import UserState
 from stca.runtime.store import StoreStats
 from stca.runtime.tables import RowSource
@@ -20,7 +21,9 @@ __all__ = [
     "MarginalUtility",
     "OnnxRuntimeEngine",
     "OnnxRuntimeOptions",
+    "Recorded",
     "Recording",
+    "Replayed",
     "Request",
     "RequestBatch",
     "RowSource",

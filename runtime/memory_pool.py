@@ -23,8 +23,8 @@ from stca.runtime.store import StateStore
 
 # What user states are called beside the tables.
 STATES: Final = "states"
-# How much of what was seen before counts at a decision.
-_MEMORY: Final = 0.98
+# How much of what was seen before counts at a decision: so little that a split follows within some ten of them.
+_MEMORY: Final = 0.9
 _COUNTS: Final = np.arange(1, 1 << 16)
 # From one decision to the next.
 _SECONDS: Final = 1.0

@@ -12,7 +12,7 @@ from support.errors import one_line
 from stca import probe
 from stca.errors import UsageError
 from stca.manifest import TOKENS
-from stca.runtime import MarginalUtility, Request, Session, Static
+from stca.runtime import MarginalUtility, Recorded, Replayed, Request, Session, Static
 from stca.runtime.cache import StateCache
 from stca.runtime.memory_pool import STATES, MemoryPool, StatePages
 from stca.runtime.state import StateKey, UserState
@@ -216,3 +216,38 @@ def test_an_append_that_looks_in_files_asks_for_nobody(bundle_dir, tmp_path):
         for _ in range(3):
             assert not session.append("ann", events, version=2, after=1)
         assert not session._store.memory.hits(1.0).any()
+
+
+def test_decisions_are_replayed_from_a_file(tmp_path):
+    file, worth = tmp_path / "splits.jsonl", [(3.0, 1.0), (1.0, 2.0), (1.0, 2.0)]
+
+    def splits(policy):
+        states, items = Part(), Part()
+        pool = pool_of(policy, states, items=items)
+        found = [pages(pool)]
+        for of_states, of_items in worth:
+            states.curve, items.curve = (lambda n, w=w: w * n for w in (of_states, of_items))
+            pool.step()
+            found.append(pages(pool))
+        return found
+
+    decided = splits(Recorded(MarginalUtility(), file))
+    assert len(set(decided)) > 1
+    worth.reverse()  # whatever is asked for
+    assert splits(Replayed(file)) == decided
+    assert len(file.read_text().splitlines()) == 1 + len(worth)
+
+
+def test_a_file_that_holds_no_splits(tmp_path):
+    file = tmp_path / "splits.jsonl"
+    with one_line(UsageError, "splits.jsonl", "No such file"):
+        Replayed(file)
+    file.write_text('{"states": 3}\n{"states": "all"}\n')
+    with one_line(UsageError, "splits.jsonl", "line 2"):
+        Replayed(file)
+
+
+def test_a_file_that_cannot_be_written_to_leaves_the_split(tmp_path):
+    pool = pool_of(Recorded(Static(0.25), tmp_path / "none" / "splits.jsonl"), Part(), items=Part())
+    assert pages(pool) == (8, 8)
+    assert pool.refused == 1
