@@ -20,6 +20,7 @@ CudaFunctions CudaFunctions::load(int major) {
   get(all.device_get_attribute, "cudaDeviceGetAttribute");
   get(all.device_get_default_pool, "cudaDeviceGetDefaultMemPool");
   get(all.pool_set_attribute, "cudaMemPoolSetAttribute");
+  get(all.pool_trim, "cudaMemPoolTrimTo");
   get(all.stream_create, "cudaStreamCreateWithFlags");
   get(all.stream_destroy, "cudaStreamDestroy");
   get(all.stream_synchronize, "cudaStreamSynchronize");
@@ -65,8 +66,16 @@ Device::Device(const CudaFunctions& functions) : cuda_(functions) {
 Device::~Device() {
   const GpuScope scope = use();
   if (scratch_ != nullptr) cuda_.free_async(scratch_, stream_);
+  trim();
   cuda_.stream_destroy(recording_stream_);
   cuda_.stream_destroy(stream_);
+}
+
+void Device::trim() noexcept {
+  const GpuScope scope = use();
+  cuda_.stream_synchronize(stream_);  // what is freed there is free from then on
+  CudaFunctions::MemoryPool pool = nullptr;
+  if (cuda_.device_get_default_pool(&pool, index_) == CudaFunctions::success) cuda_.pool_trim(pool, 0);
 }
 
 std::shared_ptr<void> Device::allocate(std::size_t bytes) {

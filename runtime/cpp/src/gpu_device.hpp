@@ -34,6 +34,7 @@ struct CudaFunctions {
   Error (*device_get_attribute)(int* value, int attribute, int device);
   Error (*device_get_default_pool)(MemoryPool* pool, int device);
   Error (*pool_set_attribute)(MemoryPool pool, int attribute, void* value);
+  Error (*pool_trim)(MemoryPool pool, std::size_t least);
   Error (*stream_create)(Stream* stream, unsigned flags);
   Error (*stream_destroy)(Stream stream);
   Error (*stream_synchronize)(Stream stream);
@@ -117,6 +118,8 @@ class Device : public Memory, public std::enable_shared_from_this<Device> {
   /// Zeros on the GPU, in the stream's order.
   void zero_async(void* memory, std::size_t bytes, Stream stream);
   void synchronize(Stream stream) const;
+  /// Gives the pool's free memory back to the driver, as when engines go: it keeps what it once took otherwise.
+  void trim() noexcept;
   /// Keeps this the calling thread's GPU for as long as the result lives.
   [[nodiscard]] GpuScope use() const { return {cuda_, index_}; }
 

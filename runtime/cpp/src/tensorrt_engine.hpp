@@ -74,6 +74,8 @@ class TensorRtEngine final : public Engine {
     context_.reset();
     engine_.reset();
     runtime_.reset();
+    buffers_.clear();
+    device_->trim();
   }
 
   std::string name() const override {

@@ -39,6 +39,7 @@ using namespace stca::core;
 
 struct Gpu {
   std::map<void*, std::size_t> memory, pinned;
+  std::size_t pooled = 0;  // freed, but not given back to the driver
   int streams = 0, contexts = 0, graphs = 0, executables = 0;  // alive
   int runs = 0, launches = 0, wrong = 0;  // of engines; graphs replayed; things that must not happen
   int major = 9, driver = CudaFunctions::success;
@@ -53,7 +54,7 @@ struct Gpu {
     const auto block = std::prev(after);
     return static_cast<const char*>(p) + bytes <= static_cast<const char*>(block->first) + block->second;
   }
-  bool empty() const { return memory.empty() && pinned.empty() && streams + contexts + graphs + executables == 0; }
+  bool empty() const { return pooled == 0 && memory.empty() && pinned.empty() && streams + contexts + graphs + executables == 0; }
 };
 inline Gpu gpu;
 
@@ -77,6 +78,7 @@ inline CudaFunctions cuda() {
   };
   f.device_get_default_pool = [](F::MemoryPool* pool, int) { return *pool = nullptr, 0; };
   f.pool_set_attribute = [](F::MemoryPool, int, void*) { return 0; };
+  f.pool_trim = [](F::MemoryPool, std::size_t least) { return gpu.pooled = least, 0; };
   f.stream_create = [](F::Stream* stream, unsigned) { return ++gpu.streams, *stream = new CUstream_st, 0; };
   f.stream_destroy = [](F::Stream stream) { return --gpu.streams, delete stream, 0; };
   f.stream_synchronize = [](F::Stream stream) { return stream->recording ? 1 : 0; };
@@ -116,7 +118,10 @@ inline CudaFunctions cuda() {
   };
   f.free_async = [](void* p, F::Stream stream) {
     gpu.wrong += stream->recording ? 1 : 0;
-    if (gpu.memory.erase(p) == 0) return 1;
+    const auto freed = gpu.memory.find(p);
+    if (freed == gpu.memory.end()) return 1;
+    gpu.pooled += freed->second;
+    gpu.memory.erase(freed);
     std::free(p);
     return 0;
   };

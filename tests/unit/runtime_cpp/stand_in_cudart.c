@@ -15,6 +15,7 @@ error cudaDeviceGetDefaultMemPool(handle* pool, int device) { return *pool = NUL
 error cudaMemPoolSetAttribute(handle pool, int attribute, void* value) {
   return (void)pool, (void)attribute, value == NULL;
 }
+error cudaMemPoolTrimTo(handle pool, size_t least) { return (void)pool, least != 0; }
 error cudaStreamCreateWithFlags(handle* stream, unsigned flags) { return (void)flags, *stream = malloc(1), 0; }
 error cudaStreamDestroy(handle stream) { return free(stream), 0; }
 error cudaStreamSynchronize(handle stream) { return stream == NULL; }
