@@ -27,6 +27,7 @@ from stca.export.accept import (
 )
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured
 from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE, DEFAULT_FLOPS_PER_ROW
+from stca.export.analysis.growth import Growth
 from stca.export.analysis.rows import Rows
 from stca.export.analysis.scope import stand_ins
 from stca.export.answers import answers
@@ -374,13 +375,15 @@ def _write(
 def _halves(request: _Request, cut: CutOptions, max_history: int | None) -> Split:
     """The two halves, cut for the nominal request or, where that has a longer history, for the longest served."""
     longest = {n: max_history for n in request.workload if n == TOKENS and max_history is not None}
+    workload = {n: min(size, longest.get(n, size)) for n, size in request.workload.items()}
     return split(
         request.graph,
         _scopes(request.specs),
-        workload={n: min(size, longest.get(n, size)) for n, size in request.workload.items()},
+        workload=workload,
         flops_per_byte=cut.flops_per_byte,
         never=lambda model, of: not_one_users(model, of, request.specs) | stand_ins(model),
         measured=request.measured,
+        shown=Growth(request.graph, request.specs, workload).at(workload),
         per_row={table.name: cut.flops_per_row for table in request.left.tables},
         verbatim=request.pointwise is not None,
     )

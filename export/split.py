@@ -17,7 +17,7 @@ import onnx
 import onnx.inliner
 
 from stca.errors import SplitError
-from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured, Sizes, without_weights
+from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured, Shown, Sizes, without_weights
 from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE, Cut, RequestDependency
 from stca.export.analysis.reasons import reasons
 from stca.export.analysis.scope import Dataflow, Scope, infer_scopes, input_scopes, label, walk
@@ -102,6 +102,7 @@ def split(
     never: Callable[[onnx.ModelProto, Mapping[str, Scope]], Collection[str]] = lambda *_: (),
     measured: Measured | None = None,
     per_row: Mapping[str, float] | None = None,
+    shown: Shown | None = None,
     verbatim: bool = False,
 ) -> Split:
     """Cut `model` into its two halves and prove the cut's postconditions.
@@ -119,6 +120,7 @@ def split(
         never: asked, of the model and of the scope of every value, which values may not be in the state.
         measured: shapes of values as runs showed them, for the cost of those that inference does not know.
         per_row: operations that looking up a row takes, by table, of those outside the graphs.
+        shown: shapes at the workload as runs showed them.
         verbatim: whether user inputs as they came are state enough.
 
     Raises:
@@ -134,7 +136,7 @@ def split(
     model = inlined(model)
     marked = input_scopes(model.graph, scopes)
     inferred = infer_scopes(model, scopes)
-    cut = Cut(model, inferred, Sizes(model, workload, measured, per_row))
+    cut = Cut(model, inferred, Sizes(model, workload, measured, per_row, shown))
     cut.refuse_hopeless(verbatim)
     cut.never = never(model, inferred)
     recomputed = cut.recomputed(Fraction(flops_per_byte))

@@ -44,6 +44,8 @@ def element_bits(element_type: int) -> int | None:
 
 # Shapes by value: numbers, names of symbolic sizes, None for what is neither.
 Measured: TypeAlias = Mapping[str, tuple[int | str | None, ...]]
+# Shapes by value at the workload.
+Shown: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 class Sizes:
@@ -55,6 +57,7 @@ class Sizes:
             size goes by `<input>.<axis>`.
         measured: shapes of values as runs showed them, for those that inference does not know.
         per_row: operations that looking up a row takes, by table: of those outside the graphs.
+        shown: shapes at the workload, for those that inference does not know; `analysis.growth` finds them.
 
     Attributes:
         workload: as given.
@@ -70,12 +73,16 @@ class Sizes:
         workload: Mapping[str, int],
         measured: Measured | None = None,
         per_row: Mapping[str, float] | None = None,
+        shown: Shown | None = None,
     ) -> None:
         self.workload, self._measured, self._per_row = workload, measured or {}, per_row or {}
         skeleton = _skeleton(model)
         self._types = _types(_infer(skeleton).graph)
         _make_nominal(skeleton, workload)
-        self._shapes = {name: _sizes(kind.tensor_type) for name, kind in _types(_infer(skeleton).graph).items()}
+        inferred = _infer(skeleton)
+        if shown and _set_shapes(inferred.graph, shown):
+            inferred = _infer(inferred)
+        self._shapes = {name: _sizes(kind.tensor_type) for name, kind in _types(inferred.graph).items()}
         self._shapes.update((t.name, tuple(t.dims)) for t in model.graph.initializer)
         for name, dims in self._measured.items():
             sizes = [n if isinstance(n, int) else workload.get(n or "") for n in dims]
@@ -264,6 +271,15 @@ def _make_nominal(model: onnx.ModelProto, workload: Mapping[str, int]) -> None:
                 dim.dim_value = workload[dim.dim_param]
             elif dim.dim_param:
                 dim.Clear()
+
+
+def _set_shapes(graph: onnx.GraphProto, shown: Shown) -> bool:
+    """Give values whose shape is not known the one that is shown, in place; whether there were any."""
+    unknown = [v for v in (*graph.value_info, *graph.output) if v.name in shown and _sizes(v.type.tensor_type) is None]
+    for value in unknown:
+        shape = onnx.helper.make_tensor_type_proto(value.type.tensor_type.elem_type, shown[value.name])
+        value.type.CopyFrom(shape)
+    return bool(unknown)
 
 
 def _declared(graph: onnx.GraphProto) -> Iterable[onnx.ValueInfoProto]:

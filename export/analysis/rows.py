@@ -8,6 +8,7 @@ make of every shape.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -179,11 +180,21 @@ def _alike(a: Array, b: Array) -> bool:
 
 
 class Everything:
-    """Runs a graph with ONNX Runtime and returns every value that a node of its top level makes."""
+    """Runs a graph with ONNX Runtime and returns every value that a node of its top level makes.
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self._model = model
-        self._values = [n for node in model.graph.node for n in node.output if n]
+    Args:
+        model: with its weights inline, or outside in `folder`.
+        values: the only ones to return; None for all.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        values: Sequence[str] | None = None,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._model, self._folder = model, folder
+        self._values = [n for node in model.graph.node for n in node.output if n] if values is None else list(values)
 
     @cached_property
     def _session(self) -> Any:
@@ -199,6 +210,10 @@ class Everything:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4
         options.intra_op_num_threads = 1
+        if self._folder is not None:
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", os.fspath(self._folder)
+            )
         return ort.InferenceSession(copy.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from stca.arrays import Array
-from stca.manifest import OFFSETS, TARGETS, TOKENS, USERS, TensorSpec
+from stca.manifest import OFFSETS, TARGETS, TOKENS, USERS, GraphSpec, TensorSpec
 
 # What an integer without an id limit may be: seconds, counts. Up to 97 days covers every duration bucket.
 UNBOUNDED = 1 << 23
@@ -117,11 +117,44 @@ def row_sizes(inputs: Sequence[TensorSpec], tokens: int, targets: int) -> dict[s
 
 
 def history_of(inputs: Sequence[TensorSpec], tokens: int) -> int:
-    """How long a history `single` really makes for `tokens`: a model of a fixed length takes that one alone."""
+    """How long a history `single` really makes for `tokens`: a model of a fixed length takes that one alone.
+
+    0 where the model has no history.
+    """
     user = [s for s in inputs if s.scope == "user" and s.shape != (OFFSETS,)]
     if any(n == -1 for n in row_sizes(user, -1, 1).values()):
         return tokens
-    return max((n for s in user for n in s.shape[1:2] if isinstance(n, int)), default=0)
+    return max((n for n in events_by_size(inputs) if isinstance(n, int)), default=0)
+
+
+def targets_of(graph: GraphSpec, targets: int) -> int:
+    """How many targets a request graph really scores for `targets`: one of a fixed number scores that one alone."""
+    rows = row_sizes(graph.inputs, 1, -1)
+    if any(rows.get(str(n)) == -1 for s in graph.inputs if s.scope == "target" for n in s.shape):
+        return targets
+    fixed = graph.outputs[0].shape[:1]
+    return next((n for n in fixed if isinstance(n, int)), 1)
+
+
+def events_by_size(inputs: Sequence[TensorSpec]) -> dict[int | str, list[tuple[str, int]]]:
+    """User inputs with an entry for each event of a history that is not packed, and the axis of those, by their number.
+
+    The entries lie along the axis after that of the batch, which is 1 or counts requests, or along the first where
+    there is no batch. Floats of a fixed size are a vector of the user's, unless integers have that size too.
+    """
+    counts = {n for n, size in row_sizes(inputs, 2, 3).items() if size == 2}
+    by_size: dict[int | str, list[tuple[str, int]]] = {}
+    whole: set[int | str] = set()
+    for spec in inputs:
+        axis = 1 if len(spec.shape) > 1 and (spec.shape[0] == 1 or isinstance(spec.shape[0], str)) else 0
+        if spec.scope != "user" or len(spec.shape) <= axis or spec.shape[:1] == (TOKENS,):
+            continue
+        size = spec.shape[axis]
+        if size in counts or (isinstance(size, int) and size > 1):
+            by_size.setdefault(size, []).append((spec.name, axis))
+            if np.dtype(spec.dtype).kind in "iu" or len(spec.shape) > axis + 1 or isinstance(size, str):
+                whole.add(size)
+    return {size: events for size, events in by_size.items() if size in whole}
 
 
 def pack(inputs: Sequence[TensorSpec], requests: Sequence[dict[str, Array]]) -> dict[str, Array]:

@@ -91,6 +91,7 @@ class LatencyReport:
         absent: for each that was asked for and cannot run here, why not.
         predicted: milliseconds of the stages of `graphs` by history and targets, from its counted work at this CPU's
             rates, which were measured in the same run; empty where that was not asked or `onnx` is not here.
+        unpredicted: why nothing is predicted though it was asked; empty otherwise.
     """
 
     rows: tuple[LatencyRow, ...]
@@ -104,6 +105,7 @@ class LatencyReport:
     measured: dict[str, dict[str, str]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     predicted: dict[tuple[int, int], dict[str, float]] = field(default_factory=dict)
+    unpredicted: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -152,6 +154,7 @@ def bench(
     """
     limit, specs = bundle.manifest.max_history, bundle.manifest.graphs["request"].inputs
     real = list(dict.fromkeys(probe.history_of(specs, n) for n in histories))
+    counts = list(dict.fromkeys(probe.targets_of(bundle.manifest.graphs["request"], m) for m in targets))
     if limit is not None and max(real) > limit:
         raise RequestError(f"--history {max(real)}: this bundle serves at most {limit} tokens")
     given = {"precision": precision, "onnxruntime": onnxruntime, "gpu": gpu, "native_code": native_code}
@@ -169,8 +172,11 @@ def bench(
     ratios: list[LatencyRatios] = []
     state_bytes: dict[int, int] = {}
     if real != list(histories):
-        progress(f"the model's history has a fixed length: measured with {', '.join(map(str, real))}")
-    sizes = list(itertools.product(real, targets))
+        fixed = f"history has a fixed length: measured with {real[0]} events" if real[0] else "users have no history"
+        progress(f"the model's {fixed}")
+    if counts != list(targets):
+        progress(f"the model scores a fixed number of targets: measured with {counts[0]}")
+    sizes = list(itertools.product(real, counts))
     for history, m in sizes:
         progress(Step(f"history {history}, {m} targets", len(ratios), len(sizes) * len(sessions)))
         request = probe.single(specs, history, m, rng)
@@ -179,10 +185,14 @@ def bench(
         ratios += found[1]
         state_bytes[history] = sessions[first].stats().bytes
     predicted: dict[tuple[int, int], dict[str, float]] = {}
+    unpredicted = ""
     if predict and GRAPHS in sessions and onnxruntime is None and importlib.util.find_spec("onnx"):
         progress("this CPU's rates")
-        rates = _rates(bundle, sessions[GRAPHS], threads)
-        predicted = {(n, m): forecast(bundle, rates, n, m).milliseconds() for n, m in sizes}
+        try:
+            rates = _rates(bundle, sessions[GRAPHS], threads)
+            predicted = {(n, m): forecast(bundle, rates, n, m).milliseconds() for n, m in sizes}
+        except Exception as e:  # whatever a model does to a forecast, what was measured is worth more
+            unpredicted = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
     return LatencyReport(
         tuple(rows),
         tuple(ratios),
@@ -195,6 +205,7 @@ def bench(
         {name: dict(session.engines) for name, session in sessions.items()},
         absent,
         predicted,
+        unpredicted,
     )
 
 
@@ -236,7 +247,7 @@ def _rates(bundle: Bundle, session: Session, threads: int | None) -> CpuCeilings
     from stca.checks.ceilings import measure_ceilings
 
     specs, least = bundle.manifest.graphs["request"].inputs, max(1, bundle.manifest.min_history or 0)
-    smallest = probe.single(specs, probe.history_of(specs, least), 1, np.random.default_rng(0))
+    smallest = probe.single(specs, least, 1, np.random.default_rng(0))
     timed = _measured({GRAPHS: session}, smallest, 0.1)[GRAPHS]
     return measure_ceilings(bundle, {stage: float(np.median(t)) for stage, t in timed.items()}, threads)
 

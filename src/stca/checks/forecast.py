@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from stca import probe
 from stca.bundle import Bundle
-from stca.manifest import HALVES, OFFSETS, TARGETS, TOKENS, USERS
+from stca.manifest import HALVES, OFFSETS, USERS
 from stca.plugins.tiling import Shape, Sizes
 
 Kind = Literal["product", "function", "move", "attention"]
@@ -81,12 +82,10 @@ def forecast(bundle: Bundle, machine: Machine, history: int, targets: int) -> Fo
 def items(bundle: Bundle, half: str, history: int, targets: int) -> list[Item]:
     """What a half's nodes do for one request; those that cost nothing are left out."""
     from stca.export.analysis import operators
-    from stca.export.analysis.cost import Sizes as Nominal
     from stca.export.passes.lower import is_operator
 
-    model = _read(bundle.file(half))
-    nominal = {**bundle.manifest.split.get("workload", {}), TOKENS: history, TARGETS: targets, USERS: 1, OFFSETS: 2}
-    at = Nominal(model, nominal)
+    sizes = probe.row_sizes(bundle.manifest.graphs["request"].inputs, history, targets)
+    model, at = counted(bundle, half, {**bundle.manifest.split.get("workload", {}), **sizes})
     weights = {t.name for t in model.graph.initializer}
     fused = _fused(model.graph)
     outputs = {value.name for value in model.graph.output}
@@ -95,16 +94,15 @@ def items(bundle: Bundle, half: str, history: int, targets: int) -> list[Item]:
         names = [n for n in (*node.input, *node.output) if n and n not in weights]
         moved, between = (sum(at.bytes(n) or 0 for n in some) for some in (names, [n for n in names if n in fused]))
         if is_operator(node):
-            (tokens, key_heads, depth), value = at.shape(node.input[1]) or (1, 1, 1), at.shape(node.input[2]) or (1,)
-            rows, heads = (at.shape(node.input[0]) or (1, 1))[:2]
-            shape = _shape(heads, key_heads, depth, value[-1], node.input[1] == node.input[2])
-            found.append(Item("attention", at.work(node), 0, None, moved, 0, shape, Sizes(rows, tokens, 1)))
+            query, key, value = (at.shape(n) or (1, 1, 1) for n in node.input[:3])
+            shape = _shape(query[1], key[1], key[2], value[2], node.input[1] == node.input[2])
+            item = Item("attention", at.work(node), 0, None, moved, 0, shape, Sizes(query[0], key[0], 1))
+            # What no kernel takes counts as products.
+            found.append(item if shape else dataclasses.replace(item, kind="product", sizes=None))
         elif node.op_type in operators.PRODUCTS | operators.RECURRENT | {"Attention"}:
-            out, operations = at.shape(node.output[0]) or (1,), at.work(node)
-            rows = max(1, math.prod(out[:-1]))
-            weight = (max(1, operations // (2 * rows * max(1, out[-1]))), out[-1])
-            constant = node.op_type in ("MatMul", "Gemm") and node.input[1] in weights
-            found.append(Item("product", operations, rows, weight if constant else None, moved))
+            weight = _weight(node, at.shape(node.input[1])) if node.input[1] in weights else None
+            rows = at.elements(node.output[0]) // max(1, weight[1]) if weight else 0
+            found.append(Item("product", at.work(node), rows, weight, moved))
         elif node.op_type in operators.FUNCTIONS | operators.ALONG_AXIS:
             found.append(Item("function", sum(map(at.elements, filter(None, node.output))), 0, None, moved, between))
         elif node.op_type not in operators.COSTS_NOTHING or outputs & {*node.output}:
@@ -112,10 +110,61 @@ def items(bundle: Bundle, half: str, history: int, targets: int) -> list[Item]:
     return found
 
 
-def _shape(heads: int, key_heads: int, depth: int, value_depth: int, tied: bool) -> Shape:
-    """The operator's shape; head sizes that no kernel has count as the next that one has."""
+def _weight(node: Any, shape: tuple[int, ...] | None) -> tuple[int, int] | None:
+    """`(K, N)` of a product's second matrix; None where it is no single matrix."""
+    from stca.export.analysis.scope import attribute
+
+    if node.op_type not in ("MatMul", "Gemm") or shape is None or len(shape) != 2:
+        return None
+    return (shape[1], shape[0]) if attribute(node, "transB", 0) else (shape[0], shape[1])
+
+
+def counted(bundle: Bundle, graph: str, workload: Mapping[str, int]) -> tuple[Any, Any]:
+    """A graph of a bundle without its weights, and the `Sizes` of its values: what all counts of its work follow from.
+
+    Args:
+        bundle: whose.
+        graph: its name.
+        workload: size of each symbolic dimension of the request graph's inputs; fixed ones stay as they are.
+
+    Raises:
+        SplitError: when a size of the graph's inputs is not known.
+    """
+    from stca.export.analysis.cost import Sizes as Nominal
+
+    model = _read(bundle.file(graph))
+    shown = _growth(bundle).at(workload)
+    known = {USERS: 1, OFFSETS: 2, **workload}
+    for spec in bundle.manifest.graphs[graph].inputs:  # a state's sizes that inference could not follow have own names
+        for n, size in zip(spec.shape, shown.get(spec.name, ()), strict=False):
+            known.setdefault(str(n), size)
+    return model, Nominal(model, known, shown=shown)
+
+
+_growths: dict[tuple[Path, str], Any] = {}  # of the last bundle alone
+
+
+def _growth(bundle: Bundle) -> Any:
+    """Of the request graph, whose values both halves have."""
+    from stca.export.analysis.growth import Growth
+    from stca.runtime.tables import Lookups
+
+    key = bundle.path, bundle.manifest.weights
+    if key not in _growths:
+        request, workload = bundle.manifest.graphs["request"], bundle.manifest.split.get("workload", {})
+        complete = Lookups(bundle, "request").complete if request.lookups else dict
+        _growths.clear()
+        _growths[key] = Growth(_read(bundle.file("request")), request.inputs, workload, bundle.path, complete)
+    return _growths[key]
+
+
+def _shape(heads: int, key_heads: int, depth: int, value_depth: int, tied: bool) -> Shape | None:
+    """The operator's shape; head sizes between those of kernels count as the next, and None is beyond all of them."""
     padded = -(-depth // 16) * 16, -(-value_depth // 16) * 16
-    return Shape(heads, key_heads, *padded, "float32", tied)
+    try:
+        return Shape(heads, key_heads, *padded, "float32", tied)
+    except ValueError:
+        return None
 
 
 @functools.lru_cache(maxsize=4)

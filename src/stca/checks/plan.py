@@ -5,12 +5,14 @@ Predicted from counts and rates (`stca.checks.forecast`): on a GPU from datashee
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from stca import probe
 from stca.bundle import Bundle
 from stca.calibration.quantized_state import kept_as, quantizable
 from stca.checks.forecast import Item, Machine, forecast
@@ -59,9 +61,10 @@ class GpuRates:
     def seconds(self, item: Item) -> float:
         """See `Machine.seconds`."""
         if item.shape is not None and item.sizes is not None:
-            return tiling.choose(dataclasses.replace(item.shape, dtype="bfloat16"), item.sizes, self.device).seconds
+            with contextlib.suppress(ValueError):  # no tile fits: it runs as the products that it is
+                return tiling.choose(dataclasses.replace(item.shape, dtype="bfloat16"), item.sizes, self.device).seconds
         moved = (item.bytes - item.between) / 2 / self.device.bandwidth
-        if item.kind != "product":
+        if item.kind not in ("product", "attention"):
             return moved
         weight = 2 * math.prod(item.weight or (0,)) / self.device.bandwidth
         return tiling.LAUNCH + max(item.operations / (_REACHED * self.device.matrix), moved + weight)
@@ -85,8 +88,11 @@ class Demand:
     rate: float = 0.0
 
     @classmethod
-    def parse(cls, text: str) -> Demand:
+    def parse(cls, text: str, bundle: Bundle | None = None) -> Demand:
         """From `users=1000000,history=10000,targets=300`; what is left out has its default.
+
+        Sizes that a bundle's model has fixed are those of its requests, whatever is asked; a history that is left out
+        is no longer than the bundle serves.
 
         Raises:
             UsageError: naming what is not known or not a number above 0.
@@ -98,11 +104,20 @@ class Demand:
             try:
                 values[name] = kinds[name](value)
                 sound = math.isfinite(values[name]) and values[name] >= (name not in ("zipf", "rate"))
-            except (KeyError, ValueError):
+            except KeyError:
+                raise UsageError(f"--workload {part!r}: expected NAME=N with a NAME of {', '.join(kinds)}") from None
+            except ValueError:
                 sound = False
             if not sound:
-                raise UsageError(f"--workload {part!r}: expected NAME=N with a NAME of {', '.join(kinds)}")
-        return cls(**values)
+                number = "a whole number, at least 1" if kinds[name] is int else "a number, at least 0"
+                raise UsageError(f"--workload {part!r}: {name} is {number}, as in {name}={getattr(cls, name)}")
+        asked = cls(**values)
+        if bundle is None:
+            return asked
+        graph, most = bundle.manifest.graphs["request"], bundle.manifest.max_history
+        history = min(asked.history, most) if most is not None and "history" not in values else asked.history
+        sizes = probe.history_of(graph.inputs, history), probe.targets_of(graph, asked.targets)
+        return dataclasses.replace(asked, history=sizes[0], targets=sizes[1])
 
     def hits(self, kept: int) -> float:
         """The share of requests of users whose state is kept, where those are the most frequent."""
@@ -201,11 +216,11 @@ def _bytes(state: StateSpec, history: int) -> int:
 def next_steps(bundle: Bundle, machine: Machine, demand: Demand, memory: int, state_format: str) -> dict[str, float]:
     """What raises throughput, and to how many times itself, the best first."""
     now = plan(bundle, machine, demand, memory, state_format).per_second
-    shorter = dataclasses.replace(demand, history=max(1, demand.history // 2))
-    steps = {
-        "twice the memory": plan(bundle, machine, demand, 2 * memory, state_format),
-        "half the history": plan(bundle, machine, shorter, memory, state_format),
-    }
+    steps = {"twice the memory": plan(bundle, machine, demand, 2 * memory, state_format)}
+    half = max(1, demand.history // 2)
+    if probe.history_of(bundle.manifest.graphs["request"].inputs, half) == half:  # it is not of a fixed length
+        shorter = dataclasses.replace(demand, history=half)
+        steps["half the history"] = plan(bundle, machine, shorter, memory, state_format)
     if state_format != "int8" and bundle.manifest.rounding is None:
         steps["states of 8 bits (stca calibrate)"] = plan(bundle, machine, demand, memory, "int8")
     gains = {name: made.per_second / now for name, made in steps.items()}

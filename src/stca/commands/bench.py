@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         baseline = f"pointwise/miss {ratio.pointwise_over_miss:.1f}, " if ratio.pointwise_over_miss else ""
         size = f"history {ratio.history}, {ratio.targets} targets{f' on {ratio.engine}' if several else ''}"
         lines.append(f"{size}: {baseline}miss/hit {ratio.miss_over_hit:.1f}")
+    if report.unpredicted:
+        lines.append(f"nothing predicted: {report.unpredicted}")
     lines += [f"{name}: not measured, {why}" for name, why in report.absent.items()]
     lines.append(f"cached {100 * report.cached:.1f} % of the work")
     emit(args, report.as_dict(), "\n".join([*lines, f"{report.machine['cpu']}, {report.machine['threads']} threads"]))

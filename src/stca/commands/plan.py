@@ -47,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
     from stca.checks import plan as planning
     from stca.checks.forecast import Machine
 
-    bundle, demand = Bundle.load(args.bundle), planning.Demand.parse(args.workload or "")
+    bundle = Bundle.load(args.bundle)
+    asked = planning.Demand.parse(args.workload or "")
+    demand = planning.Demand.parse(args.workload or "", bundle)
     if args.gpu == "cpu":
         from stca.checks.bench import cpu_rates
 
@@ -84,13 +86,17 @@ def run(args: argparse.Namespace) -> int:
         "measured": args.gpu == "cpu",
     }
     told = "this CPU's rates, measured now" if args.gpu == "cpu" else "datasheet rates; nothing was run on a GPU"
+    form = f"form {bundle.manifest.attention}, " if bundle.manifest.attention else ""
+    held = ", as its model takes" if (demand.history, demand.targets) != (asked.history, asked.targets) else ""
+    labels = {name: f"{quantized} and {name}" if quantized else name for name in plans}
+    width = max(map(len, labels.values()))
     lines = [
-        f"form {bundle.manifest.attention}, cached {100 * bundle.manifest.cached:.1f} % of the work, states in "
-        f"{states}",
+        f"{form}cached {100 * bundle.manifest.cached:.1f} % of the work, states in {states}",
+        f"a request of {demand.history:,} events and {demand.targets:,} targets{held}: "
         f"a hit {chosen.hit_ms:.3f} ms, a miss {chosen.miss_ms:.3f} ms, computation alone, predicted from {told}",
         *(
-            f"{name:<9} {p.state_bytes:>13,} bytes a user, {p.users:>11,} users fit, {100 * p.hit_share:5.1f} % hits, "
-            f"{p.per_second:,.1f} requests a second, one at a time"
+            f"{labels[name]:<{width}} {p.state_bytes:>13,} bytes a user, {p.users:>11,} users fit, "
+            f"{100 * p.hit_share:5.1f} % hits, {p.per_second:,.1f} requests a second, one at a time"
             for name, p in plans.items()
         ),
         *([f"tables in files: {tables:,} bytes, mapped into {where}"] if tables else []),

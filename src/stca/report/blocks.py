@@ -15,14 +15,12 @@ from functools import cached_property
 from typing import Literal
 
 import onnx
-import onnx.inliner
 
 from stca.bundle import Bundle
+from stca.checks.forecast import counted
 from stca.export.analysis import operators
-from stca.export.analysis.cost import Sizes
 from stca.export.analysis.scope import Scope, reads
 from stca.manifest import ITEM_BYTES, OFFSETS, Lookup, StateSpec
-from stca.plugins.spec import DOMAIN
 
 Side = Literal["user", "target"]
 Value = tuple[Side, str]
@@ -132,6 +130,7 @@ class _Node:
     reads: tuple[Value, ...]
     writes: tuple[Value, ...]
     scope: Scope
+    work: int
 
 
 class _Joined:
@@ -141,9 +140,6 @@ class _Joined:
         manifest = bundle.manifest
         self.manifest = manifest
         self.workload: Mapping[str, int] = manifest.split["workload"]
-        whole = onnx.load(bundle.file("request"), load_external_data=False)
-        foreign = [(f.domain, f.name) for f in whole.functions if f.domain != DOMAIN]  # as the split inlined them
-        self.sizes = Sizes(onnx.inliner.inline_selected_functions(whole, foreign) if foreign else whole, self.workload)
         self.nodes: list[_Node] = []
         self.scopes: dict[Value, Scope] = {}
         self.alias: dict[Value, Value] = {}  # what an Identity writes is what it reads
@@ -158,10 +154,11 @@ class _Joined:
             for lookup in manifest.graphs[graph].lookups or ():  # rows stand where their ids stood
                 ids = [self.source((side, name)) for name in ids_of(bundle, graph, lookup)]
                 self.alias[side, lookup.rows] = max(ids, key=self.scopes.__getitem__)
-            for proto in onnx.load(bundle.file(graph), load_external_data=False).graph.node:
-                self._add(side, proto)
+            model, sizes = counted(bundle, graph, self.workload)
+            for proto in model.graph.node:
+                self._add(side, proto, sizes.work(proto))
 
-    def _add(self, side: Side, proto: onnx.NodeProto) -> None:
+    def _add(self, side: Side, proto: onnx.NodeProto, work: int) -> None:
         """Constants and nodes of constants alone are left out: they are a part of whatever reads them."""
         known = tuple(self.source((side, name)) for name in reads(proto))
         known = tuple(value for value in known if value in self.scopes)
@@ -173,7 +170,7 @@ class _Joined:
             return
         scope = max(self.scopes[value] for value in known)
         self.scopes.update((value, scope) for value in writes)
-        self.nodes.append(_Node(side, proto, known, writes, scope))
+        self.nodes.append(_Node(side, proto, known, writes, scope, work))
 
     def source(self, value: Value) -> Value:
         return self.alias.get(value, value)
@@ -324,7 +321,7 @@ class _Joined:
     def condensed(self) -> Condensed:
         rows = _rows(max(self.layers.values(), default=0))
         row_of = {layer: r for r, (first, last) in enumerate(rows, 1) for layer in range(first, last + 1)} | {0: 0}
-        work = [self.sizes.work(node.proto) for node in self.nodes]
+        work = [node.work for node in self.nodes]
         total = max(1, sum(work))
         places: list[Key] = [(kind, row_of[layer]) for kind, layer in map(self._place, range(len(self.nodes)))]
         of_kind: Counter[str] = Counter()

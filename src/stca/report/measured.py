@@ -82,8 +82,7 @@ def sizes(manifest: Manifest) -> tuple[tuple[int, ...], tuple[int, ...]]:
               for scope, k in (("user", 2), ("target", 3))}  # fmt: skip
     most = manifest.max_history
     if not varies["user"]:
-        fixed = [n for s in specs if s.scope == "user" for n in s.shape if isinstance(n, int)]
-        histories: tuple[int, ...] = (max(fixed, default=1),)
+        histories: tuple[int, ...] = (probe.history_of(specs, 1),)
     elif most is None or most >= _HISTORIES[-1]:
         histories = _HISTORIES
     else:

@@ -82,9 +82,20 @@ def test_this_cpus_rates_are_those_of_the_bundles_own_shapes(bundle_dir: Path) -
     assert expected.miss > expected.hit > rates.least("hit")
 
 
-@pytest.mark.parametrize("text", ["users", "users=x", "users=0", "what=1", "zipf=-1", "rate=inf", "history=nan"])
-def test_a_workload_that_makes_no_sense(text: str) -> None:
-    with one_line(UsageError, f"--workload '{text}'", "users, history, targets, zipf, rate"):
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("what=1", "users, history, targets, zipf, rate"),
+        ("users", "users is a whole number, at least 1, as in users=1000000"),
+        ("users=1e6", "users is a whole number, at least 1, as in users=1000000"),
+        ("users=0", "users is a whole number"),
+        ("history=nan", "history is a whole number"),
+        ("zipf=-1", "zipf is a number, at least 0, as in zipf=1.0"),
+        ("rate=inf", "rate is a number, at least 0"),
+    ],
+)
+def test_a_workload_that_makes_no_sense(text: str, told: str) -> None:
+    with one_line(UsageError, f"--workload '{text}'", told):
         Demand.parse(text)
 
 
