@@ -18,11 +18,15 @@ from stca.calibration.quantized_products import Activations, ProductFormat, quan
 from stca.calibration.quantized_state import Kind, StateFormat, levels, quantizable
 from stca.calibration.quantized_weights import LEAST_TABLE, RowFormat, quantizable_files, quantizable_tables
 from stca.errors import StcaError, UsageError
+from stca.export.analysis.operators import MOVES, VIEWS
+from stca.export.analysis.scope import label
 from stca.manifest import StateSpec
 from stca.trace import Traced
 
 # Requests from which activations' ranges are taken: of many thousand rows each, and all that they are is in memory.
 _RANGED: Final = 32
+# What has one tensor's numbers, as they were.
+_KEEPS: Final = (VIEWS | MOVES | {"Cast", "Identity"}) - {"Concat"}
 
 
 class Runner(Protocol):
@@ -187,7 +191,14 @@ def formats_of(
 
 
 def maker_of(bundle: Bundle, name: str) -> str:
-    """The node of the user encoder that makes a tensor of the state, for a message."""
+    """The node of the user encoder that makes the numbers of a tensor of the state, for a message.
+
+    Nodes behind it that give them another shape, place or type are passed over.
+    """
     graph = onnx.load(bundle.file("user_encoder"), load_external_data=False).graph
-    node = next((n for n in graph.node if name in n.output), None)
-    return f"node {node.name or node.output[0]!r} ({node.op_type})" if node is not None else "no node"
+    writers = {value: node for node in graph.node for value in node.output}
+    if (node := writers.get(name)) is None:
+        return "no node"
+    while not node.domain and node.op_type in _KEEPS and (before := writers.get(node.input[0])) is not None:
+        node = before
+    return f"node {label(node)!r} ({node.op_type})"

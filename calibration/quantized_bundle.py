@@ -146,6 +146,8 @@ def formats_told(formats: Formats) -> dict[str, Any] | None:
             part = "tables"
         else:
             part, about["activations"] = "weights", format.activations
+            if format.kind == "int8":
+                about["zero_points"] = True  # bundles from before had none, and readers refuse those
         told.setdefault(part, {**about, "tensors": []})["tensors"].append(name)
     return told or None
 

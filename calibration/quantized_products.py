@@ -30,7 +30,7 @@ from stca.export.passes.zero_points import name_zero_points
 Activations = Literal["none", "token", "tensor"]
 _PRODUCTS: Final = ("MatMul", "Gemm")
 # What changes no number of a weight, and gives it another place.
-_MOVES: Final = ("Transpose", "Split", "Slice")
+WEIGHT_MOVES: Final = ("Transpose", "Split", "Slice")
 # A matrix of fewer rows saves little beside its steps.
 _NARROWEST: Final = 8
 # The least magnitude of a row of activations: zeros have a step, too.
@@ -79,7 +79,7 @@ def _columns(flow: Dataflow, value: str, axes: Sequence[int]) -> Iterator[int | 
             yield None
         elif node.op_type in _PRODUCTS and node.input[1] == value:
             yield axes[0 if attribute(node, "transB", 0) else -1]
-        elif node.op_type in _MOVES and node.input[0] == value:
+        elif node.op_type in WEIGHT_MOVES and node.input[0] == value:
             order = (
                 list(attribute(node, "perm", range(len(axes))[::-1]))
                 if node.op_type == "Transpose"

@@ -21,8 +21,10 @@ from stca.bundle import Bundle, scratch
 from stca.calibration.choices import Runner, maker_of
 from stca.calibration.quality import Measure
 from stca.calibration.quantized_bundle import Formats, state_bytes, weights_bytes, write_quantized
+from stca.calibration.quantized_products import WEIGHT_MOVES
 from stca.calibration.quantized_state import StateFormat
 from stca.errors import ParityError, UsageError
+from stca.export.analysis.scope import label
 from stca.manifest import HALVES, Manifest
 from stca.trace import Traced
 
@@ -218,9 +220,15 @@ class Search:
         """The node that makes a tensor of the state, or that reads a weight."""
         if isinstance(self.formats[name], StateFormat):
             return maker_of(self.bundle, name)
-        graphs = (onnx.load(self.bundle.file(half), load_external_data=False).graph for half in HALVES)
-        node = next((n for graph in graphs for n in graph.node if name in n.input), None)
-        return f"node {node.name or node.output[0]!r} ({node.op_type})" if node is not None else "the runtime"
+        for half in HALVES:
+            same = {name}
+            for node in onnx.load(self.bundle.file(half), load_external_data=False).graph.node:
+                if same.isdisjoint(node.input):
+                    continue
+                if node.op_type not in WEIGHT_MOVES:
+                    return f"node {label(node)!r} ({node.op_type})"
+                same.update(node.output)
+        return "the runtime"
 
 
 def _bytes(manifest: Manifest) -> int:
@@ -229,10 +237,12 @@ def _bytes(manifest: Manifest) -> int:
 
 def _blamed(part: Part, formats: Formats, tried: Tried) -> str:
     worst = next(m for m in tried.measures if m.verdict == "broken")
-    of_state = isinstance(formats[part.name], StateFormat)
+    format = formats[part.name]
+    of_state = isinstance(format, StateFormat)
+    scales = f" with a scale for each {format.granularity}" if isinstance(format, StateFormat) else ""
     what = "tensor of the state" if all(isinstance(f, StateFormat) for f in formats.values()) else "tensor"
     return (
-        f"no {what} can be {formats[part.name].kind} under the budget: {part.name!r}, "
+        f"no {what} can be {format.kind} under the budget: {part.name!r}{scales}, "
         f"{'made' if of_state else 'read'} by {part.node}, "
         f"alone gives {worst.name} {worst.estimate.value:+.6f}, allowed {worst.bound:g}; loosen --budget"
         f"{' or change --granularity' if of_state else ''}"

@@ -53,7 +53,14 @@ def check_contract(manifest: Manifest) -> None:
 
     Raises:
         ValueError: naming the tensor, what it is in one place and what in the other.
+        BundleError: when its int8 matrices are of an older stca, which some processors would fail on.
     """
+    matrices = (manifest.quantization or {}).get("weights")
+    if isinstance(matrices, Mapping) and matrices.get("kind") == "int8" and matrices.get("zero_points") is not True:
+        raise BundleError(
+            "the bundle's int8 matrices have no zero points of their own, without which processors that lack VNNI fail"
+            "; calibrate the float32 bundle again"
+        )
     for name, graph in manifest.graphs.items():
         if (count := max(len(graph.inputs), len(graph.outputs), len(manifest.state))) > _MOST_TENSORS:
             raise ValueError(f"graphs.{name} or state has {count} tensors, the limit is {_MOST_TENSORS}")

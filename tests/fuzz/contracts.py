@@ -25,12 +25,13 @@ BUNDLES = ("log", "plain", "rows", "padded_left", "padded_right", "exact")
 
 
 def with_table(text: str) -> str:
-    """The manifest of `log` with a table beside its graphs."""
+    """The manifest of `log` with a table beside its graphs, and matrices of int8."""
     manifest = json.loads(text)
     table = {"name": "items", "file": "items.rows", "digests": "items.digests", "dtype": "float16"}
     manifest["tables"] = [table | {"rows": 1000, "width": 4, "block_rows": 64}]
     manifest["graphs"]["target_scorer"]["lookups"] = [{"rows": "row", "table": "items", "ids": "target_item"}]
     manifest["files"]["items.digests"] = {"sha256": "0" * 64, "bytes": 512}
+    manifest["quantization"] = {"weights": {"kind": "int8", "zero_points": True}}
     return json.dumps(manifest | {"version": 2}, indent=1)
 
 

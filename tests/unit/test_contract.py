@@ -255,3 +255,15 @@ def test_built_engines_are_held_against_the_manifest_too(bundle_dir, tmp_path, h
     seal(copied, dataclasses.replace(manifest, engines=tuple(entries)))
     with one_line(BundleError, half, "has no output"):
         Session.load(copied, engine="onnxruntime", threads=1)
+
+
+@pytest.mark.parametrize("told", [{}, {"zero_points": False}, {"zero_points": True}])
+def test_int8_matrices_of_an_older_stca_are_refused_on_every_processor(raw, told):
+    weights = {"kind": "int8", "activations": "none", "tensors": ["a"], **told}
+    text = json.dumps(raw | {"quantization": {"weights": weights}})
+    if told.get("zero_points"):
+        Manifest.from_json(text)
+        return
+    with one_line(BundleError, "int8 matrices", "zero points", "calibrate the float32 bundle again"):
+        Manifest.from_json(text)
+    Manifest.from_json(text.replace('"kind": "int8"', '"kind": "fp8"'))

@@ -232,6 +232,18 @@ std::string read_manifest(const Folder& folder) {
   return text;
 }
 
+/// Refuses int8 matrices of an older stca: ONNX Runtime fails on them where a processor lacks VNNI.
+void check_zero_points(const Json& manifest) {
+  const auto member = [](const Json* of, const char* name) { return of == nullptr ? nullptr : of->find(name); };
+  const Json* matrices = member(member(&manifest, "quantization"), "weights");
+  const Json* kind = member(matrices, "kind");
+  const Json* told = member(matrices, "zero_points");
+  const bool int8 = kind != nullptr && kind->string() != nullptr && *kind->string() == "int8";
+  if (!int8 || (told != nullptr && told->boolean() != nullptr && *told->boolean())) return;
+  bundle_error("the bundle's int8 matrices have no zero points of their own, without which processors that lack VNNI "
+               "fail; calibrate the float32 bundle again");
+}
+
 }  // namespace
 
 void read_tensor(const Fields& fields, TensorSpec& spec) {
@@ -323,6 +335,7 @@ Manifest Manifest::parse(std::string text) {
   fields.only({"format", "version", "digest", "model", "weights", "precision", "attention", "graphs", "state",
                "appendable", "max_history", "min_history", "padding", "split", "parity", "producer", "quantization",
                "engines", "tables", "files"});
+  check_zero_points(json);
   check_padding(manifest);
   check_contract(manifest);
   manifest.text = std::move(text);

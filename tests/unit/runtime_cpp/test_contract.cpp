@@ -178,6 +178,22 @@ TEST(contract_of_many_tensors) {
   CHECK_THROWS(many(2001), stca::core::Error, "tensors, the limit is 2000");
 }
 
+TEST(contract_of_int8_matrices) {
+  using stca::core::Manifest;
+  Copy copy(golden("log"));
+  Tree weights;
+  weights.value = Tree::Object{{"kind", "int8"}, {"activations", "none"}};
+  const auto parsed = [&] {
+    copy.manifest["quantization"].value = Tree::Object{{"weights", weights}};
+    return Manifest::parse(resealed::sealed(copy.manifest));
+  };
+  CHECK_THROWS(parsed(), stca::core::Error, "calibrate the float32 bundle again");
+  weights["zero_points"] = false;
+  CHECK_THROWS(parsed(), stca::core::Error, "calibrate the float32 bundle again");
+  weights["zero_points"] = true;
+  parsed();
+}
+
 TEST(contract_of_built_engines) {
   using namespace stca::core;
   Copy copy(golden("log"));
