@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import queue
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -96,85 +97,141 @@ class _Tally:
     """What threads found out; each appends, which needs no lock.
 
     Attributes:
+        began: when the run did.
         latencies: of each request, when it was due in the run, how long it took from then, and what came of it.
     """
 
     latencies: list[tuple[float, float, Answered]] = field(default_factory=list)
+    began: float = 0.0
     late: list[float] = field(default_factory=list)
     resent: list[int] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     errors: list[BaseException] = field(default_factory=list)
 
 
+# Sends what may be sent, since the time given, and returns what may be sent after it.
+_Turn: TypeAlias = Callable[[float], "list[_Turn]"]
+
+
+@dataclass
+class _User:
+    """What a client knows of a user, and what of theirs is under way or waits for its turn.
+
+    Attributes:
+        newest: version with all events that came. kept: the one that the server has; 0 for none.
+        events: how many arrivals of events wait. requests: turns that wait.
+        asked: requests under way. changes: whether events are.
+    """
+
+    newest: int = 0
+    kept: int = 0
+    events: int = 0
+    requests: list[_Turn] = field(default_factory=list)
+    asked: int = 0
+    changes: bool = False
+
+
 class _Users:
     """Asks as a client does that keeps histories itself: without them, as long as the server has the state.
 
-    A request brings the newest version, and waits until that is appended: nobody asks for what is not there yet. Events
-    of one user are sent in the trace's order, however late a busy machine wakes the threads that send them.
+    A user's events are sent once their requests under way are answered, all that came by then together; and requests
+    once the events before them are appended: so nobody asks for what is not there yet, or no more. What waits for its
+    turn keeps no connection from other users. Nothing that was refused is sent again: events that were go with the
+    user's next ones, and requests until then ask for the version that the server has.
     """
 
     def __init__(
         self,
         client: Client,
         inputs: Inputs,
-        trace: Sequence[Arrival],
         deadline_ms: float | None,
         tally: _Tally,
         targets: dict[int, dict[str, Array]],
     ) -> None:
         self._client, self._inputs, self._deadline_ms, self._tally = client, inputs, deadline_ms, tally
         self._targets = targets  # that were drawn ahead, by the arrival's number
-        self._seen: set[int] = set()
-        self._before: dict[int, int] = {}
-        last: dict[int, int] = {}
-        for i, arrival in enumerate(trace):
-            if not arrival.targets:
-                self._before[i] = last.get(arrival.user, -1)
-                last[arrival.user] = i
-        self._appended: defaultdict[int, threading.Event] = defaultdict(threading.Event)
-        self._appended[-1].set()  # what comes before a user's first events
-        self._newest: dict[int, tuple[int, threading.Event]] = {}
-        self._lock = threading.Lock()
+        self._appends = inputs.appendable and client.appends
+        self._users: defaultdict[int, _User] = defaultdict(_User)
+        self._open = 0  # arrivals that nothing came of yet
+        self._changed = threading.Condition()
 
-    def event(self, arrival: Arrival, number: int) -> None:
-        if not (self._inputs.appendable and self._client.appends):
-            self._tally.events.append(_WITH_REQUEST)
-            return
-        with self._lock:
-            before, appended = self._appended[self._before[number]], self._appended[number]
-            newest, _ = self._newest.get(arrival.user, (0, None))
-            if arrival.tokens > newest:
-                self._newest[arrival.user] = arrival.tokens, appended
-        try:
-            before.wait()
-            events = self._inputs.events(arrival.user, arrival.tokens, arrival.events)
-            after = arrival.tokens - arrival.events
-            self._tally.events.append(self._client.append(str(arrival.user), arrival.tokens, after, events))
-        finally:
-            appended.set()
+    def come(self, number: int, arrival: Arrival, due: float) -> list[_Turn]:
+        """What may be sent now that this has come."""
+        with self._changed:
+            user = self._users[arrival.user]
+            user.newest = max(user.newest, arrival.tokens)
+            if not arrival.targets and not self._appends:
+                self._tally.events.append(_WITH_REQUEST)
+                return []
+            self._open += 1
+            if arrival.targets:
+                user.requests.append(functools.partial(self._request, user, number, arrival, due))
+            else:
+                user.events += 1
+            return self._ready(arrival.user, user)
 
-    def request(self, arrival: Arrival, number: int) -> Answered:
-        user, rest = str(arrival.user), self._targets.pop(number, None)
+    def wait(self, most: int) -> None:
+        """Wait until nothing came yet of so many arrivals at most, or something failed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._open <= most or self._tally.errors)
+
+    def failed(self, error: BaseException) -> None:
+        """Nothing more will come of some arrival."""
+        with self._changed:
+            self._tally.errors.append(error)
+            self._changed.notify_all()
+
+    def _ready(self, name: int, user: _User) -> list[_Turn]:
+        if user.changes or (user.events and user.asked):
+            return []
+        if user.events:
+            user.changes = True
+            return [functools.partial(self._event, name, user)]
+        made, user.requests = user.requests, []
+        user.asked += len(made)
+        return made
+
+    def _ended(self, name: int, user: _User, arrivals: int) -> list[_Turn]:
+        self._open -= arrivals
+        self._changed.notify_all()
+        return self._ready(name, user)
+
+    def _event(self, name: int, user: _User, _: float) -> list[_Turn]:
+        with self._changed:
+            came, user.events, newest, kept = user.events, 0, user.newest, user.kept
+        code = _WITH_REQUEST
+        if 0 < kept < newest:
+            code = self._client.append(str(name), newest, kept, self._inputs.events(name, newest, newest - kept))
+        self._tally.events += [code] * came
+        with self._changed:
+            user.kept = {"appended": newest, "no_state": 0}.get(code, kept)
+            user.changes = False
+            return self._ended(name, user, came)
+
+    def _request(self, user: _User, number: int, arrival: Arrival, due: float, since: float) -> list[_Turn]:
+        self._tally.late.append(time.monotonic() - since)
+        rest = self._targets.pop(number, None)
         if rest is None:
             rest = self._inputs.targets(arrival.targets, number)
-        if arrival.user in self._seen:
-            found = self._client.score(user, self._version(arrival), rest, self._deadline_ms)
-            if found.code != "history_needed":
-                return found
-            self._tally.resent.append(1)
-        version = self._version(arrival)
-        inputs = {**self._inputs.user(arrival.user, version), **rest}
-        found = self._client.score(user, version, inputs, self._deadline_ms)
-        if found.code == "ok":
-            self._seen.add(arrival.user)
-        return found
+        with self._changed:
+            kept = user.kept
+            version = kept if kept and self._appends else user.newest
+        found = Answered("history_needed")
+        if version == kept:
+            found = self._score(arrival, version, rest, due)
+            if found.code == "history_needed":
+                self._tally.resent.append(1)
+        if found.code == "history_needed":
+            found = self._score(arrival, version, {**self._inputs.user(arrival.user, version), **rest}, due)
+        self._tally.latencies.append((due - self._tally.began, time.monotonic() - due, found))
+        with self._changed:
+            user.kept = version if found.code == "ok" else user.kept
+            user.asked -= 1
+            return self._ended(arrival.user, user, 1)
 
-    def _version(self, arrival: Arrival) -> int:
-        """The newest of the user, once it is appended."""
-        newest, appended = self._newest.get(arrival.user, (0, None))
-        if appended is not None:
-            appended.wait()
-        return max(arrival.tokens, newest)
+    def _score(self, arrival: Arrival, version: int, inputs: dict[str, Array], due: float) -> Answered:
+        left = None if self._deadline_ms is None else max(0.0, self._deadline_ms - 1e3 * (time.monotonic() - due))
+        return self._client.score(str(arrival.user), version, inputs, left)
 
 
 def run(
@@ -193,28 +250,16 @@ def run(
         client: who answers.
         inputs: where values come from.
         trace: in the order of its times.
-        connections: requests under way at a time, at most; each waits in its thread.
-        deadline_ms: sent along, and what goodput counts by.
+        connections: requests and appends under way at a time, at most; each waits in its thread.
+        deadline_ms: from when a request is due; what is left of it is sent along, and goodput counts by it.
         offline: send each as soon as a connection is free, and do not wait for its time.
         seconds: leave out what is not begun by then; None for nothing.
     """
     tally = _Tally()
-    drawn = {} if offline else _drawn_ahead(inputs, trace)
-    users = _Users(client, inputs, trace, deadline_ms, tally, drawn)
-    began = time.monotonic()
-    end = None if seconds is None else began + seconds
-
-    def one(number: int, arrival: Arrival) -> None:
-        due = time.monotonic() if offline else began + arrival.at
-        time.sleep(max(0.0, due - time.monotonic()))
-        if not arrival.targets:
-            users.event(arrival, number)
-            return
-        tally.late.append(time.monotonic() - due)
-        answered = users.request(arrival, number)
-        tally.latencies.append((due - began, time.monotonic() - due, answered))
-
-    left = _on_threads(one, enumerate(trace), connections, tally, end)
+    users = _Users(client, inputs, deadline_ms, tally, {} if offline else _drawn_ahead(inputs, trace))
+    tally.began = began = time.monotonic()
+    end = math.inf if seconds is None else began + seconds
+    left = _send(users, trace, tally, connections, offline, end)
     if tally.errors:
         raise tally.errors[0]
     took, scenario = time.monotonic() - began, "offline" if offline else "server"
@@ -234,33 +279,39 @@ def _drawn_ahead(inputs: Inputs, trace: Sequence[Arrival]) -> dict[int, dict[str
     return made
 
 
-def _on_threads(
-    one: Callable[[int, Arrival], None],
-    work: Iterable[tuple[int, Arrival]],
-    threads: int,
-    tally: _Tally,
-    end: float | None,
-) -> int:
-    """Each thread takes the next arrival when it is through with its last one; how many are left."""
-    waiting: queue.SimpleQueue[tuple[int, Arrival]] = queue.SimpleQueue()
-    for item in work:
-        waiting.put(item)
+def _send(users: _Users, trace: Sequence[Arrival], tally: _Tally, connections: int, offline: bool, end: float) -> int:
+    """Let each arrival come at its time, or offline as soon as a connection is free; how many are left at the end."""
+    sent: queue.SimpleQueue[tuple[float, _Turn] | None] = queue.SimpleQueue()
 
     def take() -> None:
-        while not tally.errors and (end is None or time.monotonic() < end):
+        while (item := sent.get()) is not None and not tally.errors:
+            since, turn = item
             try:
-                one(*waiting.get_nowait())
-            except queue.Empty:
-                return
+                for after in turn(since):
+                    sent.put((time.monotonic(), after))
             except BaseException as e:
-                tally.errors.append(e)
+                users.failed(e)
 
-    started = [threading.Thread(target=take, daemon=True) for _ in range(threads)]
-    for thread in started:
+    threads = [threading.Thread(target=take, daemon=True) for _ in range(connections)]
+    for thread in threads:
         thread.start()
-    for thread in started:
+    came = 0
+    for number, arrival in enumerate(trace):
+        if offline:
+            users.wait(connections - 1)
+        due = time.monotonic() if offline else tally.began + arrival.at
+        time.sleep(max(0.0, due - time.monotonic()))
+        if tally.errors or time.monotonic() >= end:
+            break
+        for turn in users.come(number, arrival, due):
+            sent.put((due, turn))
+        came += 1
+    users.wait(0)
+    for _ in threads:
+        sent.put(None)
+    for thread in threads:
         thread.join()
-    return waiting.qsize()
+    return len(trace) - came
 
 
 def _report(

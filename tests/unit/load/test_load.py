@@ -139,6 +139,41 @@ def test_a_users_events_come_in_turn_and_requests_after_them(bundle_dir):
     assert (found.resent, found.appended, found.not_appended, client.version) == (0, 2, 0, 8)
 
 
+class Refuses(Appends):
+    """Refuses to append the first time, once another user was answered."""
+
+    def __init__(self, manifest: Any) -> None:
+        super().__init__(manifest)
+        self.other, self.in_time, self.appends_asked = threading.Event(), False, list[tuple[int, int]]()
+
+    def score(self, user: str, version: int, inputs: Mapping[str, Any], deadline_ms: float | None) -> Answered:
+        if user == "1":
+            self.other.set()
+            return Answered("ok", True)
+        return super().score(user, version, inputs, deadline_ms)
+
+    def append(self, user: str, version: int, after: int, events: Mapping[str, Any]) -> str:
+        self.appends_asked.append((version, after))
+        if self.slow:
+            self.slow, self.in_time = False, self.other.wait(20)
+            return "overloaded"
+        return super().append(user, version, after, events)
+
+
+def test_events_hold_up_no_other_user_and_go_with_the_next_where_they_are_refused(bundle_dir):
+    """With two connections, one of them waits for an append, and two requests of that user wait for it, too."""
+    manifest = Bundle.load(bundle_dir).manifest
+    client = Refuses(manifest)
+    waits = [Arrival(0.0, 0, 2, 5), Arrival(0.02, 0, 0, 6, 1), Arrival(0.04, 0, 2, 6), Arrival(0.04, 0, 2, 6)]
+    trace = [*waits, Arrival(0.06, 1, 2, 5), Arrival(1.0, 0, 0, 8, 2)]
+    found = run(client, Inputs(manifest, 8, 0), [*trace, Arrival(1.1, 0, 2, 8)], connections=2)
+    assert client.in_time, "the other user's request waited"
+    assert client.asked == [5, 5, 5, 8], "what the server has"
+    assert client.appends_asked == [(6, 5), (8, 5)]
+    assert found.events == {"overloaded": 1, "appended": 1}
+    assert (found.codes, found.resent) == ({"ok": 5}, 0)
+
+
 def test_against_a_session_every_request_is_scored(bundle_dir):
     session = Session.load(bundle_dir, threads=1)
     trace = Traffic(users=6, targets=(1, 4), history=(3, 20), events=1.0).trace(200.0, 1.0)
