@@ -72,6 +72,11 @@ def _fix(error: Exception) -> str:
         return "; ids go up to an input's limit, less 1: lower the limit to the table's rows"
     if "dtype" in text or "scalar type" in text:
         return "; ids are int64, of features float32: mend the dtype, or the model"
+    if "offsets[" in text:  # of nn.EmbeddingBag
+        return (
+            "; pad each bag's ids to one length, give them as [batch, ids] without offsets, and set padding_idx to the "
+            "id that fills up"
+        )
     return "; mend these, or the model"
 
 

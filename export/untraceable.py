@@ -46,14 +46,14 @@ _CAUSES: Final = (
 
 @contextlib.contextmanager
 def plain_bags() -> Iterator[None]:
-    """With rows of bags, as `nn.EmbeddingBag` takes them, summed by plain operators: ONNX would get a loop."""
+    """With bags, as `nn.EmbeddingBag` takes them in rows or by offsets, summed by plain operators: ONNX would get a loop."""
     whole = functional.embedding_bag
 
     def bags(input: Tensor, weight: Tensor, offsets: Tensor | None = None, *args: Any, **given: Any) -> Tensor:
         asked = {**dict(zip(_BAG_ARGUMENTS, args, strict=False)), **given}
-        if input.dim() != 2 or offsets is not None or asked.get("max_norm") is not None:
+        if asked.get("max_norm") is not None or (input.dim() != 2 and offsets is None):
             return whole(input, weight, offsets, *args, **given)
-        return _bags(input, weight, asked)
+        return _bags(input, weight, asked) if offsets is None else _bags_by_offsets(input, weight, offsets, asked)
 
     functional.embedding_bag = bags
     try:
@@ -91,6 +91,22 @@ def _bags(ids: Tensor, table: Tensor, asked: Mapping[str, Any]) -> Tensor:
         return torch.where(kept.any(1), none, torch.zeros_like(none))
     scaled = rows * (kept if weights is None else kept * weights[..., None])
     return scaled.sum(1) / kept.sum(1).clamp(min=1) if mode == "mean" else scaled.sum(1)
+
+
+def _bags_by_offsets(ids: Tensor, table: Tensor, offsets: Tensor, asked: Mapping[str, Any]) -> Tensor:
+    """As `_bags` of `[ids]` of which each bag begins at its offset: by a matrix `[bags, ids]` of whose an id is."""
+    pad, mode, weights = asked.get("padding_idx"), asked.get("mode", "mean"), asked.get("per_sample_weights")
+    place = torch.arange(ids.shape[0], device=ids.device)
+    begun = (place >= offsets[:, None]).sum(0)  # bags that begin at or before each id
+    count = offsets.shape[0] - (1 if asked.get("include_last_offset") else 0)
+    mine = torch.arange(1, count + 1, device=ids.device)[:, None] == begun
+    kept = mine if pad is None else mine & (ids != pad % table.shape[0])
+    rows = functional.embedding(ids, table)
+    if mode == "max":
+        none = rows.masked_fill(~kept[..., None], -torch.inf).amax(1)
+        return torch.where(kept.any(1, keepdim=True), none, torch.zeros_like(none))
+    total = kept.to(rows.dtype) @ (rows if weights is None else rows * weights[:, None])
+    return total / kept.sum(1, keepdim=True).clamp(min=1) if mode == "mean" else total
 
 
 class _Positional(nn.Module):

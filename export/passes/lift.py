@@ -147,7 +147,10 @@ class _Lift:
     def _must_keep_rows(self, node: onnx.NodeProto) -> None:
         for name in filter(None, node.output):
             if name in self.rows.why_not:
-                bag = " (torch's newer exporter writes nn.EmbeddingBag so; `stca export --model` takes one as it is)"
+                bag = (
+                    " (torch writes nn.EmbeddingBag so; `stca export --model` takes one of ids [batch, ids]: where it "
+                    "has offsets, pad each bag's ids to one length and set padding_idx)"
+                )
                 raise SplitError(
                     f"node {label(node)!r} ({node.op_type}) does not keep the rows of the batch apart: "
                     f"{self.rows.why_not[name]}{bag if node.op_type == 'Loop' else ''}"

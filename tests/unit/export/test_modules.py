@@ -255,8 +255,28 @@ def test_bags_are_the_same_without_a_loop(mode, weighed, pad):
     ids[1], ids[2] = 0, 8  # all of them padding
     weights = {"per_sample_weights": torch.rand(6, 5)} if weighed else {}
     expected, own = bag(ids, **weights), nn.functional.embedding_bag
+    begins, ends = torch.tensor([0, 4, 4, 15]), torch.tensor([0, 4, 4, 15, 30])
+    flat_weights = {n: w.flatten() for n, w in weights.items()}
+    ragged = bag(ids.flatten(), begins, **flat_weights)
+    last = nn.EmbeddingBag(9, 4, mode=mode, padding_idx=pad, include_last_offset=True, _weight=bag.weight)
     with plain_bags():
         torch.testing.assert_close(bag(ids, **weights), expected)
-        flat = bag(ids.flatten(), torch.arange(0, 30, 5), **{n: w.flatten() for n, w in weights.items()})
+        flat = bag(ids.flatten(), torch.arange(0, 30, 5), **flat_weights)
+        torch.testing.assert_close(bag(ids.flatten(), begins, **flat_weights), ragged)
+        torch.testing.assert_close(last(ids.flatten(), ends, **flat_weights), ragged)
     torch.testing.assert_close(flat, expected)
     assert nn.functional.embedding_bag is own
+
+
+def test_offsets_of_bags_that_are_none_are_told_the_layout_that_works():
+    class Flat(Net):
+        def __init__(self):
+            super().__init__()
+            self.bag = nn.EmbeddingBag(9, 4)
+
+        def forward(self, hist, begins, item):
+            return self.bag(hist, begins).sum() + item
+
+    inputs = (INPUTS[0], TensorSpec("begins", "int64", ("bags",), "user"), INPUTS[1])
+    with one_line(ExportError, "[batch, ids] without offsets", "padding_idx"):
+        adapted(RequestModel(Flat(), inputs))
