@@ -46,7 +46,7 @@ _CAUSES: Final = (
 
 @contextlib.contextmanager
 def plain_bags() -> Iterator[None]:
-    """With bags, as `nn.EmbeddingBag` takes them in rows or by offsets, summed by plain operators: ONNX would get a loop."""
+    """With bags, as `nn.EmbeddingBag` takes them in rows or by offsets, summed by plain operators and no loop."""
     whole = functional.embedding_bag
 
     def bags(input: Tensor, weight: Tensor, offsets: Tensor | None = None, *args: Any, **given: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""How many tokens a packed batch has, from its offsets: where it follows from the tokens, states would keep them all."""
+"""How many tokens a packed batch has, from its offsets: asked of the tokens, states would keep them all."""
 
 from __future__ import annotations
 

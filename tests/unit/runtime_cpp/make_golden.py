@@ -867,7 +867,8 @@ def damage_cases() -> list[Any]:
 
 
 def main() -> None:
-    import golden_padding  # which take this module's helpers
+    import golden_bags  # which take this module's helpers
+    import golden_padding
     import golden_sums
 
     shutil.rmtree(GOLDEN, ignore_errors=True)
@@ -892,6 +893,7 @@ def main() -> None:
     write_bundle(
         "rows", ROWS_INPUTS, ROWS_STATE, one, rows_halves(), 0.0, appendable=False, max_history=2, min_history=1
     )
+    golden_bags.write_bundles()
     golden_padding.write_bundles()
     golden_sums.write_bundle()
     (GOLDEN / "cases.json").write_text(cases_text(), encoding="utf-8")
@@ -903,11 +905,12 @@ def _int32(spec: TensorSpec) -> TensorSpec:
 
 def cases_text() -> str:
     """All cases as JSON, one to a line."""
+    import golden_bags
     import golden_changes
     import golden_padding
     import golden_sums
 
-    others = (*golden_padding.cases(), *golden_changes.cases(), *golden_sums.cases())
+    others = (*golden_padding.cases(), *golden_bags.cases(), *golden_changes.cases(), *golden_sums.cases())
     cases = {"cases": [*good_cases(), *bad_cases(), *others], "damages": damage_cases()}
     lines = (f' "{key}": [\n  ' + ",\n  ".join(map(json.dumps, value)) + "\n ]" for key, value in cases.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
