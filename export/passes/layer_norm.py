@@ -5,6 +5,9 @@ out of `x` as well, and `r = 1 / sqrt(mean(x²) - mean(x)² + epsilon)`. So the 
 rule for sums of products parts. The sum of squares is parted as well: of `[k, q, q - k, q · k]` it is
 `2 |k|² + 2 |q|² - 2 k · q + k² · q²`: what is the user's once, what is the target's once, and two products with a
 vector for each target.
+
+`mean(x²) - mean(x)²` loses digits where what is normalized is nearly the same number in all places, far from zero. So
+two of its values must stand beside their difference: where `k`, `q` and `q - k` are alike they are near zero.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from onnx import numpy_helper
 from stca.export.analysis.scope import Scope, attribute
 from stca.export.passes.linear import Linear, linear_at
 from stca.export.passes.nodes import NewNodes
+from stca.export.passes.parts import Part
 from stca.export.passes.rules import Rewrite, View
 from stca.export.passes.sums import Match as Sum, SumOfProducts
 
@@ -65,6 +69,8 @@ class LayerBeforeNorm:
         alike = ranks == {len(match.parted.parting.shape)} and sum(width for _, width in ranges) == match.width
         if any(p.after for p in parts) or not alike:
             return "what it normalizes is not made of plain parts"
+        if not _spread(parts):
+            return "what it normalizes may be nearly constant, where a sum of squares loses digits"
         if not all(p.times is not None or match.parted.parting.light(p) for p in parts):
             return "a part of what it normalizes has as many rows as the whole"
         return SumOfProducts().check(view, match.parted)
@@ -93,6 +99,20 @@ class LayerBeforeNorm:
             make("Add", made, bias)
         new.last_makes(linear.out)
         return Rewrite(new.nodes, new.weights)
+
+
+def _spread(parts: Sequence[Part]) -> bool:
+    """Whether two of the values stand beside their difference, so that all can be alike near zero alone."""
+    plain = dict[int, list[Part]]()
+    for part in parts:
+        plain.setdefault(part.start, []).append(part)
+    alone = {found[0].value for found in plain.values() if len(found) == 1 and found[0].times is None}
+    return any(
+        len(found) == 2
+        and found[0].sign != found[1].sign
+        and all(part.times is None and part.value in alone for part in found)
+        for found in plain.values()
+    )
 
 
 class _Maker:

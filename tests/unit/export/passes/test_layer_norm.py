@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from onnx import helper
+from onnx.reference import ReferenceEvaluator
 from support.rules import freed, same, view_of
 
 from stca.export.freeing import freed_and_proven
 from stca.export.passes.layer_norm import LayerBeforeNorm, Match
 from stca.export.passes.rules import Rewrite, View
+from stca.export.passes.to_double import to_double
 from stca.manifest import TensorSpec
 
 INPUTS = (
@@ -51,10 +54,28 @@ def test_a_bias_of_the_normalization_may_be_left_out() -> None:
     same(before.model, after.model, SHAPES)
 
 
+@pytest.mark.parametrize(("mean", "deviation"), [(1, 0.01), (10, 0.1), (1000, 1)])
+def test_values_far_from_zero_lose_no_digits(mean: float, deviation: float) -> None:
+    before = view_of(BODY.format(layer=LAYERS["with a bias"]), INPUTS, WEIGHTS)
+    after = freed_and_proven(before, INPUTS, lambda _: None)
+    rng = np.random.default_rng(0)
+    feeds = {n: (mean + deviation * rng.standard_normal(shape)).astype(np.float32) for n, shape in SHAPES.items()}
+    (exact,) = ReferenceEvaluator(to_double(before.model)).run(
+        None, {n: x.astype(np.float64) for n, x in feeds.items()}
+    )
+    found = (ReferenceEvaluator(model).run(None, feeds)[0] for model in (before.model, after.model))
+    own, ours = (float(np.abs(scores - exact).max()) for scores in found)
+    assert ours <= 2 * own + 4e-6 * float(np.abs(exact).max())
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         (("y = MatMul (n, W)", "p = MatMul (n, W) most = ReduceMax (n) y = Mul (p, most)"), "'n' has other readers"),
+        (
+            ("(k, q, less, like)", "(k, q, q, like)"),
+            "what it normalizes may be nearly constant, where a sum of squares loses digits",
+        ),
         (("(k, q, less, like)", "(k, q, less, bent)"), "a part of what it normalizes has as many rows as the whole"),
     ],
 )
