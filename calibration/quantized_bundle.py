@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import onnx
 
-from stca import folders
+from stca import folders, probe
 from stca.bundle import Bundle, seal, sha256_of
 from stca.calibration.quantized_products import ProductFormat, factors, quantize_products, watch
 from stca.calibration.quantized_state import StateFormat, quantize
@@ -158,10 +158,15 @@ def weights_bytes(manifest: Manifest) -> int:
     return int(files) + sum(t.bytes for t in manifest.tables or ())
 
 
+def state_tokens(manifest: Manifest, tokens: int = 10_000) -> int:
+    """History tokens of a state: no more than are served, and those of a fixed history; 0 where there is none."""
+    return probe.history_of(manifest.graphs["request"].inputs, min(tokens, manifest.max_history or tokens))
+
+
 def state_bytes(manifest: Manifest, tokens: int = 10_000) -> int:
-    """Bytes of a user's state at so many history tokens, its other sizes as the cut took them."""
+    """Bytes of a user's state at `state_tokens` history tokens, its other sizes as the cut took them."""
     workload = manifest.split.get("workload", {})
-    sizes = {**workload, TOKENS: min(tokens, manifest.max_history or tokens)}
+    sizes = {**workload, TOKENS: state_tokens(manifest, tokens)}
     return sum(
         math.prod(n if isinstance(n, int) else int(sizes.get(n, 1)) for n in s.shape) * ITEM_BYTES[s.dtype]
         for s in manifest.state

@@ -35,6 +35,9 @@ def with_one_batch(model: onnx.ModelProto, inputs: Sequence[TensorSpec], progres
 
     Returns:
         The inputs, with that size in them if it was found.
+
+    Raises:
+        SplitError: when the graph scores a batch of users of one size alone.
     """
     users, targets = (
         dict.fromkeys(s.shape[0] for s in inputs if s.shape and (s.scope == "target") is of) for of in (False, True)
@@ -53,10 +56,40 @@ def with_one_batch(model: onnx.ModelProto, inputs: Sequence[TensorSpec], progres
     renamed = tuple(dataclasses.replace(s, shape=(_NAME, *s.shape[1:])) if s.shape else s for s in inputs)
     free = _with_shapes(model, renamed)
     if not all(_runs(free, renamed, {_NAME: rows}) for rows in (_ROWS, _ROWS + 2)):
+        if baked and _rows_apart(model, inputs):
+            (size,) = firsts
+            raise SplitError(
+                f"every input has {size} rows, the exporter's example batch, and the graph takes no other number; "
+                "export it again with dynamic_shapes (dynamic_axes in the older exporter) that name each input's batch"
+            )
         return tuple(inputs)
     model.CopyFrom(free)
     progress(f"taking the first sizes of the inputs, {', '.join(map(str, firsts))}, for one batch")
     return renamed
+
+
+def _rows_apart(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> bool:
+    """Whether another first row of the user's inputs changes the first target's scores alone: rows are users."""
+    values = [o.name for o in model.graph.output]
+    for integers, scale in attempts():
+        if scale > 1:  # nothing varies
+            break
+        feeds = draw(inputs, {}, integers)
+        other = dict(feeds)
+        for spec in inputs:
+            if spec.scope == "user" and spec.shape:
+                other[spec.name] = np.concatenate([feeds[spec.name][-1:], feeds[spec.name][1:]])
+        try:
+            first, second = (Everything(model, values)(x) for x in (feeds, other))
+        except SplitError:
+            continue
+        changed = [
+            np.any(a != b, axis=tuple(range(1, a.ndim)))
+            for a, b in zip(first.values(), second.values(), strict=True)
+            if a.ndim
+        ]
+        return any(c[0] for c in changed) and not any(c[1:].any() for c in changed)
+    return False
 
 
 def of_one_request(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:

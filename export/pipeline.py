@@ -285,7 +285,8 @@ def _request_graph(
         graph, specs = lifted.model, lifted.inputs
         sized = {n: size for n, size in sized.items() if n != lifted.rows or n == TARGETS}
         facts["lifted"] = {"rows": lifted.rows, "decisions": dict(lifted.decisions)}
-        notes = (f"lifted to request level: {lifted.rows} is one row for the user and {TARGETS} for the targets",)
+        if lifted.shared:
+            notes = (f"lifted to request level: {lifted.rows} is one row for the user and {TARGETS} for the targets",)
     given = {TOKENS if n == history else n: size for n, size in sized.items()}
     workload, assumed = nominal_sizes(graph.graph, specs, given)
     if history != TOKENS:

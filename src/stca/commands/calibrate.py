@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from stca.bundle import Bundle
-from stca.commands.options import count, emit, positive, require_file
+from stca.commands.options import count, dims, emit, positive, require_file
 from stca.commands.progress import progress_on_stderr
 from stca.errors import UsageError
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
     from stca.calibration.calibrate import calibrate
     from stca.calibration.choices import Options
-    from stca.calibration.quantized_bundle import state_bytes, weights_bytes
+    from stca.calibration.quantized_bundle import state_bytes, state_tokens, weights_bytes
     from stca.checks.trace_runs import TraceRuns, speed, tasks_of
     from stca.checks.verify import prove
 
@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     request = next(iter(trace()))
     new = args.precision or args.tables or args.weights
     times = speed({"float32": bundle, new: made}, request, args.threads, args.seconds)
+    shown = {n: shape for n, shape in times["inputs"].items() if shape}
+    events = state_tokens(bundle.manifest)
     data: dict[str, Any] = {
         "bundle": str(made.path),
         "precision": args.precision,
@@ -101,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
         "state_bytes": {"float32": state_bytes(bundle.manifest), new: state_bytes(made.manifest)},
         "weights_bytes": {"float32": weights_bytes(bundle.manifest), new: weights_bytes(made.manifest)},
         "speed": times,
+        "timed": f"the trace's first request: {', '.join(f'{n} {dims(s)}' for n, s in shown.items())}",
+        "state": f"state of a user of {events:,} events" if events else "state of a user",
         "parity": made.manifest.parity,
     }
     emit(args, data, "\n".join(_table(data, found, new)))
@@ -139,7 +143,8 @@ def _table(data: dict[str, Any], found: Found, new: str) -> list[str]:
     lines += [found.left_open] if found.left_open else []
     for name, stages in data["speed"]["stages"].items():
         lines.append(f"{name}: hit {stages['hit']:.2f} ms, miss {stages['miss']:.2f} ms (medians)")
-    for what, size in (("state of a user", data["state_bytes"]), ("weights and tables", data["weights_bytes"])):
+    lines.append(f"  of {data['timed']}")
+    for what, size in ((data["state"], data["state_bytes"]), ("weights and tables", data["weights_bytes"])):
         lines.append(f"{what}: {size['float32']:,} bytes, now {size[new]:,}")
     lines.append(f"{data['bundle']}: verified")
     return lines

@@ -73,7 +73,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--cache-mib", type=int, default=1024, metavar="N", help="of a bundle: most MiB of user states")
     p.add_argument("--threads", type=count, metavar="N", help="of a bundle: threads of one request (default: 1)")
     p.add_argument("--report", metavar="FILE", help="write a page with pictures of it, in HTML")
-    p.add_argument("--compare", action="store_true", help="of a bundle: the same traffic without a store, too")
+    p.add_argument("--compare", action="store_true", help="of a bundle: without a store, too, by its own capacity")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,12 +95,17 @@ def run(args: argparse.Namespace) -> int:
     trace = _trace(args, traffic, client, told)
     told(f"{len(trace)} arrivals")
     reports["load"] = _run(args, client, trace)
+    data: dict[str, Any] = {"target": args.target, "traffic": dataclasses.asdict(traffic)}
     if args.compare:
         told("the same without a store")
-        reports["without_store"] = _run(args, _session(args, 0), trace)
-    data: dict[str, Any] = {"target": args.target, "traffic": dataclasses.asdict(traffic)}
+        without, own = _session(args, 0), args.scenario == "server" and args.rate is None and args.trace is None
+        if own:  # at the rate of the store it would only queue
+            trace = _trace(args, traffic, without, told, record=False)
+        reports["without_store"] = _run(args, without, trace)
+        how = f"each at {args.of_capacity:g} of its capacity" if own else ""
+        data["compared"] = _compared(reports["load"], reports["without_store"], how)
     data |= {name: dataclasses.asdict(report) for name, report in reports.items()}
-    rows = _table(reports)
+    rows = [*_table(reports), *([data["compared"]] if args.compare else [])]
     if args.report is not None:
         data["report"] = str(_write_page(args, data))
         rows.append(f"report: {data['report']}")
@@ -149,7 +154,7 @@ def _session(args: argparse.Namespace, cache_mib: int) -> Any:
     return InProcess(Session.load(args.target, threads=args.threads or 1, cache_bytes=cache_mib << 20))
 
 
-def _trace(args: argparse.Namespace, traffic: Traffic, client: Any, told: Any) -> list[Arrival]:
+def _trace(args: argparse.Namespace, traffic: Traffic, client: Any, told: Any, record: bool = True) -> list[Arrival]:
     from stca.load.run import capacity
     from stca.load.traffic import read_trace, recorded, write_trace
     from stca.trace import Trace
@@ -166,7 +171,7 @@ def _trace(args: argparse.Namespace, traffic: Traffic, client: Any, told: Any) -
         rate = args.of_capacity * capacity(client, _inputs(args, client, probing), probing, _connections(args), seconds)
         told(f"{rate:.1f} requests a second, {args.of_capacity:g} of the capacity")
     made = traffic.trace(rate or 5000.0, args.seconds)
-    if args.record is not None:
+    if args.record is not None and record:
         write_trace(args.record, made)
     return made
 
@@ -216,10 +221,27 @@ def _table(reports: dict[str, LoadReport]) -> list[str]:
         rows += [f"  not begun for want of time: {r.left} arrivals"] if r.left else []
         if r.late_ms > 1 and r.scenario == "server":
             rows.append(f"  all connections were busy for up to {r.late_ms:,.1f} ms (p99), which is in the latencies")
-    if len(reports) == 2:
-        with_, without = reports.values()
-        if with_.scenario == "offline" and without.answered_per_second:
-            rows.append(f"saving: {with_.answered_per_second / without.answered_per_second:.2f} times the throughput")
-        elif with_.latency_ms and without.latency_ms:
-            rows.append(f"saving: p50 {without.latency_ms['p50'] / with_.latency_ms['p50']:.2f} times shorter")
     return rows
+
+
+# Of the requests that come, what a run without a store must answer for its latencies to be the model's, not a queue's.
+_KEEPS_UP = 0.9
+
+
+def _compared(with_: LoadReport, without: LoadReport, how: str) -> str:
+    """What the store saved, and what was compared for it: throughputs, or latencies where both kept up."""
+    if not (with_.latency_ms and without.latency_ms):
+        return "saving: not known, as one of the two answered nothing"
+    throughput = with_.answered_per_second / without.answered_per_second
+    p50 = f"p50 {with_.latency_ms['p50']:.1f} ms with it, {without.latency_ms['p50']:.1f} ms without"
+    if with_.scenario == "offline":
+        return f"saving: {throughput:.2f} times the throughput, each as fast as it answers"
+    if how:
+        return f"saving: {throughput:.2f} times the throughput, {how}; {p50}"
+    if without.answered_per_second < _KEEPS_UP * without.offered_per_second:
+        return (
+            f"saving: not known; without a store only {without.answered_per_second:,.1f} of "
+            f"{without.offered_per_second:,.1f} requests a second were answered, and the rest waited; leave out --rate "
+            "and --trace to compare at the same share of each one's capacity"
+        )
+    return f"saving: p50 {without.latency_ms['p50'] / with_.latency_ms['p50']:.2f} times shorter, same traffic; {p50}"

@@ -58,7 +58,12 @@ def write_load(
     first = data["load"]
     context = {
         "title": f"Load of {Path(str(data['target'])).name or data['target']}",
-        "facts": [f"{first['scenario']} scenario", f"{whole(first['requests'])} requests", f"{first['seconds']:.0f} s"],
+        "facts": [
+            f"{first['scenario']} scenario",
+            f"{whole(first['requests'])} requests",
+            f"{first['seconds']:.0f} s",
+            *([data["compared"]] if "compared" in data else []),
+        ],
         "badge": _badge(first),
         "headline": _headline(first, data.get("without_store")),
         "scenario": _SCENARIOS[first["scenario"]],

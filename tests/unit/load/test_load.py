@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -16,6 +17,7 @@ from support.serving import running
 
 from stca import commands, probe
 from stca.bundle import Bundle
+from stca.commands.load import _compared
 from stca.errors import UsageError
 from stca.load.clients import Answered, Behind, InProcess
 from stca.load.inputs import Inputs
@@ -231,6 +233,7 @@ def test_the_command_reports(bundle_dir, tmp_path, capsys):
     assert told["load"]["requests"] == told["without_store"]["requests"] == len(requests(read_trace(str(record))))
     assert commands.main(["load", str(bundle_dir), "--trace", str(record), "--scenario", "offline"]) == 0
     assert "offline scenario" in capsys.readouterr().out
+    assert "same traffic" in told["compared"] or "only" in told["compared"]
     assert commands.main(["load", str(bundle_dir), *options]) == 0
     capsys.readouterr()
     for argv, said in (
@@ -242,6 +245,25 @@ def test_the_command_reports(bundle_dir, tmp_path, capsys):
     ):
         assert commands.main(["load", *argv]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_each_of_two_is_compared_at_a_share_of_its_own_capacity(bundle_dir, monkeypatch, capsys):
+    capacities = iter((100.0, 40.0))
+    monkeypatch.setattr("stca.load.run.capacity", lambda *_: next(capacities))
+    sizes = ["--seconds", "1", "--history", "3,20", "--targets", "1,4", "--users", "5", "--of-capacity", "0.5"]
+    assert commands.main(["load", str(bundle_dir), *sizes, "--compare", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["load"]["requests"] > 1.5 * told["without_store"]["requests"]
+    assert "times the throughput, each at 0.5 of its capacity" in told["compared"]
+
+
+def test_a_queue_is_no_saving(bundle_dir):
+    inputs, trace = Inputs(Bundle.load(bundle_dir).manifest, 20, 0), [Arrival(0.0, 1, 3, 2, 1)]
+    made = run(InProcess(Session.load(bundle_dir)), inputs, trace, connections=1)
+    slow = dataclasses.replace(made, offered_per_second=100.0, answered_per_second=20.0)
+    assert "not known; without a store only 20.0 of 100.0" in _compared(made, slow, "")
+    fast = dataclasses.replace(made, offered_per_second=100.0, answered_per_second=99.0)
+    assert "1.00 times shorter, same traffic" in _compared(made, fast, "")
 
 
 def test_what_a_session_recorded_is_traffic(tmp_path, bundle_dir):
