@@ -62,12 +62,12 @@ class Sketched(nn.Module):
 
 
 def with_recent(inputs: Inputs, recent: int) -> Inputs:
-    """A request's inputs with its recent events by themselves, so that a history has any length."""
+    """A request's inputs with its recent events by themselves: an append to the sketch brings all of these anew."""
     return {**inputs, **{f"recent_{of}": inputs[f"history_{of}"][-recent:] for of in ("category", "action")}}
 
 
 def inputs_of(log: Log, recent: int) -> tuple[TensorSpec, ...]:
-    """What `Sketched` takes of one request, without offsets: its sums are over one whole history."""
+    """What `Sketched` takes of one request: no offsets, for sums are over one whole history."""
     size = {"user_segment": 1, "request_device": 1}
     return (
         *(

@@ -17,7 +17,7 @@ import onnx
 
 from stca.errors import SplitError
 from stca.export.analysis import operators
-from stca.export.analysis.scope import attribute, reads, subgraphs, walk
+from stca.export.analysis.scope import attribute, opset_of, reads, subgraphs, walk
 from stca.manifest import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, USERS
 from stca.plugins.spec import DOMAIN, OP_NAME
 
@@ -78,6 +78,8 @@ class Sizes:
         self.workload, self._measured, self._per_row = workload, measured or {}, per_row or {}
         skeleton = _skeleton(model)
         self._types = _types(_infer(skeleton).graph)
+        if _unsqueeze_scalars(skeleton, self._types):
+            self._types = _types(_infer(skeleton).graph)
         _make_nominal(skeleton, workload)
         inferred = _infer(skeleton)
         if shown and _set_shapes(inferred.graph, shown):
@@ -244,6 +246,28 @@ def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
             node.input.extend((query, value))
             node.attribute.append(onnx.helper.make_attribute("equation", "thd,lkv->thv"))
     return copy
+
+
+def _unsqueeze_scalars(skeleton: onnx.ModelProto, types: Mapping[str, onnx.TypeProto]) -> bool:
+    """Write each Reshape of one number to `[1]` as an Unsqueeze, in place: inference follows sizes through that alone.
+
+    PyTorch's exporter makes the shape of every Expand to a history's size so.
+    """
+    ranks = {n: len(t.tensor_type.shape.dim) for n, t in types.items() if t.tensor_type.HasField("shape")}
+    found = [
+        node
+        for node in skeleton.graph.node
+        if node.op_type == "Reshape" and (ranks.get(node.input[0]), ranks.get(node.output[0])) == (0, 1)
+    ]
+    for node in found:
+        del node.input[1:], node.attribute[:]
+        node.op_type = "Unsqueeze"
+        if opset_of(skeleton) < 13:
+            node.attribute.append(onnx.helper.make_attribute("axes", [0]))
+            continue
+        node.input.append(f"{node.output[0]}_axes")
+        skeleton.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), node.input[1]))
+    return bool(found)
 
 
 def _infer(model: onnx.ModelProto) -> onnx.ModelProto:

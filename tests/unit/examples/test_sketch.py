@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from stca.bundle import Bundle
 from stca.examples.train import sketch
 from stca.examples.train.sketch import Sketched, with_recent
 from stca.examples.train.world import World, generate
@@ -61,5 +62,6 @@ def test_the_command_trains_both_and_serves_the_second(capsys, tmp_path):
     assert {(row["history"], row["task"]) for row in found["with a sketch"]} == {
         (n, task) for n in (64, 128) for task in ("finish", "like")
     }
+    assert Bundle.load(tmp_path / "bundle").manifest.appendable
     for model, served in zip(found["with a sketch"], found["with a sketch, served"], strict=True):
         assert served["auc"] == pytest.approx(model["auc"], abs=1e-4)

@@ -40,7 +40,9 @@ class Pools(nn.Module):
 
     def forward(self, history: Tensor, last: Tensor, target: Tensor) -> Tensor:
         x = torch.tanh(self.k(self.item(history)))
-        if self.pool == "sketch":
+        if self.pool == "normalized sketch":  # over its length, which PyTorch repeats by the number of events
+            x = nn.functional.normalize(x, dim=-1)
+        if self.pool.endswith("sketch"):
             shares = torch.einsum("kd,bld->bkl", self.prototypes, x).softmax(dim=1)
             pooled = torch.einsum("bkl,bld->bkd", shares, x)
         elif self.pool == "average":
@@ -83,7 +85,7 @@ def sketch(of_module):
     return of_module("sketch").path
 
 
-@pytest.mark.parametrize(("pool", "sums"), [("sketch", 1), ("average", 2)])
+@pytest.mark.parametrize(("pool", "sums"), [("sketch", 1), ("normalized sketch", 1), ("average", 2)])
 def test_a_sum_is_kept_and_added_to(of_module, pool, sums):
     bundle = of_module(pool)
     assert sum(s.append == "sum" for s in bundle.manifest.state) == sums

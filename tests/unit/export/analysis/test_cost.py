@@ -105,6 +105,17 @@ def test_bytes_and_symbolic_shapes() -> None:
     assert sizes.bytes("t2") is None  # not even the type is known
 
 
+@pytest.mark.parametrize("opset", [11, 18])
+def test_a_size_that_was_made_a_vector_is_followed(opset: int) -> None:
+    """PyTorch's exporter writes `x[:, :1].expand(len(ids), 8)` so."""
+    squeeze = "Squeeze <axes: ints = [0]> (s)" if opset < 13 else "Squeeze (s, first)"
+    body = f"""s = Shape (ids) n = {squeeze} r = Reshape (n, one) to = Concat <axis: int = 0> (r, wide)
+               c = ReduceSum <keepdims: int = 0> (v) z = Expand (c, to)"""
+    values = "float[3] v = {1, 2, 3}, int64[1] first = {0}, int64[1] one = {-1}, int64[1] wide = {8}"
+    sizes, _ = sizes_of(body, values, opset)
+    assert (sizes.dims("z"), sizes.shape("z"), sizes.guesses) == (("N", 8), (N, 8), [])
+
+
 def test_an_unknown_size_of_an_input_is_named() -> None:
     model = parser.parse_model(
         '<ir_version: 10, opset_import: ["": 18]> g (float[N, T] x) => (float[N, T] y) { y = Exp (x) }'
