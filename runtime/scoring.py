@@ -180,6 +180,16 @@ class Scoring:
         return [answers[i] for i in range(len(asked))]
 
 
+def joined(answers: Sequence[Answer], checked: float) -> Answer:
+    """The answers to requests of one call as one, with the seconds that their check took."""
+    first = answers[0]
+    seconds = {"check": checked, **first.seconds}
+    if len(answers) == 1:
+        return first._replace(seconds=seconds)
+    scores, hits, _, neighbours, copied = zip(*answers, strict=True)
+    return Answer(np.concatenate(scores), sum(hits, ()), seconds, sum(neighbours, ()), sum(copied))
+
+
 def _tokens(found: Found) -> int:
     if found.state is not None:
         return found.state.tokens

@@ -8,7 +8,6 @@ import time
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from stca.arrays import Array
@@ -27,7 +26,7 @@ from stca.runtime.model import Model
 from stca.runtime.options import OnnxRuntimeOptions, Options
 from stca.runtime.recording import Recorder, Recording
 from stca.runtime.request import MOST_TARGETS, Request, RequestBatch
-from stca.runtime.scoring import Answer, Asked, Scoring, column_names
+from stca.runtime.scoring import Answer, Asked, Scoring, column_names, joined
 from stca.runtime.state import LOG
 from stca.runtime.store import StateStore, StoreStats
 from stca.runtime.swap import check_swap
@@ -215,12 +214,7 @@ class Session:
             answers = [self._batcher.call(asked[0], cost, wanted)]
         else:
             answers = self._scoring.answer(asked, wanted)
-        first = answers[0]
-        seconds = {"check": checked, **first.seconds}
-        if len(answers) == 1:
-            return first._replace(seconds=seconds)
-        scores, hits, _, neighbours, copied = zip(*answers, strict=True)
-        return Answer(np.concatenate(scores), sum(hits, ()), seconds, sum(neighbours, ()), sum(copied))
+        return joined(answers, checked)
 
     def append(
         self, user: Hashable, events: Mapping[str, ArrayLike], version: Hashable, *, after: Hashable = None

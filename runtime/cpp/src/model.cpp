@@ -1,13 +1,12 @@
 #include "model.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <map>
 #include <optional>
 #include <utility>
 
 #include "error.hpp"
-#include "visit.hpp"
+#include "scores.hpp"
 
 namespace stca::core {
 namespace {
@@ -33,58 +32,6 @@ std::string layout(const std::vector<TensorSpec>& state, const Manifest& manifes
   text += ";" + manifest.files.at(graph.file).sha256;
   if (!graph.ids.empty()) text += ";" + manifest.files.at(graph.ids).sha256;
   return text + ";" + encoder.name();
-}
-
-/// The type of several outputs side by side, as numpy promotes them.
-DType common_type(const std::vector<Array>& outputs) {
-  DType type = outputs[0].dtype;
-  for (const Array& output : outputs) {
-    if (output.dtype == type) continue;
-    type = output.dtype == STCA_FLOAT64 || type == STCA_FLOAT64 ? STCA_FLOAT64 : STCA_FLOAT32;
-  }
-  return type;
-}
-
-/// A model's outputs as one array of scores: the only output as it is, several side by side as columns.
-Array scores_of(const std::vector<Array>& outputs) {
-  if (outputs.size() == 1) return outputs[0];
-  const DType type = common_type(outputs);
-  const std::int64_t targets = outputs[0].shape[0];
-  std::int64_t columns = 0;
-  std::vector<Array> parts;
-  for (const Array& output : outputs) {
-    parts.push_back(converted(output, type));
-    columns += static_cast<std::int64_t>(parts.back().row_bytes() / item_bytes(type));
-  }
-  auto [scores, to] = make_array(Memory::host(), type, {targets, columns});
-  for (std::int64_t t = 0; t < targets; ++t) {
-    for (const Array& part : parts) {
-      const std::size_t bytes = part.row_bytes();
-      Memory::host().copy(to, static_cast<const std::byte*>(part.data) + static_cast<std::size_t>(t) * bytes, bytes);
-      to += bytes;
-    }
-  }
-  return scores;
-}
-
-/// Index of the first number that is not finite, or `count`.
-template <class T>
-std::size_t first_not_finite(const T* data, std::size_t count) {
-  for (std::size_t i = 0; i < count; ++i) {
-    if (!std::isfinite(static_cast<double>(data[i]))) return i;
-  }
-  return count;
-}
-
-void check_scores(const Engine& engine, const TensorSpec& spec, const Array& output) {
-  visit_floating(output.dtype, [&](auto type) {
-    const auto* data = static_cast<const decltype(type)*>(output.data);
-    const std::size_t count = output.shape.elements(), at = first_not_finite(data, count);
-    if (at == count) return;
-    const std::size_t row = output.row_bytes() / item_bytes(output.dtype);
-    engine_error(shown(engine.name()), " gave ", shown(spec.name), " ", static_cast<double>(data[at]), " for target ",
-                 at / row, "; scores must be finite: check the weights and the request's masks, or use an engine of a wider type");
-  });
 }
 
 /// Where the runs end in which neighbours go through an engine together: as many as it takes, and at least one.
@@ -322,14 +269,8 @@ Array Model::score(const std::vector<StateCache::State>& states, const std::vect
 bool Model::gives_finite(const StateCache::State& state) const {
   std::vector<Row> rows(1);
   door_.make_up(rows[0]);
-  bool finite = true;
-  for (const Array& output : run_scorer({state}, rows)) {
-    visit_floating(output.dtype, [&](auto type) {
-      const std::size_t count = output.shape.elements();
-      finite = finite && first_not_finite(static_cast<const decltype(type)*>(output.data), count) == count;
-    });
-  }
-  return finite;
+  const std::vector<Array> outputs = run_scorer({state}, rows);
+  return std::all_of(outputs.begin(), outputs.end(), all_finite);
 }
 
 std::vector<Array> Model::run_scorer(const std::vector<StateCache::State>& states, const std::vector<Row>& rows) const {
