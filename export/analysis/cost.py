@@ -259,12 +259,11 @@ def _unsqueeze_scalars(skeleton: onnx.ModelProto, types: Mapping[str, onnx.TypeP
         for node in skeleton.graph.node
         if node.op_type == "Reshape" and (ranks.get(node.input[0]), ranks.get(node.output[0])) == (0, 1)
     ]
+    if opset_of(skeleton) < 13:  # before which it follows neither
+        return False
     for node in found:
         del node.input[1:], node.attribute[:]
         node.op_type = "Unsqueeze"
-        if opset_of(skeleton) < 13:
-            node.attribute.append(onnx.helper.make_attribute("axes", [0]))
-            continue
         node.input.append(f"{node.output[0]}_axes")
         skeleton.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), node.input[1]))
     return bool(found)

@@ -64,7 +64,9 @@ class Tokenwise:
         names = reads(node)[: 1 if node.op_type == "CastLike" else None]  # of the other, it takes the type alone
         unknown = next((n for n in names if n not in self.axes.keys() | self.fixed | self.sizes), None)
         known = not node.domain and not any(subgraphs(node))
-        if unknown is not None:
+        if node.op_type in operators.SIZES and self._is_one_size(node):
+            self.fixed.update(node.output)
+        elif unknown is not None:
             self.why_not.update(dict.fromkeys(node.output, self.why_not.get(unknown, f"value {unknown!r}")))
         elif self.fixed.issuperset(names):
             self.fixed.update(node.output)
@@ -228,6 +230,12 @@ class Tokenwise:
         wanted = _elements(given[:at]), _elements(given[at + 1 :])
         places = [i for i in range(len(out)) if (_elements(out[:i]), _elements(out[i + 1 :])) == wanted]
         return next((i for i in places if not isinstance(out[i], int)), None) if 0 not in wanted else None
+
+    def _is_one_size(self, node: onnx.NodeProto) -> bool:
+        """Whether what a Shape or Size tells of a value, whatever that is made of, are fixed numbers."""
+        dims = self._dims(node.input[0])
+        told = slice(attribute(node, "start", 0), attribute(node, "end", None))
+        return dims is not None and all(isinstance(n, int) for n in dims[told])
 
     def _repeated(self, node: onnx.NodeProto) -> int | None:
         """The tokens' axis, where a node gives every token the same constants."""
