@@ -190,8 +190,8 @@ class Search:
         for i, name in enumerate(self.formats, 1):
             self.progress(f"{name} alone ({i} of {len(self.formats)})")
             made, found = self._scored([name], itertools.islice(self.trace(), _ALONE))
-            off = [np.square(x - y).mean() for x, y in zip(found, self.exact, strict=False)]
-            parts.append(Part(name, self._node(name), math.sqrt(np.mean(off)), before - _bytes(made)))
+            off = [x - y for x, y in zip(found, self.exact, strict=False)]
+            parts.append(Part(name, self._node(name), _rms(off), before - _bytes(made)))
         return sorted(parts, key=lambda p: p.rms**2 / max(1, p.saved))
 
     def _tried(self, names: Sequence[str], left: str) -> Tried:
@@ -207,7 +207,7 @@ class Search:
             weights_ratio=weights_bytes(made) / max(1, weights_bytes(before)),
             measures=tuple(self.judged(found)),
             largest=max(float(x.max(initial=0.0)) for x in off),
-            rms=math.sqrt(np.mean([np.square(x).mean() for x in off])),
+            rms=_rms(off),
         )
 
     def _scored(self, names: Iterable[str], requests: Iterable[Traced]) -> tuple[Manifest, list[Array]]:
@@ -229,6 +229,11 @@ class Search:
                     return f"node {label(node)!r} ({node.op_type})"
                 same.update(node.output)
         return "the runtime"
+
+
+def _rms(off: Iterable[Array]) -> float:
+    """The root of the mean of each request's mean square; a request without targets tells nothing."""
+    return math.sqrt(np.mean([np.square(x).mean() for x in off if x.size] or [0.0]))
 
 
 def _bytes(manifest: Manifest) -> int:

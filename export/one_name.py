@@ -94,7 +94,8 @@ def _bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def _is_large(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Constant" and node.attribute[0].name == "value" and node.attribute[0].t.ByteSize() > _LARGE
+    value = node.attribute[0] if node.op_type == "Constant" and len(node.attribute) == 1 else None
+    return value is not None and value.name == "value" and value.t.ByteSize() > _LARGE
 
 
 def _weight(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:

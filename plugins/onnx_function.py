@@ -32,8 +32,8 @@ from stca.plugins.spec import (
 )
 
 OPSET = 18
-# The first that has all operators of the bodies as they are used here.
-OLDEST_OPSET = 15
+# The first that has all operators of the bodies as they are used here: ScatterND adds since then.
+OLDEST_OPSET = 16
 
 # `query` comes in scaled and in float32; key and value are converted here, request by request.
 # Heads that share a key head are stacked as rows, so that the absorbed form (one key head) is one large product.

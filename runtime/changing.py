@@ -137,7 +137,7 @@ def extend(model: Model, old: UserState, new: UserState) -> tuple[UserState, int
     earlier = {n: x[dropped:] for n in names if isinstance(x := old.tensors[n], np.ndarray)}
     if len(rows) < len(names) or len(earlier) < len(names):
         tensors |= {n: join([old.tensors[n][dropped:], new.tensors[n]]) for n in names}
-        return UserState(tensors, kept), sum(tensors[n].nbytes for n in names)
+        return UserState(tensors, kept), made + sum(tensors[n].nbytes for n in names)
     room, end, written = old.room, old.end, made + sum(x.nbytes for x in rows.values())
     if room is None or not room.take(end, new.tokens):
         room, end = Room(earlier, new.tokens), kept - new.tokens

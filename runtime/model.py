@@ -24,7 +24,7 @@ from stca.runtime.options import Options
 from stca.runtime.request import Door
 from stca.runtime.row_cache import RowCache
 from stca.runtime.runs import limits_of, parted
-from stca.runtime.state import StateArray, StateKey, UserState, join
+from stca.runtime.state import StateArray, StateKey, UserState, along, join
 from stca.runtime.tables import on_cpu, sources, with_tables
 
 # Most history tokens of several users encoded in one run. A run has a price of its own, and so have the copies that
@@ -229,7 +229,8 @@ class Model:
         """Whether the scores of a state are finite, by those of one made-up target."""
         names = self.door.names("request", "target")
         row = self.door.admit({n: self.door.placeholder(n) for n in names}, "request", "target")
-        feeds = {**row, **state.tensors}
+        of_tokens = {n: along(n, row[n], state) for n in self.door.of_tokens}
+        feeds = {**row, **of_tokens, **state.tensors}
         outputs = self.scorer.run({n: feeds[n] for n in self._taken})
         return all(all_finite(x) for x in outputs.values())
 

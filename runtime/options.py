@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
+from stca import folders
 from stca.errors import UsageError
 from stca.runtime.client_values import quoted
 from stca.runtime.recording import Recording
@@ -28,7 +29,6 @@ CPU: Final = "CPUExecutionProvider"
 # More threads than any machine's cores are a mistake, and each takes memory.
 _MOST_THREADS: Final = 1024
 _MOST_GPUS: Final = 1023
-_LONGEST_PATH: Final = 4096  # of Linux
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,7 @@ def _is_provider(given: object) -> bool:
 
 
 def _is_path(given: Any) -> bool:
-    try:
-        return 0 < len(os.fspath(given)) <= _LONGEST_PATH and isinstance(os.fspath(given), str)
-    except Exception:  # whatever the code of a caller's object raises
-        return False
+    return 0 < len(folders.named(given) or "") <= folders.LONGEST_PATH
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int:

@@ -222,6 +222,8 @@ class Door:
 
     def admit_neighbour(self, inputs: dict[str, ArrayLike]) -> dict[str, Array]:
         """Of a neighbour's inputs those of the request, one for each history token; raises RequestError as `admit`."""
+        if not inputs.keys() <= self._checks.keys():
+            raise self._unknown(inputs)
         if other := [n for n in inputs if n in self._no_user and n not in self.of_tokens]:
             raise RequestError(f"neighbours: {other[0]} is the request's or its targets' own; leave it out")
         if missing := [n for n in self.of_tokens if n not in inputs]:

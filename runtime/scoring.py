@@ -12,12 +12,12 @@ import numpy as np
 from stca.arrays import Array
 from stca.errors import HistoryNeededError, RequestError
 from stca.manifest import TOKENS, Manifest
-from stca.runtime.client_values import mapping_of
+from stca.runtime.client_values import mapping_of, quoted
 from stca.runtime.deadline import Deadline
 from stca.runtime.model import Model
 from stca.runtime.recording import Recorder
 from stca.runtime.request import Request
-from stca.runtime.state import UserState, join
+from stca.runtime.state import UserState, along, join
 from stca.runtime.turns import Turns
 from stca.runtime.user_states import Found, UserStates
 
@@ -85,7 +85,9 @@ class Scoring:
         Raises:
             RequestError, EngineError: as `Session.score`.
         """
-        if request.neighbours or model.door.of_tokens or (row := model.door.plain(request.inputs)) is None:
+        if type(request.neighbours) is not tuple or request.neighbours or type(request.leave_out) is not bool:
+            return None
+        if model.door.of_tokens or (row := model.door.plain(request.inputs)) is None:
             return None
         if (state := self._states.at_hand(model, request.user, request.version)) is None:
             return None
@@ -107,6 +109,7 @@ class Scoring:
         """
         admitted, counts = [], []
         for request in requests:
+            _check_neighbours(request)
             inputs = mapping_of("inputs", request.inputs)
             row = model.door.admit(inputs, "request", "target")
             counts.append(model.targets(row))
@@ -135,6 +138,8 @@ class Scoring:
             )
         found: list[tuple[Found, Mapping[str, Array]] | None] = []
         for one in request.neighbours:
+            if isinstance(one, Request):
+                _check_neighbours(one)
             if not isinstance(one, Request) or one.neighbours:
                 raise RequestError("neighbours: each is a Request that names no neighbours itself")
             inputs = mapping_of("neighbours", one.inputs)
@@ -190,6 +195,15 @@ def joined(answers: Sequence[Answer], checked: float) -> Answer:
     return Answer(np.concatenate(scores), sum(hits, ()), seconds, sum(neighbours, ()), sum(copied))
 
 
+def _check_neighbours(request: Request) -> None:
+    near: object = request.neighbours
+    if not isinstance(near, Sequence) or isinstance(near, str | bytes | bytearray):
+        raise RequestError(f"neighbours: is {type(near).__name__:.40}, expected a list of Requests")
+    leave_out: object = request.leave_out
+    if not isinstance(leave_out, bool):
+        raise RequestError(f"leave_out: is {quoted(leave_out)}, expected True or False")
+
+
 def _tokens(found: Found) -> int:
     if found.state is not None:
         return found.state.tokens
@@ -212,12 +226,12 @@ def _read_together(
     for one in asked:
         own, *others = (next(came) for _ in one.read)
         parts = [one.row, *(near[1] for near in one.neighbours if near is not None)]
-        along = {
-            name: np.concatenate([_along(name, row[name], s) for row, s in zip(parts, (own, *others), strict=True)])
+        per_token = {
+            name: np.concatenate([along(name, row[name], s) for row, s in zip(parts, (own, *others), strict=True)])
             for name in model.door.of_tokens
         }
         read.append(_behind(model, own, others) if others else own)
-        rows.append({**one.row, **along})
+        rows.append({**one.row, **per_token})
     return read, rows
 
 
@@ -239,15 +253,6 @@ def _behind(model: Model, own: UserState, others: Sequence[UserState]) -> UserSt
         elif spec.shape[:1] == (TOKENS,):
             tensors[spec.name] = join([one.tensors[spec.name] for one in states])
     return UserState(tensors, tokens)
-
-
-def _along(name: str, values: Array, state: UserState) -> Array:
-    """An entry for each token of a state: what was sent, or one for all."""
-    if len(values) not in (1, state.tokens):
-        raise RequestError(
-            f"{name}: has {len(values)} rows for a history of {state.tokens} tokens; send so many, or one value"
-        )
-    return values if len(values) == state.tokens else np.repeat(values, state.tokens, axis=0)
 
 
 def column_names(manifest: Manifest) -> tuple[str, ...]:

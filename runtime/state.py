@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from stca.arrays import Array
+from stca.errors import RequestError
 from stca.runtime.cuda_device import DeviceArray, join_on_device
 from stca.runtime.room import Room
 
@@ -83,3 +84,16 @@ def cost_of(key: StateKey, state: UserState) -> int:
 def _size(value: object) -> int:
     """Bytes of a key's part: of a tuple, its own parts' too."""
     return sys.getsizeof(value) + (sum(map(_size, value)) if isinstance(value, tuple) else 0)
+
+
+def along(name: str, values: Array, state: UserState) -> Array:
+    """An entry for each token of a state: what was sent, or one for all.
+
+    Raises:
+        RequestError: when there are others.
+    """
+    if len(values) not in (1, state.tokens):
+        raise RequestError(
+            f"{name}: has {len(values)} rows for a history of {state.tokens} tokens; send so many, or one value"
+        )
+    return values if len(values) == state.tokens else np.repeat(values, state.tokens, axis=0)

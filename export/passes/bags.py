@@ -95,6 +95,10 @@ def _bag(
     ids = gather.input[1]
     while ids in flow.writer and nodes[flow.writer[ids]].op_type == "Reshape":
         ids = nodes[flow.writer[ids]].input[0]
+    shapes = (v.type.tensor_type.shape for v in (*model.graph.input, *model.graph.value_info) if v.name == ids)
+    shape = next(shapes, onnx.TensorShapeProto()).dim
+    if len(shape) != 2:  # of others, bags are not rows
+        return None
     rows, width = weights[gather.input[0]].dims
     alone = _alone(model, out.output[0], gather.output[0], ids, flow, weights)
     if alone is None:
@@ -102,7 +106,9 @@ def _bag(
     read = {n for node in alone.graph.node for n in reads(node)}
     numbers = sorted({int(v.item()) for n in read if (v := known.get(n)) is not None and v.size == 1})
     pads = sorted({n % rows for n in numbers})
-    each = (_IDS, *(n for n in numbers if 0 < n < _MOST and n != _IDS))  # of a fixed number of ids it is one of them
+    each = [_IDS, *(n for n in numbers if 0 < n < _MOST and n != _IDS)]  # of a fixed number of ids it is one of them
+    if (fixed := shape[1].dim_value) > 0:
+        each = [fixed]
     for ids_each in each:
         runs = list(_runs(alone, ids_each, rows, width, pads))
         if len(runs) < len(_BATCHES) * (1 + len(pads)):

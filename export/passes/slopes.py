@@ -84,7 +84,8 @@ class SlopeApart:
         if product is not None and (len(hidden) < 3 or not _for_each_target(view, product)):
             product = None
         width = view.sizes.shape(linear.weight) or (0, 0)
-        return Match(linear, found, product, hidden, width[0 if linear.turned else 1])
+        inner, outputs = reversed(width) if linear.turned else width
+        return Match(linear, found, product, hidden, outputs) if hidden[-1] == inner else None  # not broadcast
 
     def check(self, view: View, match: Match) -> str | None:
         """Only where the slope is a weight of each feature at most, and it is less work."""

@@ -24,7 +24,6 @@ from stca.manifest import FORMAT, MANIFEST, MOST_BYTES, WEIGHTS, FileEntry, Mani
 from stca.signature import SIGNATURE, Key, check_signature, signature_of
 
 # What a bundle's files end in; a directory with anything else is not replaced by a bundle.
-_LONGEST_PATH = 4096  # of Linux
 _SUFFIXES = (".json", ".onnx", ".safetensors", ".plan", ".weights", ".sig", ".rows", ".digests")
 
 
@@ -86,13 +85,10 @@ def require_path(path: str | os.PathLike[str]) -> None:
     Raises:
         BundleError: when it is of another kind, or longer than any.
     """
-    try:
-        named: object = os.fspath(path)
-    except Exception:  # whatever the code of a caller's object raises
-        named = None
-    if not isinstance(named, str):
+    named = folders.named(path)
+    if named is None:
         raise BundleError(f"a bundle's path is text or a Path, not {type(path).__name__:.40}")
-    if len(named) > _LONGEST_PATH:
+    if len(named) > folders.LONGEST_PATH:
         raise BundleError(f"a bundle's path has {len(named)} characters, which no file system takes; name its folder")
 
 

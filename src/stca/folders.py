@@ -13,6 +13,17 @@ from stca.manifest import WEIGHTS
 
 # What a directory is called for the moment in which another takes its name, where names cannot be exchanged.
 ASIDE: Final = ".old"
+# Of a path on Linux.
+LONGEST_PATH: Final = 4096
+
+
+def named(path: object) -> str | None:
+    """A path's text; None of what is no path, or one of bytes."""
+    try:
+        text: object = os.fspath(path)  # type: ignore[call-overload]
+    except Exception:  # whatever the code of a caller's object raises
+        return None
+    return text if isinstance(text, str) else None
 
 
 def lock(directory: int, *, wait: bool = False) -> None:

@@ -268,7 +268,7 @@ Array Model::score(const std::vector<StateCache::State>& states, const std::vect
 
 bool Model::gives_finite(const StateCache::State& state) const {
   std::vector<Row> rows(1);
-  door_.make_up(rows[0]);
+  door_.make_up(state->tokens, rows[0]);
   const std::vector<Array> outputs = run_scorer({state}, rows);
   return std::all_of(outputs.begin(), outputs.end(), all_finite);
 }
@@ -343,6 +343,7 @@ StateCache::State Model::extend(const UserState& old, const UserState& fresh) co
   }
   std::size_t next = 0;  // of `kept` and `added`
   for (std::size_t i = 0; i < state_.size(); ++i) {
+    if (manifest().grows() && !state_[i].rows_are(tokens_symbol)) state->written += fresh.tensors[i].bytes();
     if (is_offsets(i)) {
       state->tensors.push_back(offsets_array(state_[i].dtype, {state->tokens}));
     } else if (!state_[i].rows_are(tokens_symbol)) {

@@ -34,7 +34,7 @@ std::string advice(const TensorSpec& spec, const Shape& shape) {
   return "; it has one value per request: make it a target input if it differs between targets";
 }
 
-/// One valid row of an input there is once per user, for a run whose result does not depend on it.
+/// A valid value of an input in each place of `shape`, for a run whose result does not depend on it.
 Array placeholder(const TensorSpec& spec, const Shape& shape) {
   auto [made, data] = make_array(Memory::host(), spec.dtype, shape);
   std::memset(data, 0, made.bytes());
@@ -347,7 +347,7 @@ const TensorSpec* Door::only_blank(const Row& row) const {
   return nullptr;
 }
 
-void Door::make_up(Row& row) const {
+void Door::make_up(std::int64_t tokens, Row& row) const {
   std::vector<Array> values;
   std::vector<stca_tensor> given;
   for (std::size_t i = 0; i < inputs_.size(); ++i) {
@@ -355,17 +355,10 @@ void Door::make_up(Row& row) const {
     if (spec.scope == STCA_USER || offsets_[i]) continue;
     Shape shape;
     for (const Axis& axis : spec.shape) shape[shape.rank++] = axis.symbol.empty() ? axis.size : 1;
-    auto [array, data] = make_array(Memory::host(), spec.dtype, shape);
-    std::memset(data, 0, array.bytes());
-    const std::int64_t least = spec.low.value_or(0), value = spec.blank == least ? least + 1 : least;
-    if (kind_of(spec.dtype) == Kind::integer) {
-      visit_integer(spec.dtype, [value, to = data, count = shape.elements()](auto type) {
-        std::fill_n(reinterpret_cast<decltype(type)*>(to), count, static_cast<decltype(type)>(value));
-      });
-    }
+    if (spec.rows_are(tokens_symbol)) shape[0] = tokens;
+    const Array& array = values.emplace_back(placeholder(spec, shape));
     stca_tensor& tensor = given.emplace_back(stca_tensor{spec.name.c_str(), array.data, spec.dtype, shape.rank, {}});
     std::copy_n(shape.sizes.begin(), shape.rank, tensor.shape);
-    values.push_back(std::move(array));
   }
   admit({given.data(), given.size()}, STCA_REQUEST | STCA_TARGET, 0, row);
   for (Array& array : row.arrays) {  // which point into `values`

@@ -86,8 +86,9 @@ class Door {
 
   /// An admitted input that holds nothing but what stands for no event, where the model has no score for that; or null.
   const TensorSpec* only_blank(const Row& row) const;
-  /// The request and target inputs of one made-up target, for a run whose result does not depend on them.
-  void make_up(Row& row) const;
+  /// The request and target inputs of one made-up target and a history of `tokens`, for a run whose result does not
+  /// depend on them.
+  void make_up(std::int64_t tokens, Row& row) const;
 
   /// Why new events are not appended, of a bundle whose states cannot be.
   std::string why_not_appendable() const;

@@ -189,12 +189,14 @@ class EngineCache:
         for _, key in sorted(records, reverse=True)[_RECORDS:]:
             record, plan = self._files(key)
             if not plan.exists():
-                record.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    record.unlink()
         total = 0
         for _, size, plan in sorted(found, reverse=True):
             total += size
             if total > self.limit_bytes and plan.stem != keep:
-                plan.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    plan.unlink()
 
 
 def trusted(cache: EngineCache | None, progress: Progress) -> EngineCache | None:

@@ -6,10 +6,15 @@ import re
 import socket
 from typing import Final
 
+from stca.errors import UsageError
+
 _LONGEST_HEAD: Final = 1 << 16
 _CLOSE: Final = re.compile(rb"\r\nconnection:\s*close", re.IGNORECASE)
 _CHUNKED: Final = re.compile(rb"\r\ntransfer-encoding:\s*chunked", re.IGNORECASE)
-_LENGTH: Final = re.compile(rb"\r\ncontent-length:\s*(\d{1,15})\r\n", re.IGNORECASE)
+_LENGTH: Final = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,15})[ \t]*\r\n", re.IGNORECASE)
+_SIZE: Final = re.compile(rb"([0-9a-f]{1,15})[ \t]*(;.*)?\r\n", re.IGNORECASE | re.DOTALL)
+# Answers that end with their head.
+_NO_BODY: Final = (204, 304)
 
 
 class SpeaksOtherwiseError(Exception):
@@ -37,9 +42,16 @@ class Connection:
         Raises:
             OSError: when the server is not to be had, or went away; the next `ask` connects anew.
             SpeaksOtherwiseError: when the answer is not HTTP/1.1's.
+            UsageError: when the path or a header has characters that HTTP has not.
         """
         said = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        head = f"{method} {path} HTTP/1.1\r\n{self._host}Content-Length: {len(body)}\r\n{said}\r\n".encode("latin-1")
+        text = f"{method} {path} HTTP/1.1\r\n{self._host}Content-Length: {len(body)}\r\n{said}\r\n"
+        try:
+            head = text.encode("latin-1")
+        except UnicodeEncodeError as e:
+            raise UsageError(
+                f"{text[e.start]!a} is no character of an HTTP header; leave it out of path and headers"
+            ) from e
         try:
             if self._socket is None:
                 self._socket = socket.create_connection(self._at, self._seconds)
@@ -49,7 +61,7 @@ class Connection:
             while status < 200:  # "continue", and the like
                 found = self._until(b"\r\n\r\n")
                 status = _status(found)
-            made = self._body(found)
+            made = b"" if status in _NO_BODY else self._body(found)
             if _CLOSE.search(found) is not None:
                 self.close()
             return status, found, made
@@ -67,7 +79,11 @@ class Connection:
         if (length := _LENGTH.search(head)) is not None:
             return self._take(int(length[1]))
         if _CHUNKED.search(head) is None:
-            raise SpeaksOtherwiseError
+            if _CLOSE.search(head) is None:
+                raise SpeaksOtherwiseError
+            while self._came():  # the end of the connection is the body's
+                pass
+            return self._take(len(self._read))
         parts = []
         while (size := _size(self._until(b"\r\n"))) > 0:
             parts.append(self._take(size))
@@ -91,10 +107,15 @@ class Connection:
         return taken
 
     def _more(self) -> None:
-        assert self._socket is not None
-        if not (came := self._socket.recv(1 << 16)):
+        if not self._came():
             raise ConnectionResetError("the server closed the connection")
+
+    def _came(self) -> bool:
+        """Whether there is more, which is read then."""
+        assert self._socket is not None
+        came = self._socket.recv(1 << 16)
         self._read += came
+        return bool(came)
 
 
 def _status(head: bytes) -> int:
@@ -105,7 +126,6 @@ def _status(head: bytes) -> int:
 
 def _size(line: bytes) -> int:
     """Of a chunk."""
-    try:
-        return int(line.partition(b";")[0], 16)
-    except ValueError:
-        raise SpeaksOtherwiseError from None
+    if (found := _SIZE.fullmatch(line)) is None:
+        raise SpeaksOtherwiseError
+    return int(found[1], 16)

@@ -16,7 +16,7 @@ from stca.calibration.calibrate import calibrate
 from stca.calibration.choices import Options
 from stca.calibration.quality import Budget, Estimate, Measure
 from stca.calibration.quantized_state import StateFormat
-from stca.calibration.search import Part, Search, Tried
+from stca.calibration.search import Part, Search, Tried, _rms
 from stca.checks.trace_runs import TraceRuns, tasks_of
 from stca.errors import ParityError, StcaError, UsageError
 from stca.trace import Trace, Traced, TraceWriter
@@ -152,6 +152,11 @@ def test_as_many_as_hold_are_found_with_few_looks(own, most):
     search = Told(own, lambda n: (1, 1, 1) if n <= most else (0, 0, 0))
     assert list(search.found().formats) == list(search.formats)[:most]
     assert search.looks <= 7
+
+
+def test_a_request_without_targets_tells_nothing():
+    assert _rms([np.float32([3, -3]), np.float32([])]) == 3
+    assert _rms([np.float32([])]) == 0
 
 
 def test_a_trace_that_cannot_decide_says_how_much_would(own):

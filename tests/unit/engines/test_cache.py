@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,20 @@ def test_what_was_put_is_found(cache, plan):
     assert file.read_bytes() == plan.read_bytes()
     assert cache.known() == [PARTS]
     assert (cache.root / "engines").stat().st_mode & 0o077 == 0  # plans are code: nobody else writes here
+
+
+def test_what_cannot_be_deleted_stays(cache, plan, monkeypatch):
+    def refuse(path, missing_ok=False):
+        raise PermissionError(path)
+
+    monkeypatch.setattr("stca.engines.cache._RECORDS", 0)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    for sm in (80, 86, 89):
+        parts = {**PARTS, "sm": sm}
+        cache.put(key_of(parts), made(parts), plan)
+        assert cache.get(key_of(parts)) is not None
+    (cache.root / "engines" / f"{key_of({**PARTS, 'sm': 80})}.plan").rename(plan.with_name("gone"))
+    cache.put(key_of(PARTS), made(PARTS), plan)
 
 
 def test_a_damaged_plan_is_not_found(cache, plan):

@@ -11,6 +11,7 @@ from support.errors import one_line
 
 from stca.errors import SplitError
 from stca.export.accept import load_onnx
+from stca.export.one_name import lift_weights
 
 W = np.arange(4, dtype=np.float32)
 
@@ -147,3 +148,10 @@ def test_a_function_that_calls_itself_is_named(tmp_path):
     text += '<domain: "mine", opset_import: ["mine": 1]> Net (x) => (y) { y = mine.Net (x) }'
     with one_line(SplitError, "mine::Net", "recursive"):
         read(text, tmp_path)
+
+
+def test_a_constant_without_a_value_is_told_of():
+    model = parser.parse_model(HEAD.format("", 4) + "{ y = Neg (x) }")
+    model.graph.node.append(helper.make_node("Constant", [], ["c"]))
+    lift_weights(model)
+    assert [n.op_type for n in model.graph.node] == ["Neg", "Constant"]

@@ -6,7 +6,9 @@ import socket
 import threading
 
 import pytest
+from support.errors import one_line
 
+from stca.errors import UsageError
 from stca.load.connection import Connection, SpeaksOtherwiseError
 
 PLAIN = b"HTTP/1.1 200 OK\r\ncontent-type: x\r\nContent-Length: 5\r\n\r\nhello"
@@ -77,6 +79,7 @@ def test_a_closed_connection_is_opened_anew(serve):
         b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n\r\n",
         b"x" * 100000,
     ],
 )
@@ -84,3 +87,24 @@ def test_what_is_no_answer(serve, text):
     connection, _ = serve([text])
     with pytest.raises(SpeaksOtherwiseError):
         connection.ask("GET", "/", b"", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "body"),
+    [
+        (b"HTTP/1.1 204 No Content\r\n\r\n", b""),
+        (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", b""),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nto the end", b"to the end"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2 \t\r\n\r\nok", b"ok"),
+    ],
+)
+def test_what_http_allows(serve, text, body):
+    connection, _ = serve([text])
+    for _ in range(2 if b"close" in text else 1):
+        assert connection.ask("GET", "/", b"", {})[2] == body
+
+
+def test_a_header_of_other_characters_is_the_callers_fault(serve):
+    connection, _ = serve([PLAIN])
+    with one_line(UsageError, "is no character of an HTTP header"):
+        connection.ask("GET", "/", b"", {"A": "\u20ac"})

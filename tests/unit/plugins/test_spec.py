@@ -96,3 +96,19 @@ def test_a_model_gets_the_bodies_that_its_nodes_need():
     del model.graph.node[0].input[-1:]
     with pytest.raises(ExportError, match="'plain' gives segment_offsets or segment_bias alone"):
         onnx_function.attach(model)
+
+
+@pytest.mark.parametrize("opset", [15, 16, 18])
+@pytest.mark.parametrize("names", [PLAIN, NAMES])
+def test_the_bodies_are_valid_in_models_of_any_opset(opset, names):
+    """In the model's own, where that has what they use: a reduction of ScatterND came with 16."""
+    node = onnx.helper.make_node(spec.OP_NAME, names, ["out"], "it", domain=spec.DOMAIN, scale=1.0)
+    imports = [onnx.helper.make_opsetid("", opset)]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []), ir_version=10, opset_imports=imports)
+    onnx_function.attach(model)
+    for function in model.functions:
+        taken = {entry.domain: entry.version for entry in function.opset_import}
+        assert taken[""] == (opset if opset >= 16 else onnx_function.OPSET)
+        for body in function.node:
+            for attribute in body.attribute if not body.domain else ():
+                assert attribute.name in onnx.defs.get_schema(body.op_type, taken[""], "").attributes

@@ -91,6 +91,20 @@ def test_what_no_neighbour_is(session):
     refused("target_item is the request's or its targets' own", [Request({**other, **items}, "bob", 1)])
     refused("names no neighbours itself", [Request(other, "bob", 1, [Request({}, "cid", 1)])])
     refused("each is a Request", ["bob"])
+    for wrong, kind in (
+        (5, "int"),
+        (Request(other, "bob", 1), "Request"),
+        (np.arange(3), "ndarray"),
+        (None, "NoneType"),
+    ):
+        refused(f"neighbours: is {kind}, expected a list of Requests", wrong)
+        refused(f"neighbours: is {kind}, expected a list of Requests", [Request(other, "bob", 1, wrong)])
+    session.warm("ann", own, 1)
+    for wrong in (1, "no", np.arange(3)):
+        with one_line(RequestError, "leave_out: is", "expected True or False"):
+            session.score(Request(targets, "ann", 1, (), wrong))
+    session.warm("bob", other, 1)
+    refused("'history_itme': the model has no such input", [Request({"history_itme": [1]}, "bob", 1)])
     with Session.load(SUMS, threads=1) as sums, one_line(RequestError, "states are not read one behind the other"):
         history = {"clicks": [1], "recent": [1, 2]}
         asked = {**history, "hour": [3], "candidates": np.float32([1])}

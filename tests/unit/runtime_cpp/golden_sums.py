@@ -90,7 +90,8 @@ def cases() -> list[Any]:
             score(rest, scored([*whole, 2], (1, 2)), "ann", "v4"),
             append("ann", user([2], (1, 2)), "v4", True),
             score(rest, refused("ann", "v1", "send the user inputs"), "ann", "v1"),
-            stats(hits=3, misses=1, appends=3, users=1, state_bytes=6 * 8 + 2 * 4),
+            # Written are, in a room for more, three old clicks and three new ones; each time, what is no row.
+            stats(hits=3, misses=1, appends=3, users=1, state_bytes=6 * 8 + 2 * 4, appended_bytes=6 * 8 + 3 * 2 * 4),
             **ours,
         ),
         case(

@@ -26,12 +26,12 @@ class Bags(nn.Module):
         return (self.bag(tags) * self.item(item)).sum(-1)
 
 
-def exported(module, file):
+def exported(module, file, shape=(6,)):
     free = {"item": {0: "batch"}, "tags": {0: "batch"}}
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            module, (torch.arange(3), torch.ones(3, 6, dtype=torch.int64)), file, input_names=list(free),
+            module, (torch.arange(3), torch.ones(3, *shape, dtype=torch.int64)), file, input_names=list(free),
             dynamo=True, dynamic_shapes=free, verbose=False, external_data=False,
         )  # fmt: skip
     return load_onnx(file)
@@ -61,6 +61,29 @@ def test_a_loop_that_does_something_else_stays(tmp_path):
     before = model.SerializeToString(deterministic=True)
     without_loops_of_bags(model)
     assert model.SerializeToString(deterministic=True) == before
+
+
+class Parted(Bags):
+    """Two bags, or one, of each row of tags."""
+
+    def __init__(self) -> None:
+        super().__init__("sum", None)
+
+    def forward(self, item, tags):
+        return self.bag(tags.reshape(-1, 3)).sum(-1).view(item.shape[0], -1).sum(-1) * self.item(item).sum(-1)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (1, 3)])
+def test_bags_that_are_no_rows_of_the_ids_mean_the_same(shape, tmp_path):
+    torch.manual_seed(0)
+    module = Parted().eval()
+    model = exported(module, tmp_path / "m.onnx", shape)
+    without_loops_of_bags(model)
+    tags = np.random.default_rng(0).integers(0, 9, (5, *shape))
+    (found,) = ReferenceEvaluator(model).run(None, {"tags": tags, "item": np.arange(5)})
+    with torch.no_grad():
+        wanted = module(torch.arange(5), torch.from_numpy(tags))
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def bodies(graph: onnx.GraphProto):

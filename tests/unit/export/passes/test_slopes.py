@@ -96,8 +96,13 @@ DICE = {  # as libraries write it
 GATED = {**WEIGHTS, "f": (48,), "t": (48,)}
 
 
-def gated(spelled: str) -> View:
-    return view_of(BODY.replace("bent = PRelu (hidden, s)", f"{GATE} {spelled}"), INPUTS, GATED)
+def gated(spelled: str, **weights: tuple[int, ...]) -> View:
+    return view_of(BODY.replace("bent = PRelu (hidden, s)", f"{GATE} {spelled}"), INPUTS, {**GATED, **weights})
+
+
+def test_a_gate_that_widens_its_value_is_no_match() -> None:
+    """One column that 48 features gate: the layer behind takes 48, and the product before makes one."""
+    assert list(freed(gated(DICE["one factor"], U=(64, 1)), INPUTS, SlopeApart()).verdicts) == []
 
 
 @pytest.mark.parametrize("spelled", DICE)
