@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from make_golden import NEEDY_BIAS, WINDOW, Log, append, case, events, forget, refused, score, stats, warm
+import make_golden
+import numpy as np
+from make_golden import NEEDY_BIAS, WINDOW, Log, append, case, events, forget, refused, score, stats, tensor, warm
+from onnx import TensorProto, helper
+
+from stca.manifest import StateSpec, TensorSpec
 
 A = Log([1, 2, 3, 40, 50], [0, 1, 3, 2, 2])
 DEADLINE_ERROR, CANCELLED_ERROR = 11, 12
@@ -12,7 +17,7 @@ DEADLINE_ERROR, CANCELLED_ERROR = 11, 12
 
 def cases() -> list[Any]:
     """All of them."""
-    return [*_amendments(), *_refusals(), *_blanks(), *_deadlines()]
+    return [*_amendments(), *_refusals(), *_blanks(), *_weighed(), *_deadlines()]
 
 
 def amend(user: str, given: Any, version: str, at: int, expected: Any, after: str | None = None) -> dict[str, Any]:
@@ -154,6 +159,67 @@ def _blanks() -> list[Any]:
             bundle="log_not_blank",
             truncate=True,
         ),
+    ]
+
+
+WEIGHED = (
+    TensorSpec("clicks", "int64", ("N_h",), "user", 100, blank=0),
+    TensorSpec("history_offsets", "int32", ("B_plus_1",), "user"),
+    TensorSpec("weight", "float32", ("N_h",), "request"),
+    TensorSpec("candidates", "float32", ("N_t",), "target"),
+    TensorSpec("target_offsets", "int32", ("B_plus_1",), "target"),
+)
+WEIGHED_STATE = (
+    StateSpec("state_clicks", "int64", ("N_h",), 8, "clicks"),
+    StateSpec("state_history_offsets", "int32", ("B_plus_1",), 0, "history_offsets"),
+)
+
+
+def write_bundle() -> None:
+    """The bundle `weighed`: a request weighs each event, and there is no score where all events are 0."""
+    n = helper.make_node
+
+    def scorer(bias: float) -> Any:
+        nodes = [
+            n("Cast", ["state_clicks"], ["clicked"], to=TensorProto.FLOAT),
+            *(n("Unsqueeze", [name, "axis1"], [f"{name}_column"]) for name in ("clicked", "weight")),
+            n("Concat", ["clicked_column", "weight_column"], ["both"], axis=1),  # which broadcasts nothing
+            n("ReduceProd", ["both"], ["each"], axes=[1], keepdims=0),
+            n("ReduceSum", ["each", "axis0"], ["total"], keepdims=1),
+            n("ReduceSum", ["clicked", "axis0"], ["any"], keepdims=1),
+            n("Div", ["none", "any"], ["nothing"]),
+            n("Sum", ["candidates", "total", "nothing", "bias"], ["scores"]),
+        ]
+        constants = {"axis0": np.int64([0]), "axis1": np.int64([1]), "none": np.float32([0])}
+        return nodes, {**constants, "bias": np.float32([bias])}
+
+    encoder = [n("Identity", [s.input], [s.name]) for s in WEIGHED_STATE]
+    scores = (TensorSpec("scores", "float32", ("N_t",)),)
+    make_golden.write_bundle(
+        "weighed", WEIGHED, WEIGHED_STATE, scores, ((encoder, {}), scorer), 0.0, appendable=True, max_history=WINDOW
+    )
+
+
+def _weighed() -> list[Any]:
+    """Whether a state has scores is asked with an entry for each of its tokens."""
+
+    def asked(weight: list[float]) -> dict[str, Any]:
+        return {"weight": tensor("float32", weight), "candidates": tensor("float32", [1.0, 0.5])}
+
+    def clicks(values: list[int]) -> dict[str, Any]:
+        return {"clicks": tensor("int64", values)}
+
+    nothing = refused("clicks", "would hold nothing but 0", "at least one other")
+    return [
+        case(
+            "blank: events of a history that a request weighs",
+            score({**clicks([3, 2]), **asked([2, 1])}, [[9.0], [8.5]], "ann", "v1"),
+            append("ann", clicks([0, 0]), "v2", True),
+            score(asked([1, 2, 3, 4]), [[8.0], [7.5]], "ann", "v2"),
+            append("ann", clicks([0] * WINDOW), "v3", nothing),
+            bundle="weighed",
+            truncate=True,
+        )
     ]
 
 

@@ -868,6 +868,7 @@ def damage_cases() -> list[Any]:
 
 def main() -> None:
     import golden_bags  # which take this module's helpers
+    import golden_changes
     import golden_padding
     import golden_sums
 
@@ -895,6 +896,7 @@ def main() -> None:
     )
     golden_bags.write_bundles()
     golden_padding.write_bundles()
+    golden_changes.write_bundle()
     golden_sums.write_bundle()
     (GOLDEN / "cases.json").write_text(cases_text(), encoding="utf-8")
 
