@@ -106,7 +106,8 @@ def speed(bundles: Mapping[str, Bundle], traced: Traced, threads: int | None, se
         seconds: for each figure.
 
     Returns:
-        Medians in milliseconds by bundle and stage, the machine, and the request's sizes.
+        By bundle and stage: medians in milliseconds, and quartiles of the ratio to the first bundle's time in the same
+        turn; the machine, and the request's sizes.
     """
     request = Request(traced.inputs, user="speed", version=0)
     runs: dict[str, Callable[[], object]] = {}
@@ -121,6 +122,11 @@ def speed(bundles: Mapping[str, Bundle], traced: Traced, threads: int | None, se
             runs[f"{name} miss"] = miss
             runs[f"{name} hit"] = functools.partial(session.score, request)
         times = measure_in_turn(runs, seconds)
-    stages = {n: {w: float(np.median(times[f"{n} {w}"])) * 1e3 for w in ("hit", "miss")} for n in bundles}
+    what, first = ("hit", "miss"), next(iter(bundles))
+    stages = {n: {w: float(np.median(times[f"{n} {w}"])) * 1e3 for w in what} for n in bundles}
+    ratios = {
+        n: {w: np.percentile(times[f"{n} {w}"] / times[f"{first} {w}"], [25, 50, 75]).tolist() for w in what}
+        for n in bundles
+    }
     sizes = {n: list(x.shape) for n, x in traced.inputs.items()}
-    return {"stages": stages, "machine": machine(threads), "inputs": sizes}
+    return {"stages": stages, "ratios": ratios, "machine": machine(threads), "inputs": sizes}
