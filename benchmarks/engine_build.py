@@ -1,10 +1,12 @@
 """How long TensorRT-RTX takes to build both halves at production size, on a CPU, and what a cache hit costs.
 
     python benchmarks/engine_build.py [--out DIR] [--sm 89] [--width 1024 --heads 16 --layers 4 --expansion 1]
+        [--eight-bits] [--result FILE]
 
 Exports a model with random weights, builds its engines in each precision for histories up to 10 240 tokens and 512
-targets, builds them again, and prints a table and one JSON line. TensorRT-RTX compiles its kernels on the GPU when an
-engine is loaded, so these times are those of parsing, fusing and writing, and say nothing of TensorRT proper.
+targets, builds them again, and prints a table and JSON. TensorRT-RTX compiles its kernels on the GPU when an
+engine is loaded, so these times are those of parsing, fusing and writing, and say nothing of TensorRT proper. With
+`--eight-bits` the state and the matrices are in INT8 or FP8, and all else is in bfloat16.
 """
 
 from __future__ import annotations
@@ -18,7 +20,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import outcome
+
+from stca.versions import installed
+
+EIGHT_BITS: Final = ("int8", "int8 token", "int8 tensor", "fp8")
 
 
 def export(out: Path, width: int, heads: int, layers: int, expansion: int) -> int:
@@ -51,6 +59,27 @@ def export(out: Path, width: int, heads: int, layers: int, expansion: int) -> in
     return sum(t.numel() for t in tensors.values())
 
 
+def in_eight_bits(bundle: Path, out: Path, name: str) -> None:
+    """The bundle with its state and matrices in 8 bits: `int8`, by what matrices are multiplied with, or `fp8`."""
+    import numpy as np
+
+    from stca import probe
+    from stca.bundle import Bundle
+    from stca.calibration.choices import Options, formats_of, state_choices, weight_choices, with_ranges
+    from stca.calibration.quantized_bundle import write_quantized
+    from stca.checks.trace_runs import TraceRuns
+    from stca.trace import Traced
+
+    kind, _, activations = name.partition(" ")
+    own, runs = Bundle.load(bundle), TraceRuns(1)
+    some = [Traced(probe.single(own.manifest.graphs["request"].inputs, 64, 8, np.random.default_rng(0)))]
+    options = Options(kind, weights=kind, activations=activations or "none")  # type: ignore[arg-type]
+    weights = weight_choices(own, options)
+    ranged = with_ranges(own, weights, "absmax", runs, some) if activations == "tensor" else {}
+    state = formats_of(own, state_choices(own, options, weights), options, runs.states(own, some))
+    write_quantized(own, {**weights, **ranged, **state}, out)
+
+
 def command(bundle: Path, sm: int, precision: str, cache: Path) -> tuple[list[dict[str, Any]], float, float]:
     """`build` in a fresh process, as a user has it: its result, seconds in all, and peak memory in MB."""
     code = (
@@ -81,6 +110,8 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--expansion", type=int, default=1)
+    parser.add_argument("--eight-bits", action="store_true", help="state and matrices in 8 bits, the rest in bfloat16")
+    parser.add_argument("--result", type=Path, help="where the JSON goes, too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         out = args.out or Path(scratch, "bundle")
@@ -94,16 +125,21 @@ def main() -> None:
         rows = []
         print("| precision | graph | lowering | engine, MB | build, s | command, s | again, s | peak memory, MB |")
         print("|---|---|---|---|---|---|---|---|")
-        for precision in ("fp32", "fp16", "bf16"):
-            built, total, peak = command(out, args.sm, precision, Path(scratch, "cache"))
-            again, hit, _ = command(out, args.sm, precision, Path(scratch, "cache"))
+        for name in EIGHT_BITS if args.eight_bits else ("fp32", "fp16", "bf16"):
+            source, precision = (Path(scratch, name), "bf16") if args.eight_bits else (out, name)
+            if args.eight_bits:
+                in_eight_bits(out, source, name)
+            built, total, peak = command(source, args.sm, precision, Path(scratch, "cache"))
+            again, hit, _ = command(source, args.sm, precision, Path(scratch, "cache"))
             assert [r["cache"] for r in built] == ["miss"] * 2
             assert [r["cache"] for r in again] == ["hit"] * 2
             for r in built:
-                cells = [precision, r["graph"], r["lowering"] or "–", f"{r['bytes'] / 1e6:.0f}", f"{r['seconds']:.2f}"]
+                cells = [name, r["graph"], r["lowering"] or "–", f"{r['bytes'] / 1e6:.0f}", f"{r['seconds']:.2f}"]
                 print("| " + " | ".join([*cells, f"{total:.1f}", f"{hit:.2f}", f"{peak:.0f}"]) + " |", flush=True)
-                rows.append({**r, "command_seconds": total, "hit_seconds": hit, "peak_mb": peak})
-        print(json.dumps({"parameters": parameters, "sm": args.sm, "engines": rows}))
+                r["path"] = Path(r["path"]).name
+                rows.append({"name": name, **r, "command_seconds": total, "hit_seconds": hit, "peak_mb": peak})
+        about = {"command": outcome.command(), "parameters": parameters, "sm": args.sm, "versions": installed()}
+        outcome.tell({**about, "engines": rows}, args.result)
 
 
 if __name__ == "__main__":

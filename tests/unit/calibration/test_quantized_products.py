@@ -300,8 +300,9 @@ def search(own, requests, out, run, **options):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="needs tensorrt-rtx")
-def test_tensorrt_rtx_builds_them_mixed_with_bfloat16(tmp_path, own, requests):
-    made = written(own, requests, tmp_path / "q", "tensor")
+@pytest.mark.parametrize(("activations", "kind"), [("tensor", "int8"), ("none", "fp8")])
+def test_tensorrt_rtx_builds_them_mixed_with_bfloat16(tmp_path, own, requests, activations, kind):
+    made = written(own, requests, tmp_path / "q", activations, kind)
     built = build(made.path, engine="tensorrt-rtx", sm=89, precision="bf16")
     assert [entry["graph"] for entry in built] == ["user_encoder", "target_scorer"]
 
