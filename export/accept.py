@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def load_onnx(file: str | os.PathLike[str], large: Large | None = None) -> onnx.
     except FileNotFoundError as e:
         raise SplitError(f"{path}: no such ONNX file") from e
     except Exception as e:  # protobuf's DecodeError is not importable from a stable place
-        raise SplitError(f"{path}: is not an ONNX model ({' '.join(str(e).split())[:200]})") from e
+        raise SplitError(f"{path}: is not an ONNX model; name a file as torch.onnx.export writes it") from e
     onnx_function.register_schema()
     home = path.resolve().parent
     model.ir_version = min(max(model.ir_version, _OLDEST_IR), _NEWEST_IR)
@@ -127,6 +127,20 @@ def refuse_unservable(model: onnx.ModelProto, outputs: Sequence[TensorSpec]) -> 
             )
 
 
+def require_known(inputs: Sequence[TensorSpec], ids: Collection[str], sizes: Collection[str]) -> None:
+    """Raises SplitError for the first name that no input, or no size of an input, has: asked before long work."""
+    names = [s.name for s in inputs]
+    if unknown := sorted(set(ids) - set(names)):
+        has = f"{', '.join(names)}{did_you_mean(unknown[0], names)}"
+        raise SplitError(f"--ids {unknown[0]}: the model has no such input; it has {has}")
+    free = [(s.name, axis, n) for s in inputs for axis, n in enumerate(s.shape) if isinstance(n, str)]
+    # One without a name goes by its input and axis, as `any_sizes` has it.
+    dims = dict.fromkeys(f"{name}.{axis}" if n == f"{name}_{axis}" else n for name, axis, n in free)
+    if unknown := sorted(set(sizes) - {*dims, *DEFAULT_WORKLOAD}):
+        known = f"there are {', '.join(dims)}{did_you_mean(unknown[0], dims)}"
+        raise SplitError(f"no input has a dimension {unknown[0]!r} to give a size to; {known}")
+
+
 def with_ranges(model: onnx.ModelProto, inputs: Sequence[TensorSpec], ids: Mapping[str, int]) -> tuple[TensorSpec, ...]:
     """The inputs with the integers that each may hold: as asked for, as declared, or as the graph's look-ups tell.
 
@@ -134,16 +148,7 @@ def with_ranges(model: onnx.ModelProto, inputs: Sequence[TensorSpec], ids: Mappi
         model: the whole graph.
         inputs: of the graph.
         ids: how many ids an input has, by name: 0 to that number, less one.
-
-    Raises:
-        SplitError: when `ids` names no input.
     """
-    if unknown := ids.keys() - {s.name for s in inputs}:
-        names = [s.name for s in inputs]
-        raise SplitError(
-            f"--ids {min(unknown)}: the model has no such input; it has {', '.join(names)}"
-            f"{did_you_mean(min(unknown), names)}"
-        )
     ranges = input_ranges(onnx.inliner.inline_local_functions(without_weights(model)))
     made = []
     for spec in inputs:
@@ -222,14 +227,8 @@ def nominal_sizes(
     """A size for every symbolic dimension of the inputs and no others, and those of them that were assumed.
 
     Which are not given follow from the inputs' scopes, as `probe.row_sizes` says: events of a history, targets, or 1.
-
-    Raises:
-        SplitError: when a size is given that no input has.
     """
     dims = any_sizes(graph)  # one without a name goes by its input and axis
-    if unknown := [n for n in given if n not in dims and n not in DEFAULT_WORKLOAD]:
-        known = f"there are {', '.join(dims)}{did_you_mean(unknown[0], dims)}"
-        raise SplitError(f"no input has a dimension {unknown[0]!r} to give a size to; {known}")
     by_scope = probe.row_sizes(inputs, *({**DEFAULT_WORKLOAD, **given}[n] for n in (TOKENS, TARGETS)))
     unnamed = {f"{s.name}.{axis}": n for s in inputs for axis, n in enumerate(s.shape) if isinstance(n, str)}
     assumed = {n: by_scope.get(unnamed.get(n, n), 1) for n in dims if n not in given}

@@ -36,6 +36,9 @@ _TRIED: Final = (_EVENTS, 1, 0, 20, 80, 320)
 _LARGEST: Final = probe.UNBOUNDED - 1
 _SECONDS = 60.0
 _LONG: Final = "it takes too long"
+_NOT_FINITE: Final = "scores are not finite"
+# A float that a normal distribution hardly goes beyond.
+_FAR: Final = 4.0
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,13 @@ class Accepted:
         inputs: with the ranges of integers found, and what stands for no event where it has no score for that alone.
         min_history: the shortest history that it takes and gives finite scores for; None where that is an empty one.
         max_history: the longest history it takes; None where the longest that was asked went well.
+        told: a line on each input of floats whose range was found.
     """
 
     inputs: tuple[TensorSpec, ...]
     min_history: int | None
     max_history: int | None
+    told: tuple[str, ...] = ()
 
 
 def ask(
@@ -75,6 +80,8 @@ def ask(
     with contextlib.closing(Child(model)) as child:
         asked = _Questions(child.run, tuple(inputs))
         base, events = asked.any_request(max_history)
+        told = asked.find_lows(base, events)
+        inputs = asked.inputs
         shortest = asked.shortest(base, events) if asked.varies else None
         longest = max_history
         most = min(max_history or _LONGEST, _LONGEST)
@@ -89,42 +96,75 @@ def ask(
         made = [
             dataclasses.replace(s, blank=asked.blank_of(s, base, events, (marks or {}).get(s.name))) for s in ranged
         ]
-        return Accepted(tuple(made), shortest, longest)
+        return Accepted(tuple(made), shortest, longest, told)
 
 
 class _Questions:
     """Requests with the same integer in all places of an input, and what the graph says of them."""
 
     def __init__(self, run: Callable[..., list[Array] | str], inputs: tuple[TensorSpec, ...]) -> None:
-        self.run, self.inputs = run, inputs
+        self.run, self.inputs, self.given = run, inputs, inputs
         self.events = event_inputs(inputs)
         self.varies = any(TOKENS in s.shape for s in inputs)
         self.unknown = [s.name for s in inputs if (s.limit, s.low, s.length_of) == (None,) * 3 and _is_integer(s)]
 
     def any_request(self, max_history: int | None) -> tuple[dict[str, int], int]:
-        """Integers and a number of events on which the graph runs."""
-        said = ""
-        for events in dict.fromkeys(min(n, max_history or n) for n in _TRIED):
-            for value in (1, 0, 2):
-                base = dict.fromkeys(self.unknown, value)
-                answer = self.answer(base, events)
-                if not isinstance(answer, str):
-                    return base, events
-                said = said or answer
+        """Integers and a number of events on which the graph runs, with floats of both signs or from 0 on."""
+        given, said = self.inputs, ""
+        for self.inputs in dict.fromkeys((given, tuple(map(_from_0, given)))):
+            for events in dict.fromkeys(min(n, max_history or n) for n in _TRIED):
+                for value in (1, 0, 2):
+                    base = dict.fromkeys(self.unknown, value)
+                    answer = self.answer(base, events)
+                    if not isinstance(answer, str):
+                        return base, events
+                    said = said or answer
         raise SplitError(
             f"the model fails on a request of {_EVENTS} events and {_TARGETS} targets, whether its integers are 0, "
             f"1 or 2: {said}; mend it, or give it inputs of which every value in a range is valid"
         )
 
+    def find_lows(self, base: Mapping[str, int], events: int) -> tuple[str, ...]:
+        """Have `inputs` say of each float whether it must not be negative; a line on each that must not.
+
+        In every other place of it, a score must be finite with a large number, and not with its negative.
+        """
+        declared = self.given
+        self.inputs = tuple(_from_0(s) for s in self.inputs)
+        made, told = [], []
+        for spec in declared:
+            least = spec.low
+            if _is_free_float(spec):
+                negative, positive = (self.far(spec, sign * _FAR, base, events) for sign in (-1, 1))
+                least = 0 if negative == _NOT_FINITE and not isinstance(positive, str) else None
+            if least != spec.low:
+                told.append(
+                    f"{spec.name}: scores are not finite where it is negative, so requests that hold less than 0 are "
+                    "refused; clamp it in the model to serve them"
+                )
+            made.append(dataclasses.replace(spec, low=least))
+        self.inputs = tuple(made)
+        return tuple(told)
+
+    def far(self, spec: TensorSpec, value: float, base: Mapping[str, int], events: int) -> list[Array] | str:
+        """What the graph makes of a number in every other place of an input of floats."""
+        request = self.request(base, events)
+        request[spec.name].flat[::2] = value
+        return self.run(probe.pack(self.inputs, [request]), "onnxruntime")
+
     def answer(
         self, values: Mapping[str, int], events: int, by: str = "onnxruntime", first: tuple[str, int] | None = None
     ) -> list[Array] | str:
         """What the graph makes of these values in all places of inputs, and of another in the first place of one."""
-        request = probe.single(self.inputs, events, _TARGETS, np.random.default_rng(0))
-        request |= {n: np.full_like(request[n], v) for n, v in values.items()}
+        request = self.request(values, events)
         if first:
             request[first[0]].flat[0] = first[1]
         return self.run(probe.pack(self.inputs, [request]), by)
+
+    def request(self, values: Mapping[str, int], events: int) -> dict[str, Array]:
+        """A random request with these values in all places of inputs."""
+        request = probe.single(self.inputs, events, _TARGETS, np.random.default_rng(0))
+        return request | {n: np.full_like(request[n], v) for n, v in values.items()}
 
     def blank_of(self, spec: TensorSpec, base: Mapping[str, int], events: int, mark: int | None) -> int | None:
         """The value that stands for no event, where a history of it alone has no score; None where there is none."""
@@ -190,6 +230,14 @@ class _Questions:
 
 def _is_integer(spec: TensorSpec) -> bool:
     return np.dtype(spec.dtype).kind in "iu" and spec.shape != (OFFSETS,)
+
+
+def _is_free_float(spec: TensorSpec) -> bool:
+    return np.dtype(spec.dtype).kind == "f" and spec.low is None
+
+
+def _from_0(spec: TensorSpec) -> TensorSpec:
+    return dataclasses.replace(spec, low=0) if _is_free_float(spec) else spec
 
 
 def _same(one: list[Array] | str, other: list[Array] | str) -> bool:
@@ -263,7 +311,7 @@ class Child:
         finally:
             timer.cancel()
         if not isinstance(answer, str) and not all(np.isfinite(x).all() for x in answer):
-            return "scores are not finite"
+            return _NOT_FINITE
         return answer
 
     def _start(self) -> subprocess.Popen[bytes]:

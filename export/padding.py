@@ -134,7 +134,7 @@ class _Asked:
             dataclasses.replace(e, value=options.values.get(e.name, known.get(e.name, common))) for e in events
         )
         count = max(_EVENTS, 2 * least)
-        first, second = (probe.single(inputs, count, _TARGETS, np.random.default_rng(i)) for i in (0, 1))
+        first, second = (self._random(count, np.random.default_rng(i)) for i in (0, 1))
         self.size = first[events[0].name].shape[events[0].axis]
         self.free = isinstance(self.inputs[events[0].name].shape[events[0].axis], str)
         self.first = self._real(first)
@@ -252,6 +252,11 @@ class _Asked:
             made[e.name] = places
         return made
 
+    def _random(self, count: int, rng: np.random.Generator) -> dict[str, Array]:
+        """A request whose integers without a limit fall into many buckets."""
+        inputs = list(self.inputs.values())
+        return probe.wide(inputs, probe.single(inputs, count, _TARGETS, rng), rng)
+
     def _with_length(self, name: str, count: int) -> dict[str, Array]:
         return {**self.first, name: np.full_like(self.first[name], count)}
 
@@ -341,7 +346,7 @@ def _same(a: Array, b: Array) -> bool:
 def _said(history: Padding, asked: _Asked) -> str:
     names = ", ".join(e.name for e in history.inputs)
     filled = [n for n in (history.lengths, *(e.name for e in history.inputs if e.event is not None)) if n]
-    made = f"; {', '.join(filled)} need not be sent" if filled else ""
+    made = f"; {', '.join(filled)} need not be sent: then send real events only, as each counts" if filled else ""
     if asked.free:
         return f"{names}: of any length{made}"
     if history.side is None:
@@ -353,5 +358,7 @@ def _said(history: Padding, asked: _Asked) -> str:
             "trained, to serve shorter histories"
         )
     values = ", ".join(dict.fromkeys(str(e.value) for e in history.inputs))
+    if "," in values:
+        values = ", ".join(f"{e.value} in {e.name}" for e in history.inputs)
     how = asked.shown or "as you say; nothing shows it"
     return f"{names}: fewer than {asked.size} events are padded on the {history.side} with {values} ({how}){made}"

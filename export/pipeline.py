@@ -23,6 +23,7 @@ from stca.export.accept import (
     nominal_sizes,
     refuse_types,
     refuse_unservable,
+    require_known,
     with_ranges,
 )
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured
@@ -178,6 +179,7 @@ def export_module(
     place_for(out)
     progress("tracing the request graph")
     cut, model = cut or CutOptions(), adapted(model)
+    require_known(model.inputs, cut.ids, cut.workload)
     large = Large(cut.tables_above)
     graph = to_request_graph(model, progress, large)
     proof = lambda bundle: prove(bundle, model.module)  # noqa: E731
@@ -216,6 +218,7 @@ def split_onnx(
         raise SplitError(f"the model has no input {unknown[0]!r}; its inputs are {', '.join(names)}{meant}")
     given = [spec_of(i) for i in graph.graph.input]
     refuse_types(given)
+    require_known(given, cut.ids, cut.workload)
     specs = tuple(dataclasses.replace(s, scope=scopes.get(s.name)) for s in given)
     if any((n.domain, n.op_type) == (DOMAIN, OP_NAME) for n in graph.graph.node):
         onnx_function.attach(graph)
@@ -366,7 +369,7 @@ def _write(
             max_history=takes.max_history,
             min_history=takes.min_history,
             padding=padded.padding,
-            split={**halves.report.as_dict(), **request.facts, "notes": [*notes, *padded.told]},
+            split={**halves.report.as_dict(), **request.facts, "notes": [*notes, *takes.told, *padded.told]},
             parity={},
             producer={"stca": stca.__version__, "onnx": onnx.__version__},
             tables=request.left.tables or None,

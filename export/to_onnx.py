@@ -33,7 +33,9 @@ from stca.plugins import onnx_function, torch_op  # noqa: F401  # which register
 from stca.plugins.spec import DOMAIN, OP_NAME, OP_VERSION
 
 _OPSET = values.Opset(DOMAIN, OP_VERSION)
-_OTHERWISE_IN_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+_OTHERWISE_IN_TRAINING = (
+    nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RNNBase, nn.MultiheadAttention, nn.RReLU,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def to_request_graph(
         ExportError: when torch cannot trace the module or ONNX has no operator for a part of it.
     """
     check_inputs(model)
-    if any(part.training for part in model.module.modules() if isinstance(part, _OTHERWISE_IN_TRAINING)):
+    others = (part for part in model.module.modules() if isinstance(part, _OTHERWISE_IN_TRAINING))
+    if any(part.training and getattr(part, "dropout", True) for part in others):
         progress("the module is in training mode: exporting it as after eval()")
     onnx_function.register_schema()
     feeds = example_inputs(model.inputs)

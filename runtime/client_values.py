@@ -61,6 +61,13 @@ def _converted(name: str, value: Any) -> Array:
         raise RequestError(f"{name}: {what} ({said}); send a NumPy array or a list of numbers") from e
 
 
+def in_numbers(value: Any) -> bool:
+    """Whether what a client sent is Python's own numbers, which have no dtype yet: one, or a list of them."""
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return type(value) in (int, float)
+
+
 def key_of(what: str, value: Hashable, depth: int = 0) -> Hashable:
     """A user id or a version as plain Python: text, bytes, an integer, a UUID, a date, or a tuple of these.
 
@@ -84,7 +91,10 @@ def key_of(what: str, value: Hashable, depth: int = 0) -> Hashable:
         return int(value)
     if isinstance(value, tuple) and depth < _DEEPEST:
         return tuple(key_of(what, part, depth + 1) for part in value)
-    raise RequestError(f"{what} {quoted(value)}: cannot be the key of a user's state; use a string or an integer")
+    raise RequestError(
+        f"{what} {quoted(value)}: cannot be the key of a user's state; use a string or an integer (or bytes, a UUID, "
+        "a date, a tuple of these)"
+    )
 
 
 def mapping_of(what: str, value: Any) -> dict[str, Any]:
@@ -102,7 +112,9 @@ def mapping_of(what: str, value: Any) -> dict[str, Any]:
 
 def _dict_of(what: str, value: Any) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
-        raise RequestError(f"{what}: is {type(value).__name__:.40}, expected the model's inputs by name")
+        several = isinstance(value, list | tuple)
+        one_by_one = "; score requests one by one, or join their rows by name, with offsets" if several else ""
+        raise RequestError(f"{what}: is {type(value).__name__:.40}, expected the model's inputs by name{one_by_one}")
     try:
         return dict(value)
     except Exception as e:  # whatever the code of a client's object raises

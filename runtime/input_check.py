@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from stca.arrays import Array, all_finite, extremes
 from stca.errors import RequestError
 from stca.manifest import TARGETS, TOKENS, USERS, TensorSpec
-from stca.runtime.client_values import MOST_VALUES, array_of
+from stca.runtime.client_values import MOST_VALUES, array_of, in_numbers
 
 # By its name, how long a dimension of a request is, and which input said so first.
 Sizes = dict[str, tuple[int, str]]
@@ -79,6 +79,8 @@ class InputCheck:
             if raw.size == 0 and raw.dtype == np.float64:
                 raw = raw.astype(self.dtype)  # an empty list has no dtype of its own
             kind, wanted = raw.dtype.kind, self.dtype.kind
+            if wanted == "f" and kind in "iu" and in_numbers(value):
+                return self._exactly(raw)
             if not (kind in "iu" if wanted in "iu" else kind == wanted):
                 raise RequestError(f"{self.name}: {_said(raw)}, expected {self.spec.dtype}")
         if self._rank > 1 and raw.shape == (0,) and isinstance(self._shape[0], str):
@@ -86,6 +88,14 @@ class InputCheck:
                 0, *(n if isinstance(n, int) else 0 for n in self._shape[1:])
             )  # nor does it say more sizes
         return raw
+
+    def _exactly(self, raw: Array) -> Array:
+        """Whole numbers without a dtype of their own as the input's floats."""
+        found = _as(raw, self.dtype)
+        if (lost := found.astype(np.longdouble) != raw.astype(np.longdouble)).any():
+            value, where = _at(raw, int(np.argmax(lost)))
+            raise RequestError(f"{self.name}: holds {value}{where}, which {self.spec.dtype} does not hold exactly")
+        return found
 
     def for_any_target(self, raw: Array) -> bool:
         """Whether it is one target's value, without the axis of targets: the only target's, or that of all."""
@@ -131,7 +141,9 @@ class InputCheck:
         return raw if fits else np.ascontiguousarray(raw, dtype=self.dtype)
 
     def _advice(self, raw: Array) -> str:
-        """What to do about several values where a request has one: they may have been meant for targets."""
+        """What to do about several values where there is one: those of a request may have been meant for targets."""
+        if self.spec.scope == "user" and self._shape[:1] == (1,) and raw.ndim == self._rank > 1 and len(raw) != 1:
+            return "; send one row for the user"
         once = self._rank < raw.ndim or (self._rank == raw.ndim and self._shape[:1] in ((1,), (USERS,)))
         if self.spec.scope != "request" or not once or len(raw) == 1:
             return ""
@@ -145,18 +157,18 @@ class InputCheck:
         elif self.dtype.kind == "f":
             asked = raw if raw.dtype == self.dtype else _as(raw, self.dtype)
             if not all_finite(asked):
-                where = np.unravel_index(int(np.argmin(np.isfinite(asked))), raw.shape)
-                raise RequestError(
-                    f"{self.name}: holds {raw[where]} at {list(map(int, where))}; values must be finite as {self.dtype}"
-                )
+                value, where = _at(raw, int(np.argmin(np.isfinite(asked))))
+                raise RequestError(f"{self.name}: holds {value}{where}; values must be finite as {self.dtype}")
+            if (low := self.spec.low) is not None and raw.size and asked.min() < low:
+                value, where = _at(raw, int(np.argmax(asked < low)))
+                raise RequestError(f"{self.name}: holds {value}{where}; it must be at least {low}")
 
     def _check_range(self, raw: Array, bounds: _Bounds) -> None:
         least, most = extremes(raw)
         if least < bounds.low or most > bounds.high:
             outside = int(np.argmax((raw < bounds.low) | (raw > bounds.high)))
-            where = np.unravel_index(outside, raw.shape)
-            said = bounds.said(int(raw[where]))
-            raise RequestError(f"{self.name}: holds {raw[where]} at {list(map(int, where))}; it must be {said}")
+            value, where = _at(raw, outside)
+            raise RequestError(f"{self.name}: holds {value}{where}; it must be {bounds.said(int(value))}")
 
 
 class _Bounds(NamedTuple):
@@ -216,7 +228,8 @@ class Plain(NamedTuple):
         most = MOST_VALUES if limit is None else limit
         if bounds is not None:
             return cls(spec.name, dtype, rows, spec.shape[1:], most, bounds.whole, bounds.low - 1, bounds.high + 1)
-        return cls(spec.name, dtype, rows, spec.shape[1:], most, dtype.kind != "f", -math.inf, math.inf)
+        below = -math.inf if spec.low is None else math.nextafter(spec.low, -math.inf)
+        return cls(spec.name, dtype, rows, spec.shape[1:], most, dtype.kind != "f", below, math.inf)
 
 
 def ready(plain: Sequence[Plain], inputs: Mapping[str, ArrayLike], sizes: Sizes) -> dict[str, Array] | None:
@@ -268,6 +281,12 @@ _KINDS: Final = {"U": "text", "S": "bytes", "O": "objects", "M": "dates", "m": "
 def _said(raw: Array) -> str:
     kind = _KINDS.get(raw.dtype.kind)
     return f"holds {kind}" if kind else f"has dtype {raw.dtype!s:.60}"
+
+
+def _at(raw: Array, index: int) -> tuple[Any, str]:
+    """The value counted row by row, and where it stands, for a message; a number alone stands nowhere."""
+    where = np.unravel_index(index, raw.shape)
+    return raw[where], f" at {list(map(int, where))}" if raw.ndim else ""
 
 
 def _as(raw: Array, wanted: np.dtype[Any]) -> Array:

@@ -74,6 +74,8 @@ def _input(spec: TensorSpec, events: int | None) -> dict[str, Any]:
     if value["type"] == "integer" and (spec.limit or spec.low is not None):
         value["minimum"] = spec.low or 0
         value |= {"maximum": spec.limit - 1} if spec.limit else {}
+    elif spec.low is not None:
+        value["minimum"] = spec.low
     for axis, size in reversed(list(enumerate(spec.shape))):
         least = {"minItems": size} if isinstance(size, int) and axis != events else {}
         most = {"maxItems": size} if isinstance(size, int) else {}

@@ -30,6 +30,8 @@ _SUFFIXES = (".json", ".onnx", ".safetensors", ".plan", ".weights", ".sig", ".ro
 def require_folder(path: str | os.PathLike[str]) -> None:
     """Raises BundleError when there is no directory, which is found out in no time."""
     if not os.path.isdir(path):  # unlike Path's, also False for names that cannot exist
+        if os.path.isfile(path):
+            raise BundleError(f"{os.fspath(path)}: is a file; name the bundle's folder")
         raise BundleError(f"{os.fspath(path)}: no such bundle directory; make one with `stca export`")
 
 
@@ -68,7 +70,8 @@ class Bundle:
         except FileNotFoundError as e:
             raise BundleError(f"{root}: has no {MANIFEST}; this is not a bundle, or its export did not finish") from e
         except (OSError, UnicodeDecodeError) as e:
-            raise BundleError(f"{root / MANIFEST}: cannot be read ({e})") from e
+            why = getattr(e, "strerror", None) or "it is not text in UTF-8"
+            raise BundleError(f"{root / MANIFEST}: cannot be read ({why}); check its owner and mode, or copy it") from e
         try:
             manifest = Manifest.from_json(text)
         except BundleError as e:
@@ -150,8 +153,10 @@ def _weights_version(manifest: Manifest) -> str:
 
 
 def names(root: str | os.PathLike[str]) -> list[str]:
-    """Entries of a bundle's directory, but for those a mounted volume keeps its versions in (`..data`)."""
-    return [name for name in os.listdir(root) if not name.startswith("..")]
+    """Entries of a bundle's directory, but for what others keep there: volumes their versions (`..data`), file
+    managers what they show (`.DS_Store`).
+    """
+    return [name for name in os.listdir(root) if not name.startswith(".")]
 
 
 def seal(root: Path, manifest: Manifest) -> Bundle:
@@ -282,14 +287,26 @@ def place_for(path: str | os.PathLike[str]) -> Path:
     """Where a bundle for `path` would be written: of a link (`current`), what it points to is replaced.
 
     Raises:
-        BundleError: when something is there that is not a bundle. Ask before long work, not only after it.
+        BundleError: when something is there that is not a bundle, or nothing can be written there. Ask before long
+            work, not only after it.
     """
     target = Path(os.path.realpath(path))
     if _is_ours(target.parent):
         raise BundleError(f"{target}: lies inside the bundle {target.parent}; choose an --out outside of it")
     if target.exists() and not _may_replace(target):
         raise BundleError(f"{target}: exists and is not a bundle, or not only that; choose another --out or remove it")
+    require_writable(target)
     return target
+
+
+def require_writable(target: Path) -> None:
+    """Raises BundleError when nothing can be written beside `target`, nor its folder made: found out by trying."""
+    try:
+        folder = next(p for p in target.absolute().parents if p.exists())
+        with tempfile.TemporaryDirectory(".tmp", f".{target.name}.", folder, ignore_cleanup_errors=True):
+            pass
+    except OSError as e:
+        raise BundleError(f"{target}: cannot be written ({e.strerror}); choose another --out") from e
 
 
 def _workplace(target: Path) -> tuple[Path, int]:

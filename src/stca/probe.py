@@ -9,8 +9,9 @@ import numpy as np
 from stca.arrays import Array
 from stca.manifest import OFFSETS, TARGETS, TOKENS, USERS, GraphSpec, TensorSpec
 
-# What an integer without an id limit may be: seconds, counts. Up to 97 days covers every duration bucket.
-UNBOUNDED = 1 << 23
+# What integers without an id limit are drawn below: an hour, an age, a count. And what `wide` ones are, seconds too: up
+# to 97 days covers every duration bucket.
+MODEST, UNBOUNDED = 1000, 1 << 23
 
 
 def single(
@@ -59,6 +60,27 @@ def padded(inputs: Sequence[TensorSpec], request: Mapping[str, Array], rng: np.r
     return made
 
 
+def unlimited(inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Inputs of integers of which nothing says where they end."""
+    kinds = [s for s in inputs if np.dtype(s.dtype).kind in "iu" and s.shape != (OFFSETS,)]
+    return [s for s in kinds if s.limit is None and s.length_of is None and _end(s, UNBOUNDED) > MODEST]
+
+
+def wide(inputs: Sequence[TensorSpec], request: Mapping[str, Array], rng: np.random.Generator) -> dict[str, Array]:
+    """A request of `single` in which integers without a limit are large as well, as seconds are."""
+    made = dict(request)
+    for spec in unlimited(inputs):
+        if spec.name in made:
+            values = rng.integers(max(spec.low or 0, 0), _end(spec, UNBOUNDED), made[spec.name].shape)
+            made[spec.name] = values.astype(spec.dtype)
+    return made
+
+
+def _end(spec: TensorSpec, end: int) -> int:
+    """What integers of an input without a limit stay below, of those below `end`."""
+    return max(min(end, int(np.iinfo(spec.dtype).max) + 1), (spec.low or 0) + 1)
+
+
 def _with_an_event(spec: TensorSpec, values: Array) -> Array:
     """The values, the first place changed where all hold what stands for no event and the model has no score for it."""
     if spec.blank is not None and values.size and (values == spec.blank).all():
@@ -70,9 +92,10 @@ def _with_an_event(spec: TensorSpec, values: Array) -> Array:
 def _draw(spec: TensorSpec, shape: tuple[int, ...], sizes: Mapping[str, int], rng: np.random.Generator) -> Array:
     """Values that a model accepts for an input; ids of targets differ where there are enough of them."""
     if spec.dtype.startswith("float") and spec.limit is None:
-        return rng.standard_normal(shape)
+        normal = rng.standard_normal(shape)
+        return normal if spec.low is None else spec.low + np.abs(normal)
     # What a model makes of ids far below zero is its guard's business: one of them is as good as another.
-    low, end = max(spec.low or 0, -1), spec.limit or (2 if spec.dtype == "bool" else UNBOUNDED)
+    low, end = max(spec.low or 0, -1), spec.limit or (2 if spec.dtype == "bool" else _end(spec, MODEST))
     if spec.length_of is not None:
         end = min(end, sizes.get(spec.length_of, 1) + 1)
     if spec.scope == "target" and spec.limit and len(shape) == 1 and shape[0] <= end - low:

@@ -68,6 +68,8 @@ def _check_input(what: str, spec: TensorSpec) -> None:
         raise UsageError(f"{what} is {spec.dtype}, which is for states alone: take float32, and cast it in the model")
     if spec.limit is not None and not spec.dtype.startswith(("int", "uint")):
         raise UsageError(f"{what} is {spec.dtype} and has a limit of ids; leave the limit out")
+    if spec.low is not None and spec.dtype == "bool":
+        raise UsageError(f"{what} is bool and has a least value; leave low out")
 
 
 def _dtype_fix(given: Any, known: Mapping[str, int]) -> str:

@@ -42,7 +42,7 @@ class TensorSpec:
         shape: sizes; a string is symbolic. `TOKENS`, `TARGETS`, `USERS` and `OFFSETS` have a fixed meaning.
         scope: where an input's values come from; None for an output.
         limit: ids must be in `[low, limit)`; None when any value will do.
-        low: the least valid integer; None is 0 where there is a limit.
+        low: the least valid value, a whole number, of integers and floats; None is 0 where there is a limit.
         length_of: the dimension whose rows the value counts, so that it must not be larger; None when it counts none.
         blank: the value that stands for no event, where the model has no finite score for an input of it alone; None
             where there is none, or an input of it alone is scored.

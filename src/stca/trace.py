@@ -103,6 +103,10 @@ class TraceWriter:
         Raises:
             UsageError: when an input has no plain type, or a shard cannot be written.
         """
+        labels = np.asarray([[]] if request.labels is None else request.labels)
+        if labels.ndim != 2 or labels.dtype.kind not in "biuf":
+            what = f"are {labels.dtype!s:.60} of shape {list(labels.shape)}"
+            raise UsageError(f"labels: {what}; give numbers of shape (targets, tasks), NaN where nobody knows")
         parts = request.parts()
         for name, x in parts.items():
             if x.dtype.name not in _NAMES:

@@ -99,4 +99,14 @@ def as_type(kind: Any, raw: Any, where: str) -> Any:
         return float(raw)
     elif kind in (str, bool, types.NoneType) and isinstance(raw, kind):
         return raw
-    raise TypeError(f"{where} is {raw!r:.60}, expected {getattr(kind, '__name__', kind)}")
+    raise TypeError(f"{where} is {raw!r:.60}, expected {_said(kind)}")
+
+
+def _said(kind: Any) -> str:
+    """A type in words; of several, each but that of nothing."""
+    if typing.get_origin(kind) is Annotated:
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return " or ".join(_said(k) for k in typing.get_args(kind) if k is not types.NoneType)
+    words = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
+    return words.get(kind) or str(getattr(kind, "__name__", kind))

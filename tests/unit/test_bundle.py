@@ -239,11 +239,31 @@ def test_a_missing_file(root, name):
         Bundle.load(root)
 
 
-@pytest.mark.parametrize("name", ["extra.txt", ".hidden", "plan.engine", "a\nb"])
+@pytest.mark.parametrize("name", ["extra.txt", "plan.engine", "a\nb"])
 def test_an_extra_file(root, name):
     (root / name).touch()
     with one_line(BundleError, repr(name)[1:-1], "not in the manifest"):
         Bundle.load(root)
+
+
+def test_what_file_managers_leave_is_looked_over(root):
+    (root / ".DS_Store").touch()
+    (root / ".Trash").mkdir()
+    Bundle.load(root)
+
+
+def test_a_file_in_place_of_a_bundle(root):
+    with one_line(BundleError, "is a file", "folder"):
+        Bundle.load(root / MANIFEST)
+
+
+def test_a_place_that_cannot_be_written_is_found_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "b", Path("/proc/nowhere/b")):
+        with one_line(BundleError, "cannot be written", "choose another --out"):
+            bundle_module.place_for(place)
+    bundle_module.place_for(tmp_path / "new" / "folder" / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"], "nothing is left of the try"
 
 
 def test_an_extra_directory(root):

@@ -58,10 +58,22 @@ def test_seeds_repeat_and_differ():
     assert not np.array_equal(first["history_item"], other["history_item"])
 
 
-def test_durations_of_every_bucket_occur():
-    gaps = probe.single(SPECS, 10_000, 1, np.random.default_rng(0))["history_time"]
-    assert gaps.min() < 2**14
-    assert gaps.max() > 2**22
+def test_integers_without_a_limit_are_modest_and_large_where_that_is_asked_for():
+    made = probe.single(SPECS, 10_000, 1, np.random.default_rng(0))
+    assert 500 < made["history_time"].max() < probe.MODEST
+    large = probe.wide(SPECS, made, np.random.default_rng(0))["history_time"]
+    assert large.min() < 2**14, "no duration of the first buckets"
+    assert large.max() > 2**22, "no duration of the last bucket"
+    bytes_ = (TensorSpec("x", "int8", ("N_h",), "user"),)
+    assert probe.single(bytes_, 1000, 1, np.random.default_rng(0))["x"].min() >= 0
+    assert not probe.unlimited(bytes_)
+
+
+def test_floats_from_a_least_value_on():
+    spec = TensorSpec("price", "float32", ("N_t",), "target", low=3)
+    made = probe.single((spec,), 0, 1000, np.random.default_rng(0))["price"]
+    assert made.min() >= 3
+    assert made.max() > 5
 
 
 def test_more_targets_than_ids():

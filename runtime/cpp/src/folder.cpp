@@ -129,8 +129,8 @@ std::vector<std::string> Folder::list() const {
   std::vector<std::string> found;
   while (const dirent* entry = ::readdir(listing)) {
     const std::string name = entry->d_name;
-    // "." and "..", and where a mounted volume keeps its versions ("..data").
-    if (name != "." && name.rfind("..", 0) != 0) found.push_back(name);
+    // "." and "..", where a mounted volume keeps its versions ("..data"), what file managers show (".DS_Store").
+    if (name.front() != '.') found.push_back(name);
   }
   return found;
 }

@@ -46,16 +46,20 @@ std::string place_of(std::size_t index, const Shape& shape) {
 }
 
 /// `array` is what `given` became in the model's type: a float64 can be finite and yet too large for it.
-void check_finite(const TensorSpec& spec, const Array& array, const Array& given) {
+void check_floats(const TensorSpec& spec, const Array& array, const Array& given) {
+  const double low = spec.low ? static_cast<double>(*spec.low) : -std::numeric_limits<double>::infinity();
   visit_floating(array.dtype, [&](auto type) {
     const auto* data = static_cast<const decltype(type)*>(array.data);
     for (std::size_t i = 0, count = array.shape.elements(); i < count; ++i) {
-      if (std::isfinite(static_cast<double>(data[i]))) continue;
+      const auto own = static_cast<double>(data[i]);
+      const bool finite = std::isfinite(own);
+      if (finite && own >= low) continue;
       visit_floating(given.dtype, [&](auto given_type) {
         using Wide = std::conditional_t<std::is_same_v<decltype(given_type), float>, float, double>;
         const auto value = static_cast<Wide>(static_cast<const decltype(given_type)*>(given.data)[i]);
-        request_error(spec.name, ": holds ", number_text(value), " at ", place_of(i, array.shape), "; values must be finite as ",
-                      dtype_name(spec.dtype));
+        const std::string must = finite ? "it must be at least " + std::to_string(*spec.low)
+                                        : std::string("values must be finite as ") + dtype_name(spec.dtype);
+        request_error(spec.name, ": holds ", number_text(value), " at ", place_of(i, array.shape), "; ", must);
       });
     }
   });
@@ -136,7 +140,7 @@ Array checked(const TensorSpec& spec, const Array& raw) {
   const bool any = raw.shape.elements() > 0;
   if (any && kind_of(spec.dtype) == Kind::integer) check_range(spec, raw);
   Array fitting = converted(raw, spec.dtype);
-  if (any && kind_of(spec.dtype) == Kind::floating) check_finite(spec, fitting, raw);
+  if (any && kind_of(spec.dtype) == Kind::floating) check_floats(spec, fitting, raw);
   return fitting;
 }
 

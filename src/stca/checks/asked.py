@@ -6,12 +6,14 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from stca import probe
 from stca.arrays import Array
 from stca.checks.row_by_row import with_fewer_copies
+from stca.checks.tolerance import judged
 from stca.manifest import Manifest
 from stca.runtime.request import Door
 
@@ -28,19 +30,27 @@ PROBES: tuple[tuple[tuple[int, int], ...], ...] = (
 WITH_GAPS: tuple[tuple[int, int], ...] = ((40, 5),)
 
 
+_NO_GAPS = (
+    "a request whose user inputs hold the least integer in about half of their places, as padding often does: the "
+    "model's own scores are not finite for it, in float64 too"
+)
+
+
 @dataclass(frozen=True)
 class Asked:
-    """Batches of requests, the last one with gaps.
+    """Batches of requests: the last one with gaps, the one before it with large integers, where any have no limit.
 
     Attributes:
         sizes: of each batch, the history tokens and targets of its requests.
         batches: of each batch, its requests' inputs.
         feeds: of each batch, the request graph's inputs.
+        wide: inputs of the integers that are large in the last batch but one.
     """
 
     sizes: Sequence[Sequence[tuple[int, int]]]
     batches: Sequence[Sequence[dict[str, Array]]]
     feeds: Sequence[dict[str, Array]]
+    wide: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -61,9 +71,13 @@ class Asked:
             sizes = [(request,) for batch in sizes for one in batch for request in with_fewer_copies(specs, *one)]
         shortest, longest = manifest.min_history or 0, manifest.max_history or sys.maxsize
         sizes = [tuple((min(max(n, shortest), longest), m) for n, m in batch) for batch in sizes]
+        wide = tuple(s.name for s in probe.unlimited(specs))
+        sizes += sizes[-1:] if wide else []
         batches = [[probe.single(specs, n, m, rng) for n, m in batch] for batch in sizes]
         batches[-1] = [probe.padded(specs, request, rng) for request in batches[-1]]
-        return cls(sizes, batches, [probe.pack(specs, batch) for batch in batches])
+        if wide:
+            batches[-2] = [probe.wide(specs, request, rng) for request in batches[-2]]
+        return cls(sizes, batches, [probe.pack(specs, batch) for batch in batches], wide)
 
     @property
     def targets(self) -> list[list[int]]:
@@ -75,6 +89,36 @@ class Asked:
         specs = manifest.graphs["request"].inputs
         return [[probe.pack(specs, [r]) for r in batch] if len(batch) > 1 else [] for batch in self.batches]
 
-    def without_gaps(self) -> Asked:
-        """All but the last batch."""
-        return dataclasses.replace(self, sizes=self.sizes[:-1], batches=self.batches[:-1], feeds=self.feeds[:-1])
+    @property
+    def optional(self) -> list[tuple[int, str]]:
+        """The batches that a model need not have right scores for, and what to say where it has none."""
+        if not self.wide:
+            return [(-1, _NO_GAPS)]
+        large = (
+            "a request whose integers without a limit are large: the model's own scores are not right for it. Of "
+            f"{', '.join(self.wide)} only values below {probe.MODEST:,} were tried; say what they may hold, as in "
+            f"--ids {self.wide[0]}=24"
+        )
+        return [(-2, large), (-1, _NO_GAPS)]
+
+    def beyond(self, i: int, own: Sequence[Array], reference: Sequence[Array], precision: str) -> bool:
+        """Whether the model itself, not what was made of it, has no right scores for a batch of `optional`.
+
+        Args:
+            i: of the batch.
+            own: the model's scores for each batch in its precision, and `reference` in float64.
+            precision: of the model.
+        """
+        if not np.isfinite(reference[i]).all():
+            return True
+        return i != -1 and not judged([("", [own[i]])], "", [reference[i]], [self.targets[i]], precision)[0].passed
+
+    def without(self, i: int) -> Asked:
+        """All but the batch `i`."""
+        sizes, batches, feeds = (without(of, i) for of in (self.sizes, self.batches, self.feeds))
+        return dataclasses.replace(self, sizes=sizes, batches=batches, feeds=feeds)
+
+
+def without(of: Sequence[Any], i: int) -> list[Any]:
+    """What there is of each batch, but for that of the batch `i`."""
+    return [one for at, one in enumerate(of) if at != i % len(of)]

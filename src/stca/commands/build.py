@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from stca.bundle import require_folder
+from stca.bundle import require_folder, require_writable
 from stca.commands.options import ENGINES, PRECISIONS, count, emit, memory, size, sizes, sm
 from stca.commands.progress import progress_on_stderr
 
@@ -52,6 +53,8 @@ def options(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
     require_folder(args.bundle)
+    if not args.dry_run:
+        require_writable(Path(args.bundle).resolve())
     progress = progress_on_stderr("torch and onnx")
     from stca.engines.build import Workload, build
     from stca.engines.cache import EngineCache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from stca.bundle import Bundle
+from stca.bundle import Bundle, place_for
 from stca.commands.options import count, dims, emit, positive, require_file
 from stca.commands.progress import progress_on_stderr
 from stca.errors import UsageError
@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from stca.calibration.quality import Budget
 
     budget = Budget.parse(args.budget)
+    place_for(args.out)
     bundle = Bundle.load(args.bundle)
     if args.trace != DEMO:
         require_file(args.trace, "folder of a trace")

@@ -6,7 +6,7 @@ import argparse
 import functools
 from pathlib import Path
 
-from stca.bundle import Bundle
+from stca.bundle import Bundle, place_for
 from stca.commands.options import cut, cut_options, emit, exported, require_file, require_module
 from stca.commands.progress import progress_on_stderr
 from stca.errors import CheckpointError, UsageError
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.out is None:
         raise UsageError("--out BUNDLE is missing: the directory of the bundle")
+    place_for(args.out)
     if args.triton_repository is None:
         return exported(args, _exported(args))
     from stca.serve.triton_repository import new_model

@@ -225,6 +225,7 @@ def exported(args: argparse.Namespace, bundle: Bundle, triton_model: Path | None
         *_fixed_targets(m),
         *(d["text"] for d in m.split["request_dependencies"]),
         *m.split["notes"],
+        *(f"left out of the proof: {what}" for what in m.parity.get("left_out") or ()),
     ]
     if triton_model is not None:
         data["triton_model"] = str(triton_model)

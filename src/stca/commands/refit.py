@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from stca.bundle import require_folder
+from stca.bundle import place_for, require_folder, require_writable
 from stca.commands.options import emit, require_file
 from stca.commands.progress import progress_on_stderr
 from stca.errors import CheckpointError
@@ -27,6 +28,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
     require_folder(args.bundle)
     require_file(args.checkpoint, "checkpoint file", CheckpointError)
+    if args.out:
+        place_for(args.out)
+    else:
+        require_writable(Path(args.bundle).resolve())
     progress = progress_on_stderr("torch and onnx")
     from stca.engines.cache import EngineCache
     from stca.engines.refit import refit

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from pathlib import Path
 
-from stca.bundle import Bundle
+from stca.bundle import Bundle, require_writable
 from stca.commands.options import count, emit, measured, measured_options, positive, sizes
 from stca.commands.progress import progress_on_stderr
 
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.load(args.bundle)
     place = bundle.path.resolve()
     out = args.out or place.with_name(f"{place.name}-report.html")
+    require_writable(Path(out))
     progress = progress_on_stderr("matplotlib and onnx")
     from stca.report.measured import report_of
 

@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     from stca.runtime.json_request import read_requests
 
     requests = read_requests(text)
+    if not requests:
+        raise RequestError(f"{args.requests}: holds no requests; `stca schema requests` says what goes in")
     session = Session.load(
         args.bundle,
         threads=args.threads,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 
+from stca.bundle import place_for
 from stca.commands.options import cut, cut_options, exported, names, require_file
 from stca.commands.progress import progress_on_stderr
 from stca.errors import SplitError, StcaError
@@ -29,6 +30,7 @@ def options(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
     require_file(args.model, "ONNX file", SplitError)
+    place_for(args.out)
     progress = progress_on_stderr("torch and onnx")
     from stca.checks.verify import prove
     from stca.export.pipeline import split_onnx

@@ -7,7 +7,7 @@ import argparse
 from stca.bundle import Bundle
 from stca.commands.options import ENGINES, PRECISIONS, emit, native_code_option, require_module
 from stca.commands.progress import progress_on_stderr
-from stca.errors import StcaError
+from stca.errors import StcaError, UsageError
 from stca.manifest import check_account
 
 HELP = "parity of every stage against a float64 reference"
@@ -47,7 +47,17 @@ def run(args: argparse.Namespace) -> int:
     from stca.checks.verify import verify
     from stca.export.modules import adapted, resolve
 
-    module = adapted(resolve(args.model)).module if args.model else None
+    module = None
+    if args.model:
+        made = adapted(resolve(args.model))
+        takes, wanted = ([s.name for s in of] for of in (made.inputs, bundle.manifest.graphs["request"].inputs))
+        if set(takes) != set(wanted):
+            source = bundle.manifest.model.get("name")
+            raise UsageError(
+                f"--model {args.model}: takes {', '.join(takes)}, and the bundle {', '.join(wanted)}; pass the "
+                f"callable that the bundle was made from{f', here {source}' if source else ''}"
+            )
+        module = made.module
     if choice:
         report = verify_engine(bundle, choice, module=module, progress=progress)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -70,6 +71,7 @@ class Server:
             "http": (http, clients_app(self.serving, f"{_bracketed(s.admin_host)}:{admin.getsockname()[1]}")),
             "admin": (admin, admin_app(self.serving, clients)),
         }
+        _bound(s.host, s.grpc_port, "grpc-port").close()  # gRPC would say in a log line of its own that it is taken
         try:
             self.ports["grpc"] = self._grpc.add_insecure_port(f"{_bracketed(s.host)}:{s.grpc_port}")
         except RuntimeError as e:
@@ -216,6 +218,8 @@ def _bound(host: str, port: int, option: str) -> socket.socket:
         return bound
     except OSError as e:
         why = str(e.strerror).partition(" (")[0]  # Python adds the address, which is told anyway
+        if isinstance(e, socket.gaierror) or e.errno == errno.EADDRNOTAVAIL:
+            option = "admin-host" if option == "admin-port" else "host"
         raise UsageError(f"port {port} of {host} cannot be taken ({why}); choose another with --{option}") from e
 
 

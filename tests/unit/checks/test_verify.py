@@ -15,7 +15,9 @@ from onnx import numpy_helper
 from support import tiny
 from support.errors import one_line
 
+from stca import probe
 from stca.bundle import Bundle, seal, sha256_of
+from stca.checks.asked import Asked
 from stca.checks.tolerance import StageParity, Tolerance, compare
 from stca.checks.verify import ParityReport, prove, verify
 from stca.commands import main
@@ -102,6 +104,27 @@ def test_default_probes_fit_the_bundles_window(bundle_dir):
     report = prove(Bundle.load(bundle_dir), progress=told.append)
     assert report["passed"]
     assert len(told) == 1 + len(STAGES)
+
+
+def test_large_integers_are_left_out_where_the_model_itself_loses_them(bundle_dir):
+    asked = Asked.of(Bundle.load(bundle_dir).manifest, ONE, 0, few_copies=False)
+    most = [max(int(r["history_time"].max(initial=0)) for r in batch) for batch in asked.batches]
+    assert most[-2] > probe.MODEST > max(most[:-2])
+    right = [np.ones((sum(m), 1)) for m in asked.targets]
+    assert not any(asked.beyond(i, right, right, "float32") for i, _ in asked.optional)
+    wrong = [x * 1.01 for x in right]
+    told = [why for i, why in asked.optional if asked.beyond(i, wrong, right, "float32")]
+    assert len(told) == 1, "a batch with gaps is left out only where it has no scores"
+    assert "history_time" in told[0]
+    assert "--ids" in told[0]
+    assert len(asked.without(-2).feeds) == len(asked.feeds) - 1
+
+
+def test_what_the_model_itself_loses_is_not_the_graphs_fault():
+    stage = StageParity("torch", "float64 torch", 0.1, 0.1, 1.0, 1.0, 0.01, passed=False)
+    report = ParityReport(passed=False, weights="", precision="float32", reference="float64 torch", stages=(stage,))
+    with one_line(ParityError, "stage torch", "the model's own scores", "--ids INPUT=N"):
+        report.require(what_next="for the exported graph is not the model")
 
 
 def test_a_changed_weight_in_the_scorer_fails_what_uses_the_scorer(copy):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx
 import pytest
@@ -174,6 +176,18 @@ def test_a_history_that_takes_long_has_no_end_there(of, monkeypatch):
 
     monkeypatch.setattr(asking.Child, "run", slow)
     assert of((history, ITEM), nodes, begin=np.int64([0]), positions=table(1200, 2)).max_history is None
+
+
+def test_a_float_that_must_not_be_negative_is_found_and_named(of):
+    specs = [TensorSpec(n, "float32", ("N_t",), "target") for n in ("price", "rest")]
+    nodes = [("Add", ["price", "one"], ["more"]), ("Log", ["more"], ["log"]), ("Add", ["log", "rest"], ["score"])]
+    found = of(specs, nodes, one=np.float32(1))
+    assert [s.low for s in found.inputs] == [0, None]
+    assert len(found.told) == 1
+    assert found.told[0].startswith("price: scores are not finite where it is negative")
+    assert of(specs, nodes, one=np.float32(10)).told == (), "a logarithm that is defined there"
+    declared = dataclasses.replace(specs[0], low=2)
+    assert of([declared, specs[1]], nodes, one=np.float32(-1)).inputs[0].low == 2
 
 
 def test_a_mean_over_nothing_needs_an_event(of):

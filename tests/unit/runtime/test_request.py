@@ -439,6 +439,42 @@ def test_other_wrong_shapes_are_not_told_so(scope, shape, value):
         door.admit({"x": [0] * value}, *ALL)
 
 
+def test_rows_of_several_users_are_told_that_one_is_wanted():
+    door = Door(manifest((TensorSpec("x", "int64", (1, 2), "user"),)))
+    with one_line(RequestError, "x: has shape [3, 2]", "one row for the user"):
+        door.admit({"x": np.zeros((3, 2), np.int64)}, *ALL)
+
+
+@pytest.mark.parametrize(("sent", "found"), [([1, 2], [1.0, 2.0]), (3, [3.0]), ((1, 0.5), [1.0, 0.5])])
+def test_numbers_of_python_have_no_dtype_of_their_own(sent, found):
+    door = Door(manifest((TensorSpec("x", "float32", ("N_t",), "target"),)))
+    made = door.admit({"x": sent}, *ALL)["x"]
+    assert (made.dtype, made.tolist()) == (np.float32, found)
+
+
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [
+        ([1, 2**24 + 1], ("16777217 at [1]", "float32 does not hold exactly")),
+        (np.array([1, 2]), ("has dtype int64",)),
+        ([np.int64(1)], ("has dtype int64",)),
+        ([True], ("has dtype bool",)),
+    ],
+)
+def test_arrays_keep_their_dtype_and_no_number_is_rounded(sent, words):
+    door = Door(manifest((TensorSpec("x", "float32", ("N_t",), "target"),)))
+    with one_line(RequestError, "x: ", *words):
+        door.admit({"x": sent}, *ALL)
+
+
+@pytest.mark.parametrize("sent", [[1.0, -0.5], np.array([1, -0.5], np.float32), np.array([1, -0.5])])
+def test_a_float_below_the_least_there_is(sent):
+    door = Door(manifest((TensorSpec("price", "float32", ("N_t",), "target", low=0),)))
+    with one_line(RequestError, "price: holds -0.5 at [1]; it must be at least 0"):
+        door.admit({"price": sent}, *ALL)
+    assert door.admit({"price": np.zeros(2, np.float32)}, *ALL)["price"].tolist() == [0, 0]
+
+
 def test_a_batch_of_more_requests_than_anyone_has_is_refused_at_once():
     inputs = {n: x[:0] for n, x in packed((1, 1)).items()}
     many = np.broadcast_to(np.int64(0), (10**6,))

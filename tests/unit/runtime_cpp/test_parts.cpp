@@ -20,6 +20,7 @@
 #include "state.hpp"
 #include "tables.hpp"
 #include "tensor.hpp"
+#include "values.hpp"
 #include "visit.hpp"
 
 using namespace stca::core;
@@ -37,6 +38,15 @@ TEST(door_encodes_events_beside_valid_values_of_what_there_is_once_per_user) {
   const Array& made = row.arrays[static_cast<std::size_t>(segment - inputs.begin())];
   CHECK_EQUAL(made.shape.text(), "[1]");
   CHECK_EQUAL(*static_cast<const std::int64_t*>(made.data), 2);
+}
+
+TEST(floats_below_their_least_value_are_refused) {
+  TensorSpec spec;
+  spec.name = "price", spec.dtype = STCA_FLOAT32, spec.low = 0;
+  const float prices[] = {0.0F, 2.0F, -0.5F};
+  CHECK_EQUAL(checked(spec, view_of({"price", prices, STCA_FLOAT32, 1, {2}})).shape.text(), "[2]");
+  CHECK_THROWS(checked(spec, view_of({"price", prices, STCA_FLOAT32, 1, {3}})), Error,
+               "price: holds -0.5 at [2]; it must be at least 0");
 }
 
 TEST(json_reads_every_kind_of_value) {
