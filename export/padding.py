@@ -347,6 +347,8 @@ def _said(history: Padding, asked: _Asked) -> str:
     names = ", ".join(e.name for e in history.inputs)
     filled = [n for n in (history.lengths, *(e.name for e in history.inputs if e.event is not None)) if n]
     made = f"; {', '.join(filled)} need not be sent: then send real events only, as each counts" if filled else ""
+    if weights := [n for n in filled if np.dtype(asked.inputs[n].dtype).kind == "f"]:  # which no question tells apart
+        made += f"; but send {', '.join(weights)} if it is a weight, and no mask of 0 and 1"
     if asked.free:
         return f"{names}: of any length{made}"
     if history.side is None:

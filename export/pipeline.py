@@ -211,9 +211,8 @@ def split_onnx(
     cut = cut or CutOptions()
     large = Large(cut.tables_above)
     graph = load_onnx(file, large)
-    unknown = [name for name in scopes if name not in {i.name for i in graph.graph.input}]
-    if unknown:
-        names = [i.name for i in graph.graph.input]
+    names = [i.name for i in graph.graph.input]
+    if unknown := [name for name in scopes if name not in names]:
         meant = did_you_mean(unknown[0], names)
         raise SplitError(f"the model has no input {unknown[0]!r}; its inputs are {', '.join(names)}{meant}")
     given = [spec_of(i) for i in graph.graph.input]

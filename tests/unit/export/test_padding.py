@@ -147,7 +147,14 @@ def test_a_mask_is_found_whatever_it_says_of_an_event(event: int) -> None:
 
     found = asked(scores, ITEMS, MASK)
     assert found.padding == (Padding((EventInput("items", 1), EventInput("mask", 1, 1 - event, event)), "right"),)
-    assert "mask need not be sent" in found.told[0]
+    assert "mask need not be sent: then send real events only" in found.told[0]
+    assert "weight" not in found.told[0]
+
+
+def test_a_mask_of_floats_may_be_a_weight() -> None:
+    mask = TensorSpec("mask", "float32", MASK.shape, "user")
+    found = asked(lambda feeds: float((events(feeds) * feeds["mask"][0]).sum()), ITEMS, mask)
+    assert "send mask if it is a weight" in found.told[0]
 
 
 def test_a_mask_of_a_free_length_is_made_too() -> None:
