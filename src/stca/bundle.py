@@ -303,8 +303,7 @@ def require_writable(target: Path) -> None:
     """Raises BundleError when nothing can be written beside `target`, nor its folder made: found out by trying."""
     try:
         folder = next(p for p in target.absolute().parents if p.exists())
-        with tempfile.TemporaryDirectory(".tmp", f".{target.name}.", folder, ignore_cleanup_errors=True):
-            pass
+        os.rmdir(tempfile.mkdtemp(".tmp", f".{target.name}.", folder))
     except OSError as e:
         raise BundleError(f"{target}: cannot be written ({e.strerror}); choose another --out") from e
 

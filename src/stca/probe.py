@@ -95,7 +95,12 @@ def _draw(spec: TensorSpec, shape: tuple[int, ...], sizes: Mapping[str, int], rn
         normal = rng.standard_normal(shape)
         return normal if spec.low is None else spec.low + np.abs(normal)
     # What a model makes of ids far below zero is its guard's business: one of them is as good as another.
-    low, end = max(spec.low or 0, -1), spec.limit or (2 if spec.dtype == "bool" else _end(spec, MODEST))
+    # Of counts without a limit, 0 may be none, of which `padded` makes gaps.
+    counts = spec.dtype != "bool" and (spec.limit, spec.low, spec.length_of) == (None,) * 3
+    low, end = (
+        1 if counts else max(spec.low or 0, -1),
+        spec.limit or (2 if spec.dtype == "bool" else _end(spec, MODEST)),
+    )
     if spec.length_of is not None:
         end = min(end, sizes.get(spec.length_of, 1) + 1)
     if spec.scope == "target" and spec.limit and len(shape) == 1 and shape[0] <= end - low:
