@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,7 +30,7 @@ from stca.export.accept import (
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured
 from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE, DEFAULT_FLOPS_PER_ROW
 from stca.export.analysis.growth import Growth
-from stca.export.analysis.rows import Rows
+from stca.export.analysis.rows import dims_of
 from stca.export.analysis.scope import stand_ins
 from stca.export.answers import answers
 from stca.export.appending import Appending, appending, counts_all
@@ -57,7 +58,6 @@ from stca.export.tables import DEFAULT_ABOVE, Large, Left, leave
 from stca.export.to_onnx import RequestModel, to_request_graph
 from stca.manifest import (
     GROWER,
-    OFFSETS,
     POINTWISE,
     SUM,
     TARGETS,
@@ -235,9 +235,9 @@ class _Request:
         pointwise: the graph as it was exported, where users and targets shared a batch axis.
         workload: nominal size of each symbolic dimension.
         measured: shapes of values as runs showed them.
-        asked: the graph before the rules, to ask what the model takes: they may leave out what refuses a request.
         left: the tables that stand-ins are in the place of.
         facts: for the split's report.
+        ruleless: the same without what the rules did, where they did anything.
     """
 
     graph: onnx.ModelProto
@@ -245,10 +245,10 @@ class _Request:
     pointwise: onnx.ModelProto | None
     workload: Mapping[str, int]
     measured: Measured
-    asked: onnx.ModelProto
     left: Left
     facts: Mapping[str, Any]
     notes: tuple[str, ...]
+    ruleless: _Request | None = None
 
 
 def _request_graph(
@@ -296,27 +296,16 @@ def _request_graph(
     if assumed:
         sizes = ", ".join(f"{n} = {size}" for n, size in assumed.items())
         progress(f"assuming {sizes}; --history, --targets and --size say otherwise")
-    measured = _measured(graph, specs)
+    measured = dims_of(graph, specs)
     rules = RULES if cut.free else ()
     freed = freed_and_proven(View(graph, _scopes(specs), workload, measured), specs, progress, rules)
-    if freed.verdicts:
+    if rules:
         facts["rules"] = [dataclasses.asdict(v) for v in freed.verdicts]
-    before = graph
-    if any(v.why is None for v in freed.verdicts):
-        graph, measured = freed.model, _measured(freed.model, specs)
-    asked = before if pointwise is not None else graph
-    return _Request(graph, specs, pointwise, workload, measured, asked, left, facts, notes)
-
-
-def _measured(graph: onnx.ModelProto, specs: Sequence[TensorSpec]) -> Measured:
-    """Shapes of values as runs show them, for costs: none where no size counts targets, or the graph does not run."""
-    rows = next((n for s in specs if s.scope == "target" for n in s.shape if isinstance(n, str)), None)
-    if rows is None or any(s.shape == (OFFSETS,) for s in specs):
-        return {}
-    try:
-        return Rows(graph, specs, rows).dims
-    except SplitError:
-        return {}
+        facts["rules_without_a_place"] = [r.name for r in rules if r.name not in {v.rule for v in freed.verdicts}]
+    plain = _Request(graph, specs, pointwise, workload, measured, left, facts, notes)
+    if all(v.why for v in freed.verdicts):
+        return plain
+    return dataclasses.replace(plain, graph=freed.model, measured=dims_of(freed.model, specs), ruleless=plain)
 
 
 def _scopes(specs: Sequence[TensorSpec]) -> dict[str, Scope]:
@@ -337,8 +326,10 @@ def _write(
 ) -> Bundle:
     with writing(out) as (work, commit):
         request = _request_graph(graph, specs, large, work, cut, progress)
+        # Asked what it takes is the graph before the rules: they may leave out what refuses a request.
+        asked = (request.ruleless or request).graph if request.pointwise is not None else request.graph
         takes, padded = answers(
-            request.graph, request.asked, request.specs, max_history, cut.pad, work, progress,
+            request.graph, asked, request.specs, max_history, cut.pad, work, progress,
             config=source["kind"] == "stca", apart=request.left.apart,
         )  # fmt: skip
         progress("splitting by dataflow")
@@ -347,7 +338,14 @@ def _write(
         if appends.sums and (counts := next((p.lengths for p in padded.padding or () if p.lengths), None)):
             appends = Appending(free, counts_all(counts))
         halves = appends.halves
-        notes = [*halves.report.notes, *request.notes]
+        facts, notes = dict(request.facts), [*halves.report.notes, *request.notes]
+        if request.ruleless is not None:
+            with contextlib.suppress(SplitError):  # rules may have made it one that can be cut
+                plain = _halves(request.ruleless, cut, takes.max_history).report.hit_work
+                facts["hit_work_without_rules"] = plain
+                notes.append(
+                    f"rules took a hit's work from {plain / 1e9:.3g} to {free.report.hit_work / 1e9:.3g} GFLOP"
+                )
         if appends.why_not is not None:
             notes.append(f"new events cannot be appended to a state: {appends.why_not}")
         progress("writing the bundle")
@@ -368,7 +366,7 @@ def _write(
             max_history=takes.max_history,
             min_history=takes.min_history,
             padding=padded.padding,
-            split={**halves.report.as_dict(), **request.facts, "notes": [*notes, *takes.told, *padded.told]},
+            split={**halves.report.as_dict(), **facts, "notes": [*notes, *takes.told, *padded.told]},
             parity={},
             producer={"stca": stca.__version__, "onnx": onnx.__version__},
             tables=request.left.tables or None,

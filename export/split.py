@@ -73,6 +73,11 @@ class SplitReport:
     request_dependencies: tuple[RequestDependency, ...]
     notes: tuple[str, ...]
 
+    @property
+    def hit_work(self) -> int:
+        """What a request does that finds a state."""
+        return self.recomputed_work + self.request_work + self.target_work
+
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; a dependency has its sentence as `text`."""
         plain = dataclasses.asdict(self)

@@ -108,7 +108,9 @@ class TurnedOnce:
 
     def check(self, view: View, match: Turn) -> str | None:
         """Only where nothing else reads what is between, which would be made twice."""
-        return f"{match.read_by!r} reads what is between" if match.read_by else None
+        return (
+            f"{match.read_by!r} reads a value between the turns, which it would need twice" if match.read_by else None
+        )
 
     def rewrite(self, view: View, match: Turn) -> Rewrite:
         """What is between, on turned values."""

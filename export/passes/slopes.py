@@ -102,7 +102,7 @@ class SlopeApart:
             matrix = 2 * math.prod(view.sizes.shape(match.product.input[1]) or (0,)) * n
         before = rows * match.hidden[-1] * match.activation.saved * MOVED
         after = rows * n * (2 * inner + MOVED) + matrix + 4 * STARTED
-        return None if after < before else f"apart it takes as much as {after:.3g} operations more, whole {before:.3g}"
+        return None if after < before else f"apart its products take {after:.3g} operations, and save {before:.3g}"
 
     def rewrite(self, view: View, match: Match) -> Rewrite:
         """Both products and their sum."""

@@ -195,9 +195,8 @@ class Manifest:
     @property
     def cached(self) -> float:
         """The share of a request's work that a kept state saves, as the cut counted it at its nominal request."""
-        report = self.split
-        whole = sum(int(report.get(f"{scope}_work", 0)) for scope in ("user", "request", "target"))
-        return (int(report.get("user_work", 0)) - int(report.get("recomputed_work", 0))) / max(1, whole)
+        whole = sum(int(self.split.get(f"{scope}_work", 0)) for scope in ("user", "request", "target"))
+        return (int(self.split.get("user_work", 0)) - int(self.split.get("recomputed_work", 0))) / max(1, whole)
 
     @property
     def rounding(self) -> str | None:
@@ -363,9 +362,10 @@ def _check_account(manifest: Manifest) -> None:
 def _check_cut(split: Mapping[str, Any]) -> None:
     for name in ("state_bytes", "bytes_per_token", "user_work", "recomputed_work", "request_work", "target_work"):
         typed_json.as_type(int, split.get(name), f"split: {name}")
+    typed_json.as_type(int | None, split.get("hit_work_without_rules"), "split: hit_work_without_rules")
     typed_json.as_type(Mapping[str, int], split.get("workload"), "split: workload")
     typed_json.as_type(tuple[Reason, ...], split.get("reasons", []), "split: reasons")
-    for name in ("encoder_nodes", "scorer_nodes"):
+    for name in ("encoder_nodes", "scorer_nodes", "rules_without_a_place"):
         typed_json.as_type(tuple[str, ...], split.get(name, []), f"split: {name}")
     lifted = typed_json.as_type(Mapping[str, Any], split.get("lifted", {}), "split: lifted")
     typed_json.as_type(Mapping[str, str], lifted.get("decisions", {}), "split: lifted: decisions")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from stca import probe
 from stca.bundle import Bundle
 from stca.commands.options import dims, emit, memory
-from stca.manifest import SUM, EngineEntry, Manifest, Padding, check_account
+from stca.manifest import ITEM_BYTES, SUM, EngineEntry, Manifest, Padding, check_account
 
 # What `inspect` says of an engine; --json has the rest.
 _ENGINE_FACTS = ("graph", "flavour", "version", "sm", "precision", "lowering", "file", "bytes", "requests")
@@ -80,10 +82,19 @@ def _why(m: Manifest) -> list[str]:
         for v in tables:
             verdict = f"stays: {v['why']}" if v["why"] else "left the graphs"
             lines.append(_line(v["table"], f"{v['bytes']:,} bytes; {verdict}"))
-    if rules := report.get("rules"):
-        lines.append("why: rules that free user work")
-        lines += [_line(v["node"], f"{v['rule']}: {v['why'] or 'rewritten'}") for v in rules]
-    return lines
+    return lines + _rules(report.get("rules", ()), report.get("rules_without_a_place", ()))
+
+
+def _rules(verdicts: Sequence[Mapping[str, Any]], idle: Sequence[str]) -> list[str]:
+    """Each rule: the nodes that it rewrote, and those that it left, with the reason."""
+    nodes: dict[str, dict[str, list[str]]] = {}
+    for v in verdicts:
+        nodes.setdefault(v["rule"], {}).setdefault(v["why"] or "", []).append(v["node"])
+    lines = ["why: rules that free user work"] if nodes or idle else []
+    for rule, by_reason in nodes.items():
+        for why, names in by_reason.items():
+            lines += _reason(f"{rule}: {f'left, as {why}' if why else 'rewritten'}", names)
+    return lines + (_reason("nothing in the graph looks like what these rewrite", idle) if idle else [])
 
 
 def _line(name: str, told: str) -> str:
@@ -152,14 +163,15 @@ def _padding(m: Manifest, history: Padding) -> str:
 
 def _state(m: Manifest) -> list[str]:
     appends = "can be appended" if m.appendable else "cannot be appended"
-    return [
-        f"user state: {sum(s.bytes_per_token for s in m.state)} bytes per token; new events {appends}",
-        *(
-            f"  {s.name:<24} {s.dtype:<8} {dims(s.shape):<16} "
-            + ("a sum over tokens" if s.append == SUM else f"{s.bytes_per_token} bytes per token")
-            for s in m.state
-        ),
-    ]
+    lines = [f"user state: {sum(s.bytes_per_token for s in m.state)} bytes per token; new events {appends}"]
+    for s in m.state:
+        size = f"{s.bytes_per_token} bytes per token"
+        if not s.bytes_per_token:
+            fixed = [n for n in s.shape if isinstance(n, int)]
+            size = f"{ITEM_BYTES[s.dtype] * math.prod(fixed):,} bytes" if len(fixed) == len(s.shape) else "of any size"
+        size = "a sum over tokens" if s.append == SUM else size
+        lines.append(f"  {s.name:<24} {s.dtype:<8} {dims(s.shape):<16} {size}")
+    return lines
 
 
 def _work(m: Manifest) -> list[str]:
@@ -176,6 +188,7 @@ def _work(m: Manifest) -> list[str]:
         f"  user {user / 1e9:.3g} GFLOP, {again / 1e9:.3g} of them redone per request; request "
         f"{split['request_work'] / 1e9:.3g}, target {split['target_work'] / 1e9:.3g}",
         *(d["text"] for d in split.get("request_dependencies", ())),
+        *(f"  {note}" for note in split.get("notes", ())),
     ]
 
 

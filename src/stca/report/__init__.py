@@ -138,6 +138,8 @@ def _context(data: ReportData, graph: Condensed) -> dict[str, Any]:
         "headline": page.headline(parity, bench, data.auc, data.trained_history),
         "length": f"a history of {formats.whole(events)} events" if events else "a history",
         "user_share": graph.side_flops("user") / max(1, graph.flops),
+        "without_rules": m.split.get("hit_work_without_rules"),
+        "hit_work": sum(m.split[f"{part}_work"] for part in ("recomputed", "request", "target")),
         "graph": graph,
         "blocks": page.in_order(graph),
         "block_name": page.block_name,

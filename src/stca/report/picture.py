@@ -229,6 +229,7 @@ class _Picture:
     def draw(self) -> Markup:
         cut = self.columns["cut"]
         user, target = (self.graph.side_flops(side) / max(1, self.graph.flops) for side in ("user", "target"))
+        ahead = f"runs once per user and is kept · {share(user)} of the work" if user else "keeps inputs as they came"
         bottom = self.height - 8
         parts = [
             el("defs", el("marker", el("path", d="M0 0 8 4 0 8z"), id="arrow", viewBox="0 0 8 8", refX="7.5", refY="4",
@@ -237,7 +238,7 @@ class _Picture:
             el("rect", x=cut.center, y=4, width=self.width - 8 - cut.center, height=bottom - 4, class_="region target"),
             el("line", x1=cut.center, x2=cut.center, y1=52, y2=bottom, class_="cut"),
             el("text", "User encoder", x=18, y=30, class_="side user"),
-            el("text", f"runs once per user and is kept · {share(user)} of the work", x=18, y=48, class_="note"),
+            el("text", ahead, x=18, y=48, class_="note"),
             el("text", "Target scorer", x=self.width - 18, y=30, class_="side target", text_anchor="end"),
             el("text", f"runs for every request · {share(target)} of the work", x=self.width - 18, y=48, class_="note",
                text_anchor="end"),

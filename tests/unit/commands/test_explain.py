@@ -103,6 +103,8 @@ ODD = {
         {"encoder_nodes": 5},
         {"lifted": []},
         {"rules": [3]},
+        {"rules_without_a_place": "x"},
+        {"hit_work_without_rules": "x"},
     ],
 }
 

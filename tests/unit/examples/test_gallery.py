@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from stca.examples import gallery
 from stca.examples.gallery import __main__ as command, measure, models, onnx_files
 from stca.examples.gallery.declared import GalleryModel, Input
+from stca.export import pipeline
+from stca.export.freeing import RULES
 
 
 @pytest.mark.parametrize("name", gallery.NAMES)
@@ -129,3 +131,19 @@ def test_a_name_that_is_none_is_bad_usage(capsys):
         command.main(["dim"])
     assert e.value.code == 2
     assert "'dim' is no model of the gallery" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["din", "multihead"])
+def test_rules_in_any_order_reach_the_same_cost(name, tmp_path, monkeypatch):
+    model = gallery.load(name)
+    onnx_files.write(model, "dynamo", tmp_path / "m.onnx")
+    scopes = {n: i.scope for n, i in model.inputs.items()}
+    costs = []
+    for rules in (RULES, RULES[::-1], ()):
+        monkeypatch.setattr(pipeline, "RULES", rules)
+        report = pipeline.split_onnx(
+            tmp_path / "m.onnx", scopes, tmp_path / "bundle", prove=lambda *_: {}
+        ).manifest.split
+        hit = report["recomputed_work"] + report["request_work"] + report["target_work"]
+        costs.append(report["state_bytes"] * report["flops_per_byte"] + hit)
+    assert costs[0] == costs[1] < costs[2]

@@ -13,6 +13,7 @@ from stca.bundle import Bundle
 from stca.checks.bench import bench
 from stca.checks.verify import prove, verify
 from stca.errors import RequestError, SplitError
+from stca.export.freeing import RULES
 from stca.export.pipeline import CutOptions, split_onnx
 from stca.runtime import OnnxRuntimeEngine, Request, RequestBatch, Session
 
@@ -140,6 +141,32 @@ def test_inspect_says_why(lifted, capsys):
     told = capsys.readouterr().out
     assert "scope user; one row for all targets (B → 1)" in told
     assert "expanded to the targets, for c (Concat)" in told
+
+
+def test_inspect_says_what_each_rule_did_and_what_all_of_them_gained(tmp_path, capsys):
+    """What a hit would take without rules is what it takes when none is tried."""
+    body = f"{BODY.replace('y = Tanh(x)', 'y = Tanh(x) i = Identity(i1)')} z = ReduceSum(y, i)"
+    model = onnx.load(write(tmp_path / "m.onnx", "score = Identity(z)", body=body))
+    rows = numpy_helper.from_array(np.random.default_rng(1).standard_normal((16, 64)).astype(np.float32), "w")
+    next(t for t in model.graph.initializer if t.name == "w").CopyFrom(rows)
+    onnx.save(model, tmp_path / "m.onnx")
+    free, plain = (
+        split_onnx(tmp_path / "m.onnx", SCOPES, tmp_path / f"{on}", prove=prove, cut=CutOptions(free=on)).manifest.split
+        for on in (True, False)
+    )
+    hit, without = (r["recomputed_work"] + r["request_work"] + r["target_work"] for r in (free, plain))
+    assert free["hit_work_without_rules"] == without > hit
+    assert "hit_work_without_rules" not in plain
+    gain = f"rules took a hit's work from {without / 1e9:.3g} to {hit / 1e9:.3g} GFLOP"
+    assert gain in free["notes"]
+    assert cli.main(["inspect", str(tmp_path / "True"), "--why"]) == 0
+    told = capsys.readouterr().out
+    assert gain in told
+    assert "sum of products: rewritten\n      x\n" in told
+    assert "nothing in the graph looks like what these rewrite\n      spectrum as a product," in told
+    fired = {v["rule"] for v in free["rules"]}
+    assert {rule.name for rule in RULES} == fired | {*free["rules_without_a_place"]}
+    assert not fired & {*free["rules_without_a_place"]}
 
 
 def test_every_node_has_one_reason(lifted):

@@ -96,7 +96,7 @@ def test_what_is_read_between_the_turns_stays() -> None:
         "most = ReduceMax (back, both) y = Mul (a, most)"
     )
     verdicts = {v.node: v.why for v in freed(before, INPUTS, TurnedOnce()).verdicts}
-    assert verdicts["back"] == "'y' reads what is between"
+    assert verdicts["back"] == "'y' reads a value between the turns, which it would need twice"
 
 
 def test_a_size_of_what_is_between_stays_too() -> None:
@@ -105,7 +105,7 @@ def test_a_size_of_what_is_between_stays_too() -> None:
         "real = Cast <to: int = 1> (size) most = ReduceMax (real) y = Mul (back, most)"
     )
     verdicts = {v.node: v.why for v in freed(before, INPUTS, TurnedOnce()).verdicts}
-    assert verdicts["back"] == "'size' reads what is between"
+    assert verdicts["back"] == "'size' reads a value between the turns, which it would need twice"
 
 
 def test_many_gates_in_a_row_are_walked_once() -> None:
