@@ -72,7 +72,7 @@ def freed_and_proven(
         rules: in order.
     """
     proven = [_Proven(rule, inputs) for rule in rules]
-    for _ in range(_MOST_PASSES):  # a rule may find what a later one made: in any order they end at the same graph
+    for _ in range(_MOST_PASSES):  # a rule may find what a later one made: in any order they gain about as much
         before = view
         for rule in proven:
             view = rule.apply(view, progress)
