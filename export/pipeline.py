@@ -341,11 +341,9 @@ def _write(
         facts, notes = dict(request.facts), [*halves.report.notes, *request.notes]
         if request.ruleless is not None:
             with contextlib.suppress(SplitError):  # rules may have made it one that can be cut
-                plain = _halves(request.ruleless, cut, takes.max_history).report.hit_work
+                plain, freed = (h.report.hit_work for h in (_halves(request.ruleless, cut, takes.max_history), free))
                 facts["hit_work_without_rules"] = plain
-                notes.append(
-                    f"rules took a hit's work from {plain / 1e9:.3g} to {free.report.hit_work / 1e9:.3g} GFLOP"
-                )
+                notes.append(f"rules took a hit's work from {plain / 1e9:.3g} to {freed / 1e9:.3g} GFLOP")
         if appends.why_not is not None:
             notes.append(f"new events cannot be appended to a state: {appends.why_not}")
         progress("writing the bundle")
