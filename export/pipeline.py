@@ -42,7 +42,6 @@ from stca.export.one_batch import of_one_request, with_one_batch
 from stca.export.outputs import lay_out_by_target, name_rows, score_axes
 from stca.export.padding import PadOptions
 from stca.export.passes.bags import without_loops_of_bags
-from stca.export.passes.packed_sizes import count_by_offsets
 from stca.export.passes.rules import View
 from stca.export.passes.sequences import without_sequences
 from stca.export.passes.spelled_out import spell_out
@@ -279,7 +278,6 @@ def _request_graph(
         facts["score_axes"] = {o.name: axis for o, axis in zip(graph.graph.output, axes, strict=True)}
     refuse_unservable(graph, [spec_of(o) for o in graph.graph.output])
     specs, history = name_history(graph, specs)
-    count_by_offsets(graph, specs)
     pointwise, sized = None, cut.workload
     notes: tuple[str, ...] = ()
     if lifted := lifted_and_proven(graph, specs, progress) if cut.lift else None:

@@ -252,8 +252,9 @@ def test_scales_of_another_matrix_do_not_pass_the_proof(tmp_path, own, requests,
     made = written(own, requests, tmp_path / "q", activations)
     scorer = onnx.load(made.file("target_scorer"), load_external_data=False)
     nodes = {n.output[0]: n for n in scorer.graph.node if n.op_type == "DequantizeLinear"}
-    one, other = (nodes[f"query_ffn.0.{name}.weight"] for name in ("up", "gate"))
-    one.input[0], other.input[0] = other.input[0], one.input[0]
+    for layer in (n.removesuffix("up.weight") for n in nodes if n.endswith(".up.weight")):
+        one, other = (nodes[f"{layer}{name}.weight"] for name in ("up", "gate"))
+        one.input[0], other.input[0] = other.input[0], one.input[0]
     onnx.save(scorer, made.file("target_scorer"))
     with pytest.raises(ParityError, match=stage):
         verify(seal(made.path, made.manifest), probes=(((9, 6),),)).require()

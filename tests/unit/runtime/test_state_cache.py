@@ -154,7 +154,7 @@ KEYS = {
 @pytest.mark.parametrize("tensors", [1, 6])
 @pytest.mark.parametrize("kind", KEYS)
 def test_what_is_counted_is_what_it_takes(kind, tensors):
-    """Whatever the keys are: never less than the memory taken, and no more than 1.6 times that."""
+    """Whatever the keys are: never less than the memory taken, and no more than 1.7 times that."""
     cache, make = StateCache(1 << 40), KEYS[kind]
     tracemalloc.start()
     try:
@@ -164,4 +164,4 @@ def test_what_is_counted_is_what_it_takes(kind, tensors):
         real = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    assert real <= cache.stats().bytes <= 1.6 * real
+    assert real <= cache.stats().bytes <= 1.7 * real

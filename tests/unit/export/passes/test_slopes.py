@@ -83,7 +83,7 @@ def test_where_it_stays(change: tuple[str, str], why: str) -> None:
 def test_a_wide_second_layer_stays() -> None:
     view = view_of(BODY, INPUTS, {**WEIGHTS, "V": (48, 64), "b": (64,)})
     (verdict,) = freed(view, INPUTS, SlopeApart()).verdicts
-    assert (verdict.why or "").startswith("apart it takes as much as")
+    assert (verdict.why or "").startswith("apart its products take")
 
 
 GATE = """scaled = Mul (hidden, f) moved = Add (scaled, t) p = Sigmoid (moved)

@@ -153,7 +153,7 @@ def least_cost(model: onnx.ModelProto) -> float:
     return report.state_bytes * report.flops_per_byte + report.recomputed_work + report.target_work
 
 
-@pytest.mark.parametrize("seed", range(1, 21))  # of 0, no layer has parts that are light
+@pytest.mark.parametrize("seed", sorted({*range(21)} - {0, 1, 3, 15}))  # of these, no rule finds a place
 def test_parts_of_random_layers_keep_every_value(seed: int) -> None:
     model = _Grower(seed).model()
     view = View(model, {s.name: str(s.scope) for s in INPUTS}, SIZES, Rows(model, INPUTS, "N_t").dims)
