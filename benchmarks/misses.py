@@ -20,16 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from outcome import command, tell
+from random_model import add_size, random_bundle
 
 import stca.runtime.model
 from stca import probe
-from stca.bundle import Bundle
 from stca.checks.bench import machine
-from stca.checks.verify import prove
-from stca.export.pipeline import export_checkpoint
-from stca.export.reference.checkpoint import Checkpoint
-from stca.export.reference.config import Field, StcaConfig
-from stca.export.reference.module import Stca
 from stca.runtime import RequestBatch, Session
 
 
@@ -37,7 +32,7 @@ def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
-        bundle = random_bundle(args, Path(folder))
+        bundle = random_bundle(args, Path(folder), max(tokens for _, tokens in args.batches))
         session = Session.load(bundle.path, threads=args.threads, cache_bytes=1 << 40)
         split = bundle.manifest.split
         result = {
@@ -58,11 +53,7 @@ def _arguments() -> argparse.Namespace:
         return [(int(users), int(tokens)) for users, _, tokens in (pair.partition("x") for pair in text.split(","))]
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--width", type=int, default=256)
-    p.add_argument("--heads", type=int, default=8)
-    p.add_argument("--layers", type=int, default=4)
-    p.add_argument("--ffn-expansion", type=int, default=4)
-    p.add_argument("--form", choices=("projected", "absorbed"), default="projected")
+    add_size(p)
     p.add_argument("--batches", type=batches, default=batches("32x10,32x50,32x100,32x200,16x500,8x1000,4x10000"))
     p.add_argument("--limits", type=lambda s: [int(n) for n in s.split(",")], default=[256, 512, 1024, 1 << 30])
     p.add_argument("--targets", type=int, default=1, help="of each user; one, so that encoding is what is measured")
@@ -70,26 +61,6 @@ def _arguments() -> argparse.Namespace:
     p.add_argument("--threads", type=int)
     p.add_argument("--out")
     return p.parse_args()
-
-
-def random_bundle(args: argparse.Namespace, folder: Path) -> Bundle:
-    """A model of the size in `args` with random weights, for histories as long as the longest of `args.batches`."""
-    torch.manual_seed(0)
-    category = Field("category", 100)
-    config = StcaConfig(
-        items=10_000,
-        tasks=("finish", "like"),
-        history_fields=(Field("action", 4), category),
-        user_fields=(Field("segment", 8),),
-        target_fields=(category,),
-        width=args.width,
-        heads=args.heads,
-        layers=args.layers,
-        ffn_expansion=args.ffn_expansion,
-        max_history=max(tokens for _, tokens in args.batches),
-    )
-    checkpoint = Checkpoint(config, Stca(config).state_dict())
-    return export_checkpoint(checkpoint, folder / "bundle", form=args.form, prove=prove)
 
 
 def _row(session: Session, users: int, tokens: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import misses
 import numpy as np
 from outcome import command, tell
+from random_model import add_size, random_bundle
 
 from stca import probe
 from stca.checks.bench import machine, measure_in_turn
@@ -26,9 +26,8 @@ from stca.runtime import Request, Session
 def main() -> None:
     args = _arguments()
     tokens = args.history * (args.neighbours + 1)
-    args.batches = [(1, tokens)]
     with tempfile.TemporaryDirectory() as folder:
-        bundle = misses.random_bundle(args, Path(folder))
+        bundle = random_bundle(args, Path(folder), tokens)
         session = Session.load(bundle.path, threads=args.threads, cache_bytes=1 << 33)
         specs = bundle.manifest.graphs["request"].inputs
         whole = probe.single(specs, tokens, args.targets, np.random.default_rng(0))
@@ -66,11 +65,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--width", type=int, default=256)
-    p.add_argument("--heads", type=int, default=8)
-    p.add_argument("--layers", type=int, default=4)
-    p.add_argument("--ffn-expansion", type=int, default=4)
-    p.add_argument("--form", choices=("projected", "absorbed"), default="projected")
+    add_size(p)
     p.add_argument("--history", type=int, default=1000, help="events of each user")
     p.add_argument("--neighbours", type=int, default=8)
     p.add_argument("--targets", type=int, default=300)

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from outcome import command, tell
+from random_model import add_size, config_of
 
 from stca import probe
 from stca.bundle import Bundle
@@ -32,7 +33,7 @@ from stca.checks.bench import bench, machine, measure
 from stca.checks.verify import prove
 from stca.export.pipeline import export_checkpoint
 from stca.export.reference.checkpoint import load_checkpoint, save_checkpoint
-from stca.export.reference.config import Field, StcaConfig
+from stca.export.reference.config import Field
 from stca.export.reference.module import Stca
 from stca.runtime import OnnxRuntimeEngine, Request, Session
 
@@ -60,14 +61,10 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--width", type=int, default=256)
-    p.add_argument("--heads", type=int, default=8)
-    p.add_argument("--layers", type=int, default=4)
-    p.add_argument("--ffn-expansion", type=int, default=4)
+    add_size(p)
     p.add_argument("--history", type=int, default=10_000)
     p.add_argument("--targets", type=int, default=300)
     p.add_argument("--scaling", type=lambda s: [int(n) for n in s.split(",")], default=[1000, 4000, 16_000, 64_000])
-    p.add_argument("--form", choices=("projected", "absorbed"), default="projected")
     p.add_argument("--threads", type=int)
     p.add_argument("--seconds", type=float, default=3.0, help="time for each figure")
     p.add_argument("--out")
@@ -80,20 +77,7 @@ def _say(step: str) -> None:
 
 def _export(args: argparse.Namespace, folder: Path) -> tuple[Stca, Bundle]:
     torch.manual_seed(0)
-    category = Field("category", 100)
-    config = StcaConfig(
-        items=10_000,
-        tasks=("finish", "like"),
-        history_fields=(Field("action", 4), category),
-        user_fields=(Field("segment", 8),),
-        request_fields=(Field("device", 3),),
-        target_fields=(category,),
-        width=args.width,
-        heads=args.heads,
-        layers=args.layers,
-        ffn_expansion=args.ffn_expansion,
-        max_history=max([*args.scaling, args.history]),
-    )
+    config = config_of(args, max([*args.scaling, args.history]), request_fields=(Field("device", 3),))
     save_checkpoint(folder / "random.safetensors", Stca(config))
     checkpoint = load_checkpoint(folder / "random.safetensors")
     bundle = export_checkpoint(checkpoint, folder / "bundle", form=args.form, prove=prove, progress=_say)

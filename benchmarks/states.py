@@ -20,9 +20,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import misses
 import numpy as np
 from outcome import command, tell
+from random_model import add_size, random_bundle
 
 from stca import probe
 from stca.arrays import Array
@@ -32,9 +32,8 @@ from stca.runtime import Request, Session
 
 def main() -> None:
     args = _arguments()
-    args.batches = [(1, args.history)]
     with tempfile.TemporaryDirectory() as folder:
-        bundle = misses.random_bundle(args, Path(folder))
+        bundle = random_bundle(args, Path(folder), args.history)
         result: dict[str, Any] = {
             "command": command(),
             "machine": machine(args.threads),
@@ -53,11 +52,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--parts", type=lambda s: s.split(","), default=["one_user", "traffic", "ahead"])
-    p.add_argument("--width", type=int, default=256)
-    p.add_argument("--heads", type=int, default=8)
-    p.add_argument("--layers", type=int, default=4)
-    p.add_argument("--ffn-expansion", type=int, default=4)
-    p.add_argument("--form", choices=("projected", "absorbed"), default="projected")
+    add_size(p)
     p.add_argument("--history", type=int, default=10_000)
     p.add_argument("--targets", type=int, default=300)
     p.add_argument("--rounds", type=int, default=7)
