@@ -28,7 +28,7 @@ lint: $(READY)
 
 # The API reference, from the docstrings of the modules that users import.
 API := stca.runtime stca.export.to_onnx stca.export.reference.config stca.export.reference.checkpoint stca.bundle \
-	stca.manifest stca.errors stca.export.pipeline stca.checks.verify \
+	stca.manifest stca.specs stca.errors stca.export.pipeline stca.checks.verify \
 	stca.checks.bench stca.engines.build stca.engines.refit stca.report
 
 api: $(READY)

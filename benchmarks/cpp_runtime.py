@@ -22,7 +22,8 @@ from outcome import tell
 
 from stca.bundle import sha256_of, writing
 from stca.checks.bench import machine
-from stca.manifest import WEIGHTS, GraphSpec, Manifest, StateSpec, TensorSpec
+from stca.manifest import WEIGHTS, Manifest
+from stca.specs import GraphSpec, StateSpec, TensorSpec
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 USER = (

@@ -28,11 +28,12 @@ from stca.bundle import Bundle
 from stca.checks.bench import machine
 from stca.export.pipeline import export_checkpoint
 from stca.export.reference.checkpoint import load_checkpoint
-from stca.manifest import HALVES, EngineEntry
+from stca.manifest import EngineEntry
 from stca.report.demo import shipped_checkpoint
 from stca.runtime import Request, Session
 from stca.runtime.cuda_device import Device
 from stca.runtime.tensorrt_engine import TensorRTEngine
+from stca.specs import HALVES
 
 
 class Cuda:

@@ -24,11 +24,11 @@ import numpy as np
 from outcome import command, tell
 
 from stca.arrays import Array
-from stca.manifest import TableSpec
 from stca.runtime.cache import StateCache
 from stca.runtime.memory_pool import MarginalUtility, MemoryPool, SplitPolicy, StatePages, Static
 from stca.runtime.row_cache import RowCache
 from stca.runtime.state import StateKey, UserState
+from stca.specs import TableSpec
 
 PAGES, PAGE_BYTES = 64, 1 << 16
 STATE_BYTES, WIDTH, TARGETS, HISTORY = 1 << 16, 480, 40, 28

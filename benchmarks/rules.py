@@ -33,8 +33,8 @@ from stca.examples.gallery.declared import GalleryModel
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, Sizes
 from stca.export.pipeline import CutOptions, split_onnx
 from stca.export.split import inlined
-from stca.manifest import TARGETS, TOKENS
 from stca.runtime import OnnxRuntimeEngine, Request, Session
+from stca.specs import TARGETS, TOKENS
 
 _NAMED = (
     f"{', '.join(NAMES)}, or din-UNIT-ACTIVATION-HIDDEN of {', '.join(LAYERS)}; {', '.join(ACTIVATIONS)}; and sizes "

@@ -17,7 +17,7 @@ from stca.calibration.quality import Budget, measure
 from stca.calibration.quantized_bundle import formats_told, state_bytes, write_files
 from stca.calibration.search import Found, Search
 from stca.errors import UsageError
-from stca.manifest import TOKENS
+from stca.specs import TOKENS
 from stca.trace import Traced
 
 

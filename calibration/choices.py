@@ -20,7 +20,7 @@ from stca.calibration.quantized_weights import LEAST_TABLE, RowFormat, quantizab
 from stca.errors import StcaError, UsageError
 from stca.export.analysis.operators import MOVES, VIEWS
 from stca.export.analysis.scope import label
-from stca.manifest import StateSpec
+from stca.specs import StateSpec
 from stca.trace import Traced
 
 # Requests from which activations' ranges are taken: of many thousand rows each, and all that they are is in memory.

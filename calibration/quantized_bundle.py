@@ -16,17 +16,8 @@ from stca.calibration.quantized_products import ProductFormat, factors, quantize
 from stca.calibration.quantized_state import StateFormat, quantize
 from stca.calibration.quantized_weights import RowFormat, quantize_tables, write_rows
 from stca.export.weights import externalize
-from stca.manifest import (
-    HALVES,
-    ITEM_BYTES,
-    POINTWISE,
-    TOKENS,
-    WEIGHTS,
-    GraphSpec,
-    Manifest,
-    TableSpec,
-    TensorSpec,
-)
+from stca.manifest import WEIGHTS, Manifest
+from stca.specs import HALVES, ITEM_BYTES, POINTWISE, TOKENS, GraphSpec, TableSpec, TensorSpec
 
 # Of tensors of the state and of weights, by name.
 Formats: TypeAlias = Mapping[str, StateFormat | RowFormat | ProductFormat]

@@ -27,7 +27,7 @@ from stca.calibration.collectors import Granularity
 from stca.errors import StcaError
 from stca.export.analysis.scope import opset_of
 from stca.export.passes.nodes import NewNodes, names_in
-from stca.manifest import ITEM_BYTES, TOKENS, StateSpec
+from stca.specs import ITEM_BYTES, TOKENS, StateSpec
 
 Kind = Literal["int8", "fp8"]
 

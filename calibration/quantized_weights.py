@@ -27,7 +27,7 @@ from stca.calibration.quantized_state import Kind, levels, onnx_type, require_op
 from stca.errors import UsageError
 from stca.export.analysis.scope import Dataflow, attribute
 from stca.export.passes.nodes import NewNodes, names_in
-from stca.manifest import TableSpec
+from stca.specs import TableSpec
 from stca.tables import TableFile, write_table
 
 # A table of fewer bytes stays: what it saves is not worth three nodes.

@@ -25,7 +25,8 @@ from stca.calibration.quantized_products import WEIGHT_MOVES
 from stca.calibration.quantized_state import StateFormat
 from stca.errors import ParityError, UsageError
 from stca.export.analysis.scope import label
-from stca.manifest import HALVES, Manifest
+from stca.manifest import Manifest
+from stca.specs import HALVES
 from stca.trace import Traced
 
 # Requests on which each part is tried alone: of an order, a few targets tell as much as many.

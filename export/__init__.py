@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from stca.export.reference.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from stca.export.reference.config import Field, StcaConfig
     from stca.export.to_onnx import RequestModel
-    from stca.manifest import TensorSpec
+    from stca.specs import TensorSpec
 
 _HOMES = {
     "Checkpoint": "stca.export.reference.checkpoint",
     "Field": "stca.export.reference.config",
     "RequestModel": "stca.export.to_onnx",
     "StcaConfig": "stca.export.reference.config",
-    "TensorSpec": "stca.manifest",
+    "TensorSpec": "stca.specs",
     "load_checkpoint": "stca.export.reference.checkpoint",
     "save_checkpoint": "stca.export.reference.checkpoint",
 }

@@ -23,9 +23,9 @@ from stca.export.analysis.ranges import Range, input_ranges
 from stca.export.analysis.scope import Dataflow, label, opset_of, walk
 from stca.export.one_name import inline, lift_weights, name_once
 from stca.export.tables import Large
-from stca.manifest import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, TensorSpec
 from stca.near import did_you_mean
 from stca.plugins import onnx_function
+from stca.specs import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, TensorSpec
 
 # The first IR version in which a weight need not be an input, and the last that ONNX Runtime 1.31 reads.
 _OLDEST_IR, _NEWEST_IR = 4, 13

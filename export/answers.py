@@ -16,7 +16,7 @@ from stca.export.asking import Accepted, ask
 from stca.export.files import askable
 from stca.export.histories import least_events, unpacked
 from stca.export.padding import Found, PadOptions, padding_of
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 
 def answers(

@@ -22,7 +22,7 @@ from stca.export.analysis.scope import Dataflow
 from stca.export.analysis.tokenwise import Tokenwise
 from stca.export.split import Split, StateTensor
 from stca.export.state import equal_but_for_roundings, offsets_of
-from stca.manifest import ITEM_BYTES, TOKENS, TensorSpec
+from stca.specs import ITEM_BYTES, TOKENS, TensorSpec
 
 Feeds = dict[str, Array]
 

@@ -25,7 +25,7 @@ from stca.arrays import Array
 from stca.errors import SplitError, said_by_onnxruntime
 from stca.export.analysis.onnx_reference import reference_of
 from stca.export.histories import event_inputs
-from stca.manifest import OFFSETS, TOKENS, TensorSpec
+from stca.specs import OFFSETS, TOKENS, TensorSpec
 
 # Sizes of the requests asked, and the longest history asked for: that of the longest probe of `stca.checks.verify`.
 _EVENTS, _TARGETS, _LONGEST = 5, 3, 1000

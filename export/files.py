@@ -16,7 +16,7 @@ from stca.arrays import Array
 from stca.errors import ExportError, SplitError
 from stca.export.tables import Left, put_back, with_rows
 from stca.export.weights import externalize
-from stca.manifest import GraphSpec, TensorSpec
+from stca.specs import GraphSpec, TensorSpec
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from stca.export.passes.slopes import SlopeApart
 from stca.export.passes.spectra import SpectrumAsProduct
 from stca.export.passes.sums import SumOfProducts
 from stca.export.passes.to_double import distance, in_double
-from stca.manifest import OFFSETS, TensorSpec
+from stca.specs import OFFSETS, TensorSpec
 
 # In the order in which they are applied: a later rule sees what the earlier ones made, so that one pass mostly does.
 RULES: Final[tuple[Rule, ...]] = (

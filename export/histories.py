@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stca import probe
-from stca.manifest import TOKENS, EventInput, TensorSpec, packable
+from stca.specs import TOKENS, EventInput, TensorSpec, packable
 
 
 def unpacked(inputs: Sequence[TensorSpec]) -> list[tuple[EventInput, ...]]:

@@ -20,7 +20,7 @@ from stca.export.analysis.rows import NeverRunsError, attempts, draw
 from stca.export.analysis.whose_rows import shares_rows
 from stca.export.passes.lift import Lifted, lift
 from stca.export.passes.to_double import distance, in_double
-from stca.manifest import TARGETS, TensorSpec
+from stca.specs import TARGETS, TensorSpec
 
 # Targets and history sizes of each request that is tried, whether half of its events are none, and how many of its
 # targets are scored alone at most.

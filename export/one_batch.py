@@ -16,8 +16,8 @@ from stca.export.analysis.cost import without_weights
 from stca.export.analysis.integers import integers_of
 from stca.export.analysis.rows import Everything, attempts, draw
 from stca.export.analysis.scope import attribute
-from stca.manifest import OFFSETS, TARGETS, USERS, TensorSpec
 from stca.probe import shared_rows
+from stca.specs import OFFSETS, TARGETS, USERS, TensorSpec
 
 _NAME: Final = "batch"
 _ROWS: Final = 3

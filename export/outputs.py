@@ -10,7 +10,7 @@ from onnx import helper
 from torch import Tensor, nn
 
 from stca.export.passes.nodes import NewNodes, names_in, rename
-from stca.manifest import OFFSETS, TensorSpec
+from stca.specs import OFFSETS, TensorSpec
 
 
 def name_rows(graph: onnx.GraphProto, inputs: Sequence[TensorSpec]) -> None:

@@ -20,7 +20,7 @@ from stca.arrays import Array
 from stca.errors import SplitError
 from stca.export.asking import Accepted, Child
 from stca.export.histories import unpacked
-from stca.manifest import EventInput, Padding, TensorSpec
+from stca.specs import EventInput, Padding, TensorSpec
 
 Run = Callable[[Mapping[str, Array]], list[Array] | str]
 Side = Literal["left", "right"]

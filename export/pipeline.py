@@ -55,22 +55,11 @@ from stca.export.split import Split, StateTensor, split
 from stca.export.state import not_one_users
 from stca.export.tables import DEFAULT_ABOVE, Large, Left, leave
 from stca.export.to_onnx import RequestModel, to_request_graph
-from stca.manifest import (
-    GROWER,
-    POINTWISE,
-    SUM,
-    TARGETS,
-    TOKENS,
-    WEIGHTS,
-    GraphSpec,
-    Manifest,
-    Scope,
-    StateSpec,
-    TensorSpec,
-)
+from stca.manifest import WEIGHTS, Manifest
 from stca.near import did_you_mean
 from stca.plugins import onnx_function
 from stca.plugins.spec import DOMAIN, OP_NAME
+from stca.specs import GROWER, POINTWISE, SUM, TARGETS, TOKENS, GraphSpec, ScopeName, StateSpec, TensorSpec
 
 # What proves a finished bundle before it gets its name, against the module it was made from (None for an ONNX file):
 # returns the parity report to record, raises when it fails.
@@ -187,7 +176,7 @@ def export_module(
 
 def split_onnx(
     file: str | os.PathLike[str],
-    scopes: Mapping[str, Scope],
+    scopes: Mapping[str, ScopeName],
     out: str | os.PathLike[str],
     *,
     prove: Prover,
@@ -306,7 +295,7 @@ def _request_graph(
     return dataclasses.replace(plain, graph=freed.model, measured=dims_of(freed.model, specs), ruleless=plain)
 
 
-def _scopes(specs: Sequence[TensorSpec]) -> dict[str, Scope]:
+def _scopes(specs: Sequence[TensorSpec]) -> dict[str, ScopeName]:
     return {s.name: s.scope for s in specs if s.scope is not None}
 
 

@@ -21,8 +21,8 @@ from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured, Shown, Sizes, 
 from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE, Cut, RequestDependency
 from stca.export.analysis.reasons import reasons
 from stca.export.analysis.scope import Dataflow, Scope, infer_scopes, input_scopes, label, walk
-from stca.manifest import TOKENS, Reason
 from stca.plugins.spec import DOMAIN
+from stca.specs import TOKENS, Reason
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from stca import probe
 from stca.arrays import Array
 from stca.export.analysis.onnx_reference import reference_of
 from stca.export.analysis.scope import Dataflow, Scope
-from stca.manifest import OFFSETS, TensorSpec, packable
+from stca.specs import OFFSETS, TensorSpec, packable
 
 Feeds = dict[str, Array]
 

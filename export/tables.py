@@ -25,7 +25,7 @@ from stca.export.analysis.cost import Sizes, any_sizes, without_weights
 from stca.export.analysis.positions import position_tables
 from stca.export.analysis.scope import STAND_IN, Dataflow, attribute, drop_unread, is_stand_in, label, stand_ins
 from stca.export.passes.nodes import NewNodes, names_in
-from stca.manifest import Lookup, TableSpec
+from stca.specs import Lookup, TableSpec
 from stca.tables import write_table
 
 # Tables of more bytes leave unless it is said otherwise.

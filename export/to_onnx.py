@@ -28,9 +28,9 @@ from stca.errors import ExportError
 from stca.export.one_name import inline
 from stca.export.tables import Large
 from stca.export.untraceable import batch_attention, by_older_exporter, plain_bags, why_untraceable
-from stca.manifest import OFFSETS, SCOPES, TARGETS, TOKENS, USERS, TensorSpec
 from stca.plugins import onnx_function, torch_op  # noqa: F401  # which registers the op in torch
 from stca.plugins.spec import DOMAIN, OP_NAME, OP_VERSION
+from stca.specs import OFFSETS, SCOPES, TARGETS, TOKENS, USERS, TensorSpec
 
 _OPSET = values.Opset(DOMAIN, OP_VERSION)
 _OTHERWISE_IN_TRAINING = (

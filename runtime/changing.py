@@ -9,7 +9,6 @@ from numpy.typing import ArrayLike
 
 from stca.arrays import Array
 from stca.errors import RequestError
-from stca.manifest import TOKENS
 from stca.runtime.client_values import mapping_of, quoted
 from stca.runtime.model import Model
 from stca.runtime.room import Room
@@ -17,6 +16,7 @@ from stca.runtime.state import UserState, join
 from stca.runtime.store import StateStore
 from stca.runtime.turns import Turns
 from stca.runtime.user_states import plain_key
+from stca.specs import TOKENS
 
 
 def change(

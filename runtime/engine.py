@@ -13,9 +13,9 @@ import onnxruntime as ort
 
 from stca.arrays import Array
 from stca.errors import BuildError, EngineError, said_by_onnxruntime
-from stca.manifest import FLOAT8, TensorSpec
 from stca.runtime.machine import processors
 from stca.runtime.options import CPU, Provider
+from stca.specs import FLOAT8, TensorSpec
 
 
 class Engine(Protocol):

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from stca.backends import BACKENDS
 from stca.bundle import Bundle
 from stca.errors import BuildError
-from stca.manifest import HALVES, EngineEntry, Manifest
+from stca.manifest import EngineEntry, Manifest
 from stca.runtime.backend import Machine, server_of
 from stca.runtime.engine import Engine, OnnxRuntimeEngine
 from stca.runtime.options import OnnxRuntimeOptions
+from stca.specs import HALVES
 
 __all__ = ["Choice", "Machine", "best_engine", "open_engines", "own_graphs"]
 

@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike
 
 from stca.arrays import Array, all_finite, extremes
 from stca.errors import RequestError
-from stca.manifest import TARGETS, TOKENS, USERS, TensorSpec
 from stca.runtime.client_values import MOST_VALUES, array_of, in_numbers
+from stca.specs import TARGETS, TOKENS, USERS, TensorSpec
 
 # By its name, how long a dimension of a request is, and which input said so first.
 Sizes = dict[str, tuple[int, str]]

@@ -9,8 +9,9 @@ from typing import Any
 from stca import typed_json
 from stca.errors import RequestError
 from stca.json_schema import schema_of
-from stca.manifest import OFFSETS, USERS, Manifest, TensorSpec
+from stca.manifest import Manifest
 from stca.runtime.request import Request
+from stca.specs import OFFSETS, USERS, TensorSpec
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from stca.arrays import Array, all_finite
 from stca.bundle import Bundle
 from stca.contract import as_built, check_engine, kept_sums
 from stca.errors import EngineError, RequestError
-from stca.manifest import GROWER, HALVES, TARGETS, TOKENS, USERS, Manifest, StateSpec, TensorSpec
+from stca.manifest import Manifest
 from stca.runtime.deadline import NEVER, Deadline
 from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, best_engine, open_engines, open_own, own_graphs
@@ -26,6 +26,7 @@ from stca.runtime.row_cache import RowCache
 from stca.runtime.runs import limits_of, parted
 from stca.runtime.state import StateArray, StateKey, UserState, along, join
 from stca.runtime.tables import on_cpu, sources, with_tables
+from stca.specs import GROWER, HALVES, TARGETS, TOKENS, USERS, StateSpec, TensorSpec
 
 # Most history tokens of several users encoded in one run. A run has a price of its own, and so have the copies that
 # part users encoded together: on a CPU they break even at a few hundred tokens. `benchmarks/misses.py` measures it.

@@ -9,7 +9,7 @@ import numpy as np
 
 from stca.arrays import Array
 from stca.errors import RequestError
-from stca.manifest import EventInput, Padding, TensorSpec
+from stca.specs import EventInput, Padding, TensorSpec
 
 
 class History:

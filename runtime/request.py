@@ -13,11 +13,12 @@ from numpy.typing import ArrayLike
 
 from stca.arrays import Array
 from stca.errors import RequestError
-from stca.manifest import OFFSETS, TARGETS, TOKENS, USERS, Manifest, TensorSpec, packable
+from stca.manifest import Manifest
 from stca.near import did_you_mean
 from stca.runtime.client_values import TEXT, array_of, key_of, labels_of, mapping_of, quoted
 from stca.runtime.input_check import InputCheck, Limits, Plain, Sizes, ready
 from stca.runtime.padding import History
+from stca.specs import OFFSETS, TARGETS, TOKENS, USERS, TensorSpec, packable
 
 # Most targets scored together unless a session says otherwise: so many need gigabytes.
 MOST_TARGETS: Final = 1 << 20

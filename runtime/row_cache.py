@@ -10,8 +10,8 @@ from typing import Final
 import numpy as np
 
 from stca.arrays import Array
-from stca.manifest import TableSpec
 from stca.runtime.reuse import Reuse
+from stca.specs import TableSpec
 from stca.tables import TableFile
 
 # What a kept row takes besides, at most: its id, and when it was used last.

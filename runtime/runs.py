@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-from stca.manifest import TARGETS, TOKENS, USERS
 from stca.runtime.engine_choice import Choice
+from stca.specs import TARGETS, TOKENS, USERS
 from stca.tensorrt_flavours import largest_sizes
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from stca.arrays import Array
 from stca.errors import HistoryNeededError, RequestError
-from stca.manifest import TOKENS, Manifest
+from stca.manifest import Manifest
 from stca.runtime.client_values import mapping_of, quoted
 from stca.runtime.deadline import Deadline
 from stca.runtime.model import Model
@@ -20,6 +20,7 @@ from stca.runtime.request import Request
 from stca.runtime.state import UserState, along, join
 from stca.runtime.turns import Turns
 from stca.runtime.user_states import Found, UserStates
+from stca.specs import TOKENS
 
 
 class Answer(NamedTuple):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NoReturn
 
 from stca.errors import BundleError
-from stca.manifest import GraphSpec, Manifest
+from stca.manifest import Manifest
 from stca.runtime.input_check import shape_of
+from stca.specs import GraphSpec
 
 
 def check_swap(bundle: object, served: Manifest, other: Manifest) -> None:

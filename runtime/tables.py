@@ -11,10 +11,10 @@ from numpy.typing import ArrayLike
 from stca.arrays import Array
 from stca.bundle import Bundle
 from stca.errors import EngineError, UsageError
-from stca.manifest import TableSpec, TensorSpec
 from stca.runtime.engine import Engine, OnnxRuntimeEngine
 from stca.runtime.options import POOL_PAGES
 from stca.runtime.row_cache import RowCache
+from stca.specs import TableSpec, TensorSpec
 from stca.tables import TableFile, row_numbers
 
 

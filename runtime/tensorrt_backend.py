@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from stca.bundle import Bundle
-from stca.manifest import TOKENS, EngineEntry
+from stca.manifest import EngineEntry
 from stca.runtime.backend import Machine
 from stca.runtime.engine import Engine
+from stca.specs import TOKENS
 from stca.tensorrt_flavours import FLAVOURS, Flavour, installed_version
 
 

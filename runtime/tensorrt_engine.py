@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from stca.arrays import Array
 from stca.errors import BuildError, EngineError, RequestError
-from stca.manifest import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, USERS, EngineEntry, EngineTensor, TensorSpec
+from stca.manifest import EngineEntry, EngineTensor
 from stca.runtime.cuda_device import Device, DeviceArray, Owned
 from stca.runtime.tensorrt_plan import (
     AnyArray,
@@ -40,6 +40,7 @@ from stca.runtime.tensorrt_plan import (
     sizes_of,
     specs_of,
 )
+from stca.specs import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, USERS, TensorSpec
 from stca.tensorrt_flavours import FLAVOURS, largest_sizes, load, look_into, runtime_for
 
 _Key = tuple[int | str, ...]  # what a CUDA graph holds for: profile, sizes, inputs that cross the bus

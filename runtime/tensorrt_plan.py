@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from stca.contract import check_engine
 from stca.errors import BuildError, BundleError, RequestError
-from stca.manifest import ITEM_BYTES, EngineEntry, EngineTensor, GraphSpec, TensorSpec
+from stca.manifest import EngineEntry, EngineTensor
 from stca.runtime.cuda_device import DeviceArray
+from stca.specs import ITEM_BYTES, GraphSpec, TensorSpec
 
 AnyArray = NDArray[Any] | DeviceArray
 

@@ -35,7 +35,7 @@ from stca.examples.train.tiny import (
 )
 from stca.examples.train.world import SKIP, GeneratedLog, World, generate
 from stca.export.reference.module import segment_of
-from stca.manifest import OFFSETS, TOKENS, USERS, TensorSpec
+from stca.specs import OFFSETS, TOKENS, USERS, TensorSpec
 
 # Numbers that an instance is compressed to, and what its label is called before it has come.
 COMPRESSED, UNKNOWN = 64, 3

@@ -23,8 +23,8 @@ from stca.examples.train.log import Inputs, Log, LoggedRequest
 from stca.examples.train.tiny import SEED, Reader, attend, exported, fit, parser, score_with, target_inputs, tell
 from stca.examples.train.world import GeneratedLog, World, WorldConfig, generate
 from stca.export.reference.module import segment_of
-from stca.manifest import OFFSETS, TOKENS, TensorSpec
 from stca.runtime import Request, Session
+from stca.specs import OFFSETS, TOKENS, TensorSpec
 
 # How many users of the generated log are of one kind, and how many neighbours a user has: some are of another.
 ALIKE, NEIGHBOURS = 6, 8

@@ -19,7 +19,7 @@ from stca.examples.train.evaluate import AucRow, ScoreFn, auc_table
 from stca.examples.train.log import Inputs, Log, LoggedRequest
 from stca.examples.train.tiny import SEED, SHARP, Reader, exported, fit, parser, score_with, served, target_inputs, tell
 from stca.examples.train.world import World, generate
-from stca.manifest import TOKENS, TensorSpec
+from stca.specs import TOKENS, TensorSpec
 
 
 class Sketched(nn.Module):

@@ -20,7 +20,7 @@ from stca.bundle import Bundle
 from stca.examples.train.evaluate import AucRow, ScoreFn, as_text
 from stca.examples.train.log import Inputs, LoggedRequest
 from stca.examples.train.train import tensors
-from stca.manifest import OFFSETS, TARGETS, USERS, TensorSpec
+from stca.specs import OFFSETS, TARGETS, USERS, TensorSpec
 
 # A training log of users whom no evaluation sees.
 SEED = 1

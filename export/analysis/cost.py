@@ -18,8 +18,8 @@ import onnx
 from stca.errors import SplitError
 from stca.export.analysis import operators
 from stca.export.analysis.scope import attribute, opset_of, reads, subgraphs, walk
-from stca.manifest import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, USERS
 from stca.plugins.spec import DOMAIN, OP_NAME
+from stca.specs import ITEM_BYTES, OFFSETS, TARGETS, TOKENS, USERS
 
 DEFAULT_WORKLOAD: Final[Mapping[str, int]] = {TOKENS: 10_000, TARGETS: 300, USERS: 1, OFFSETS: 2}
 

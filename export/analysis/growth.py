@@ -19,7 +19,7 @@ from stca.arrays import Array
 from stca.errors import SplitError
 from stca.export.analysis.cost import Shown, Sizes, any_sizes
 from stca.export.analysis.rows import Everything, attempts, below
-from stca.manifest import OFFSETS, USERS, TensorSpec
+from stca.specs import OFFSETS, USERS, TensorSpec
 
 _TOKENS: Final = (6, 10)
 _TARGETS: Final = (3, 5)

@@ -19,7 +19,7 @@ from stca.arrays import Array
 from stca.errors import SplitError
 from stca.export.analysis.rows import Everything, attempts, draw
 from stca.export.analysis.scope import Dataflow, Scope, attribute
-from stca.manifest import OFFSETS, TARGETS, USERS, Scope as ScopeName, TensorSpec
+from stca.specs import OFFSETS, TARGETS, USERS, ScopeName, TensorSpec
 
 # Places of elements in a value, in the shape of another value that is made of them.
 Places: TypeAlias = Array

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from stca.export.analysis.cut import Cut
 from stca.export.analysis.scope import Scope, label
-from stca.manifest import Reason
+from stca.specs import Reason
 
 
 def reasons(cut: Cut, state: Collection[str], recomputed: Collection[int]) -> tuple[Reason, ...]:

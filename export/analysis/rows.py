@@ -23,7 +23,7 @@ from stca.arrays import Array
 from stca.errors import SplitError
 from stca.export.analysis.cost import Measured
 from stca.export.analysis.scope import attribute, label
-from stca.manifest import OFFSETS, TensorSpec
+from stca.specs import OFFSETS, TensorSpec
 
 _FEW, _MORE = 3, 5
 # Other sizes in the first two runs and in the third: all differences and all ratios differ, so a size tells its name.

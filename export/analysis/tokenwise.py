@@ -20,7 +20,7 @@ from stca.export.analysis import operators
 from stca.export.analysis.cost import Sizes, any_sizes, without_weights
 from stca.export.analysis.integers import fold_integers
 from stca.export.analysis.scope import attribute, label, opset_of, reads, subgraphs
-from stca.manifest import TOKENS
+from stca.specs import TOKENS
 
 # Operators along one axis alone, from this opset on; others, and older ones, work from their axis on to the last.
 _ONE_AXIS: Final = frozenset(("Hardmax", "LogSoftmax", "LpNormalization", "Softmax"))

@@ -8,8 +8,8 @@ import onnx
 
 from stca.export.analysis.operators import SIZES
 from stca.export.analysis.scope import Dataflow, Scope, reads
-from stca.manifest import OFFSETS, TensorSpec
 from stca.probe import shared_rows
+from stca.specs import OFFSETS, TensorSpec
 
 
 def row_size(inputs: Sequence[TensorSpec]) -> str | None:

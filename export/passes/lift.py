@@ -26,7 +26,7 @@ from stca.export.analysis.rows import RowAxis, Rows
 from stca.export.analysis.scope import Dataflow, Scope, label, reads, subgraphs
 from stca.export.analysis.whose_rows import Marks, repeats_users, row_size, shares_rows
 from stca.export.passes.nodes import NewNodes, names_in, rename, renamed
-from stca.manifest import TARGETS, TensorSpec
+from stca.specs import TARGETS, TensorSpec
 
 _ONE: Final = "_of_user"
 _MANY: Final = "_per_target"

@@ -13,7 +13,7 @@ from stca.errors import SplitError
 from stca.export.analysis.rows import Everything, attempts, draw
 from stca.export.analysis.scope import opset_of
 from stca.export.passes.nodes import NewNodes, names_in
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 # From this opset on, axes are an input and no attribute.
 _AXES_ARE_AN_INPUT = 13

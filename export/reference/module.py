@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import stca.plugins.torch_op  # noqa: F401  registers torch.ops.stca.target_history_attention
 from stca.errors import CheckpointError
 from stca.export.reference.config import StcaConfig
-from stca.manifest import OFFSETS, TARGETS, TOKENS, USERS, Scope, TensorSpec
+from stca.specs import OFFSETS, TARGETS, TOKENS, USERS, ScopeName, TensorSpec
 
 AttentionForm = Literal["projected", "absorbed"]
 
@@ -32,10 +32,10 @@ TIME_BUCKETS = 25
 def request_inputs(config: StcaConfig) -> tuple[TensorSpec, ...]:
     """The request graph's inputs for `config`, in order, with dtype, symbolic shape, scope and id limit."""
 
-    def ids(name: str, rows: str, scope: Scope, limit: int | None) -> TensorSpec:
+    def ids(name: str, rows: str, scope: ScopeName, limit: int | None) -> TensorSpec:
         return TensorSpec(name=name, dtype="int64", shape=(rows,), scope=scope, limit=limit)
 
-    def offsets(name: str, scope: Scope) -> TensorSpec:
+    def offsets(name: str, scope: ScopeName) -> TensorSpec:
         return TensorSpec(name=name, dtype="int32", shape=(OFFSETS,), scope=scope)
 
     return (

@@ -16,7 +16,8 @@ from itertools import zip_longest
 from typing import Final
 
 from stca.errors import BundleError
-from stca.manifest import (
+from stca.manifest import EngineEntry, Manifest
+from stca.specs import (
     FLOAT8,
     GROWER,
     HALVES,
@@ -27,9 +28,7 @@ from stca.manifest import (
     TARGETS,
     TOKENS,
     USERS,
-    EngineEntry,
     GraphSpec,
-    Manifest,
     StateSpec,
     TensorSpec,
 )

@@ -15,32 +15,7 @@ from typing import Any, TypedDict
 
 from stca import typed_json
 from stca.errors import BundleError, UsageError
-from stca.specs import (  # what users import from here
-    FLOAT8 as FLOAT8,
-    GRAPHS as GRAPHS,
-    GROWER as GROWER,
-    HALVES as HALVES,
-    ITEM_BYTES as ITEM_BYTES,
-    OFFSETS as OFFSETS,
-    POINTWISE as POINTWISE,
-    SCOPES as SCOPES,
-    SUM as SUM,
-    TABLE_DTYPES as TABLE_DTYPES,
-    TARGETS as TARGETS,
-    TOKENS as TOKENS,
-    USERS as USERS,
-    EventInput as EventInput,
-    GraphSpec as GraphSpec,
-    Lookup as Lookup,
-    Padding as Padding,
-    Reason as Reason,
-    Scope as Scope,
-    StateSpec as StateSpec,
-    TableSpec as TableSpec,
-    TensorSpec as TensorSpec,
-    packable as packable,
-    table_row_bytes as table_row_bytes,
-)
+from stca.specs import GRAPHS, ITEM_BYTES, SUM, GraphSpec, Padding, Reason, StateSpec, TableSpec, TensorSpec
 
 FORMAT = "stca-bundle"
 FORMAT_VERSION = 3

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from stca.arrays import Array
-from stca.manifest import OFFSETS, TARGETS, TOKENS, USERS, GraphSpec, TensorSpec
+from stca.specs import OFFSETS, TARGETS, TOKENS, USERS, GraphSpec, TensorSpec
 
 # What integers without an id limit are drawn below: an hour, an age, a count. And what `wide` ones are, seconds too: up
 # to 97 days covers every duration bucket.

@@ -8,8 +8,8 @@ from typing import Final, Literal
 
 from stca import spec_check, typed_json
 
-Scope = Literal["user", "request", "target"]
-SCOPES: tuple[Scope, ...] = ("user", "request", "target")
+ScopeName = Literal["user", "request", "target"]
+SCOPES: tuple[ScopeName, ...] = ("user", "request", "target")
 HALVES = ("user_encoder", "target_scorer")
 GRAPHS = ("request", *HALVES)
 # The graph as it was exported, where the request graph was lifted from one with a batch axis for users and targets.
@@ -54,7 +54,7 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
-    scope: Scope | None = None
+    scope: ScopeName | None = None
     limit: int | None = None
     low: typed_json.Signed | None = None
     length_of: str | None = None

@@ -17,7 +17,7 @@ import numpy as np
 
 from stca.arrays import Array
 from stca.errors import BundleError, RequestError
-from stca.manifest import FLOAT8, TableSpec, table_row_bytes
+from stca.specs import FLOAT8, TableSpec, table_row_bytes
 
 # Rows of a block have about as many bytes: little enough to be checked within a request, enough for few digests.
 BLOCK_BYTES: Final = 1 << 20

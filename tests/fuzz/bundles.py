@@ -29,10 +29,10 @@ from outcomes import Outcome
 from stca import probe, typed_json
 from stca.arrays import Array
 from stca.errors import StcaError
-from stca.manifest import HALVES, OFFSETS, TOKENS, TensorSpec
 from stca.runtime import Request, RequestBatch, Session
 from stca.runtime.engine import scores_of
 from stca.runtime.request import TARGET_OFFSETS
+from stca.specs import HALVES, OFFSETS, TOKENS, TensorSpec
 
 TESTS = Path(__file__).resolve().parents[1]
 BASES = (

@@ -20,8 +20,8 @@ import numpy as np
 
 from stca import probe
 from stca.errors import HistoryNeededError, StcaError
-from stca.manifest import OFFSETS, TARGETS, TOKENS, Padding
 from stca.runtime import Deadline, Request, RequestBatch, Session
+from stca.specs import OFFSETS, TARGETS, TOKENS, Padding
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "bundle-v1"
 DTYPES = [np.dtype(t) for t in ("?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8")]

@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 
 import onnx
 
-from stca.manifest import ITEM_BYTES, MANIFEST, WEIGHTS, EngineEntry
+from stca.manifest import MANIFEST, WEIGHTS, EngineEntry
+from stca.specs import ITEM_BYTES
 
 # A bundle in memory: its manifest, and its other files' bytes by name.
 Manifest: TypeAlias = dict[str, Any]

@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 
 from stca.export.freeing import Freed, freed_and_proven
 from stca.export.passes.rules import Rule, View
-from stca.manifest import OFFSETS, TensorSpec
+from stca.specs import OFFSETS, TensorSpec
 
 SIZES = {"L": 500, "N_t": 300, "B": 1, "N_h": 500, OFFSETS: 2}
 

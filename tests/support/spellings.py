@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 WIDTH, HEADS = 8, 2
 DEPTH: Final = WIDTH // HEADS

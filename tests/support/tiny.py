@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 if TYPE_CHECKING:
     from stca.export.reference.config import StcaConfig

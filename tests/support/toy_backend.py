@@ -10,7 +10,7 @@ import onnx
 from stca.checks.blame import evaluator
 from stca.errors import BuildError
 from stca.export.engine_graph import engine_graph
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 
 def tensor_of(value):

@@ -25,7 +25,8 @@ import stca.bundle as bundle_module
 from stca import opening
 from stca.bundle import Bundle, seal, sha256_of, writing
 from stca.errors import BuildError, BundleError
-from stca.manifest import FORMAT_VERSION, MANIFEST, WEIGHTS, EngineEntry, GraphSpec, Manifest, StateSpec, TensorSpec
+from stca.manifest import FORMAT_VERSION, MANIFEST, WEIGHTS, EngineEntry, Manifest
+from stca.specs import GraphSpec, StateSpec, TensorSpec
 
 FILES = {"request.onnx": b"whole", "user_encoder.onnx": b"first half", "target_scorer.onnx": b"", WEIGHTS: b"\0\1\2\3"}
 GOLDEN_FILES = Path(__file__).parents[1] / "golden"

@@ -15,8 +15,9 @@ from support.errors import one_line
 from stca.bundle import Bundle, seal
 from stca.contract import as_built, check_contract, check_engine
 from stca.errors import BundleError
-from stca.manifest import HALVES, EngineEntry, GraphSpec, Manifest, TensorSpec
+from stca.manifest import EngineEntry, Manifest
 from stca.runtime import Session
+from stca.specs import HALVES, GraphSpec, TensorSpec
 
 CPU = "CPUExecutionProvider"
 

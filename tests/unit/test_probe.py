@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from stca import probe
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 SPECS = (
     TensorSpec("history_item", "int64", ("N_h",), "user", 1000),

@@ -7,7 +7,7 @@ import pytest
 from support.errors import one_line
 
 from stca.errors import UsageError
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 GOOD = {"name": "hist", "dtype": "int64", "shape": ("N_h",), "scope": "user"}
 WRONG = [

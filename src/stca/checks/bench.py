@@ -28,9 +28,9 @@ from stca.bundle import Bundle
 from stca.checks.forecast import forecast
 from stca.checks.row_by_row import pointwise_feeds
 from stca.errors import BuildError, RequestError
-from stca.manifest import HALVES, OFFSETS, POINTWISE, TensorSpec
 from stca.runtime import Engine, OnnxRuntimeEngine, OnnxRuntimeOptions, Request, Session
 from stca.runtime.tables import with_tables
+from stca.specs import HALVES, OFFSETS, POINTWISE, TensorSpec
 
 if TYPE_CHECKING:
     from stca.checks.ceilings import CpuCeilings

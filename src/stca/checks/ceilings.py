@@ -19,11 +19,11 @@ from onnx import TensorProto, helper, numpy_helper
 from stca.arrays import Array
 from stca.bundle import Bundle, scratch
 from stca.checks.forecast import Item, items
-from stca.manifest import HALVES
 from stca.plugins import onnx_function
 from stca.plugins.spec import DOMAIN, OP_NAME, OP_VERSION
 from stca.plugins.tiling import Shape
 from stca.runtime import OnnxRuntimeEngine
+from stca.specs import HALVES
 
 _WIDTH = 512  # of a matrix as products without a constant side have it
 _MOVED: Final = 1 << 21  # elements of an array, beyond the caches of one core

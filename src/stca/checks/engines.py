@@ -20,11 +20,11 @@ from stca.checks.quantized import own_error
 from stca.checks.tolerance import Tolerance, compare
 from stca.errors import BuildError, EngineError, ParityError
 from stca.export.engine_graph import engine_graph
-from stca.manifest import HALVES, OFFSETS, TARGETS, TOKENS, GraphSpec, TensorSpec
 from stca.runtime import OnnxRuntimeEngine
 from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, open_engines
 from stca.runtime.tables import Lookups, with_tables
+from stca.specs import HALVES, OFFSETS, TARGETS, TOKENS, GraphSpec, TensorSpec
 from stca.tensorrt_flavours import largest_sizes
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol
 
 from stca import probe
 from stca.bundle import Bundle
-from stca.manifest import HALVES, OFFSETS, USERS
 from stca.plugins.tiling import Shape, Sizes
+from stca.specs import HALVES, OFFSETS, USERS
 
 Kind = Literal["product", "function", "move", "attention"]
 

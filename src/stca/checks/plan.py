@@ -17,9 +17,9 @@ from stca.bundle import Bundle
 from stca.calibration.quantized_state import kept_as, quantizable
 from stca.checks.forecast import Item, Machine, forecast
 from stca.errors import UsageError
-from stca.manifest import ITEM_BYTES, OFFSETS, TOKENS, StateSpec
 from stca.plugins import tiling
 from stca.plugins.devices import Device, device_for
+from stca.specs import ITEM_BYTES, OFFSETS, TOKENS, StateSpec
 
 # What a serving process needs besides weights and states, as part of the memory: buffers, graphs, the library itself.
 _RESERVED: Final = 0.1

@@ -12,9 +12,9 @@ from stca.arrays import Array
 from stca.bundle import Bundle
 from stca.checks.tolerance import StageParity, Tolerance, compare
 from stca.export.passes.to_double import in_double
-from stca.manifest import HALVES
 from stca.runtime.engine import scores_of
 from stca.runtime.tables import Lookups
+from stca.specs import HALVES
 
 # The distance from 1 to the next number, or of two levels near the largest.
 _EPS: Final = {"int8": 2.0**-7, "fp8": 2.0**-3}

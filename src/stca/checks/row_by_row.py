@@ -10,7 +10,8 @@ import numpy as np
 from stca import probe
 from stca.arrays import Array
 from stca.errors import ParityError
-from stca.manifest import POINTWISE, TARGETS, Manifest, TensorSpec
+from stca.manifest import Manifest
+from stca.specs import POINTWISE, TARGETS, TensorSpec
 
 Make: TypeAlias = Callable[[Manifest, Mapping[str, Array], Array], dict[str, Array]]
 Run: TypeAlias = Callable[[Sequence[Mapping[str, Array]]], list[Array]]

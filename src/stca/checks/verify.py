@@ -24,10 +24,11 @@ from stca.checks.asked import PROBES, Asked, without
 from stca.checks.row_by_row import in_pieces, pointwise_feeds, require_alone, some_targets
 from stca.checks.tolerance import TOP_K, StageParity, judged
 from stca.errors import BundleError, ExportError, ParityError
-from stca.manifest import HALVES, POINTWISE, WEIGHTS, Manifest
+from stca.manifest import WEIGHTS, Manifest
 from stca.runtime import Engine, OnnxRuntimeEngine, Request, RequestBatch, Session
 from stca.runtime.engine import scores_of
 from stca.runtime.tables import Lookups, RowSource, sources, with_tables
+from stca.specs import HALVES, POINTWISE
 from stca.tables import TableFile
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from typing import Any
 from stca import probe
 from stca.bundle import Bundle
 from stca.commands.options import dims, emit, memory
-from stca.manifest import ITEM_BYTES, SUM, EngineEntry, Manifest, Padding, check_account
+from stca.manifest import EngineEntry, Manifest, check_account
+from stca.specs import ITEM_BYTES, SUM, Padding
 
 # What `inspect` says of an engine; --json has the rest.
 _ENGINE_FACTS = ("graph", "flavour", "version", "sm", "precision", "lowering", "file", "bytes", "requests")

@@ -9,7 +9,7 @@ from stca.bundle import place_for
 from stca.commands.options import cut, cut_options, exported, names, require_file
 from stca.commands.progress import progress_on_stderr
 from stca.errors import SplitError, StcaError
-from stca.manifest import Scope
+from stca.specs import ScopeName
 
 HELP = "any ONNX model → verified bundle with its two halves"
 EXAMPLES = (
@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     from stca.checks.verify import prove
     from stca.export.pipeline import split_onnx
 
-    scopes: dict[str, Scope] = {}
-    marks: list[tuple[Scope, list[str]]] = [
+    scopes: dict[str, ScopeName] = {}
+    marks: list[tuple[ScopeName, list[str]]] = [
         ("user", args.user_inputs),
         ("request", args.request_inputs),
         ("target", args.target_inputs),

@@ -23,7 +23,8 @@ from stca.engines.builder import Plan, Wish, Workload, builder_of
 from stca.engines.cache import EngineCache, trusted, why_missed
 from stca.engines.files import digest_of_sources, place_of, with_weights
 from stca.errors import BuildError
-from stca.manifest import HALVES, MANIFEST, MOST_BYTES, EngineEntry, Manifest
+from stca.manifest import MANIFEST, MOST_BYTES, EngineEntry, Manifest
+from stca.specs import HALVES
 from stca.tensorrt_flavours import RefitMode, largest_sizes
 
 __all__ = ["Workload", "build"]

@@ -32,8 +32,9 @@ from stca.errors import BuildError, BundleError, CheckpointError, StcaError
 from stca.export.reference.checkpoint import load_checkpoint, read_tensors
 from stca.export.reference.config import StcaConfig
 from stca.export.weights import offsets
-from stca.manifest import WEIGHTS, EngineEntry, Manifest, TableSpec
+from stca.manifest import WEIGHTS, EngineEntry, Manifest
 from stca.runtime.engine_choice import Choice
+from stca.specs import TableSpec
 from stca.tables import write_table
 
 # The export proved these graphs at every size; what is new is the weights, and one wrong tensor shows in any request.

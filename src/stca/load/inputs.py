@@ -9,7 +9,8 @@ import numpy as np
 
 from stca import probe
 from stca.arrays import Array
-from stca.manifest import OFFSETS, SUM, TOKENS, Manifest
+from stca.manifest import Manifest
+from stca.specs import OFFSETS, SUM, TOKENS
 
 # Drawn histories are kept for so many users; others are drawn again when they return.
 _USERS_KEPT = 512

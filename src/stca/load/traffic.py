@@ -12,7 +12,8 @@ import numpy as np
 
 from stca import typed_json
 from stca.errors import UsageError
-from stca.manifest import TARGETS, TOKENS, Manifest
+from stca.manifest import Manifest
+from stca.specs import TARGETS, TOKENS
 from stca.trace import Trace
 
 # Most entries of a trace: an hour at 1,000 requests a second.

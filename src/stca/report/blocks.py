@@ -20,7 +20,7 @@ from stca.bundle import Bundle
 from stca.checks.forecast import counted
 from stca.export.analysis import operators
 from stca.export.analysis.scope import Scope, reads
-from stca.manifest import ITEM_BYTES, OFFSETS, Lookup, StateSpec
+from stca.specs import ITEM_BYTES, OFFSETS, Lookup, StateSpec
 
 Side = Literal["user", "target"]
 Value = tuple[Side, str]

@@ -13,7 +13,6 @@ from typing import Any
 
 from stca.arrays import Array
 from stca.errors import RequestError, UsageError
-from stca.manifest import OFFSETS, TensorSpec
 from stca.near import did_you_mean
 from stca.runtime import Request, Session
 from stca.runtime.client_values import quoted
@@ -31,6 +30,7 @@ from stca.serve.inference import (
 )
 from stca.serve.tensors import DATATYPES
 from stca.serve.work import Call
+from stca.specs import OFFSETS, TensorSpec
 
 
 @dataclass

@@ -12,9 +12,9 @@ from typing import Final
 from stca import folders
 from stca.bundle import Bundle
 from stca.errors import UsageError
-from stca.manifest import OFFSETS, TensorSpec
 from stca.runtime.client_values import quoted
 from stca.serve.tensors import DATATYPES, DTYPES
+from stca.specs import OFFSETS, TensorSpec
 
 # As `triton_model.py` looks for it, which only Triton can import.
 _BUNDLE: Final = "bundle"

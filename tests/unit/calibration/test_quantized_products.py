@@ -28,8 +28,8 @@ from stca.errors import ParityError, UsageError
 from stca.examples import gallery
 from stca.export.analysis.onnx_reference import reference_of
 from stca.export.pipeline import export_module
-from stca.manifest import GROWER
 from stca.runtime import OnnxRuntimeEngine, Request, RequestBatch, Session
+from stca.specs import GROWER
 from stca.trace import Traced
 
 ACTIVATIONS = ("none", "token", "tensor")

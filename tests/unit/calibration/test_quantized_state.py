@@ -21,8 +21,8 @@ from stca.checks.trace_runs import TraceRuns
 from stca.checks.verify import verify
 from stca.errors import ParityError, StcaError
 from stca.export.analysis.onnx_reference import reference_of
-from stca.manifest import StateSpec
 from stca.runtime import OnnxRuntimeEngine, Request, RequestBatch, Session
+from stca.specs import StateSpec
 from stca.trace import Traced
 
 KINDS = ("int8", "fp8")

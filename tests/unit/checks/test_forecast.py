@@ -17,8 +17,8 @@ from stca.checks.ceilings import CpuCeilings
 from stca.checks.forecast import Item, forecast, items
 from stca.checks.plan import GPUS, Demand, GpuRates, next_steps, plan
 from stca.errors import UsageError
-from stca.manifest import HALVES
 from stca.plugins.tiling import Shape, Sizes
+from stca.specs import HALVES
 
 
 class Counting:

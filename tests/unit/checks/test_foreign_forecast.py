@@ -17,9 +17,9 @@ from stca.checks.forecast import counted, forecast, items
 from stca.checks.plan import GPUS, Demand, GpuRates, next_steps
 from stca.export import RequestModel, TensorSpec
 from stca.export.pipeline import export_module
-from stca.manifest import HALVES, GraphSpec
 from stca.plugins.tiling import Shape
 from stca.report.blocks import condense
+from stca.specs import HALVES, GraphSpec
 
 EVENTS, WIDTH, HEADS = 12, 16, 4
 

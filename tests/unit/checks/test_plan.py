@@ -19,7 +19,7 @@ from stca.checks.ceilings import CpuCeilings
 from stca.checks.forecast import items
 from stca.checks.plan import GPUS, Demand, GpuRates, formats_for, next_steps, plan, table_bytes
 from stca.errors import UsageError
-from stca.manifest import HALVES
+from stca.specs import HALVES
 
 H100 = GpuRates(GPUS["h100"].device)
 DEMAND = Demand(users=10**6, history=32, targets=8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stca.checks.row_by_row import MOST, with_fewer_copies
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 ITEM = TensorSpec("item", "int64", ("N_t",), "target", 9)
 FREE = (TensorSpec("history", "int64", (1, "N_h"), "user", 9), ITEM)

@@ -15,9 +15,9 @@ import pytest
 from stca import commands, probe
 from stca.bundle import Bundle
 from stca.json_schema import schema_of
-from stca.manifest import EventInput, Padding, TensorSpec
 from stca.runtime import Request, Session
 from stca.runtime.json_request import requests_schema
+from stca.specs import EventInput, Padding, TensorSpec
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 

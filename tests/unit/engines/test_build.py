@@ -28,8 +28,9 @@ from stca.bundle import Bundle, BundleChangedError, seal, sha256_of
 from stca.engines.build import Workload, build
 from stca.engines.cache import EngineCache
 from stca.errors import BuildError, BundleError
-from stca.manifest import HALVES, WEIGHTS, Manifest
+from stca.manifest import WEIGHTS, Manifest
 from stca.runtime import OnnxRuntimeEngine
+from stca.specs import HALVES
 from stca.tensorrt_flavours import FLAVOURS, installed_version
 
 RTX = "tensorrt-rtx"

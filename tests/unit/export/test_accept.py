@@ -14,8 +14,8 @@ from stca.checks.verify import prove
 from stca.errors import SplitError, said_by_onnxruntime
 from stca.export.accept import nominal_sizes
 from stca.export.pipeline import split_onnx
-from stca.manifest import TensorSpec
 from stca.runtime import Request, Session
+from stca.specs import TensorSpec
 
 SCOPES = {"history": "user", "item": "target"}
 

@@ -13,7 +13,7 @@ from stca.errors import SplitError
 from stca.export import asking
 from stca.export.analysis.positions import position_tables
 from stca.export.asking import ask
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 ITEM = TensorSpec("item", "int64", ("N_t",), "target", 50)
 

@@ -8,7 +8,7 @@ from support.errors import one_line
 
 from stca.errors import SplitError
 from stca.export.one_batch import with_one_batch
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 INPUTS = TensorSpec("user", "float32", (4, 3), "user"), TensorSpec("item", "float32", (4, 3), "target")
 

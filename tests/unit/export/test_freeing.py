@@ -10,7 +10,7 @@ from onnx import helper, parser
 
 from stca.export.freeing import freed_and_proven
 from stca.export.passes.rules import Rewrite, View
-from stca.manifest import OFFSETS, TensorSpec
+from stca.specs import OFFSETS, TensorSpec
 
 
 class Instead:

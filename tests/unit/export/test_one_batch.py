@@ -11,8 +11,8 @@ from support import tiny
 from stca.checks.verify import prove
 from stca.export.one_batch import with_one_batch
 from stca.export.pipeline import split_onnx
-from stca.manifest import TensorSpec
 from stca.runtime import Request, Session
+from stca.specs import TensorSpec
 
 
 def graph(history: str, item: str, score: str, join: str) -> onnx.ModelProto:

@@ -12,8 +12,8 @@ from torch import nn
 from stca.checks.verify import prove
 from stca.export.pipeline import export_module
 from stca.export.to_onnx import RequestModel
-from stca.manifest import TensorSpec
 from stca.runtime import Request, Session
+from stca.specs import TensorSpec
 
 EVENTS, TARGETS = 5, 4
 LAYOUTS: dict[str, Any] = {

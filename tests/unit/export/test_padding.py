@@ -14,7 +14,7 @@ from stca.errors import SplitError
 from stca.export.analysis.marks import marks
 from stca.export.histories import unpacked
 from stca.export.padding import Found, PadOptions, find_padding
-from stca.manifest import EventInput, Padding, TensorSpec
+from stca.specs import EventInput, Padding, TensorSpec
 
 L = 8
 ITEMS = TensorSpec("items", "int64", (1, L), "user", 100)

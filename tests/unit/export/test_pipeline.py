@@ -31,8 +31,9 @@ from stca.export.reference.checkpoint import load_checkpoint
 from stca.export.reference.module import segment_of
 from stca.export.state import not_one_users
 from stca.export.to_onnx import RequestModel
-from stca.manifest import MANIFEST, WEIGHTS, TensorSpec
+from stca.manifest import MANIFEST, WEIGHTS
 from stca.runtime import Request, Session
+from stca.specs import TensorSpec
 
 SCOPES = {
     **{f"history_{n}": "user" for n in ("item", "action", "category", "time", "gap", "offsets")},

@@ -31,9 +31,9 @@ from stca.export.pipeline import CutOptions, export_checkpoint, export_module
 from stca.export.reference.checkpoint import Checkpoint
 from stca.export.tables import Large, leave, put_back
 from stca.export.to_onnx import RequestModel
-from stca.manifest import GRAPHS, TensorSpec
 from stca.report.blocks import condense
 from stca.runtime import Request, Session
+from stca.specs import GRAPHS, TensorSpec
 
 HIST, ITEM = [1, 7, 4999, 7, 1030], [5, 0, 4998]
 NODE = helper.make_node

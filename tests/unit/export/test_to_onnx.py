@@ -19,9 +19,9 @@ from stca.export.analysis.onnx_reference import reference_of
 from stca.export.reference.checkpoint import load_checkpoint
 from stca.export.to_onnx import RequestModel, to_request_graph
 from stca.export.weights import offsets
-from stca.manifest import TensorSpec
 from stca.plugins import onnx_function
 from stca.runtime import OnnxRuntimeEngine
+from stca.specs import TensorSpec
 
 # The fourth, delta and absorbed, shares every line of code with one of these.
 EXPORTS = (("log", "projected"), ("log", "absorbed"), ("delta", "projected"))

@@ -8,8 +8,9 @@ import pytest
 
 from stca import commands
 from stca.bundle import Bundle
-from stca.manifest import Manifest, TensorSpec
+from stca.manifest import Manifest
 from stca.report.measured import sizes
+from stca.specs import TensorSpec
 
 
 def _taking(manifest: Manifest, max_history: int | None, *inputs: TensorSpec) -> Manifest:

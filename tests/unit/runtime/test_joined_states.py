@@ -14,8 +14,8 @@ from stca.checks.verify import prove
 from stca.errors import HistoryNeededError, RequestError
 from stca.export.pipeline import export_module
 from stca.export.to_onnx import RequestModel
-from stca.manifest import OFFSETS, TARGETS, TOKENS, TensorSpec
 from stca.runtime import Request, RequestBatch, Session
+from stca.specs import OFFSETS, TARGETS, TOKENS, TensorSpec
 
 # A bundle whose states hold a sum over all events.
 SUMS = Path(__file__).parents[1] / "runtime_cpp" / "golden" / "sums"

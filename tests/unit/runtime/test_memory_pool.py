@@ -11,11 +11,11 @@ from support.errors import one_line
 
 from stca import probe
 from stca.errors import UsageError
-from stca.manifest import TOKENS
 from stca.runtime import MarginalUtility, Recorded, Replayed, Request, Session, Static
 from stca.runtime.cache import StateCache
 from stca.runtime.memory_pool import STATES, MemoryPool, StatePages
 from stca.runtime.state import StateKey, UserState
+from stca.specs import TOKENS
 
 
 class Part:

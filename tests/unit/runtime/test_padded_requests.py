@@ -10,8 +10,9 @@ import pytest
 from support.errors import one_line
 
 from stca.errors import RequestError
-from stca.manifest import EventInput, GraphSpec, Manifest, Padding, StateSpec, TensorSpec
+from stca.manifest import Manifest
 from stca.runtime.request import Door
+from stca.specs import EventInput, GraphSpec, Padding, StateSpec, TensorSpec
 
 SPECS = (
     TensorSpec("items", "int64", (1, 5), "user", 100),

@@ -11,9 +11,10 @@ from support.errors import nothing_or_one_line, one_line
 
 from stca import probe
 from stca.errors import RequestError
-from stca.manifest import GraphSpec, Manifest, TensorSpec
+from stca.manifest import Manifest
 from stca.runtime import Request, RequestBatch
 from stca.runtime.request import Door
+from stca.specs import GraphSpec, TensorSpec
 
 SPECS = (
     TensorSpec("history_item", "int64", ("N_h",), "user", 9),

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from stca.manifest import TableSpec
 from stca.runtime.memory_pool import MarginalUtility
 from stca.runtime.row_cache import RowCache
+from stca.specs import TableSpec
 
 ROWS, WIDTH = 500, 4
 TABLE = np.random.default_rng(0).standard_normal((ROWS, WIDTH)).astype(np.float32)

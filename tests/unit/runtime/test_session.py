@@ -19,11 +19,12 @@ from stca.errors import BuildError, BundleError, CancelledError, HistoryNeededEr
 from stca.export.pipeline import export_module
 from stca.export.reference.module import request_inputs
 from stca.export.to_onnx import RequestModel
-from stca.manifest import HALVES, WEIGHTS, EngineEntry
+from stca.manifest import WEIGHTS, EngineEntry
 from stca.runtime import Deadline, OnnxRuntimeEngine, Request, RequestBatch, Session
 from stca.runtime.model import Model
 from stca.runtime.state import cost_of
 from stca.runtime.swap import check_swap
+from stca.specs import HALVES
 
 FORMS = (("log", "absorbed"), ("log", "projected"), ("delta", "projected"))
 HISTORY = ("history_item", "history_action", "history_category", "history_time", "history_gap")

@@ -17,8 +17,9 @@ from support.errors import one_line
 from stca import tables as table_files
 from stca.bundle import Bundle, seal
 from stca.errors import BundleError, EngineError, RequestError, UsageError
-from stca.manifest import MANIFEST, Manifest, TableSpec
+from stca.manifest import MANIFEST, Manifest
 from stca.runtime import Request, RowSource, Session, Static
+from stca.specs import TableSpec
 from stca.tables import TableFile, row_numbers, write_table
 
 REQUEST = Request({"hist": [1, 4999, 300], "item": [5, 0]})

@@ -9,7 +9,7 @@ import numpy as np
 from make_golden import batch, case, refused, score, tensor
 from onnx import TensorProto, helper
 
-from stca.manifest import EventInput, Padding, StateSpec, TensorSpec
+from stca.specs import EventInput, Padding, StateSpec, TensorSpec
 
 PLACES, IDS = 4, 3
 PADDED = (

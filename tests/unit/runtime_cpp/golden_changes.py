@@ -9,7 +9,7 @@ import numpy as np
 from make_golden import NEEDY_BIAS, WINDOW, Log, append, case, events, forget, refused, score, stats, tensor, warm
 from onnx import TensorProto, helper
 
-from stca.manifest import StateSpec, TensorSpec
+from stca.specs import StateSpec, TensorSpec
 
 A = Log([1, 2, 3, 40, 50], [0, 1, 3, 2, 2])
 DEADLINE_ERROR, CANCELLED_ERROR = 11, 12

@@ -9,7 +9,7 @@ import numpy as np
 from make_golden import append, case, refused, score, tensor, write_bundle
 from onnx import TensorProto, helper
 
-from stca.manifest import EventInput, Padding, StateSpec, TensorSpec
+from stca.specs import EventInput, Padding, StateSpec, TensorSpec
 
 PLACES = 5
 INPUTS = (

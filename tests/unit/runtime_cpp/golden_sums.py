@@ -10,7 +10,7 @@ from golden_changes import amend
 from make_golden import WINDOW, append, case, refused, score, stats, tensor
 from onnx import TensorProto, helper
 
-from stca.manifest import SUM, StateSpec, TensorSpec
+from stca.specs import SUM, StateSpec, TensorSpec
 
 CLICKS = TensorSpec("clicks", "int64", ("N_h",), "user", 100)
 RECENT = TensorSpec("recent", "int64", (2,), "user", 100)

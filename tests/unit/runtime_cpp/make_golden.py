@@ -19,7 +19,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from stca.bundle import seal, sha256_of
-from stca.manifest import GraphSpec, Manifest, StateSpec, TensorSpec
+from stca.manifest import Manifest
+from stca.specs import GraphSpec, StateSpec, TensorSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 WINDOW = 6  # max_history of the `log` bundles

@@ -22,9 +22,10 @@ from make_golden import append, score, tensor
 from stca import probe
 from stca.bundle import Bundle
 from stca.errors import BuildError
-from stca.manifest import HALVES, EngineEntry
+from stca.manifest import EngineEntry
 from stca.runtime import Request, Session
 from stca.runtime.engine_choice import Machine, best_engine
+from stca.specs import HALVES
 from stca.tensorrt_flavours import FLAVOURS
 from stca.trace import Traced
 

@@ -18,9 +18,9 @@ from support.errors import one_line
 
 from stca import commands, probe
 from stca.errors import BundleError, UsageError
-from stca.manifest import TensorSpec
 from stca.runtime import Request, Session
 from stca.serve.triton_repository import _tensor, write_repository
+from stca.specs import TensorSpec
 
 
 class Tensor:

@@ -12,7 +12,7 @@ from support.rules import freed, same, view_of
 from stca.export.freeing import freed_and_proven
 from stca.export.passes.batch_norm import Match, NormInLayer, NormOfLayer
 from stca.export.passes.rules import Rewrite, View
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 INPUTS = (
     TensorSpec("profile", "float32", (1, 64), "user"),

@@ -12,7 +12,7 @@ from support.rules import freed, same, view_of
 from stca.export.freeing import freed_and_proven
 from stca.export.passes.channels import ConvAsLayer, TurnedOnce
 from stca.export.passes.rules import Rewrite, View
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 INPUTS = (
     TensorSpec("events", "float32", (1, "L", 8), "user"),

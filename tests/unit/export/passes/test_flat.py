@@ -10,7 +10,7 @@ from support.rules import freed, same, view_of
 from stca.export.freeing import RULES, freed_and_proven
 from stca.export.passes.flat import FlatApart, Match
 from stca.export.passes.rules import Rewrite, Rule, View
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 INPUTS = (
     TensorSpec("profile", "float32", (1, 3, 32), "user"),

@@ -11,7 +11,7 @@ from support.rules import freed, same, view_of
 from stca.export.freeing import freed_and_proven
 from stca.export.passes.flat_rows import Match, RowsKept
 from stca.export.passes.rules import Rewrite, View
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 INPUTS = (
     TensorSpec("history", "float32", (1, "L", 64), "user"),

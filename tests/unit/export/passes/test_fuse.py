@@ -30,9 +30,9 @@ from stca.export.passes.whole_slices import drop_whole_slices
 from stca.export.pipeline import export_module
 from stca.export.split import inlined
 from stca.export.to_onnx import RequestModel
-from stca.manifest import TARGETS, TensorSpec
 from stca.plugins.spec import OP_NAME
 from stca.runtime import Request, Session
+from stca.specs import TARGETS, TensorSpec
 from tests.support.rules import view_of
 from tests.support.spellings import (
     FIXED,

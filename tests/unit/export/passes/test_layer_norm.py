@@ -14,7 +14,7 @@ from stca.export.freeing import freed_and_proven
 from stca.export.passes.layer_norm import LayerBeforeNorm, Match
 from stca.export.passes.rules import Rewrite, View
 from stca.export.passes.to_double import to_double
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 INPUTS = (
     TensorSpec("history", "float32", (1, "L", 24), "user"),

@@ -11,7 +11,7 @@ from support.errors import one_line
 from stca.errors import SplitError
 from stca.export.lifting import lifted_and_proven
 from stca.export.passes.lift import lift
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 USER = TensorSpec("hist", "int64", ("B", "L"), "user", 40)
 PAGE = TensorSpec("page", "float32", ("B", 8), "request")

@@ -14,7 +14,7 @@ from stca.errors import SplitError
 from stca.export.freeing import freed_and_proven
 from stca.export.passes.nodes import NewNodes, names_in
 from stca.export.passes.rules import Rewrite, Rule, Verdict, View, apply
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 INPUTS = (
     TensorSpec("history", "float32", ("N_h", 2), "user"),

@@ -16,7 +16,7 @@ from stca.checks.verify import prove
 from stca.export.passes.sequences import without_sequences
 from stca.export.pipeline import export_module
 from stca.export.to_onnx import RequestModel
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 PLACES = " ".join(f"{n} = Constant <value_int: int = {i}> ()" for n, i in (("zero", 0), ("two", 2), ("last", -1)))
 

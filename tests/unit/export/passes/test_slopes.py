@@ -11,7 +11,7 @@ from support.rules import freed, same, view_of
 
 from stca.export.passes.rules import Rewrite, View
 from stca.export.passes.slopes import Match, SlopeApart
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 INPUTS = (
     TensorSpec("history", "float32", (1, "L", 64), "user"),

@@ -11,7 +11,7 @@ from support.rules import freed, same, view_of
 
 from stca.export.passes.rules import Rewrite, View
 from stca.export.passes.spectra import Match, SpectrumAsProduct
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 ITEM = TensorSpec("item", "float32", ("N_t", 1), "target")
 

@@ -9,7 +9,7 @@ from onnx import parser
 from onnx.reference import ReferenceEvaluator
 
 from stca.export.passes.squeezes import name_squeezed_axes
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 X = TensorSpec("x", "float32", ("B", 1, "L", 1), "user")
 SPECS = (X, TensorSpec("i", "int64", ("B",), "target"))

@@ -15,7 +15,7 @@ from stca.export.freeing import Freed
 from stca.export.passes.parts import Part, Parting
 from stca.export.passes.rules import View
 from stca.export.passes.sums import Match, SumOfProducts
-from stca.manifest import OFFSETS, TensorSpec
+from stca.specs import OFFSETS, TensorSpec
 
 TARGETS_SHAPE = """count = Shape <start: int = 0, end: int = 1> (item) ones = Constant <value_ints: ints = [1, 1]> ()
     wide = Concat <axis: int = 0> (count, ones) one = Constant <value_ints: ints = [1]> ()

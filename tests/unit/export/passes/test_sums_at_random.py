@@ -14,7 +14,7 @@ from stca.export.analysis.rows import Rows
 from stca.export.freeing import RULES, freed_and_proven
 from stca.export.passes.rules import Rule, View
 from stca.export.split import split
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 WIDTH = 3
 INPUTS = (

@@ -21,7 +21,7 @@ from stca.export.analysis.cost import Sizes
 from stca.export.reference.config import StcaConfig
 from stca.export.reference.module import Stca, request_inputs, segment_of
 from stca.export.to_onnx import RequestModel, to_request_graph
-from stca.manifest import TensorSpec
+from stca.specs import TensorSpec
 
 Array = NDArray[Any]
 TIMES, FORMS = ("log", "delta"), ("projected", "absorbed")
