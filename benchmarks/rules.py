@@ -30,7 +30,7 @@ from stca.checks.bench import machine, measure_in_turn
 from stca.checks.verify import prove
 from stca.examples.gallery import NAMES, load, onnx_files
 from stca.examples.gallery.declared import GalleryModel
-from stca.export.analysis.cost import DEFAULT_WORKLOAD, Sizes
+from stca.export.analysis.cost import DEFAULT_WORKLOAD, NominalSizes
 from stca.export.pipeline import CutOptions, split_onnx
 from stca.export.split import inlined
 from stca.runtime import OnnxRuntimeEngine, Request, Session
@@ -115,7 +115,7 @@ def _operations(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
     for value in graph.graph.input:
         for dim, n in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
             dim.dim_value = n
-    sizes = Sizes(graph, {})
+    sizes = NominalSizes(graph, {})
     return sum(sizes.work(node) for node in graph.graph.node)
 
 

@@ -1,8 +1,8 @@
-"""Ranges of values, collected in one pass and merged in any order, bit for bit the same.
+"""Ranges of values, collected in one pass over pieces in any order, bit for bit the same.
 
 What is kept of the values is how many there are of each magnitude, in bins that do not depend on them: a bin is the top
-of a float32's bits, 32 to each power of two. So two collectors are merged by adding integers, and a million tokens take
-no more memory than one. Every method's answer follows from these counts and from the largest magnitude, which is exact.
+of a float32's bits, 32 to each power of two. So pieces are merged by adding integers, and a million tokens take no more
+memory than one. Every method's answer follows from these counts and from the largest magnitude, which is exact.
 """
 
 from __future__ import annotations
@@ -52,12 +52,11 @@ class Collector:
     Args:
         granularity: what has a range of its own: the `tensor`; each `head` (all axes but the first and the last); each
             `channel` (all axes but the first); or each `token`, of which the tensor has as many as it likes: what is
-            collected then is the largest magnitude of each head of a token, or of `block` tokens in a row.
-        block: tokens that share a range, for `token`.
+            collected then is the largest magnitude of each head of a token.
     """
 
-    def __init__(self, granularity: Granularity, block: int = 1) -> None:
-        self.granularity, self.block = granularity, block
+    def __init__(self, granularity: Granularity) -> None:
+        self.granularity = granularity
         self.found: Magnitudes | None = None
         self._shape: tuple[int, ...] = ()
 
@@ -76,21 +75,6 @@ class Collector:
         self._shape = shape
         here = _magnitudes(grouped)
         self.found = here if self.found is None else self.found.merged(here)
-
-    def merge(self, other: Collector) -> None:
-        """Take in what another collector of the same kind found.
-
-        Raises:
-            StcaError: when it is of another granularity or shape.
-        """
-        if (self.granularity, self.block) != (other.granularity, other.block):
-            raise StcaError(f"collectors of {self.granularity} and {other.granularity} cannot be merged")
-        if other.found is None:
-            return
-        if self.found is not None and self._shape != other._shape:
-            raise StcaError(f"has groups of shape {list(other._shape)}, before {list(self._shape)}")
-        self._shape = other._shape
-        self.found = other.found if self.found is None else self.found.merged(other.found)
 
     def ranges(self, method: Method = "absmax", levels: int = 127) -> Array:
         """The magnitude that each group's largest level stands for, float32, of a shape that multiplies the tensor.
@@ -117,9 +101,7 @@ class Collector:
         inner = x.shape[1:]
         heads = int(np.prod(inner[:-1]))
         if self.granularity == "token":
-            by_head = x.reshape(len(x), heads, inner[-1]).max(axis=-1, initial=0.0)
-            begins = np.arange(0, len(x), self.block)
-            return (np.maximum.reduceat(by_head, begins) if len(x) else by_head).reshape(1, -1), (1,) * len(inner)
+            return x.reshape(len(x), heads, inner[-1]).max(axis=-1, initial=0.0).reshape(1, -1), (1,) * len(inner)
         if self.granularity == "tensor":
             return x.reshape(1, -1), (1,) * len(inner)
         if self.granularity == "channel":
@@ -206,4 +188,3 @@ _METHODS: Final[Mapping[Method, Callable[[Array, Array, int], Array]]] = {
     "entropy": _entropy,
     "mse": _mse,
 }
-METHODS: Final[tuple[Method, ...]] = tuple(_METHODS)

@@ -16,7 +16,7 @@ import onnx
 
 from stca import probe
 from stca.arrays import Array
-from stca.export.analysis.cost import Sizes, any_sizes
+from stca.export.analysis.cost import NominalSizes, any_sizes
 from stca.export.analysis.onnx_reference import reference_of
 from stca.export.analysis.scope import Dataflow
 from stca.export.analysis.tokenwise import Tokenwise
@@ -120,7 +120,7 @@ def _with_sums(halves: Split, names: Sequence[str]) -> tuple[Split, list[StateTe
     """The halves with these values in the state too, and their tensors; of those alone that have one size and type."""
     encoder = onnx.ModelProto()
     encoder.CopyFrom(halves.user_encoder)
-    sizes, there = Sizes(encoder, any_sizes(encoder.graph)), {t.value: t for t in halves.state}
+    sizes, there = NominalSizes(encoder, any_sizes(encoder.graph)), {t.value: t for t in halves.state}
     sums: list[StateTensor] = []
     for name in names:
         dims, dtype = sizes.dims(name), sizes.element_type(name)

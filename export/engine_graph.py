@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, external_data_helper
 
 from stca.errors import BuildError
-from stca.export.analysis.cost import Sizes
+from stca.export.analysis.cost import NominalSizes
 from stca.export.analysis.integers import fold_integers
 from stca.export.analysis.scope import drop_unread, reads
 from stca.export.passes.lower import fix_to_one_request, for_one_request, is_operator
@@ -164,7 +164,7 @@ def estimate_memory(graph: EngineGraph, sizes: Mapping[str, int]) -> dict[str, i
         alive at once when nothing is fused: an upper bound, of which a fused attention leaves little.
     """
     model = graph.model
-    at = Sizes(model, sizes)
+    at = NominalSizes(model, sizes)
     bytes_of = {t.name: _bytes(t) for t in model.graph.initializer}
     edge = {v.name: at.bytes(v.name) or 0 for v in (*model.graph.input, *model.graph.output)}
     last_read = {name: i for i, node in enumerate(model.graph.node) for name in reads(node)}

@@ -17,7 +17,7 @@ import onnx
 import onnx.inliner
 
 from stca.errors import SplitError
-from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured, Shown, Sizes, without_weights
+from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured, NominalSizes, Shown, without_weights
 from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE, Cut, RequestDependency
 from stca.export.analysis.reasons import reasons
 from stca.export.analysis.scope import Dataflow, Scope, infer_scopes, input_scopes, label, walk
@@ -141,7 +141,7 @@ def split(
     model = inlined(model)
     marked = input_scopes(model.graph, scopes)
     inferred = infer_scopes(model, scopes)
-    cut = Cut(model, inferred, Sizes(model, workload, measured, per_row, shown))
+    cut = Cut(model, inferred, NominalSizes(model, workload, measured, per_row, shown))
     cut.refuse_hopeless(verbatim)
     cut.never = never(model, inferred)
     recomputed = cut.recomputed(Fraction(flops_per_byte))

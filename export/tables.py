@@ -21,7 +21,7 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from stca.arrays import Array, Progress
 from stca.errors import SplitError
-from stca.export.analysis.cost import Sizes, any_sizes, without_weights
+from stca.export.analysis.cost import NominalSizes, any_sizes, without_weights
 from stca.export.analysis.positions import position_tables
 from stca.export.analysis.scope import STAND_IN, Dataflow, attribute, drop_unread, is_stand_in, label, stand_ins
 from stca.export.passes.nodes import NewNodes, names_in
@@ -282,7 +282,7 @@ def with_rows(model: onnx.ModelProto, tables: Sequence[TableSpec]) -> WithRows:
     done = onnx.ModelProto()
     done.CopyFrom(model)
     _take_true_ids(done.graph, known)
-    flow, sizes = Dataflow(done.graph), Sizes(done, any_sizes(done.graph))
+    flow, sizes = Dataflow(done.graph), NominalSizes(done, any_sizes(done.graph))
     new = NewNodes(names_in(done.graph))
     inputs: dict[tuple[str, str], onnx.ValueInfoProto] = {}
     lookups: list[Lookup] = []

@@ -241,11 +241,6 @@ class StateCache:
             self._gone.forget(user)
             return self._drop(user)
 
-    def clear(self) -> None:
-        """Drop everything; the counters stay."""
-        with self._lock:
-            self._clear()
-
     def close(self) -> None:
         """Drop everything and keep nothing any more, not even what is being encoded."""
         with self._lock:

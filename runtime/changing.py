@@ -9,13 +9,12 @@ from numpy.typing import ArrayLike
 
 from stca.arrays import Array
 from stca.errors import RequestError
-from stca.runtime.client_values import mapping_of, quoted
+from stca.runtime.client_values import key_of, mapping_of, quoted
 from stca.runtime.model import Model
 from stca.runtime.room import Room
 from stca.runtime.state import UserState, join
 from stca.runtime.store import StateStore
 from stca.runtime.turns import Turns
-from stca.runtime.user_states import plain_key
 from stca.specs import TOKENS
 
 
@@ -47,10 +46,9 @@ def change(
             f"{call}: this bundle's states are sums over all events, and what one of them gave is not known any "
             "more; send the whole history with a new version"
         )
-    user, version = plain_key(user, version)
+    user, version, follows = key_of("user", user), key_of("version", version), key_of("version", after)
     # What is corrected is never cut: the others would come one place early.
     arrays = _admitted(call, model, mapping_of("inputs", events), cut=at is None)
-    follows = plain_key(None, after)[1]
     if after is not None and follows == version:
         raise RequestError(f"version: is {quoted(version)}, that of the history before; name the changed one anew")
     held = store.find(user, model.key(user, version), *([] if after is None else [model.key(user, follows)]))

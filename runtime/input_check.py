@@ -16,7 +16,7 @@ from stca.runtime.client_values import MOST_VALUES, array_of, in_numbers
 from stca.specs import TARGETS, TOKENS, USERS, TensorSpec
 
 # By its name, how long a dimension of a request is, and which input said so first.
-Sizes = dict[str, tuple[int, str]]
+Agreed = dict[str, tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ class InputCheck:
         """Whether it is one target's value, without the axis of targets: the only target's, or that of all."""
         return self._of_targets and raw.ndim == self._rank - 1
 
-    def repeated(self, raw: Array, sizes: Sizes) -> Array:
+    def repeated(self, raw: Array, sizes: Agreed) -> Array:
         """One target's value for as many targets as the other inputs have."""
         count = sizes.get(str(self._shape[0]), (1, ""))[0]
         return np.broadcast_to(raw, (count, *raw.shape))
 
-    def array(self, raw: Array, sizes: Sizes) -> Array:
+    def array(self, raw: Array, sizes: Agreed) -> Array:
         """What was sent, of the right kind, as the contiguous array that graphs take.
 
         Args:
@@ -232,7 +232,7 @@ class Plain(NamedTuple):
         return cls(spec.name, dtype, rows, spec.shape[1:], most, dtype.kind != "f", below, math.inf)
 
 
-def ready(plain: Sequence[Plain], inputs: Mapping[str, ArrayLike], sizes: Sizes) -> dict[str, Array] | None:
+def ready(plain: Sequence[Plain], inputs: Mapping[str, ArrayLike], sizes: Agreed) -> dict[str, Array] | None:
     """Inputs that are all arrays which graphs take as they are, and not empty; None where `InputCheck` is to say.
 
     Most requests bring nothing else, and these few comparisons, in one piece, are all that their inputs cost.

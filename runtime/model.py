@@ -109,7 +109,7 @@ class Model:
         return max(1, processors() // self.threads) if self.threads and on_cpu(self.encoder) else 1
 
     def key(self, user: Hashable, version: Hashable) -> StateKey:
-        """What a state is kept under; both are plain values, as `Door.key_of` makes them."""
+        """What a state is kept under; both are plain values, as `client_values.key_of` makes them."""
         return StateKey(user, version, self.manifest.weights, self.format)
 
     def encode(self, users: Sequence[Mapping[str, Array]], deadline: Deadline = NEVER) -> Iterator[UserState]:

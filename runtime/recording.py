@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from stca.arrays import Array
 from stca.errors import RequestError, UsageError
-from stca.runtime.client_values import quoted
+from stca.runtime.client_values import key_of, quoted
 from stca.runtime.record import Names
 from stca.runtime.request import Door
 from stca.runtime.state import LOG
@@ -56,7 +56,7 @@ class Recording:
 
 def pseudonym(user: Hashable, key: bytes) -> int:
     """What stands for a user in traces that were recorded under `key`, 64 bits."""
-    return int.from_bytes(hashlib.sha256(Names(key).of(Door.key_of("user", user)).encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(Names(key).of(key_of("user", user)).encode()).digest()[:8], "big")
 
 
 class Recorder:

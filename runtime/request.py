@@ -15,8 +15,8 @@ from stca.arrays import Array
 from stca.errors import RequestError
 from stca.manifest import Manifest
 from stca.near import did_you_mean
-from stca.runtime.client_values import TEXT, array_of, key_of, labels_of, mapping_of, quoted
-from stca.runtime.input_check import InputCheck, Limits, Plain, Sizes, ready
+from stca.runtime.client_values import TEXT, array_of, labels_of, mapping_of, quoted
+from stca.runtime.input_check import Agreed, InputCheck, Limits, Plain, ready
 from stca.runtime.padding import History
 from stca.specs import OFFSETS, TARGETS, TOKENS, USERS, TensorSpec, packable
 
@@ -93,8 +93,6 @@ class Door:
         max_targets: most targets of a request, or of a batch together.
     """
 
-    key_of = staticmethod(key_of)
-
     def __init__(self, manifest: Manifest, *, truncate: bool = False, max_targets: int = MOST_TARGETS) -> None:
         self.inputs = {s.name: s for s in manifest.graphs["request"].inputs}
         self.offsets = {s.name: s for s in self.inputs.values() if s.shape == (OFFSETS,)}
@@ -116,7 +114,7 @@ class Door:
         self.of_tokens = tuple(n for n in self.names("request") if self.inputs[n].shape[:1] == (TOKENS,))
         self._lengths = [s for s in self.inputs.values() if s.length_of is not None]
         self._blanks = [s for s in self.inputs.values() if s.blank is not None]
-        self._sizes: Sizes = {USERS: (1, "one request")} if self.offsets else {}
+        self._sizes: Agreed = {USERS: (1, "one request")} if self.offsets else {}
         only_compared = all(s.scope == "user" for s in (*self._lengths, *self._blanks))
         self._of_request = self._part(("request", "target")) if only_compared else None
 
@@ -191,7 +189,7 @@ class Door:
             arrays[name] = _from_0_to(sizes[size][0] if size in sizes else 0, dtype)
         return arrays
 
-    def _checked(self, part: _Part, inputs: Mapping[str, ArrayLike], sizes: Sizes) -> dict[str, Array]:
+    def _checked(self, part: _Part, inputs: Mapping[str, ArrayLike], sizes: Agreed) -> dict[str, Array]:
         """Each input of a part as the contiguous array that graphs take; `sizes` are added to."""
         arrays: dict[str, Array] = {}
         of_any_target: list[tuple[InputCheck, Array]] = []
@@ -337,7 +335,7 @@ class Door:
             made |= history.complete(sent)
         return made
 
-    def _limit_history(self, arrays: dict[str, Array], sizes: Sizes, *, cut: bool) -> None:
+    def _limit_history(self, arrays: dict[str, Array], sizes: Agreed, *, cut: bool) -> None:
         if TOKENS not in sizes:
             return
         tokens, name = sizes[TOKENS]

@@ -17,7 +17,7 @@ from stca.manifest import Manifest
 from stca.opening import opened
 from stca.runtime.batching import ALONE, Batcher, Runs
 from stca.runtime.changing import change, checked_place
-from stca.runtime.client_values import mapping_of
+from stca.runtime.client_values import key_of, mapping_of
 from stca.runtime.deadline import Deadline, Wanted
 from stca.runtime.engine import Engine
 from stca.runtime.machine import mark_after_fork
@@ -32,7 +32,7 @@ from stca.runtime.store import StateStore, StoreStats
 from stca.runtime.swap import check_swap
 from stca.runtime.tables import RowSource, on_cpu
 from stca.runtime.turns import Turns
-from stca.runtime.user_states import UserStates, plain_key
+from stca.runtime.user_states import UserStates
 from stca.signature import Key
 
 
@@ -298,7 +298,7 @@ class Session:
     def forget(self, user: Hashable) -> bool:
         """Drop what is kept of a user, and what is being encoded of them; False when nothing was."""
         self._running()
-        return self._states.forget(plain_key(user, None)[0])
+        return self._states.forget(key_of("user", user))
 
     def swap(self, bundle: str | os.PathLike[str]) -> None:
         """Serve another bundle from the next request on; running ones finish on the old. States of other weights go.

@@ -158,8 +158,3 @@ def _history_needed(key: StateKey) -> HistoryNeededError:
     return HistoryNeededError(
         f"user {quoted(key.user)}: no state of version {quoted(key.version)} is kept; send the user inputs"
     )
-
-
-def plain_key(user: Hashable, version: Hashable) -> tuple[Hashable, Hashable]:
-    """Both, as plain values that can be looked up."""
-    return key_of("user", user), key_of("version", version)

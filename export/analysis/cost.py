@@ -3,7 +3,7 @@
 Estimates, to compare one cut with another, and not predictions of time. Shapes come from ONNX shape inference with the
 symbolic sizes replaced by nominal ones. Where a shape stays unknown, a value counts as large as the largest input of
 its node, and an unknown inner size as the workload's largest: too much work rather than too little, because work
-moved to the scorer by mistake is paid on every request. `Sizes.guesses` names those values.
+moved to the scorer by mistake is paid on every request. `NominalSizes.guesses` names those values.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Measured: TypeAlias = Mapping[str, tuple[int | str | None, ...]]
 Shown: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
-class Sizes:
+class NominalSizes:
     """Types and nominal sizes of every value of `model`, bodies of control flow included.
 
     Args:

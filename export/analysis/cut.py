@@ -30,7 +30,7 @@ import onnx
 
 from stca.errors import SplitError
 from stca.export.analysis import operators
-from stca.export.analysis.cost import Sizes
+from stca.export.analysis.cost import NominalSizes
 from stca.export.analysis.scope import Dataflow, Scope, explain, label, walk
 
 DEFAULT_FLOPS_PER_BYTE: Final = 16.0
@@ -73,7 +73,7 @@ class Cut:
     `never` are values that may not be in the state; inputs are not among them.
     """
 
-    def __init__(self, model: onnx.ModelProto, scopes: Mapping[str, Scope], sizes: Sizes) -> None:
+    def __init__(self, model: onnx.ModelProto, scopes: Mapping[str, Scope], sizes: NominalSizes) -> None:
         self.model, self.scopes, self.sizes = model, scopes, sizes
         self.never: Collection[str] = ()
         self.flow = Dataflow(model.graph)

@@ -17,7 +17,7 @@ import onnx
 from stca import probe
 from stca.arrays import Array
 from stca.errors import SplitError
-from stca.export.analysis.cost import Shown, Sizes, any_sizes
+from stca.export.analysis.cost import NominalSizes, Shown, any_sizes
 from stca.export.analysis.rows import Everything, attempts, below
 from stca.specs import OFFSETS, USERS, TensorSpec
 
@@ -52,7 +52,7 @@ class Growth:
         self._rows = {n: size for n, size in counted.items() if size > 1 and n != OFFSETS}
         self._sizes = {n: size for n, size in workload.items() if n not in self._rows and n not in (USERS, OFFSETS)}
         self._factors: dict[str, Array] = {}
-        inferred = Sizes(model, {**any_sizes(model.graph), **workload})
+        inferred = NominalSizes(model, {**any_sizes(model.graph), **workload})
         unknown = set(inferred.guesses)
         names = [n for node in model.graph.node for n in node.output if n in unknown and inferred.element_type(n)]
         if names:

@@ -17,7 +17,7 @@ import onnx
 from onnx import numpy_helper
 
 from stca.export.analysis import operators
-from stca.export.analysis.cost import Sizes, any_sizes, without_weights
+from stca.export.analysis.cost import NominalSizes, any_sizes, without_weights
 from stca.export.analysis.integers import fold_integers, known_integers
 from stca.export.analysis.scope import attribute, walk
 
@@ -72,7 +72,7 @@ def input_ranges(model: onnx.ModelProto) -> dict[str, Range]:
 
 class _Walk:
     def __init__(self, model: onnx.ModelProto) -> None:
-        self._dims = Sizes(model, any_sizes(model.graph)).dims
+        self._dims = NominalSizes(model, any_sizes(model.graph)).dims
         light = without_weights(model)
         fold_integers(light)
         nodes = list(walk(light.graph.node))

@@ -17,7 +17,7 @@ import onnx
 from onnx import numpy_helper
 
 from stca.export.analysis import operators
-from stca.export.analysis.cost import Sizes, any_sizes, without_weights
+from stca.export.analysis.cost import NominalSizes, any_sizes, without_weights
 from stca.export.analysis.integers import fold_integers
 from stca.export.analysis.scope import attribute, label, opset_of, reads, subgraphs
 from stca.specs import TOKENS
@@ -43,7 +43,7 @@ class Tokenwise:
     """
 
     def __init__(self, model: onnx.ModelProto, tokens: Mapping[str, int]) -> None:
-        self._inferred = Sizes(model, any_sizes(model.graph)).dims
+        self._inferred = NominalSizes(model, any_sizes(model.graph)).dims
         self._opset = opset_of(model)
         light = without_weights(model)
         fold_integers(light)

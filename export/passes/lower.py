@@ -22,7 +22,7 @@ from onnx import helper, inliner, numpy_helper, parser, version_converter
 from onnx.reference import ReferenceEvaluator
 
 from stca.errors import ExportError
-from stca.export.analysis.cost import Sizes, any_sizes
+from stca.export.analysis.cost import NominalSizes, any_sizes
 from stca.export.analysis.integers import INTEGERS, fold_integers, known_integers
 from stca.export.analysis.scope import Dataflow, drop_unread, label, opset_of, walk
 from stca.export.passes.nodes import NewNodes, names_in
@@ -158,7 +158,7 @@ def _with_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
 
     A key with a column for a bias is one wider than its value, and kernels want both of one size.
     """
-    sizes, copy = Sizes(model, any_sizes(model.graph)), onnx.ModelProto()
+    sizes, copy = NominalSizes(model, any_sizes(model.graph)), onnx.ModelProto()
     copy.CopyFrom(model)
     new, nodes = NewNodes(names_in(model.graph)), list(copy.graph.node)
     del copy.graph.node[:]
@@ -246,7 +246,7 @@ def _take_the_only_row(model: onnx.ModelProto) -> None:
     Where the index has a row for each row of an input, only their number is asked of that input, and what computed the
     index, a dozen small kernels, is no longer needed.
     """
-    sizes = Sizes(model, any_sizes(model.graph))
+    sizes = NominalSizes(model, any_sizes(model.graph))
     rows_like = {}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:

@@ -32,7 +32,7 @@ from onnx import AttributeProto, TensorProto, numpy_helper
 
 from stca.errors import ExportError
 from stca.export.analysis import operators
-from stca.export.analysis.cost import Sizes, any_sizes
+from stca.export.analysis.cost import NominalSizes, any_sizes
 from stca.export.analysis.scope import Dataflow, label, reads, subgraphs
 from stca.plugins.spec import ARGUMENTS, DOMAIN, OP_NAME
 
@@ -122,7 +122,7 @@ class _Conversion:
             node.output[0]: tensor for node in model.graph.node if (tensor := _constant(node)) is not None
         }
         self.contents = weights
-        self.type_of = Sizes(model, any_sizes(model.graph)).element_type
+        self.type_of = NominalSizes(model, any_sizes(model.graph)).element_type
         self.outputs = {o.name for o in self.graph.output}
         self.keep = {t.name for t in (*self.graph.input, *self.graph.output)} - set(state)
         self.wide_nodes, self.narrowed = self._wide_nodes()

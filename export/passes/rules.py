@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from stca.arrays import Array
 from stca.errors import SplitError
-from stca.export.analysis.cost import Measured, Sizes
+from stca.export.analysis.cost import Measured, NominalSizes
 from stca.export.analysis.layout import Tried, tried
 from stca.export.analysis.rows import constants_of
 from stca.export.analysis.scope import Dataflow, Scope, infer_scopes, label, reads
@@ -78,9 +78,9 @@ class View:
         return infer_scopes(self.model, self.inputs)
 
     @cached_property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> NominalSizes:
         """Types, shapes and nominal sizes of every value."""
-        return Sizes(self.model, self.workload, self.measured)
+        return NominalSizes(self.model, self.workload, self.measured)
 
     @cached_property
     def tried(self) -> tuple[Tried, Tried]:

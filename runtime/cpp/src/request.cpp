@@ -206,7 +206,7 @@ void Door::admit_events(Inputs events, const char* call, bool cut, Row& row) con
 }
 
 void Door::admit_sorted(const Given& given, int scopes, bool events, bool cut, Row& row) const {
-  Sizes sizes(symbol_ids_.size());
+  Agreed sizes(symbol_ids_.size());
   if (ragged_) sizes[users_id] = {1, "one request"};
   row.arrays.resize(inputs_.size());
   History::Sent completed;
@@ -293,7 +293,7 @@ Array Door::of_kind(std::size_t index, const stca_tensor& value) const {
   return raw;
 }
 
-Array Door::array(std::size_t index, Array raw, Sizes& sizes) const {
+Array Door::array(std::size_t index, Array raw, Agreed& sizes) const {
   const TensorSpec& spec = inputs_[index];
   const std::vector<int>& symbols = symbols_[index];
   const int rank = static_cast<int>(symbols.size());
@@ -325,7 +325,7 @@ Array Door::array(std::size_t index, Array raw, Sizes& sizes) const {
   return checked(spec, raw);
 }
 
-void Door::check_lengths(const Row& row, const Sizes& sizes) const {
+void Door::check_lengths(const Row& row, const Agreed& sizes) const {
   for (std::size_t i = 0; i < inputs_.size(); ++i) {
     if (length_of_[i] < 0 || row.arrays[i].data == nullptr) continue;
     const Bound& of = sizes[static_cast<std::size_t>(length_of_[i])];

@@ -109,16 +109,16 @@ class Door {
     const char* because = "";
   };
   using Given = std::vector<const stca_tensor*>;
-  using Sizes = std::vector<Bound>;
+  using Agreed = std::vector<Bound>;
 
   std::vector<CutRequest> unstack(const stca_request_batch& batch) const;
   Given sort(Inputs inputs, int scopes, int others, const char* call) const;
   /// `events`: they are a part of a history. Any of its events may be blank, as long as others are not.
   void admit_sorted(const Given& given, int scopes, bool events, bool cut, Row& row) const;
   Array of_kind(std::size_t index, const stca_tensor& value) const;
-  Array array(std::size_t index, Array raw, Sizes& sizes) const;
+  Array array(std::size_t index, Array raw, Agreed& sizes) const;
   History::Sent complete(const Given& given) const;
-  void check_lengths(const Row& row, const Sizes& sizes) const;
+  void check_lengths(const Row& row, const Agreed& sizes) const;
   void check_history(const Bound& tokens) const;
   void limit_history(Row& row, Bound& tokens, bool cut) const;
   /// The last `window_` tokens of a user input.

@@ -35,7 +35,7 @@ Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 _FLOOR: Final = 4
 EPS: Final[Mapping[str, float]] = {"fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
 # Requests to look at, as (history tokens, targets).
-PROBES: Final = ((7, 5), (40, 16))
+LAYER_PROBES: Final = ((7, 5), (40, 16))
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def bisect(
     suspect: Path | EngineGraph,
     *,
     precision: Precision = "fp32",
-    probes: Sequence[tuple[int, int]] = PROBES,
+    probes: Sequence[tuple[int, int]] = LAYER_PROBES,
     seed: int = 0,
 ) -> Divergence | None:
     """Find where a graph leaves the bundle's own.

@@ -54,11 +54,11 @@ class CpuCeilings:
     attentions: Mapping[Shape, tuple[float, float]]
 
     def least(self, stage: str) -> float:
-        """See `Machine.least`."""
+        """See `Rates.least`."""
         return self.requests[stage]
 
     def seconds(self, item: Item) -> float:
-        """See `Machine.seconds`."""
+        """See `Rates.seconds`."""
         if item.shape is not None and item.sizes is not None:
             token, logit = self.attentions[item.shape]
             return item.sizes.tokens * (token + item.sizes.targets * item.shape.heads * logit)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 # Requests every engine is asked, one at a time, as (history tokens, targets).
-PROBES: Final = ((0, 16), (1, 16), (64, 1), (300, 64))
+ENGINE_PROBES: Final = ((0, 16), (1, 16), (64, 1), (300, 64))
 _TORCH: Final = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -160,7 +160,7 @@ def verify_engine(
     *,
     module: nn.Module | None = None,
     engines: Mapping[str, Engine] | None = None,
-    probes: Sequence[tuple[int, int]] = PROBES,
+    probes: Sequence[tuple[int, int]] = ENGINE_PROBES,
     seed: int = 0,
     progress: Progress = lambda _: None,
 ) -> verify.ParityReport:

@@ -44,7 +44,7 @@ class Item:
     sizes: Sizes | None = None
 
 
-class Machine(Protocol):
+class Rates(Protocol):
     """Something with rates."""
 
     def least(self, stage: str) -> float:
@@ -68,15 +68,15 @@ class Forecast:
         return {stage: round(1e3 * seconds, 4) for stage, seconds in dataclasses.asdict(self).items()}
 
 
-def forecast(bundle: Bundle, machine: Machine, history: int, targets: int) -> Forecast:
-    """What a request of this size should take on a machine.
+def forecast(bundle: Bundle, rates: Rates, history: int, targets: int) -> Forecast:
+    """What a request of this size should take at these rates.
 
     Raises:
         SplitError: when a size of the graph's inputs is not known.
     """
-    encode, score = (sum(map(machine.seconds, items(bundle, half, history, targets))) for half in HALVES)
+    encode, score = (sum(map(rates.seconds, items(bundle, half, history, targets))) for half in HALVES)
     work = {"user_encoder": encode, "target_scorer": score, "miss": encode + score, "hit": score}
-    return Forecast(**{stage: machine.least(stage) + seconds for stage, seconds in work.items()})
+    return Forecast(**{stage: rates.least(stage) + seconds for stage, seconds in work.items()})
 
 
 def items(bundle: Bundle, half: str, history: int, targets: int) -> list[Item]:
@@ -120,7 +120,7 @@ def _weight(node: Any, shape: tuple[int, ...] | None) -> tuple[int, int] | None:
 
 
 def counted(bundle: Bundle, graph: str, workload: Mapping[str, int]) -> tuple[Any, Any]:
-    """A graph of a bundle without its weights, and the `Sizes` of its values: what all counts of its work follow from.
+    """A graph of a bundle without its weights, and its `NominalSizes`: what all counts of its work follow from.
 
     Args:
         bundle: whose.
@@ -130,7 +130,7 @@ def counted(bundle: Bundle, graph: str, workload: Mapping[str, int]) -> tuple[An
     Raises:
         SplitError: when a size of the graph's inputs is not known.
     """
-    from stca.export.analysis.cost import Sizes as Nominal
+    from stca.export.analysis.cost import NominalSizes
 
     model = _read(bundle.file(graph))
     shown = _growth(bundle).at(workload)
@@ -138,7 +138,7 @@ def counted(bundle: Bundle, graph: str, workload: Mapping[str, int]) -> tuple[An
     for spec in bundle.manifest.graphs[graph].inputs:  # a state's sizes that inference could not follow have own names
         for n, size in zip(spec.shape, shown.get(spec.name, ()), strict=False):
             known.setdefault(str(n), size)
-    return model, Nominal(model, known, shown=shown)
+    return model, NominalSizes(model, known, shown=shown)
 
 
 _growths: dict[tuple[Path, str], Any] = {}  # of the last bundle alone

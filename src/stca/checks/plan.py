@@ -15,7 +15,7 @@ from typing import Any, Final
 from stca import probe
 from stca.bundle import Bundle
 from stca.calibration.quantized_state import kept_as, quantizable
-from stca.checks.forecast import Item, Machine, forecast
+from stca.checks.forecast import Item, Rates, forecast
 from stca.errors import UsageError
 from stca.plugins import tiling
 from stca.plugins.devices import Device, device_for
@@ -55,11 +55,11 @@ class GpuRates:
     device: Device
 
     def least(self, stage: str) -> float:
-        """See `Machine.least`: the host's share is not in it."""
+        """See `Rates.least`: the host's share is not in it."""
         return 0.0
 
     def seconds(self, item: Item) -> float:
-        """See `Machine.seconds`."""
+        """See `Rates.seconds`."""
         if item.shape is not None and item.sizes is not None:
             with contextlib.suppress(ValueError):  # no tile fits: it runs as the products that it is
                 return tiling.choose(dataclasses.replace(item.shape, dtype="bfloat16"), item.sizes, self.device).seconds
@@ -155,12 +155,12 @@ class Plan:
     per_second: float
 
 
-def plan(bundle: Bundle, machine: Machine, demand: Demand, memory: int, state_format: str) -> Plan:
+def plan(bundle: Bundle, rates: Rates, demand: Demand, memory: int, state_format: str) -> Plan:
     """What one machine does.
 
     Args:
         bundle: what is served.
-        machine: its rates.
+        rates: of the machine.
         demand: who asks.
         memory: bytes, for weights, states and the rest; a CPU's tables in files lie there too, a GPU's on its host.
         state_format: one of `FORMATS`, of what is float32 in the bundle's own state.
@@ -172,13 +172,13 @@ def plan(bundle: Bundle, machine: Machine, demand: Demand, memory: int, state_fo
     if limit is not None and demand.history > limit:
         raise UsageError(f"--workload history={demand.history}: the bundle serves at most {limit} tokens")
     weights = sum(f["bytes"] for f in bundle.manifest.files.values() if "bytes" in f)
-    tables = 0 if isinstance(machine, GpuRates) else table_bytes(bundle)
+    tables = 0 if isinstance(rates, GpuRates) else table_bytes(bundle)
     room = int(memory * (1 - _RESERVED)) - weights - tables
     if room < 0:
         has = f" and {tables:,} of tables, whose rows take longer than is predicted from a disk" if tables else ""
         raise UsageError(f"--memory: {memory:,} bytes do not hold the bundle's {weights:,}{has}; give more")
     size = sum(_bytes(s, demand.history) for s in _kept(bundle.manifest.state, state_format))
-    expected = forecast(bundle, machine, demand.history, demand.targets)
+    expected = forecast(bundle, rates, demand.history, demand.targets)
     users = room // max(1, size)
     share = demand.hits(users)
     mean = share * expected.hit + (1 - share) * expected.miss
@@ -213,15 +213,15 @@ def _bytes(state: StateSpec, history: int) -> int:
     return math.prod(sizes) * ITEM_BYTES[state.dtype]
 
 
-def next_steps(bundle: Bundle, machine: Machine, demand: Demand, memory: int, state_format: str) -> dict[str, float]:
+def next_steps(bundle: Bundle, rates: Rates, demand: Demand, memory: int, state_format: str) -> dict[str, float]:
     """What raises throughput, and to how many times itself, the best first."""
-    now = plan(bundle, machine, demand, memory, state_format).per_second
-    steps = {"twice the memory": plan(bundle, machine, demand, 2 * memory, state_format)}
+    now = plan(bundle, rates, demand, memory, state_format).per_second
+    steps = {"twice the memory": plan(bundle, rates, demand, 2 * memory, state_format)}
     half = max(1, demand.history // 2)
     if probe.history_of(bundle.manifest.graphs["request"].inputs, half) == half:  # it is not of a fixed length
         shorter = dataclasses.replace(demand, history=half)
-        steps["half the history"] = plan(bundle, machine, shorter, memory, state_format)
+        steps["half the history"] = plan(bundle, rates, shorter, memory, state_format)
     if state_format != "int8" and bundle.manifest.rounding is None:
-        steps["states of 8 bits (stca calibrate)"] = plan(bundle, machine, demand, memory, "int8")
+        steps["states of 8 bits (stca calibrate)"] = plan(bundle, rates, demand, memory, "int8")
     gains = {name: made.per_second / now for name, made in steps.items()}
     return dict(sorted(gains.items(), key=lambda gain: -gain[1]))

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     require_folder(args.bundle)
     progress = progress_on_stderr("onnx")
     from stca.checks import plan as planning
-    from stca.checks.forecast import Machine
+    from stca.checks.forecast import Rates
 
     bundle = Bundle.load(args.bundle)
     asked = planning.Demand.parse(args.workload or "")
@@ -56,16 +56,16 @@ def run(args: argparse.Namespace) -> int:
         if args.memory is None:
             raise UsageError("--gpu cpu: say with --memory how much of it there is for weights and states")
         progress("this CPU's rates")
-        machine: Machine = cpu_rates(bundle, args.threads)
+        rates: Rates = cpu_rates(bundle, args.threads)
         memory, own = args.memory, "float32"
     elif args.gpu in planning.GPUS:
         gpu = planning.GPUS[args.gpu]
-        machine, memory, own = planning.GpuRates(gpu.device), args.memory or gpu.memory, "bfloat16"
+        rates, memory, own = planning.GpuRates(gpu.device), args.memory or gpu.memory, "bfloat16"
     else:
         raise UsageError(f"--gpu {args.gpu}: not known; there are {', '.join(planning.GPUS)} and cpu")
     formats = planning.formats_for(bundle, gpu=own == "bfloat16")
-    plans = {name: planning.plan(bundle, machine, demand, memory, name) for name in formats}
-    steps = planning.next_steps(bundle, machine, demand, memory, own)
+    plans = {name: planning.plan(bundle, rates, demand, memory, name) for name in formats}
+    steps = planning.next_steps(bundle, rates, demand, memory, own)
     chosen, tables = plans[own], planning.table_bytes(bundle)
     quantized = bundle.manifest.rounding
     states = f"{quantized} as calibrated, the rest in {own}" if quantized else own

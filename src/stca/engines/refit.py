@@ -38,7 +38,7 @@ from stca.specs import TableSpec
 from stca.tables import write_table
 
 # The export proved these graphs at every size; what is new is the weights, and one wrong tensor shows in any request.
-PROBES = (((40, 16),), ((5, 3), (0, 2), (40, 4)))
+REFIT_PROBES = (((40, 16),), ((5, 3), (0, 2), (40, 4)))
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -63,7 +63,7 @@ def refit(
             or a state dict with the names of its weights.
         out: directory of the new bundle; None replaces the old one, in one step at the end.
         prove: runs on the finished bundle before it gets its name; None asks `stca.checks.verify` the requests of
-            `PROBES`.
+            `REFIT_PROBES`.
         cache: where refitted engines are kept besides.
         progress: told each step as it starts.
 
@@ -101,7 +101,7 @@ def refit(
         fresh = seal(work, manifest)
         if prove is None:
             parity: Mapping[str, Any] = (
-                verify(fresh, module=module, probes=PROBES, progress=progress).require().as_dict()
+                verify(fresh, module=module, probes=REFIT_PROBES, progress=progress).require().as_dict()
             )
         else:
             parity = prove(fresh, module)

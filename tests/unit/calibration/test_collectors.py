@@ -1,14 +1,15 @@
-"""Collectors against a brute force in float64, on data that tempts them; merged in any order, bit for bit."""
+"""Collectors against a brute force in float64, on data that tempts them; in pieces of any order, bit for bit."""
 
 from __future__ import annotations
 
 import itertools
 import tracemalloc
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from stca.calibration.collectors import METHODS, Collector
+from stca.calibration.collectors import Collector, Method
 from stca.errors import StcaError
 
 RNG = np.random.default_rng(0)
@@ -34,8 +35,8 @@ def data(request):
     return DATA[request.param].astype(np.float32)
 
 
-def collected(x, granularity, **options):
-    made = Collector(granularity, **options)
+def collected(x, granularity):
+    made = Collector(granularity)
     made.add(x)
     return made
 
@@ -117,24 +118,22 @@ def test_pieces_in_any_order_give_the_same_bits(data, granularity):
     pieces = [data[:7], data[7:7], data[7:150], data[150:]]
     wanted = collected(data, granularity)
     for order in itertools.permutations(range(4)):
-        first, *rest = (collected(pieces[i], granularity) for i in order)
-        for part in rest:
-            first.merge(part)
-        assert first.found is not None
+        made = collected(pieces[order[0]], granularity)
+        for place in order[1:]:
+            made.add(pieces[place])
+        assert made.found is not None
         assert wanted.found is not None
-        assert np.array_equal(first.found.counts, wanted.found.counts)
-        assert first.found.largest.tobytes() == wanted.found.largest.tobytes()
-    assert first.ranges("mse").tobytes() == wanted.ranges("mse").tobytes()
+        assert np.array_equal(made.found.counts, wanted.found.counts)
+        assert made.found.largest.tobytes() == wanted.found.largest.tobytes()
+    assert made.ranges("mse").tobytes() == wanted.ranges("mse").tobytes()
 
 
-def test_tokens_are_collected_by_their_largest_magnitude_and_in_blocks():
+def test_tokens_are_collected_by_their_largest_magnitude():
     x = DATA["normal"].astype(np.float32)
-    one, four = collected(x, "token"), collected(x, "token", block=4)
+    one = collected(x, "token")
     assert one.found is not None
-    assert four.found is not None
     assert one.found.counts.sum() == 800
-    assert four.found.counts.sum() == 200
-    assert one.ranges().reshape(-1) == four.ranges().reshape(-1) == np.abs(x).max()
+    assert one.ranges().reshape(-1) == np.abs(x).max()
     by_head = np.abs(x).max(axis=2)
     assert one.ranges("mse", 7) <= by_head.max()
 
@@ -151,12 +150,10 @@ def test_nothing_seen_zeros_alone_and_other_shapes():
     empty = collected(np.zeros((0, 2, 16), np.float32), "head")
     with pytest.raises(StcaError, match="no value was seen"):
         empty.ranges()
-    for method in METHODS:
+    for method in get_args(Method):
         assert np.array_equal(collected(np.zeros(SHAPE, np.float32), "head").ranges(method), np.zeros((2, 1)))
     with pytest.raises(StcaError, match="groups of shape"):
         collected(np.zeros(SHAPE, np.float32), "head").add(np.zeros((4, 3, 16), np.float32))
-    with pytest.raises(StcaError, match="cannot be merged"):
-        empty.merge(Collector("tensor"))
     with pytest.raises(StcaError, match="row per token"):
         collected(np.zeros(4, np.float32), "tensor")
 

@@ -170,7 +170,7 @@ def test_a_damaged_record_is_a_miss_and_goes(loaded, asked, tmp_path, reopened):
         path.write_bytes(data)
         session = loaded(max_users=None) if reopened else session
         if not reopened:
-            session._store.memory.clear()
+            session._store.memory.forget("user 0")
         with one_line(HistoryNeededError):
             session.score(asked[0][1])
         assert not path.exists(), number
@@ -178,7 +178,7 @@ def test_a_damaged_record_is_a_miss_and_goes(loaded, asked, tmp_path, reopened):
         assert session._store.file.wait(60)
         assert path.exists()
     path.write_bytes(good)
-    session._store.memory.clear()
+    session._store.memory.forget("user 0")
     assert np.array_equal(session.score(asked[0][1]), expected)
 
 

@@ -45,7 +45,7 @@ def test_a_state_in_a_file_does_not_replace_a_newer_one(tmp_path):
     found, came = store.look_up(key("ann", 1))
     assert (found.tokens, came) == (10, "file")
     assert store.memory.get(key("ann", 2)) is newer
-    store.memory.clear()
+    store.memory.forget("ann")
     assert store.look_up(key("ann", 1))[1] == "file"
     assert store.look_up(key("ann", 1))[1] == "memory"
     store.close()

@@ -8,17 +8,17 @@ from onnx import TensorProto, helper, parser
 from support.graphs import attention_graph
 
 from stca.errors import SplitError
-from stca.export.analysis.cost import Sizes, element_bits, without_weights
+from stca.export.analysis.cost import NominalSizes, element_bits, without_weights
 
 N, M = 100, 7
 INPUTS = "float[N, 8] x, float[M, 8] y, float[1, N, 8] s, float[1, 4, N] c, int64[N] ids, bool flag"
 
 
-def sizes_of(body: str, initializers: str = "", opset: int = 18) -> tuple[Sizes, onnx.NodeProto]:
+def sizes_of(body: str, initializers: str = "", opset: int = 18) -> tuple[NominalSizes, onnx.NodeProto]:
     imports = f'["": {opset}, "other": 1]'
     text = f"<ir_version: 10, opset_import: {imports}> g ({INPUTS}) => () <{initializers}> {{ {body} }}"
     model = parser.parse_model(text)
-    return Sizes(model, {"N": N, "M": M}), model.graph.node[-1]
+    return NominalSizes(model, {"N": N, "M": M}), model.graph.node[-1]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_work_of_the_operator_counts_average_histories() -> None:
     node = next(n for n in case.model.graph.node if n.op_type == "TargetHistoryAttention")
     for requests in (1, 4):
         workload = {"N_h": 1000, "N_t": 30, "B": requests, "B_plus_1": requests + 1}
-        sizes = Sizes(case.model, workload)
+        sizes = NominalSizes(case.model, workload)
         assert sizes.work(node) == 30 * 4 * (1000 // requests) * (4 * 32 + 8)
         assert sizes.shape("attended") == (30, 4, 32)
         assert sizes.dims("attended") == ("N_t", 4, 32)
@@ -119,7 +119,7 @@ def test_an_unknown_size_of_an_input_is_named() -> None:
         '<ir_version: 10, opset_import: ["": 18]> g (float[N, T] x) => (float[N, T] y) { y = Exp (x) }'
     )
     with pytest.raises(SplitError, match="dimension 1 of input 'x' has no nominal size; give one for 'T'"):
-        Sizes(model, {"N": 3})
+        NominalSizes(model, {"N": 3})
 
 
 def test_weights_are_left_out_but_shapes_are_kept() -> None:
@@ -140,7 +140,7 @@ def test_a_shape_that_was_measured_takes_the_place_of_a_guess():
         "{ n = NonZero(x) y = Cast<to=1>(n) }"
     )
     measured = {"n": (2, "N_t"), "y": (2, None)}
-    sizes = Sizes(model, {"N_t": 30}, measured)
+    sizes = NominalSizes(model, {"N_t": 30}, measured)
     assert sizes.shape("n") == (2, 30)
     assert sizes.guesses == ["y"], "a size without a name stays a guess"
     assert sizes.dims("n") is not None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stca.checks.verify import prove
 from stca.export.accept import drop_unused
-from stca.export.analysis.cost import Sizes, any_sizes
+from stca.export.analysis.cost import NominalSizes, any_sizes
 from stca.export.analysis.rows import Rows
 from stca.export.freeing import Freed, freed_and_proven
 from stca.export.passes.fuse import FuseAttention
@@ -282,7 +282,7 @@ def test_a_wrong_fusion_is_not_kept(change: Callable[[onnx.NodeProto, list[onnx.
 def test_a_fused_attention_lowers_to_a_head_size_that_kernels_have(mask: str) -> None:
     model = fused(to_onnx(Spelled("heads_by_view", mask, "over"), "legacy")).model
     lowered = for_one_request(model, "fused")
-    sizes = Sizes(lowered, any_sizes(lowered.graph))
+    sizes = NominalSizes(lowered, any_sizes(lowered.graph))
     (node,) = (n for n in lowered.graph.node if n.op_type == "Attention")
     assert [(sizes.dims(name) or (None,))[-1] for name in node.input[:3]] == [16, 16, 16]
     assert len(node.input) == 3  # no mask over a history that is used whole

@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from support import tiny
 
 from stca import probe
-from stca.export.analysis.cost import Sizes
+from stca.export.analysis.cost import NominalSizes
 from stca.export.reference.config import StcaConfig
 from stca.export.reference.module import Stca, request_inputs, segment_of
 from stca.export.to_onnx import RequestModel, to_request_graph
@@ -90,7 +90,7 @@ def test_the_request_of_each_row_in_onnx(own_request, lengths):
 
 def test_segments_cost_as_many_operations_as_there_are_rows(own_request):
     """Not rows times requests: no value of the graph has more elements than rows and requests together, twice."""
-    sizes = Sizes(own_request, {"N_h": 1000, "B": 200, "B_plus_1": 201})
+    sizes = NominalSizes(own_request, {"N_h": 1000, "B": 200, "B_plus_1": 201})
     assert max(sizes.elements(name) for node in own_request.graph.node for name in node.output) <= 2 * 1200
     adding = [a for node in own_request.graph.node for a in node.attribute if a.name == "reduction" and a.s != b"none"]
     assert not adding, "TensorRT has no scatter that adds up"
