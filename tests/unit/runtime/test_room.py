@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import tracemalloc
 
@@ -142,16 +143,10 @@ def test_two_appends_to_one_state_are_both_right(log_session, inputs):
 
 
 def test_what_is_counted_is_the_room_too(bundle_dir, inputs):
-    """Never less than the memory taken, after appends; and the budget holds."""
+    """Never less than the memory that comes free as kept states go, after appends; and the budget holds."""
     session = Session.load(bundle_dir, threads=1, cache_bytes=200_000)
-    for user in range(-20, 0):  # what is made once is no state's
-        session.score(Request(inputs, user, 0))
-        for version in (1, 2):
-            session.append(user, events(inputs, 0, 1), version)
-        session.forget(user)
     tracemalloc.start()
     try:
-        base = tracemalloc.get_traced_memory()[0]
         for user in range(40):
             session.score(Request(inputs, user, 0))
             for version in (1, 2):
@@ -159,9 +154,12 @@ def test_what_is_counted_is_the_room_too(bundle_dir, inputs):
             stats = session.stats()
             assert stats.bytes <= stats.budget
             assert stats.state_bytes < stats.room_bytes < stats.bytes
-        real = tracemalloc.get_traced_memory()[0] - base
+        gc.collect()  # empties CPython's lists of free objects
+        kept = tracemalloc.get_traced_memory()[0]
+        assert sum(session.forget(user) for user in range(40)) == stats.users
+        gc.collect()
+        real = kept - tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    assert session.stats().evictions > 10
-    gone = 200 * stats.evictions  # what is remembered of who went has a bound of its own, 64 KiB
-    assert real - gone <= stats.bytes * 1.05
+    assert stats.evictions > 10
+    assert 0.9 * stats.bytes <= real <= stats.bytes

@@ -35,7 +35,7 @@ steps = st.one_of(
     st.tuples(st.just("get"), users, versions),
     st.tuples(st.just("find"), users),
     st.tuples(st.just("forget"), users),
-    st.tuples(st.just("clear")),
+    st.tuples(st.just("swap")),
 )
 
 
@@ -44,6 +44,7 @@ steps = st.one_of(
 def test_is_a_list_of_users_with_the_least_recent_first(budget, script):
     cache, held = StateCache(budget, cost=lambda _, state: state.nbytes), []  # of (user, version, size)
     evictions = refused = 0
+    cache.serve("w", "f")
     for step, *arguments in script:
         if step == "put":
             user, version, size = arguments
@@ -74,7 +75,8 @@ def test_is_a_list_of_users_with_the_least_recent_first(budget, script):
             assert cache.forget(arguments[0]) == any(h[0] == arguments[0] for h in held)
             held = [h for h in held if h[0] != arguments[0]]
         else:
-            cache.clear()
+            cache.serve("other", "f")
+            cache.serve("w", "f")
             held = []
         stats = cache.stats()
         assert (stats.evictions, stats.refused) == (evictions, refused)
@@ -143,8 +145,8 @@ KEYS = {
     "bytes": lambda i: b"%d" % i * 50,
     "numbers": lambda i: i + 10**6,
     "large numbers": lambda i: i + 2**900,
-    "tuples": lambda i: ("tenant", f"user {i}", i + 1000),
-    "tuples in tuples": lambda i: ((f"{i}a", (f"{i}b", f"{i}c")),) * 2,
+    "tuples": lambda i: (f"tenant {i}", f"user {i}", i + 1000),
+    "tuples in tuples": lambda i: ((f"{i}a", (f"{i}b", f"{i}c")), (f"{i}d", (f"{i}e", f"{i}f"))),
     "wide tuples": lambda i: tuple(f"{i} {j}" for j in range(50)),
     "UUIDs": lambda i: uuid.UUID(int=i),
     "dates": lambda i: datetime.datetime(2026, 1, 1) + datetime.timedelta(seconds=i),
@@ -154,7 +156,8 @@ KEYS = {
 @pytest.mark.parametrize("tensors", [1, 6])
 @pytest.mark.parametrize("kind", KEYS)
 def test_what_is_counted_is_what_it_takes(kind, tensors):
-    """Whatever the keys are: never less than the memory taken, and no more than 1.7 times that."""
+    """Whatever the keys are: never less than the memory taken, and no more than 1.5 times that.
+    No two parts of a key are one object here: those that are, as one tenant's name, are counted with each key."""
     cache, make = StateCache(1 << 40), KEYS[kind]
     tracemalloc.start()
     try:
@@ -164,4 +167,4 @@ def test_what_is_counted_is_what_it_takes(kind, tensors):
         real = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    assert real <= cache.stats().bytes <= 1.7 * real
+    assert real <= cache.stats().bytes <= 1.5 * real
