@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from stca.checks.bench import machine
+from stca.checks.timing import machine
 from stca.plugins import launch, torch_op
 from stca.plugins.interpret import Interpreter
 from stca.plugins.reference import target_history_attention as reference

@@ -28,7 +28,7 @@ from outcome import tell
 from serving import Served
 
 from stca import probe
-from stca.checks.bench import machine
+from stca.checks.timing import machine
 from stca.load.inputs import Inputs
 from stca.load.run import LoadReport, run
 from stca.load.traffic import Arrival

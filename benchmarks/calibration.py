@@ -36,7 +36,7 @@ from stca.calibration.choices import Options, formats_of, state_choices, weight_
 from stca.calibration.quality import Budget, measure
 from stca.calibration.quantized_bundle import Formats, state_bytes, weights_bytes, write_quantized
 from stca.calibration.quantized_state import quantizable
-from stca.checks.bench import machine
+from stca.checks.timing import machine
 from stca.checks.trace_runs import TraceRuns, speed, tasks_of
 from stca.checks.verify import prove
 from stca.errors import StcaError

@@ -21,7 +21,7 @@ from pathlib import Path
 from outcome import tell
 
 from stca.bundle import sha256_of, writing
-from stca.checks.bench import machine
+from stca.checks.timing import machine
 from stca.manifest import WEIGHTS, Manifest
 from stca.specs import GraphSpec, StateSpec, TensorSpec
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from stca import probe
-from stca.checks import bench
+from stca.checks.timing import measure
 from stca.export.reference.config import StcaConfig
 from stca.export.reference.module import Stca, request_inputs
 
@@ -51,7 +51,7 @@ def request() -> Iterator[dict[str, Any]]:
             torch.manual_seed(0)
             model = Stca(config, form).eval().to("cuda" if GPU else "cpu", precision)
             for stage, call in _stages(model, arrays).items():
-                ms = 1e3 * bench.measure(call, 1.0, most=1000)
+                ms = 1e3 * measure(call, 1.0, most=1000)
                 row: dict[str, Any] = {"stage": stage, "form": form, "precision": str(precision).removeprefix("torch.")}
                 row |= {f"p{p}_ms": round(float(np.percentile(ms, p)), 4) for p in (50, 95, 99)}
                 rows.append({**row, "runs": len(ms)})

@@ -28,7 +28,7 @@ import numpy as np
 from outcome import tell
 
 from stca import probe
-from stca.checks.bench import machine
+from stca.checks.timing import machine
 from stca.export.pipeline import export_checkpoint
 from stca.export.reference.checkpoint import load_checkpoint
 from stca.report.demo import shipped_checkpoint

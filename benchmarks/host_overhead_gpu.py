@@ -25,7 +25,7 @@ from outcome import tell
 import stca.runtime.model
 from stca import probe
 from stca.bundle import Bundle
-from stca.checks.bench import machine
+from stca.checks.timing import machine
 from stca.export.pipeline import export_checkpoint
 from stca.export.reference.checkpoint import load_checkpoint
 from stca.manifest import EngineEntry

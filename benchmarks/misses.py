@@ -24,7 +24,7 @@ from random_model import add_size, random_bundle
 
 import stca.runtime.model
 from stca import probe
-from stca.checks.bench import machine
+from stca.checks.timing import machine
 from stca.runtime import RequestBatch, Session
 
 

@@ -19,7 +19,7 @@ from outcome import command, tell
 from random_model import add_size, random_bundle
 
 from stca import probe
-from stca.checks.bench import machine, measure_in_turn
+from stca.checks.timing import machine, measure_in_turn
 from stca.runtime import Request, Session
 
 

@@ -23,9 +23,9 @@ from outcome import tell
 
 from stca import probe
 from stca.bundle import Bundle
-from stca.checks.bench import machine
 from stca.checks.ceilings import measure_ceilings
 from stca.checks.forecast import forecast
+from stca.checks.timing import machine
 from stca.export.pipeline import export_checkpoint
 from stca.export.reference.checkpoint import Checkpoint
 from stca.export.reference.config import Field, StcaConfig

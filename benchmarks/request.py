@@ -29,7 +29,8 @@ from random_model import add_size, config_of
 
 from stca import probe
 from stca.bundle import Bundle
-from stca.checks.bench import bench, machine, measure
+from stca.checks.bench import bench
+from stca.checks.timing import machine, measure
 from stca.checks.verify import prove
 from stca.export.pipeline import export_checkpoint
 from stca.export.reference.checkpoint import load_checkpoint, save_checkpoint

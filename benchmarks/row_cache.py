@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="file for the results, as JSON")
     args = parser.parse_args()
-    from stca.checks.bench import machine
+    from stca.checks.timing import machine
 
     with tempfile.TemporaryDirectory() as folder:
         rows = np.random.default_rng(0).standard_normal((ROWS, WIDTH), np.float32)

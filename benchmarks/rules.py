@@ -26,7 +26,7 @@ from scorers import ACTIVATIONS, LAYERS, scorer
 
 from stca.arrays import Array
 from stca.bundle import Bundle
-from stca.checks.bench import machine, measure_in_turn
+from stca.checks.timing import machine, measure_in_turn
 from stca.checks.verify import prove
 from stca.examples.gallery import NAMES, load, onnx_files
 from stca.examples.gallery.declared import GalleryModel

@@ -27,7 +27,7 @@ from typing import Any
 
 from outcome import tell
 
-from stca.checks.bench import machine
+from stca.checks.timing import machine
 from stca.load.clients import Behind
 from stca.load.inputs import Inputs
 from stca.load.run import LoadReport, capacity, run

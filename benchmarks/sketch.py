@@ -22,7 +22,7 @@ from outcome import command, tell
 
 from stca.arrays import Array
 from stca.bundle import Bundle
-from stca.checks.bench import machine, measure_in_turn
+from stca.checks.timing import machine, measure_in_turn
 from stca.checks.verify import prove
 from stca.examples.gallery.declared import GalleryModel, Input
 from stca.examples.gallery.models.sequence_o1 import ITEMS, MODEL, SequenceO1

@@ -26,7 +26,7 @@ from random_model import add_size, random_bundle
 
 from stca import probe
 from stca.arrays import Array
-from stca.checks.bench import machine
+from stca.checks.timing import machine
 from stca.runtime import Request, Session
 
 

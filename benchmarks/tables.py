@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--folder", help="for the files (default: the system's place for temporary ones)")
     parser.add_argument("--out", help="file for the results, as JSON")
     args = parser.parse_args()
-    from stca.checks.bench import machine
+    from stca.checks.timing import machine
 
     rows = int(args.gigabytes * 1e9) // (WIDTH * 4)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -15,7 +15,7 @@ import torch
 
 from stca.arrays import Array
 from stca.bundle import Bundle
-from stca.checks.bench import measure
+from stca.checks.timing import measure
 from stca.checks.tolerance import Tolerance
 from stca.checks.verify import prove
 from stca.errors import StcaError

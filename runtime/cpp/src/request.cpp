@@ -1,7 +1,6 @@
 #include "request.hpp"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "digest.hpp"
@@ -32,21 +31,6 @@ std::string advice(const TensorSpec& spec, const Shape& shape) {
   const bool once = rank < shape.rank || (rank == shape.rank && row);
   if (spec.scope != STCA_REQUEST || !once || shape[0] == 1) return "";
   return "; it has one value per request: make it a target input if it differs between targets";
-}
-
-/// A valid value of an input in each place of `shape`, for a run whose result does not depend on it.
-Array placeholder(const TensorSpec& spec, const Shape& shape) {
-  auto [made, data] = make_array(Memory::host(), spec.dtype, shape);
-  std::memset(data, 0, made.bytes());
-  std::int64_t least = spec.low.value_or(0);
-  if (spec.blank == least) ++least;
-  if (least != 0 && kind_of(spec.dtype) == Kind::integer) {
-    visit_integer(spec.dtype, [&, data = data](auto type) {
-      auto* values = reinterpret_cast<decltype(type)*>(data);
-      std::fill(values, values + shape.elements(), static_cast<decltype(type)>(least));
-    });
-  }
-  return made;
 }
 
 }  // namespace
@@ -216,9 +200,7 @@ void Door::admit_sorted(const Given& given, int scopes, bool events, bool cut, R
     const TensorSpec& spec = inputs_[i];
     if ((spec.scope & scopes) == 0 || offsets_[i]) continue;
     if (events && once_per_user(i)) {
-      Shape shape;
-      for (const Axis& axis : spec.shape) shape[shape.rank++] = axis.symbol.empty() ? axis.size : 1;
-      row.arrays[i] = placeholder(spec, shape);
+      row.arrays[i] = placeholder(spec);
       continue;
     }
     if (!completed.empty() && completed[i]) {
@@ -334,36 +316,6 @@ void Door::check_lengths(const Row& row, const Agreed& sizes) const {
     for (std::size_t k = 0; k < row.arrays[i].shape.elements(); ++k) most = std::max(most, integer_at(row.arrays[i], k));
     if (most > of.size) {
       request_error(inputs_[i].name, ": holds ", most, ", which is more than the ", of.size, " rows of ", of.because);
-    }
-  }
-}
-
-const TensorSpec* Door::only_blank(const Row& row) const {
-  for (std::size_t i = 0; i < inputs_.size(); ++i) {
-    const std::optional<std::int64_t>& blank = inputs_[i].blank;
-    if (!blank || row.arrays[i].data == nullptr || row.arrays[i].shape.elements() == 0) continue;
-    if (holds_only(row.arrays[i], *blank)) return &inputs_[i];
-  }
-  return nullptr;
-}
-
-void Door::make_up(std::int64_t tokens, Row& row) const {
-  std::vector<Array> values;
-  std::vector<stca_tensor> given;
-  for (std::size_t i = 0; i < inputs_.size(); ++i) {
-    const TensorSpec& spec = inputs_[i];
-    if (spec.scope == STCA_USER || offsets_[i]) continue;
-    Shape shape;
-    for (const Axis& axis : spec.shape) shape[shape.rank++] = axis.symbol.empty() ? axis.size : 1;
-    if (spec.rows_are(tokens_symbol)) shape[0] = tokens;
-    const Array& array = values.emplace_back(placeholder(spec, shape));
-    stca_tensor& tensor = given.emplace_back(stca_tensor{spec.name.c_str(), array.data, spec.dtype, shape.rank, {}});
-    std::copy_n(shape.sizes.begin(), shape.rank, tensor.shape);
-  }
-  admit({given.data(), given.size()}, STCA_REQUEST | STCA_TARGET, 0, row);
-  for (Array& array : row.arrays) {  // which point into `values`
-    for (const Array& value : values) {
-      if (array.data == value.data) array.owner = value.owner;
     }
   }
 }

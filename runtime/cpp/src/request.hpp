@@ -43,6 +43,9 @@ struct Row {
   std::vector<std::int64_t> sizes;  ///< of each symbol, by its number at the door; -1 where nothing admitted has it
 };
 
+/// A valid value of an input in each place, for a run whose result does not depend on it: one row, or `tokens` of them.
+Array placeholder(const TensorSpec& spec, std::int64_t tokens = 1);
+
 /// Checks requests against a bundle's manifest and turns them into arrays the graphs take.
 class Door {
  public:
@@ -58,8 +61,6 @@ class Door {
   int find(const char* name) const;
   int find(const std::string& name) const { return find(std::string_view(name)); }
   bool is_offsets(int index) const { return offsets_[static_cast<std::size_t>(index)]; }
-  /// Whether the model takes offsets: then a request is one user's, and sizes of symbol B are 1.
-  bool ragged() const { return ragged_; }
   /// Whether there is one row of users and requests and a row per target, without offsets: then the users of a batch
   /// are stacked, and run one after the other.
   bool stacked() const { return stacked_; }
@@ -139,7 +140,8 @@ class Door {
   std::int64_t shortest_ = 0, max_targets_ = 0;  // fewest tokens of a history, most targets
   std::vector<History> histories_;
   std::string unpackable_;  // an input whose rows cannot be told apart in a batch
-  bool truncate_ = false, ragged_ = false, stacked_ = false, has_user_inputs_ = false;
+  bool ragged_ = false;  ///< the model takes offsets: a request is one user's, and sizes of symbol B are 1
+  bool truncate_ = false, stacked_ = false, has_user_inputs_ = false;
   bool grows_ = false;  // states hold sums, and an append brings what there is once per user as it is now
 };
 

@@ -151,7 +151,9 @@ class TensorRtEngine final : public Engine {
       copy_states_in(inputs, full, device_->stream());
       device_->launch(replay->graph, device_->stream());
       for (std::size_t i = 0; i < outputs.size(); ++i) {
-        if (output(i).state) copy_within(written(outputs[i]), output(i).gpu.memory.get(), outputs[i].bytes());
+        if (!output(i).state) continue;
+        device_->copy_async(written(outputs[i]), output(i).gpu.memory.get(), outputs[i].bytes(),
+                            CudaFunctions::device_to_device, device_->stream());
       }
     } else {
       run_once(inputs, outputs, sizes, profile);
@@ -329,9 +331,6 @@ class TensorRtEngine final : public Engine {
     for (std::size_t i = 0; i < inputs.size(); ++i) {
       if (buffers_[i].state) copy_state_in(i, inputs[i], sizes, stream);
     }
-  }
-  void copy_within(void* to, const void* from, std::size_t bytes) {
-    device_->copy_async(to, from, bytes, CudaFunctions::device_to_device, device_->stream());
   }
 
   // ---- the plan -------------------------------------------------------------------------------------------------

@@ -13,9 +13,6 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-import os
-import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,6 +24,7 @@ from stca.arrays import Array, Progress, Step
 from stca.bundle import Bundle
 from stca.checks.forecast import forecast
 from stca.checks.row_by_row import pointwise_feeds
+from stca.checks.timing import machine, measure, measure_in_turn
 from stca.errors import BuildError, RequestError
 from stca.runtime import Engine, OnnxRuntimeEngine, OnnxRuntimeOptions, Request, Session
 from stca.runtime.tables import with_tables
@@ -152,11 +150,7 @@ def bench(
         RequestError: when a history is longer than the bundle serves.
         BuildError: when none of the engines can run here, with each one's reason.
     """
-    limit, specs = bundle.manifest.max_history, bundle.manifest.graphs["request"].inputs
-    real = list(dict.fromkeys(probe.history_of(specs, n) for n in histories))
-    counts = list(dict.fromkeys(probe.targets_of(bundle.manifest.graphs["request"], m) for m in targets))
-    if limit is not None and max(real) > limit:
-        raise RequestError(f"--history {max(real)}: this bundle serves at most {limit} tokens")
+    real, counts = _sizes_that_run(bundle, histories, targets, progress)
     given = {"precision": precision, "onnxruntime": onnxruntime, "gpu": gpu, "native_code": native_code}
     sessions, absent = _sessions(bundle, engines, threads, given)
     first = next(iter(sessions))
@@ -171,26 +165,19 @@ def bench(
     rows: list[LatencyRow] = []
     ratios: list[LatencyRatios] = []
     state_bytes: dict[int, int] = {}
-    if real != list(histories):
-        fixed = f"history has a fixed length: measured with {real[0]} events" if real[0] else "users have no history"
-        progress(f"the model's {fixed}")
-    if counts != list(targets):
-        progress(f"the model scores a fixed number of targets: measured with {counts[0]}")
     sizes = list(itertools.product(real, counts))
     for history, m in sizes:
         progress(Step(f"history {history}, {m} targets", len(ratios), len(sizes) * len(sessions)))
-        request = probe.single(specs, history, m, rng)
+        request = probe.single(bundle.manifest.graphs["request"].inputs, history, m, rng)
         found = _at(bundle, sessions, baseline, request, (history, m), seconds)
         rows += found[0]
         ratios += found[1]
         state_bytes[history] = sessions[first].stats().bytes
-    predicted: dict[tuple[int, int], dict[str, float]] = {}
-    unpredicted = ""
+    predicted, unpredicted = {}, ""
     if predict and GRAPHS in sessions and onnxruntime is None and importlib.util.find_spec("onnx"):
         progress("this CPU's rates")
         try:
-            rates = _rates(bundle, sessions[GRAPHS], threads)
-            predicted = {(n, m): forecast(bundle, rates, n, m).milliseconds() for n, m in sizes}
+            predicted = _predicted(bundle, sessions[GRAPHS], threads, sizes)
         except Exception as e:  # whatever a model does to a forecast, what was measured is worth more
             unpredicted = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
     return LatencyReport(
@@ -207,6 +194,31 @@ def bench(
         predicted,
         unpredicted,
     )
+
+
+def _sizes_that_run(
+    bundle: Bundle, histories: Sequence[int], targets: Sequence[int], progress: Progress
+) -> tuple[list[int], list[int]]:
+    """The histories and numbers of targets that the model takes, for those that were asked for."""
+    graph, limit = bundle.manifest.graphs["request"], bundle.manifest.max_history
+    real = list(dict.fromkeys(probe.history_of(graph.inputs, n) for n in histories))
+    counts = list(dict.fromkeys(probe.targets_of(graph, m) for m in targets))
+    if limit is not None and max(real) > limit:
+        raise RequestError(f"--history {max(real)}: this bundle serves at most {limit} tokens")
+    if real != list(histories):
+        fixed = f"history has a fixed length: measured with {real[0]} events" if real[0] else "users have no history"
+        progress(f"the model's {fixed}")
+    if counts != list(targets):
+        progress(f"the model scores a fixed number of targets: measured with {counts[0]}")
+    return real, counts
+
+
+def _predicted(
+    bundle: Bundle, session: Session, threads: int | None, sizes: Sequence[tuple[int, int]]
+) -> dict[tuple[int, int], dict[str, float]]:
+    """Milliseconds of the stages of the bundle's own graphs, by history and targets, at this CPU's rates."""
+    rates = _rates(bundle, session, threads)
+    return {(n, m): forecast(bundle, rates, n, m).milliseconds() for n, m in sizes}
 
 
 def _at(
@@ -309,57 +321,6 @@ def _measured(sessions: Mapping[str, Session], inputs: dict[str, Any], seconds: 
 
 # A shape's third run is the first that TensorRT replays as a CUDA graph.
 _WARM = 3
-
-
-def measure(run: Callable[[], object], seconds: float, *, least: int = 5, most: int = 200) -> Array:
-    """Seconds of each call of `run`, warmed up once: at least `least` calls, more until `seconds` have passed."""
-    run()
-    times: list[float] = []
-    while len(times) < least or (sum(times) < seconds and len(times) < most):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return np.array(times)
-
-
-def measure_in_turn(
-    runs: Mapping[str, Callable[[], object]], seconds: float, *, least: int = 5, most: int = 200, warm: int = 1
-) -> dict[str, Array]:
-    """`measure` for several runs, one call of each after the other: what slows the machine down meanwhile slows all.
-
-    Args:
-        runs: what to call, by name; each after the one before it.
-        seconds: for each of them, on average.
-        least, most: calls of each.
-        warm: calls of each before them.
-
-    Returns:
-        Seconds of each call, by name.
-    """
-    for _ in range(warm):
-        for run in runs.values():
-            run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    began, calls = time.perf_counter(), 0
-    while calls < least or (time.perf_counter() - began < seconds * len(runs) and calls < most):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-        calls += 1
-    return {name: np.array(t) for name, t in times.items()}
-
-
-def machine(threads: int | None) -> dict[str, Any]:
-    """What the figures were measured on."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            name = next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": name, "cores": cores, "threads": threads or cores, "system": platform.system()}
 
 
 def _baseline_targets(bundle: Bundle, history: int, targets: int) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 
 from stca.arrays import Array
 from stca.bundle import Bundle
-from stca.checks.bench import machine, measure_in_turn
+from stca.checks.timing import machine, measure_in_turn
 from stca.errors import RequestError, UsageError
 from stca.manifest import Manifest
 from stca.runtime import Request, Session

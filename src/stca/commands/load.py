@@ -135,7 +135,7 @@ def _check_target(args: argparse.Namespace) -> None:
 
 
 def _write_page(args: argparse.Namespace, data: dict[str, Any]) -> Path:
-    from stca.checks.bench import machine
+    from stca.checks.timing import machine
     from stca.report.load_page import write_load
     from stca.versions import installed
 

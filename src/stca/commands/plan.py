@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
+from stca.arrays import Progress
 from stca.bundle import Bundle, require_folder
 from stca.commands.options import count, emit
 from stca.commands.progress import progress_on_stderr
 from stca.errors import UsageError
+
+if TYPE_CHECKING:
+    from stca.checks.forecast import Rates
 
 HELP = "users that fit, predicted latency and throughput on a machine, what helps most"
 EXAMPLES = (
@@ -45,32 +51,13 @@ def run(args: argparse.Namespace) -> int:
     require_folder(args.bundle)
     progress = progress_on_stderr("onnx")
     from stca.checks import plan as planning
-    from stca.checks.forecast import Rates
 
     bundle = Bundle.load(args.bundle)
     asked = planning.Demand.parse(args.workload or "")
     demand = planning.Demand.parse(args.workload or "", bundle)
-    if args.gpu == "cpu":
-        from stca.checks.bench import cpu_rates
-
-        if args.memory is None:
-            raise UsageError("--gpu cpu: say with --memory how much of it there is for weights and states")
-        progress("this CPU's rates")
-        rates: Rates = cpu_rates(bundle, args.threads)
-        memory, own = args.memory, "float32"
-    elif args.gpu in planning.GPUS:
-        gpu = planning.GPUS[args.gpu]
-        rates, memory, own = planning.GpuRates(gpu.device), args.memory or gpu.memory, "bfloat16"
-    else:
-        raise UsageError(f"--gpu {args.gpu}: not known; there are {', '.join(planning.GPUS)} and cpu")
+    rates, memory, own = _machine(args, bundle, progress)
     formats = planning.formats_for(bundle, gpu=own == "bfloat16")
     plans = {name: planning.plan(bundle, rates, demand, memory, name) for name in formats}
-    steps = planning.next_steps(bundle, rates, demand, memory, own)
-    chosen, tables = plans[own], planning.table_bytes(bundle)
-    quantized = bundle.manifest.rounding
-    states = f"{quantized} as calibrated, the rest in {own}" if quantized else own
-    where = "this memory too" if args.gpu == "cpu" else "the host's memory, not the GPU's"
-    needed = -(-demand.rate // chosen.per_second)
     data = {
         "form": bundle.manifest.attention,
         "cached": bundle.manifest.cached,
@@ -78,30 +65,55 @@ def run(args: argparse.Namespace) -> int:
         "machine": args.gpu,
         "memory": memory,
         "state_format": own,
-        "quantized": quantized,
-        "table_bytes": tables,
+        "quantized": bundle.manifest.rounding,
+        "table_bytes": planning.table_bytes(bundle),
         "plans": {name: dataclasses.asdict(made) for name, made in plans.items()},
-        "machines_for_rate": needed or None,
-        "next": steps,
+        "machines_for_rate": -(-demand.rate // plans[own].per_second) or None,
+        "next": planning.next_steps(bundle, rates, demand, memory, own),
         "measured": args.gpu == "cpu",
     }
-    told = "this CPU's rates, measured now" if args.gpu == "cpu" else "datasheet rates; nothing was run on a GPU"
-    form = f"form {bundle.manifest.attention}, " if bundle.manifest.attention else ""
-    held = ", as its model takes" if (demand.history, demand.targets) != (asked.history, asked.targets) else ""
-    labels = {name: f"{quantized} and {name}" if quantized else name for name in plans}
-    width = max(map(len, labels.values()))
-    lines = [
-        f"{form}cached {100 * bundle.manifest.cached:.1f} % of the work, states in {states}",
-        f"a request of {demand.history:,} events and {demand.targets:,} targets{held}: "
-        f"a hit {chosen.hit_ms:.3f} ms, a miss {chosen.miss_ms:.3f} ms, computation alone, predicted from {told}",
-        *(
-            f"{labels[name]:<{width}} {p.state_bytes:>13,} bytes a user, {p.users:>11,} users fit, "
-            f"{100 * p.hit_share:5.1f} % hits, {p.per_second:,.1f} requests a second, one at a time"
-            for name, p in plans.items()
-        ),
-        *([f"tables in files: {tables:,} bytes, mapped into {where}"] if tables else []),
-        *([f"{demand.rate:,.0f} requests a second take {needed:.0f} of them"] if demand.rate else []),
-        "what helps throughput most: " + ", ".join(f"{name} {gain:.2f} x" for name, gain in steps.items()),
-    ]
-    emit(args, data, "\n".join(lines))
+    emit(args, data, "\n".join(_lines(data, held=(demand.history, demand.targets) != (asked.history, asked.targets))))
     return 0
+
+
+def _machine(args: argparse.Namespace, bundle: Bundle, progress: Progress) -> tuple[Rates, int, str]:
+    """Rates, bytes of memory, and the format that states have there."""
+    from stca.checks.plan import GPUS, GpuRates
+
+    if args.gpu == "cpu":
+        from stca.checks.bench import cpu_rates
+
+        if args.memory is None:
+            raise UsageError("--gpu cpu: say with --memory how much of it there is for weights and states")
+        progress("this CPU's rates")
+        return cpu_rates(bundle, args.threads), args.memory, "float32"
+    if (gpu := GPUS.get(args.gpu)) is None:
+        raise UsageError(f"--gpu {args.gpu}: not known; there are {', '.join(GPUS)} and cpu")
+    return GpuRates(gpu.device), args.memory or gpu.memory, "bfloat16"
+
+
+def _lines(data: Mapping[str, Any], *, held: bool) -> Iterator[str]:
+    """`data` for a reader; `held`: the model takes other sizes than were asked."""
+    asked, own, quantized = data["workload"], data["state_format"], data["quantized"]
+    form = f"form {data['form']}, " if data["form"] else ""
+    states = f"{quantized} as calibrated, the rest in {own}" if quantized else own
+    yield f"{form}cached {100 * data['cached']:.1f} % of the work, states in {states}"
+    told = "this CPU's rates, measured now" if data["measured"] else "datasheet rates; nothing was run on a GPU"
+    chosen, takes = data["plans"][own], ", as its model takes" if held else ""
+    yield (
+        f"a request of {asked['history']:,} events and {asked['targets']:,} targets{takes}: "
+        f"a hit {chosen['hit_ms']:.3f} ms, a miss {chosen['miss_ms']:.3f} ms, computation alone, predicted from {told}"
+    )
+    labels = {name: f"{quantized} and {name}" if quantized else name for name in data["plans"]}
+    width = max(map(len, labels.values()))
+    for name, made in data["plans"].items():
+        yield (
+            f"{labels[name]:<{width}} {made['state_bytes']:>13,} bytes a user, {made['users']:>11,} users fit, "
+            f"{100 * made['hit_share']:5.1f} % hits, {made['per_second']:,.1f} requests a second, one at a time"
+        )
+    if data["table_bytes"]:
+        where = "this memory too" if data["measured"] else "the host's memory, not the GPU's"
+        yield f"tables in files: {data['table_bytes']:,} bytes, mapped into {where}"
+    if asked["rate"]:
+        yield f"{asked['rate']:,.0f} requests a second take {data['machines_for_rate']:.0f} of them"
+    yield "what helps throughput most: " + ", ".join(f"{name} {gain:.2f} x" for name, gain in data["next"].items())

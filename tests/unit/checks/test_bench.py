@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stca.checks.bench import measure_in_turn
+from stca.checks.timing import measure_in_turn
 
 
 def test_stages_are_run_in_turn() -> None:

@@ -11,8 +11,8 @@ from support.errors import one_line
 from stca import probe
 from stca.backends import BACKENDS, Backend
 from stca.bundle import Bundle
-from stca.checks.bench import measure
 from stca.checks.engines import verify_engine
+from stca.checks.timing import measure
 from stca.engines.build import build
 from stca.errors import BuildError
 from stca.runtime import Request, Session

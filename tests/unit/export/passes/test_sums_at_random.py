@@ -112,14 +112,19 @@ class _Grower:
 
     def add_layer(self) -> None:
         """A linear layer over some pieces, in one concatenation or in one within another, with a bias or without."""
-        pieces = [self.any(list(self.full)) for _ in range(3)] + [self.repeated(self.user())]
-        self.full[pieces[-1]] = WIDTH
+        normalized = self.rng.random() < 0.4
+        if normalized:  # two values beside their difference, as the rule for normalized ones takes them
+            key, query = self.any(["history", "places"]), self.repeated(self.target())
+            pieces = [self.repeated(key), query, self.node("Sub", [query, key]), self.node("Mul", [query, key])]
+        else:
+            pieces = [self.any(list(self.full)) for _ in range(3)] + [self.repeated(self.user())]
+        self.full |= dict.fromkeys(set(pieces) - self.full.keys(), WIDTH)
         inner = self.node("Concat", pieces[:2], axis=-1)
         x = self.node("Concat", [*pieces[2:], inner], axis=2)
-        if self.rng.random() < 0.3:
+        if not normalized and self.rng.random() < 0.3:
             x = self.node("Unsqueeze", [x, self.ints(0)])
         width, out = sum(self.full[p] for p in pieces), int(self.rng.integers(1, 6))
-        if self.rng.random() < 0.4:
+        if normalized:
             x = self.node("LayerNormalization", [x, self.weight(width), self.weight(width)])
         if self.rng.random() < 0.3:
             made = self.node("Einsum", [x, self.weight(out, width)], equation="...c,nc->...n")
@@ -153,7 +158,7 @@ def least_cost(model: onnx.ModelProto) -> float:
     return report.state_bytes * report.flops_per_byte + report.recomputed_work + report.target_work
 
 
-@pytest.mark.parametrize("seed", sorted({*range(21)} - {0, 1, 3, 15}))  # of these, no rule finds a place
+@pytest.mark.parametrize("seed", range(17))
 def test_parts_of_random_layers_keep_every_value(seed: int) -> None:
     model = _Grower(seed).model()
     view = View(model, {s.name: str(s.scope) for s in INPUTS}, SIZES, Rows(model, INPUTS, "N_t").dims)
