@@ -16,7 +16,7 @@ import onnx.inliner
 import onnx.version_converter
 
 from stca import probe
-from stca.errors import SplitError
+from stca.errors import SplitError, said
 from stca.export.analysis import operators
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, any_sizes, without_weights
 from stca.export.analysis.ranges import Range, input_ranges
@@ -65,7 +65,7 @@ def load_onnx(file: str | os.PathLike[str], large: Large | None = None) -> onnx.
     except SplitError as e:
         raise SplitError(f"{path}: {e}") from e
     except Exception as e:
-        raise SplitError(f"{path}: is not a valid ONNX model ({' '.join(str(e).split())[:300]})") from e
+        raise SplitError(f"{path}: is not a valid ONNX model ({said(e)})") from e
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]  # old exporters list weights there too
     del model.graph.input[:]

@@ -25,7 +25,7 @@ from stca.arrays import Array
 from stca.errors import SplitError, said_by_onnxruntime
 from stca.export.analysis.onnx_reference import reference_of
 from stca.export.histories import event_inputs
-from stca.specs import OFFSETS, TOKENS, TensorSpec
+from stca.specs import TOKENS, TensorSpec
 
 # Sizes of the requests asked, and the longest history asked for: that of the longest probe of `stca.checks.verify`.
 _EVENTS, _TARGETS, _LONGEST = 5, 3, 1000
@@ -229,7 +229,7 @@ class _Questions:
 
 
 def _is_integer(spec: TensorSpec) -> bool:
-    return np.dtype(spec.dtype).kind in "iu" and spec.shape != (OFFSETS,)
+    return np.dtype(spec.dtype).kind in "iu" and not spec.is_offsets
 
 
 def _is_free_float(spec: TensorSpec) -> bool:

@@ -18,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, external_data_helper
 
-from stca.errors import BuildError
+from stca.errors import BuildError, said
 from stca.export.analysis.cost import NominalSizes
 from stca.export.analysis.integers import fold_integers
 from stca.export.analysis.scope import drop_unread, reads
@@ -130,9 +130,7 @@ def read_graph(file: Path) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
     try:
         model = onnx.load(file, load_external_data=False)
     except Exception as e:  # protobuf's DecodeError is not importable from a stable place
-        raise BuildError(
-            f"{file.name}: is not an ONNX model ({' '.join(str(e).split())[:200]}); export the bundle anew"
-        ) from e
+        raise BuildError(f"{file.name}: is not an ONNX model ({said(e)}); export the bundle anew") from e
     mapped: np.memmap[Any, Any] | None = None
     weights: dict[str, NDArray[Any]] = {}
     for tensor in model.graph.initializer:

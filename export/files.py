@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 
 from stca.arrays import Array
-from stca.errors import ExportError, SplitError
+from stca.errors import ExportError, SplitError, said
 from stca.export.tables import Left, put_back, with_rows
 from stca.export.weights import externalize
 from stca.specs import GraphSpec, TensorSpec
@@ -117,4 +117,4 @@ def _check_file(file: Path) -> None:
         onnx.checker.check_model(str(file), full_check=True)
         onnx.shape_inference.infer_shapes(onnx.load(file, load_external_data=False), check_type=True, strict_mode=True)
     except Exception as e:
-        raise ExportError(f"{file.name}: fails ONNX's own check: {' '.join(str(e).split())[:300]}") from e
+        raise ExportError(f"{file.name}: fails ONNX's own check: {said(e)}") from e

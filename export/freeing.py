@@ -11,6 +11,7 @@ import onnx
 
 from stca import probe
 from stca.arrays import Array, Progress
+from stca.errors import said, told
 from stca.export.analysis.cost import without_weights
 from stca.export.analysis.rows import attempts, below
 from stca.export.analysis.scope import label
@@ -25,7 +26,7 @@ from stca.export.passes.slopes import SlopeApart
 from stca.export.passes.spectra import SpectrumAsProduct
 from stca.export.passes.sums import SumOfProducts
 from stca.export.passes.to_double import distance, in_double
-from stca.specs import OFFSETS, TensorSpec
+from stca.specs import TensorSpec
 
 # In the order in which they are applied: a later rule sees what the earlier ones made, so that one pass mostly does.
 RULES: Final[tuple[Rule, ...]] = (
@@ -139,7 +140,7 @@ def _differs(before: View, after: View, inputs: Sequence[TensorSpec]) -> Differe
     try:
         onnx.checker.check_model(without_weights(after.model), full_check=True)
     except Exception as e:  # the checker's and the inference's own types
-        return Difference("", f"the rewritten graph is no valid ONNX: {' '.join(str(e).split())[:200]}")
+        return Difference("", f"the rewritten graph is no valid ONNX: {said(e)}")
     was, now = (in_double(_returning(view.model, names)) for view in (before, after))
     for integers, scale in attempts():
         proven = False
@@ -151,9 +152,7 @@ def _differs(before: View, after: View, inputs: Sequence[TensorSpec]) -> Differe
             try:
                 found = now(feeds)
             except Exception as e:
-                return Difference(
-                    "", f"the rewritten graph fails: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
-                )
+                return Difference("", f"the rewritten graph fails: {told(e)}")
             for name, a, b in zip(names, found, wanted, strict=True):
                 if (error := distance(np.asarray(a), np.asarray(b))) > _TOLERANCE:
                     what = "output" if name in outputs else "value"
@@ -166,7 +165,7 @@ def _differs(before: View, after: View, inputs: Sequence[TensorSpec]) -> Differe
 
 
 def _requests(inputs: Sequence[TensorSpec], scale: int) -> Iterator[dict[str, Array]]:
-    ragged, rng = any(s.shape == (OFFSETS,) for s in inputs), np.random.default_rng(1)
+    ragged, rng = any(s.is_offsets for s in inputs), np.random.default_rng(1)
     for batch in _TRIED if ragged else [b for b in _TRIED if len(b) == 1]:
         requests = [probe.single(inputs, n * scale, m, rng) for n, m in batch]
         yield probe.pack(inputs, requests)

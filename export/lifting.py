@@ -15,7 +15,7 @@ import onnx
 
 from stca import probe
 from stca.arrays import Array, Progress
-from stca.errors import SplitError
+from stca.errors import SplitError, told
 from stca.export.analysis.rows import NeverRunsError, attempts, draw
 from stca.export.analysis.whose_rows import shares_rows
 from stca.export.passes.lift import Lifted, lift
@@ -90,14 +90,14 @@ def _differs(pointwise: onnx.ModelProto, lifted: Lifted) -> str | None:
                 failed = failed or e
         if not wanted:
             if history > 1 and not some_none:
-                raise SplitError(f"the model does not run with one row: {_said(failed)}") from failed
+                raise SplitError(f"the model does not run with one row: {told(failed)}") from failed
             continue  # it does not take so short a history, or one of padding, lifted or not
         try:
             together = all_at_once(feeds)
         except Exception as e:
             if not history:
                 continue  # the encoder is asked later what it makes of no events
-            return f"with {targets} targets and one history the lifted graph fails: {_said(e)}"
+            return f"with {targets} targets and one history the lifted graph fails: {told(e)}"
         for out, whole, parts in zip(lifted.model.graph.output, together, zip(*wanted, strict=True), strict=True):
             axis = [d.dim_param for d in out.type.tensor_type.shape.dim].index(TARGETS)
             rows = whole.take(places if alone else np.arange(targets), axis)
@@ -111,7 +111,3 @@ def _row(inputs: Sequence[TensorSpec], feeds: Mapping[str, Array], i: int) -> di
     """One target with its user."""
     axes = {s.name: s.shape.index(TARGETS) for s in inputs if TARGETS in s.shape}
     return {n: x.take([i], axes[n]) if n in axes else x for n, x in feeds.items()}
-
-
-def _said(error: Exception | None) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import stca
-from stca.errors import ExportError
+from stca.errors import ExportError, told
 from stca.export.to_onnx import RequestModel, check_inputs, example_inputs, quietly
 
 
@@ -35,13 +35,13 @@ def resolve(name: str) -> RequestModel:
         call = getattr(importlib.import_module(module), attribute)
     except Exception as e:  # no such module, no such name, or what the module itself raises
         if place := place_in_their_code(e):
-            raise ExportError(f"--model {name}: your module raised {said(e)}{place}; mend it there") from e
-        raise ExportError(f"--model {name}: {said(e)}; expected PACKAGE.MODULE:CALLABLE") from e
+            raise ExportError(f"--model {name}: your module raised {told(e)}{place}; mend it there") from e
+        raise ExportError(f"--model {name}: {told(e)}; expected PACKAGE.MODULE:CALLABLE") from e
     try:
         made = call()
     except Exception as e:
         raise ExportError(
-            f"--model {name}: your function raised {said(e)}{place_in_their_code(e)}; mend it there, or call it in "
+            f"--model {name}: your function raised {told(e)}{place_in_their_code(e)}; mend it there, or call it in "
             "Python for the traceback"
         ) from e
     if not isinstance(made, RequestModel):
@@ -50,10 +50,6 @@ def resolve(name: str) -> RequestModel:
             "stca.export.RequestModel(module, inputs=(TensorSpec(name, dtype, shape, scope), …))"
         )
     return made
-
-
-def said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def place_in_their_code(error: BaseException) -> str:
@@ -130,7 +126,7 @@ def adapted(model: RequestModel) -> RequestModel:
             given, again = (module(**inputs) if by_name else module(inputs) for _ in range(2))
     except Exception as e:
         raise ExportError(
-            f"the model raised {said(e)}{place_in_their_code(e)} when it was called with small inputs of the shapes "
+            f"the model raised {told(e)}{place_in_their_code(e)} when it was called with small inputs of the shapes "
             f"and dtypes in RequestModel.inputs{_fix(e)}"
         ) from e
     outputs = _outputs(given)

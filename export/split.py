@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnx.inliner
 
-from stca.errors import SplitError
+from stca.errors import SplitError, said
 from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured, NominalSizes, Shown, without_weights
 from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE, Cut, RequestDependency
 from stca.export.analysis.reasons import reasons
@@ -313,7 +313,7 @@ def _check(what: str, model: onnx.ModelProto, *, weights: bool = False) -> None:
         for tensor in model.graph.initializer if weights else ():
             onnx.checker.check_tensor(tensor)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
-        raise SplitError(f"{what} is not valid ONNX: {' '.join(str(e).split())}") from e
+        raise SplitError(f"{what} is not valid ONNX: {said(e)}") from e
 
 
 def check_postconditions(model: onnx.ModelProto, scopes: Mapping[str, Scope], result: Split) -> None:

@@ -15,7 +15,7 @@ from stca import probe
 from stca.arrays import Array
 from stca.export.analysis.onnx_reference import reference_of
 from stca.export.analysis.scope import Dataflow, Scope
-from stca.specs import OFFSETS, TensorSpec, packable
+from stca.specs import TensorSpec, packable
 
 Feeds = dict[str, Array]
 
@@ -61,7 +61,7 @@ def not_one_users(model: onnx.ModelProto, scopes: Mapping[str, Scope], inputs: S
 
 def offsets_of(inputs: Sequence[TensorSpec]) -> set[str]:
     """Names of the inputs that say where each request's rows begin."""
-    return {s.name for s in inputs if s.shape == (OFFSETS,)}
+    return {s.name for s in inputs if s.is_offsets}
 
 
 def _part(model: onnx.ModelProto, flow: Dataflow, values: Sequence[str]) -> onnx.ModelProto:

@@ -160,7 +160,7 @@ def example_inputs(inputs: Sequence[TensorSpec]) -> dict[str, Tensor]:
     for spec in inputs:
         shape = [n if isinstance(n, int) else sizes.setdefault(n, 6 + 2 * len(sizes)) for n in spec.shape]
         dtype = getattr(torch, spec.dtype)
-        if spec.shape == (OFFSETS,):
+        if spec.is_offsets:
             rows = sizes[TOKENS if spec.scope == "user" else TARGETS]
             made[spec.name] = torch.tensor([0, rows // 2, rows], dtype=dtype)
         elif dtype.is_floating_point:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from stca import typed_json
-from stca.errors import RequestError
+from stca.errors import RequestError, said
 from stca.json_schema import schema_of
 from stca.manifest import Manifest
 from stca.runtime.request import Request
-from stca.specs import OFFSETS, USERS, TensorSpec
+from stca.specs import USERS, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def read_requests(text: str) -> list[Request]:
     try:
         raw = typed_json.parse(text)
     except (ValueError, RecursionError) as e:
-        raise RequestError(f"the requests are not JSON ({' '.join(str(e).split())}); see `stca schema requests`") from e
+        raise RequestError(f"the requests are not JSON ({said(e)}); see `stca schema requests`") from e
     try:
         made = [
             typed_json.as_type(JsonRequest, one, f"request {i}")
@@ -53,7 +53,7 @@ def requests_schema(manifest: Manifest | None = None) -> dict[str, Any]:
     """JSON Schema of what `read_requests` takes; of one bundle's requests where its manifest is given."""
     one = schema_of(JsonRequest, "A request")
     if manifest is not None:
-        specs = [s for s in manifest.graphs["request"].inputs if s.shape != (OFFSETS,)]
+        specs = [s for s in manifest.graphs["request"].inputs if not s.is_offsets]
         events = {e.name: e for history in manifest.padding or () for e in history.inputs}
         made = {history.lengths for history in manifest.padding or ()}
         made |= {name for name, e in events.items() if e.event is not None}  # masks

@@ -16,6 +16,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from stca.arrays import Array
+from stca.errors import told
 from stca.runtime.cache import StateCache
 from stca.runtime.options import POOL_PAGES
 from stca.runtime.state import LOG
@@ -202,7 +203,7 @@ class MemoryPool:
                 said = self._policy.wanted(dict(self.split), saved)
                 wanted = {name: operator.index(pages) for name, pages in dict(said).items()}
             except Exception as e:
-                self._refuse("a policy failed (%s)", f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
+                self._refuse("a policy failed (%s)", told(e))
                 return
             if wanted == self.split:
                 return

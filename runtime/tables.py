@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from stca.arrays import Array
 from stca.bundle import Bundle
-from stca.errors import EngineError, UsageError
+from stca.errors import EngineError, UsageError, told
 from stca.runtime.engine import Engine, OnnxRuntimeEngine
 from stca.runtime.options import POOL_PAGES
 from stca.runtime.row_cache import RowCache
@@ -116,8 +116,7 @@ def _asked(spec: TableSpec, source: RowSource, numbers: Array) -> Array:
     try:
         rows = np.ascontiguousarray(source.rows(numbers), np.float32)
     except Exception as e:
-        said = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        raise EngineError(f"table {spec.name!r}: its source failed for {len(numbers)} ids: {said}") from e
+        raise EngineError(f"table {spec.name!r}: its source failed for {len(numbers)} ids: {told(e)}") from e
     if rows.shape != (len(numbers), spec.width):
         raise EngineError(
             f"table {spec.name!r}: its source gave shape {list(rows.shape)} for {len(numbers)} ids, expected "

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stca.contract import check_engine
-from stca.errors import BuildError, BundleError, RequestError
+from stca.errors import BuildError, BundleError, RequestError, said
 from stca.manifest import EngineEntry, EngineTensor
 from stca.runtime.cuda_device import DeviceArray
 from stca.specs import ITEM_BYTES, GraphSpec, TensorSpec
@@ -81,13 +81,13 @@ def specs_of(tensors: Sequence[EngineTensor]) -> list[TensorSpec]:
     return [TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in tensors]
 
 
-def explain_refusal(entry: EngineEntry, said: Sequence[str]) -> str:
+def explain_refusal(entry: EngineEntry, log: Sequence[str]) -> str:
     """One line for a plan that the library would not load, from what it logged."""
-    text = " ".join(said).lower()
+    text = " ".join(log).lower()
     for signs, meaning in _REFUSALS:
         if any(sign in text for sign in signs):
             return f"{entry.file} {meaning}"
-    return f"{entry.file} cannot be loaded: {' '.join(' '.join(said).split())[:300] or 'the library gives no reason'}"
+    return f"{entry.file} cannot be loaded: {said(' '.join(log)) or 'the library gives no reason'}"
 
 
 def choose_profile(entry: EngineEntry, sizes: Mapping[str, int]) -> int:

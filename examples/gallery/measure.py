@@ -18,7 +18,7 @@ from stca.bundle import Bundle
 from stca.checks.timing import measure
 from stca.checks.tolerance import Tolerance
 from stca.checks.verify import prove
-from stca.errors import StcaError
+from stca.errors import StcaError, told
 from stca.examples.gallery import load, onnx_files
 from stca.examples.gallery.declared import GalleryModel
 from stca.export.pipeline import export_module, split_onnx
@@ -93,7 +93,7 @@ def row(name: str, exporter: Exporter, targets: int) -> Row:
         except StcaError as e:
             return dataclasses.replace(empty, refused=str(e))
         except Exception as e:
-            return dataclasses.replace(empty, refused=f"unexpected {type(e).__name__}: {' '.join(str(e).split())}")
+            return dataclasses.replace(empty, refused=f"unexpected {told(e)}")
 
 
 def _served(model: GalleryModel, row: Row, folder: Path) -> Row:

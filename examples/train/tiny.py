@@ -127,7 +127,7 @@ def served(bundle: Bundle) -> ScoreFn:
     from stca.runtime import Request, Session
 
     session = Session.load(bundle.path, threads=1)
-    taken = {s.name for s in bundle.manifest.graphs["request"].inputs if s.shape != (OFFSETS,)}
+    taken = {s.name for s in bundle.manifest.graphs["request"].inputs if not s.is_offsets}
 
     def score(inputs: Inputs) -> NDArray[Any]:
         return session.score(Request({n: x for n, x in inputs.items() if n in taken}))

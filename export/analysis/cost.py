@@ -15,7 +15,7 @@ from typing import Final, TypeAlias
 import numpy as np
 import onnx
 
-from stca.errors import SplitError
+from stca.errors import SplitError, said
 from stca.export.analysis import operators
 from stca.export.analysis.scope import attribute, opset_of, reads, subgraphs, walk
 from stca.plugins.spec import DOMAIN, OP_NAME
@@ -273,7 +273,7 @@ def _infer(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
     except onnx.shape_inference.InferenceError as e:
-        raise SplitError(f"shape inference fails: {' '.join(str(e).split())}; check the model first") from e
+        raise SplitError(f"shape inference fails: {said(e)}; check the model first") from e
 
 
 def _make_nominal(model: onnx.ModelProto, workload: Mapping[str, int]) -> None:

@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from stca.arrays import Array
-from stca.errors import SplitError
+from stca.errors import SplitError, said
 
 
 class GatherElements(OpRun):
@@ -42,6 +42,6 @@ def reference_of(model: onnx.ModelProto, new_ops: Sequence[type[OpRun]] = ()) ->
         return ReferenceEvaluator(model, new_ops=[GatherElements, *new_ops])
     except (NotImplementedError, RuntimeError) as e:
         raise SplitError(
-            f"nothing can prove this model: ONNX's reference lacks a part of it ({' '.join(str(e).split())[:200]}); "
+            f"nothing can prove this model: ONNX's reference lacks a part of it ({said(e)}); "
             "export it with a newer opset_version, or express that part in other operators"
         ) from e

@@ -23,7 +23,7 @@ from stca.arrays import Array
 from stca.errors import SplitError
 from stca.export.analysis.cost import Measured
 from stca.export.analysis.scope import attribute, label
-from stca.specs import OFFSETS, TensorSpec
+from stca.specs import TensorSpec
 
 _FEW, _MORE = 3, 5
 # Other sizes in the first two runs and in the third: all differences and all ratios differ, so a size tells its name.
@@ -272,7 +272,7 @@ def constants_of(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 def dims_of(graph: onnx.ModelProto, specs: Sequence[TensorSpec]) -> Measured:
     """Shapes of values as runs show them, for costs: none where no size counts targets, or the graph does not run."""
     rows = next((n for s in specs if s.scope == "target" for n in s.shape if isinstance(n, str)), None)
-    if rows is None or any(s.shape == (OFFSETS,) for s in specs):
+    if rows is None or any(s.is_offsets for s in specs):
         return {}
     try:
         return Rows(graph, specs, rows).dims

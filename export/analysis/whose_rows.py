@@ -9,7 +9,7 @@ import onnx
 from stca.export.analysis.operators import SIZES
 from stca.export.analysis.scope import Dataflow, Scope, reads
 from stca.probe import shared_rows
-from stca.specs import OFFSETS, TensorSpec
+from stca.specs import TensorSpec
 
 
 def row_size(inputs: Sequence[TensorSpec]) -> str | None:
@@ -17,7 +17,7 @@ def row_size(inputs: Sequence[TensorSpec]) -> str | None:
 
     It is the batch's, where users and targets share that, and otherwise the first size of the target inputs.
     """
-    if any(s.shape == (OFFSETS,) for s in inputs):
+    if any(s.is_offsets for s in inputs):
         return None
     firsts = {n for s in inputs if s.scope == "target" for n in s.shape[:1] if isinstance(n, str)}
     names = shared_rows(inputs) or firsts - {n for s in inputs if s.scope != "target" for n in s.shape}

@@ -42,16 +42,13 @@ class NormInLayer:
 
     def check(self, view: View, match: Match) -> str | None:
         """Only where nothing else reads what was normalized."""
-        for name in {match.linear.x, match.norm.output[0]}:
-            if len(view.readers(name)) > 1 or view.is_output(name):
-                return f"{name!r} has other readers"
-        return None
+        return view.others_read(match.linear.x, match.norm.output[0])
 
     def rewrite(self, view: View, match: Match) -> Rewrite:
         """The layer, its weight and bias from constants."""
         new, linear, out = NewNodes(view.taken), match.linear, match.linear.out
         factor, moved = factor_and_shift(view, new, match.norm, out)
-        weight = _upright(new, linear)
+        weight = linear.upright(new)
         rows = new.node("Unsqueeze", [factor, new.integers([1])], f"{out}_rows")
         bias = new.node("MatMul", [moved, weight], f"{out}_moved")
         if linear.bias:
@@ -81,8 +78,7 @@ class NormOfLayer:
 
     def check(self, view: View, match: NormOf) -> str | None:
         """Only where nothing else reads what the layer makes."""
-        alone = len(view.readers(match.linear.out)) == 1 and not view.is_output(match.linear.out)
-        return None if alone else f"{match.linear.out!r} has other readers"
+        return view.others_read(match.linear.out)
 
     def rewrite(self, view: View, match: NormOf) -> Rewrite:
         """One Gemm: `(x W + b) factor + shift = x (W factor) + (b factor + shift)`."""
@@ -91,7 +87,7 @@ class NormOfLayer:
         if match.linear.bias:
             scaled = new.node("Mul", [match.linear.bias, factor], f"{out}_scaled")
             bias = new.node("Add", [scaled, bias], f"{out}_bias")
-        weight = new.node("Mul", [_upright(new, match.linear), factor], f"{out}_weight")
+        weight = new.node("Mul", [match.linear.upright(new), factor], f"{out}_weight")
         new.node("Gemm", [match.linear.x, weight, bias], out, exact=True)
         return Rewrite(new.nodes, new.weights)
 
@@ -102,13 +98,6 @@ class NormOf:
 
     linear: Linear
     norm: onnx.NodeProto
-
-
-def _upright(new: NewNodes, linear: Linear) -> str:
-    """The weight of a layer as `[K, n]`."""
-    if not linear.turned:
-        return linear.weight
-    return new.node("Transpose", [linear.weight], f"{linear.out}_turned", perm=[1, 0])
 
 
 def _normalized(view: View, name: str) -> tuple[onnx.NodeProto, str, int] | None:

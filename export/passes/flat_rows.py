@@ -60,7 +60,7 @@ class RowsKept:
         moved = rows_moved(view, linear.x) if linear and view.scopes[linear.x] == Scope.TARGET else None
         if linear is None or moved is None:
             return None
-        outputs = (view.sizes.shape(linear.weight) or (0, 0))[0 if linear.turned else 1]
+        _, outputs = linear.sizes(view)
         parting = Parting(view, moved.input[0], outputs)
         parted = len(parting.parts) > 1 and any(map(parting.light, parting.parts))
         return Match(linear, moved, outputs) if parted else None
@@ -72,10 +72,7 @@ class RowsKept:
     def rewrite(self, view: View, match: Match) -> Rewrite:
         """The layer, then the view."""
         new, linear = NewNodes(view.taken), match.linear
-        weight = linear.weight
-        if linear.turned:
-            weight = new.node("Transpose", [weight], f"{linear.out}_turned", perm=[1, 0])
-        made = new.node("MatMul", [match.moved.input[0], weight], f"{linear.out}_product")
+        made = new.node("MatMul", [match.moved.input[0], linear.upright(new)], f"{linear.out}_product")
         if linear.bias:
             made = new.node("Add", [made, linear.bias], f"{linear.out}_rows")
         move_rows(new, match.moved, made, match.outputs, f"{linear.out}_moved")

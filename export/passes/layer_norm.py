@@ -80,7 +80,7 @@ class LayerBeforeNorm:
         new, linear, x = NewNodes(view.taken), match.linear, match.norm.input[0]
         kind = onnx.helper.tensor_dtype_to_np_dtype(view.sizes.element_type(x))
         make = _Maker(view, new, linear.out, kind)
-        weight = make("Transpose", linear.weight, perm=[1, 0]) if linear.turned else linear.weight
+        weight = linear.upright(new)
         gamma, beta = match.norm.input[1], match.norm.input[2] if len(match.norm.input) > 2 else ""
         scaled = make("Mul", weight, make("Unsqueeze", gamma, new.integers([1])))
         centred = make("Sub", scaled, make("ReduceMean", scaled, new.integers([0])))

@@ -12,9 +12,8 @@ one row and for the targets', each on demand.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import onnx
@@ -123,7 +122,7 @@ class _Lift:
         to: int | str = TARGETS if spec.scope == "target" else 1
         if to == 1:
             self.decisions[spec.name] = f"one row for all targets ({self.size} → 1)"
-        return dataclasses.replace(spec, shape=tuple(to if n == self.size else n for n in spec.shape))
+        return replace(spec, shape=tuple(to if n == self.size else n for n in spec.shape))
 
     # Nodes
 

@@ -9,6 +9,7 @@ from typing import Final
 import onnx
 
 from stca.export.analysis.scope import Scope, attribute
+from stca.export.passes.nodes import NewNodes
 from stca.export.passes.rules import View
 
 # Operations of a product in the time that one more element takes to be added or moved, or one more node to be started,
@@ -26,6 +27,15 @@ class Linear:
     turned: bool
     bias: str
     out: str
+
+    def sizes(self, view: View) -> tuple[int, int]:
+        """`K` and `n`."""
+        first, second = view.sizes.shape(self.weight) or (0, 0)
+        return (second, first) if self.turned else (first, second)
+
+    def upright(self, new: NewNodes) -> str:
+        """The weight as `[K, n]`."""
+        return new.node("Transpose", [self.weight], f"{self.out}_turned", perm=[1, 0]) if self.turned else self.weight
 
 
 def linear_at(view: View, node: onnx.NodeProto) -> Linear | None:

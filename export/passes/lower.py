@@ -21,7 +21,7 @@ import onnx
 from onnx import helper, inliner, numpy_helper, parser, version_converter
 from onnx.reference import ReferenceEvaluator
 
-from stca.errors import ExportError
+from stca.errors import ExportError, said
 from stca.export.analysis.cost import NominalSizes, any_sizes
 from stca.export.analysis.integers import INTEGERS, fold_integers, known_integers
 from stca.export.analysis.scope import Dataflow, drop_unread, label, opset_of, walk
@@ -141,9 +141,7 @@ def for_one_request(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
         if opset_of(copy) < ATTENTION_OPSET:
             copy = version_converter.convert_version(copy, ATTENTION_OPSET)
     except Exception as e:  # onnx raises RuntimeError and its own ConvertError, whose message is the useful part
-        raise ExportError(
-            f"the model cannot be converted to opset {ATTENTION_OPSET}: {' '.join(str(e).split())[:200]}"
-        ) from e
+        raise ExportError(f"the model cannot be converted to opset {ATTENTION_OPSET}: {said(e)}") from e
     del copy.functions[:]
     copy.functions.append(parser.parse_function(_body(form, all_tokens, opset_of(copy))))
     copy = inliner.inline_local_functions(copy)

@@ -109,6 +109,11 @@ class View:
         """Whether the graph returns this value."""
         return any(name == out.name for out in self.model.graph.output)
 
+    def others_read(self, *names: str) -> str | None:
+        """Which of these values more than one node reads, or the graph returns, as why they must stay."""
+        found = (n for n in names if len(self.readers(n)) > 1 or self.is_output(n))
+        return next((f"{name!r} has other readers" for name in found), None)
+
     @cached_property
     def taken(self) -> set[str]:
         """Names that no new value may have; `NewNodes` adds those of its own."""

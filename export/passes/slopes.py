@@ -83,14 +83,13 @@ class SlopeApart:
             return None
         if product is not None and (len(hidden) < 3 or not _for_each_target(view, product)):
             product = None
-        width = view.sizes.shape(linear.weight) or (0, 0)
-        inner, outputs = reversed(width) if linear.turned else width
+        inner, outputs = linear.sizes(view)
         return Match(linear, found, product, hidden, outputs) if hidden[-1] == inner else None  # not broadcast
 
     def check(self, view: View, match: Match) -> str | None:
         """Only where the slope is a weight of each feature at most, and it is less work."""
-        if len(view.readers(match.linear.x)) > 1 or view.is_output(match.linear.x):
-            return f"{match.linear.x!r} has other readers"
+        if why := view.others_read(match.linear.x):
+            return why
         for name in {n for _, names in (*match.activation.by_h, *match.activation.by_bent) for n in names}:
             shape = view.sizes.shape(name)
             if shape is None or view.scopes[name] != Scope.CONSTANT or math.prod(shape) != math.prod(shape[-1:]):
@@ -107,9 +106,7 @@ class SlopeApart:
     def rewrite(self, view: View, match: Match) -> Rewrite:
         """Both products and their sum."""
         new, linear, activation = NewNodes(view.taken), match.linear, match.activation
-        weight = linear.weight
-        if linear.turned:
-            weight = new.node("Transpose", [weight], f"{linear.out}_turned", perm=[1, 0])
+        weight = linear.upright(new)
         sloped, bent = (
             new.node("Mul", [weight, _column(view, new, of, linear)], f"{linear.out}_{name}")
             for name, of in (("sloped", activation.by_h), ("bent", activation.by_bent))

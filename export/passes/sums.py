@@ -81,9 +81,7 @@ class SumOfProducts:
 
     def of(self, view: View, linear: Linear) -> Match | None:
         """The parts of a layer's input; None where it has none that are lighter than the whole."""
-        sizes = view.sizes.shape(linear.weight)
-        assert sizes is not None
-        outputs = sizes[0 if linear.turned else 1]
+        _, outputs = linear.sizes(view)
         parting = Parting(view, linear.x, outputs)
         if not any(map(parting.light, parting.parts)) or len(parting.parts) < 2:
             return None
@@ -164,7 +162,7 @@ class _Writer:
         self.new = NewNodes(view.taken)
         self.stem = match.linear.out
         self._cut: dict[tuple[int, int], str] = {}
-        self._turned = ""
+        self._whole = ""
 
     def write(self) -> None:
         *some, last = self.match.groups
@@ -269,9 +267,7 @@ class _Writer:
     def _slice(self, start: int, end: int) -> str:
         if (start, end) not in self._cut:
             linear = self.match.linear
-            if linear.turned and not self._turned:
-                self._turned = self.new.node("Transpose", [linear.weight], f"{self.stem}_turned", perm=[1, 0])
-            whole = self._turned or linear.weight
+            self._whole = self._whole or linear.upright(self.new)
             ends = [self.new.integers([n]) for n in (start, end, 0)]
-            self._cut[start, end] = self.new.node("Slice", [whole, *ends], f"{self.stem}_rows")
+            self._cut[start, end] = self.new.node("Slice", [self._whole, *ends], f"{self.stem}_rows")
         return self._cut[start, end]

@@ -257,7 +257,7 @@ def _check_grower(manifest: Manifest) -> None:
 def _check_sum(manifest: Manifest, state: StateSpec) -> None:
     """A sum is of one user, of one size whatever the history, and made."""
     what = f"state {state.name!r}"
-    if not manifest.appendable or any(s.shape == (OFFSETS,) for s in manifest.graphs["user_encoder"].inputs):
+    if not manifest.appendable or any(s.is_offsets for s in manifest.graphs["user_encoder"].inputs):
         raise ValueError(f"{what} is a sum over tokens, in a bundle whose states are not appended to as such")
     if state.input is not None or state.dtype not in ("float32", "float64") or _KNOWN & set(state.shape):
         raise ValueError(f"{what} is {_said(state)}, and no sum over tokens is: float32 or float64, of one size")

@@ -92,9 +92,19 @@ _ORIGIN = re.compile(
 )
 
 
+def said(error: object) -> str:
+    """What an error, or a text, says: on one line, at most 300 characters."""
+    return " ".join(str(error).split())[:300]
+
+
+def told(error: object) -> str:
+    """An error of any library on one line: its type and what it says."""
+    return f"{type(error).__name__}: {said(error)}"
+
+
 def said_by_onnxruntime(error: Exception) -> str:
-    """Its message on one line, at most 400 characters, without where in ONNX Runtime's source it comes from."""
-    return _ORIGIN.sub("", " ".join(str(error).split()))[:400]
+    """What it says without where in ONNX Runtime's source it comes from, at most 300 characters."""
+    return said(_ORIGIN.sub("", " ".join(str(error).split())))
 
 
 def one_line(text: str) -> str:

@@ -33,7 +33,7 @@ def single(
     copied = shared_rows(inputs) - sizes.keys()
     made: dict[str, Array] = {}
     for spec in inputs:
-        if spec.shape == (OFFSETS,):
+        if spec.is_offsets:
             continue
         copies = [axis for axis, n in enumerate(spec.shape) if n in copied and spec.scope != "target"]
         shape = tuple(
@@ -62,7 +62,7 @@ def padded(inputs: Sequence[TensorSpec], request: Mapping[str, Array], rng: np.r
 
 def unlimited(inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
     """Inputs of integers of which nothing says where they end."""
-    kinds = [s for s in inputs if np.dtype(s.dtype).kind in "iu" and s.shape != (OFFSETS,)]
+    kinds = [s for s in inputs if np.dtype(s.dtype).kind in "iu" and not s.is_offsets]
     return [s for s in kinds if s.limit is None and s.length_of is None and _end(s, UNBOUNDED) > MODEST]
 
 
@@ -149,7 +149,7 @@ def history_of(inputs: Sequence[TensorSpec], tokens: int) -> int:
 
     0 where the model has no history.
     """
-    user = [s for s in inputs if s.scope == "user" and s.shape != (OFFSETS,)]
+    user = [s for s in inputs if s.scope == "user" and not s.is_offsets]
     if any(n == -1 for n in row_sizes(user, -1, 1).values()):
         return tokens
     return max((n for n in events_by_size(inputs) if isinstance(n, int)), default=0)
@@ -189,7 +189,7 @@ def pack(inputs: Sequence[TensorSpec], requests: Sequence[dict[str, Array]]) -> 
     """Feeds of the request graph for several requests of `single`, joined with offsets where the model has them."""
     feeds: dict[str, Array] = {}
     for spec in inputs:
-        if spec.shape == (OFFSETS,):
+        if spec.is_offsets:
             counted = TOKENS if spec.scope == "user" else TARGETS  # as a session's door counts them
             rows = next((s.name for s in inputs if s.shape[:1] == (counted,)), None)
             counts = [len(r[rows]) if rows else 0 for r in requests]

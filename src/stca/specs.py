@@ -64,6 +64,11 @@ class TensorSpec:
         if self.scope is not None:  # an input, as people write them; an engine's own may be of any kind
             spec_check.check(self)
 
+    @property
+    def is_offsets(self) -> bool:
+        """Whether it says where each user's or request's rows begin."""
+        return self.shape == (OFFSETS,)
+
 
 @dataclass(frozen=True)
 class EventInput:
@@ -99,7 +104,7 @@ class Padding:
 
 def packable(inputs: Sequence[TensorSpec]) -> bool:
     """Whether several requests with these inputs can be joined into one ragged batch: every row says whose it is."""
-    counted = {TOKENS if s.scope == "user" else TARGETS for s in inputs if s.shape == (OFFSETS,)}
+    counted = {TOKENS if s.scope == "user" else TARGETS for s in inputs if s.is_offsets}
     return bool(counted) and all(s.shape[:1] and s.shape[0] in {*counted, USERS, OFFSETS} for s in inputs)
 
 

@@ -32,7 +32,7 @@ from stca.errors import StcaError
 from stca.runtime import Request, RequestBatch, Session
 from stca.runtime.engine import scores_of
 from stca.runtime.request import TARGET_OFFSETS
-from stca.specs import HALVES, OFFSETS, TOKENS, TensorSpec
+from stca.specs import HALVES, TOKENS, TensorSpec
 
 TESTS = Path(__file__).resolve().parents[1]
 BASES = (
@@ -61,7 +61,7 @@ def alone(case: str) -> Outcome:
     with _made(case) as (folder, specs, rng):
         inputs = probe.single(specs, 4, TARGETS_ASKED, np.random.default_rng(rng.randrange(1 << 30)))
         for spec in specs:
-            if spec.shape == (OFFSETS,):
+            if spec.is_offsets:
                 inputs[spec.name] = np.array([0, 4 if spec.scope == "user" else TARGETS_ASKED], spec.dtype)
         for files in (("user_encoder.onnx", "target_scorer.onnx"), [f"{half}.built.onnx" for half in HALVES]):
             feeds = dict(inputs)
@@ -149,7 +149,7 @@ class _Caller:
         manifest, built = self.session.manifest, self.session._model.choice.entries
         feeds: dict[str, Any] = dict(inputs)
         for spec in self.specs:
-            if spec.shape == (OFFSETS,):
+            if spec.is_offsets:
                 feeds[spec.name] = np.array([0, self.tokens if spec.scope == "user" else TARGETS_ASKED], spec.dtype)
         outputs: dict[str, Array] = {}
         for half in HALVES:
@@ -175,7 +175,7 @@ class _Caller:
         if any(not s.shape for s in self.specs):
             return False
         packed = probe.pack(self.specs, self.requests)
-        if not any(s.shape == (OFFSETS,) and s.scope == "target" for s in self.specs):
+        if not any(s.is_offsets and s.scope == "target" for s in self.specs):
             packed[TARGET_OFFSETS] = np.array([0, TARGETS_ASKED, 2 * TARGETS_ASKED])
         scores = self.session.score(RequestBatch(packed))
         if self.whole:

@@ -21,7 +21,7 @@ import numpy as np
 from stca import probe
 from stca.errors import HistoryNeededError, StcaError
 from stca.runtime import Deadline, Request, RequestBatch, Session
-from stca.specs import OFFSETS, TARGETS, TOKENS, Padding
+from stca.specs import TARGETS, TOKENS, Padding
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "bundle-v1"
 DTYPES = [np.dtype(t) for t in ("?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8")]
@@ -119,8 +119,8 @@ class Fuzzer:
         assert alone is not None
         self.alone = alone
         manifest = alone.manifest
-        self._specs = [s for s in manifest.graphs["request"].inputs if s.shape != (OFFSETS,)]
-        self._offsets = {s.scope: s.name for s in manifest.graphs["request"].inputs if s.shape == (OFFSETS,)}
+        self._specs = [s for s in manifest.graphs["request"].inputs if not s.is_offsets]
+        self._offsets = {s.scope: s.name for s in manifest.graphs["request"].inputs if s.is_offsets}
         self._of = {s.name: s.scope for s in self._specs}
         of_user = [s for s in self._specs if s.scope == "user"]
         self._events = [s.name for s in of_user if s.shape[:1] == (TOKENS,)] or [s.name for s in of_user]

@@ -26,6 +26,12 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / link).exists(), link
 
 
+def test_every_result_is_on_a_page() -> None:
+    told = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for result in (ROOT / "benchmarks" / "results").iterdir():
+        assert f"benchmarks/results/{result.name}" in told, result.name
+
+
 def test_the_architecture_names_files_that_are_there() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 120

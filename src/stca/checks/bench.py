@@ -25,7 +25,7 @@ from stca.bundle import Bundle
 from stca.checks.forecast import forecast
 from stca.checks.row_by_row import pointwise_feeds
 from stca.checks.timing import machine, measure, measure_in_turn
-from stca.errors import BuildError, RequestError
+from stca.errors import BuildError, RequestError, told
 from stca.runtime import Engine, OnnxRuntimeEngine, OnnxRuntimeOptions, Request, Session
 from stca.runtime.tables import with_tables
 from stca.specs import HALVES, OFFSETS, POINTWISE, TensorSpec
@@ -179,7 +179,7 @@ def bench(
         try:
             predicted = _predicted(bundle, sessions[GRAPHS], threads, sizes)
         except Exception as e:  # whatever a model does to a forecast, what was measured is worth more
-            unpredicted = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            unpredicted = told(e)
     return LatencyReport(
         tuple(rows),
         tuple(ratios),
@@ -352,7 +352,7 @@ def _pointwise(
     sizes = probe.row_sizes(specs, 1, 2)
     axis = {s.name: [sizes.get(str(n)) for n in s.shape].index(2) for s in specs if _has_targets(s, sizes)}
     singles = [{n: x.take([i], axis[n]) if n in axis else x for n, x in inputs.items()} for i in range(targets)]
-    if any(s.shape == (OFFSETS,) for s in specs):
+    if any(s.is_offsets for s in specs):
         batch = probe.pack(specs, singles)
         return lambda: engine.run(batch)
     return lambda: [engine.run(single) for single in singles]

@@ -21,7 +21,7 @@ from onnx.reference.op_run import OpRun
 from stca import probe
 from stca.arrays import Array
 from stca.bundle import Bundle
-from stca.errors import BuildError
+from stca.errors import BuildError, said
 from stca.export.analysis.onnx_reference import reference_of
 from stca.export.analysis.scope import label
 from stca.export.engine_graph import EngineGraph, engine_graph
@@ -186,7 +186,7 @@ def _runner(model: onnx.ModelProto, names: Sequence[str], *, exact: bool) -> Run
     try:
         session = ort.InferenceSession(marked.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # ONNX Runtime's exceptions share no base class of their own
-        raise BuildError(f"ONNX Runtime cannot load the graph to bisect: {' '.join(str(e).split())[:300]}") from e
+        raise BuildError(f"ONNX Runtime cannot load the graph to bisect: {said(e)}") from e
     return lambda feeds: dict(zip(names, session.run(list(names), cast(feeds)), strict=True))
 
 
@@ -204,4 +204,4 @@ def _load(file: Path) -> onnx.ModelProto:
     try:
         return onnx.load(file)
     except Exception as e:  # onnx and protobuf raise many types here
-        raise BuildError(f"{file}: cannot be read to bisect: {' '.join(str(e).split())[:200]}") from e
+        raise BuildError(f"{file}: cannot be read to bisect: {said(e)}") from e

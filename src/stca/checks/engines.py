@@ -24,7 +24,7 @@ from stca.runtime import OnnxRuntimeEngine
 from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, open_engines
 from stca.runtime.tables import Lookups, with_tables
-from stca.specs import HALVES, OFFSETS, TARGETS, TOKENS, GraphSpec, TensorSpec
+from stca.specs import HALVES, TARGETS, TOKENS, GraphSpec, TensorSpec
 from stca.tensorrt_flavours import largest_sizes
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _paddable(bundle: Bundle, engines: Mapping[str, Engine], half: str) -> list[
         tensors = (*graph.inputs, *graph.outputs)
         if not any(dim in t.shape for t in tensors) or any(dim in t.shape[1:] for t in tensors):
             continue
-        offsets = [s for s in specs if s.shape == (OFFSETS,) and s.scope == scope]
+        offsets = [s for s in specs if s.is_offsets and s.scope == scope]
         if all(_ignores_more(bundle, engines[half], graph, values, dim, offsets, used) for used in counts):
             found.append(dim)
     return found

@@ -23,7 +23,7 @@ from stca.bundle import Bundle
 from stca.checks.asked import PROBES, Asked, without
 from stca.checks.row_by_row import in_pieces, pointwise_feeds, require_alone, some_targets
 from stca.checks.tolerance import TOP_K, StageParity, judged
-from stca.errors import BundleError, ExportError, ParityError
+from stca.errors import BundleError, ExportError, ParityError, told
 from stca.manifest import WEIGHTS, Manifest
 from stca.runtime import Engine, OnnxRuntimeEngine, Request, RequestBatch, Session
 from stca.runtime.engine import scores_of
@@ -302,7 +302,7 @@ def run_torch(module: nn.Module, feeds: Sequence[Mapping[str, Array]], dtype: st
     import torch
 
     from stca.checks.in_double import InDouble, LargeRows, converted, copied
-    from stca.export.modules import place_in_their_code, said
+    from stca.export.modules import place_in_their_code
 
     model = copied(module)
     to = getattr(torch, dtype) if dtype else None
@@ -318,7 +318,7 @@ def run_torch(module: nn.Module, feeds: Sequence[Mapping[str, Array]], dtype: st
             except Exception as e:  # the module's own code, on sizes that it was not traced with
                 sizes = ", ".join(f"{n} {list(x.shape)}" for n, x in f.items())
                 raise ExportError(
-                    f"the model raised {said(e)}{place_in_their_code(e)} when it was called with inputs of the sizes "
+                    f"the model raised {told(e)}{place_in_their_code(e)} when it was called with inputs of the sizes "
                     f"{sizes}; let it take every number of events and targets, and every integer below an input's limit"
                 ) from e
             scores = [t.float() if t.itemsize < 4 else t for t in ([y] if isinstance(y, torch.Tensor) else y)]
@@ -344,7 +344,7 @@ def run_double(
     except Exception as e:  # numpy's and its own, of any kind
         raise ParityError(
             f"nothing can prove this bundle: {_node_of(e)}ONNX's reference implementation fails in float64 "
-            f"({type(e).__name__}: {' '.join(str(e).split())[:200]}); express that part of the model in other operators"
+            f"({told(e)}); express that part of the model in other operators"
         ) from e
     return [scores_of(outputs) for outputs in runs]
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from stca.errors import BuildError, StcaError
+from stca.errors import BuildError, StcaError, said
 from stca.plugins.driver import device_sm
 from stca.tensorrt_flavours import FLAVOURS, PROGRESS, Built, Flavour, Job, largest_sizes, load, look_into, runtime_for
 
@@ -147,8 +147,8 @@ def _refit(job: Job) -> Built:
     log = _logger(trt)
     engine = runtime_for(trt, log, job.lowering).deserialize_cuda_engine(Path(str(job.refit_from)).read_bytes())
     if engine is None:
-        said = f": {' '.join(log.errors[0].split())[:200]}" if log.errors else ""
-        raise BuildError(f"{job.flavour} cannot load the engine here to refit it{said}")
+        why = f": {said(log.errors[0])}" if log.errors else ""
+        raise BuildError(f"{job.flavour} cannot load the engine here to refit it{why}")
     refitter = trt.Refitter(engine, log)
     parser = trt.OnnxParserRefitter(refitter, log)
     _say("refitting")
@@ -194,7 +194,7 @@ def _parse(parser: Any, graph: EngineGraph, name: str) -> list[Any]:
 
 
 def _first_error(parser: Any) -> str:
-    return " ".join(parser.get_error(0).desc().split())[:300] if parser.num_errors else "it gives no reason"
+    return said(parser.get_error(0).desc()) if parser.num_errors else "it gives no reason"
 
 
 def _require_attention(attention: str, nodes: int, layers: Mapping[str, int]) -> None:
@@ -309,7 +309,7 @@ def _logger(trt: Any) -> Any:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 self.errors.append(message)
             elif severity == trt.ILogger.WARNING and "Int64 binding" not in message:
-                _say(f"warning: {' '.join(message.split())}")
+                _say(f"warning: {said(message)}")
 
     return Log()
 

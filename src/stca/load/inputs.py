@@ -10,7 +10,7 @@ import numpy as np
 from stca import probe
 from stca.arrays import Array
 from stca.manifest import Manifest
-from stca.specs import OFFSETS, SUM, TOKENS
+from stca.specs import SUM, TOKENS
 
 # Drawn histories are kept for so many users; others are drawn again when they return.
 _USERS_KEPT = 512
@@ -26,7 +26,7 @@ class Inputs:
     """
 
     def __init__(self, manifest: Manifest, most: int, seed: int) -> None:
-        specs = [s for s in manifest.graphs["request"].inputs if s.shape != (OFFSETS,)]
+        specs = [s for s in manifest.graphs["request"].inputs if not s.is_offsets]
         self._user = [s for s in specs if s.scope == "user"]
         self._rest = [s for s in specs if s.scope != "user"]
         self._growing = {s.name: s.shape.index(TOKENS) for s in self._user if TOKENS in s.shape}

@@ -12,7 +12,7 @@ from typing import Any
 from stca.arrays import Progress
 from stca.bundle import Bundle
 from stca.checks.bench import LatencyReport
-from stca.errors import CheckpointError, RequestError
+from stca.errors import CheckpointError, RequestError, said
 from stca.runtime import RequestBatch, Session
 
 AUC_HISTORIES = (512, 1024, 2048, 4096, 10_000)
@@ -128,7 +128,7 @@ def _quality(bundle: Bundle, progress: Progress) -> tuple[list[dict[str, Any]], 
             progress=progress,
         )
     except (RequestError, IndexError) as e:
-        why = f"No accuracy was measured: the checkpoint is not of the generated log ({' '.join(str(e).split())})."
+        why = f"No accuracy was measured: the checkpoint is not of the generated log ({said(e)})."
         progress(why)
         return [], why
     return [row.as_dict() for row in rows], ""

@@ -30,7 +30,7 @@ from stca.serve.inference import (
 )
 from stca.serve.tensors import DATATYPES
 from stca.serve.work import Call
-from stca.specs import OFFSETS, TensorSpec
+from stca.specs import TensorSpec
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Served:
     def metadata(self) -> dict[str, Any]:
         """The model as the protocol describes it; offsets are made by the runtime, so no client sends them."""
         graph = self.session.manifest.graphs["request"]
-        inputs = [s for s in graph.inputs if s.shape != (OFFSETS,)]
+        inputs = [s for s in graph.inputs if not s.is_offsets]
         return {
             "name": self.name,
             "versions": [self.version],

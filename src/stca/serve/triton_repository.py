@@ -14,7 +14,7 @@ from stca.bundle import Bundle
 from stca.errors import UsageError
 from stca.runtime.client_values import quoted
 from stca.serve.tensors import DATATYPES, DTYPES
-from stca.specs import OFFSETS, TensorSpec
+from stca.specs import TensorSpec
 
 # As `triton_model.py` looks for it, which only Triton can import.
 _BUNDLE: Final = "bundle"
@@ -67,7 +67,7 @@ def write_repository(bundle: str | os.PathLike[str], repository: str | os.PathLi
     root, made = Path(repository), new_model(repository, name)
     found = Bundle.load(bundle)
     graph = found.manifest.graphs["request"]
-    inputs = [s for s in graph.inputs if s.shape != (OFFSETS,)]
+    inputs = [s for s in graph.inputs if not s.is_offsets]
     for spec in (*inputs, *graph.outputs):
         if DATATYPES.get(spec.dtype) not in DTYPES:
             raise UsageError(

@@ -76,21 +76,10 @@ def test_the_range_of_ids_by_whatever_way_they_reach_their_table(of, nodes, limi
     assert (found.min_history, found.max_history) == (None, None)
 
 
-def test_a_length_is_at_least_one_and_at_most_the_history(of):
+@pytest.mark.parametrize("declared", [None, 13])
+def test_a_length_is_at_least_one_and_at_most_the_history(of, declared):
     history = TensorSpec("history", "float32", (1, 12, 2), "user")
-    length = TensorSpec("length", "int64", (1,), "user")
-    nodes = [
-        ("Sub", ["length", "one"], ["last"]),
-        ("Gather", ["history", "last"], ["x"], {"axis": 1}),
-        ("ReduceSum", ["x"], ["score"]),
-    ]
-    found = of((history, length, ITEM), nodes, one=np.int64(1))
-    assert (found.inputs[1].low, found.inputs[1].limit) == (1, 13)
-
-
-def test_a_declared_length_too(of):
-    history = TensorSpec("history", "float32", (1, 12, 2), "user")
-    length = TensorSpec("length", "int64", (1,), "user", limit=13)
+    length = TensorSpec("length", "int64", (1,), "user", limit=declared)
     nodes = [
         ("Sub", ["length", "one"], ["last"]),
         ("Gather", ["history", "last"], ["x"], {"axis": 1}),

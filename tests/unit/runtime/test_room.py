@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -47,18 +48,14 @@ def test_windows_that_were_shown_never_change(first, steps):
 def test_room_is_given_to_one_alone():
     """Of many who append to one state at once, one writes in place; nobody writes twice at a place."""
     for _ in range(20):
-        room, gate, taken = Room(rows(0, 10), 0), threading.Barrier(8), []
+        room, gate = Room(rows(0, 10), 0), threading.Barrier(8)
 
-        def take(room=room, gate=gate, taken=taken):
+        def take(_, room=room, gate=gate):
             gate.wait()
-            taken.append(room.take(10, 5))
+            return room.take(10, 5)
 
-        threads = [threading.Thread(target=take) for _ in range(8)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-        assert sum(taken) == 1
+        with ThreadPoolExecutor(8) as pool:
+            assert sum(pool.map(take, range(8))) == 1
     assert not room.take(10, 0), "what follows row 10 is written"
     assert not room.take(15, 10**6)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -773,37 +773,31 @@ def test_many_threads_on_one_session(bundle_dir, other_weights):
 
     def work(seed):
         rng = np.random.default_rng(seed)
-        try:
-            for _ in range(25):
-                user = int(rng.integers(8))
-                match int(rng.integers(8)):
-                    case 0:
-                        session.forget(user)
-                    case 1:
-                        part = {**asked[user], **events(asked[user], slice(0, 6))}
-                        session.score(Request(part, user=("part", user), version=6))
-                        session.append(("part", user), events(asked[user], slice(6, 9)), version=9)
-                        request = Request(asked[user], user=("part", user), version=9)
-                        if not right(session.score(request), user):
-                            problems.append(("append", user))
-                    case 2:
-                        session.swap(paths[seed % 2])
-                    case 3:
-                        users = [int(u) for u in rng.integers(0, 8, 3)]
-                        batch = RequestBatch(packed(session, [asked[u] for u in users]), users=users)
-                        scores = np.split(session.score(batch), 3)
-                        problems.extend(("batch", u) for u, s in zip(users, scores, strict=True) if not right(s, u))
-                    case _:
-                        if not right(session.score(Request(asked[user], user=user)), user):
-                            problems.append(("score", user))
-        except Exception as e:
-            problems.append(e)
+        for _ in range(25):
+            user = int(rng.integers(8))
+            match int(rng.integers(8)):
+                case 0:
+                    session.forget(user)
+                case 1:
+                    part = {**asked[user], **events(asked[user], slice(0, 6))}
+                    session.score(Request(part, user=("part", user), version=6))
+                    session.append(("part", user), events(asked[user], slice(6, 9)), version=9)
+                    request = Request(asked[user], user=("part", user), version=9)
+                    if not right(session.score(request), user):
+                        problems.append(("append", user))
+                case 2:
+                    session.swap(paths[seed % 2])
+                case 3:
+                    users = [int(u) for u in rng.integers(0, 8, 3)]
+                    batch = RequestBatch(packed(session, [asked[u] for u in users]), users=users)
+                    scores = np.split(session.score(batch), 3)
+                    problems.extend(("batch", u) for u, s in zip(users, scores, strict=True) if not right(s, u))
+                case _:
+                    if not right(session.score(Request(asked[user], user=user)), user):
+                        problems.append(("score", user))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
     assert not problems
     assert session.stats().bytes <= 4 * size
     assert session.stats().hits > 0

@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
-import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -418,11 +418,8 @@ def test_threads_take_turns(tmp_path):
             if not all(np.array_equal(engine.run(inputs)[n], x) for n, x in expected(inputs).items()):
                 wrong.append(seed)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
     assert not wrong
 
 
