@@ -16,6 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")])
 
+MADE = ("plugins/tiles.json",)  # by a benchmark on a GPU
+
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
@@ -24,6 +26,13 @@ def test_links_lead_somewhere(page: Path) -> None:
     for link in links:
         if not link.startswith("http"):
             assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_named_files_are_there(page: Path) -> None:
+    folders = "src|tests|export|plugins|runtime|calibration|examples|benchmarks|docs"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", page.read_text(encoding="utf-8")):
+        assert "NAME" in path or path in MADE or (ROOT / path).exists(), path
 
 
 def test_every_result_is_on_a_page() -> None:
