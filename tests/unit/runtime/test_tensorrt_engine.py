@@ -9,155 +9,18 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
-import weakref
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from support.errors import one_line
-from support.fake_cuda import IO_MODE, FakeCuda, tensors_of
+from support.fake_cuda import FakeCuda
+from support.fake_tensorrt import CAPTURED, ENTRY, make, request
 
 import stca.runtime.tensorrt_engine
-from stca.errors import BuildError, EngineError, RequestError
-from stca.manifest import EngineEntry
+from stca.errors import BuildError, EngineError
 from stca.runtime.cuda_device import Device, join_on_device
-from stca.runtime.tensorrt_engine import TensorRTEngine
-from stca.runtime.tensorrt_plan import bucket, check_fit, choose_profile, explain_refusal, sizes_of
-
-ENTRY = EngineEntry.of(
-    {
-        "graph": "target_scorer",
-        "file": "target_scorer.tensorrt-rtx.sm89.bf16.plan",
-        "flavour": "tensorrt-rtx",
-        "version": "1.7.1.116",
-        "sm": 89,
-        "precision": "bf16",
-        "requests": 1,
-        "profiles": [{"N_h": [1, 8, 8], "N_t": [1, 4, 4]}, {"N_h": [9, 64, 64], "N_t": [1, 4, 4]}],
-        "inputs": [
-            {"name": "state", "dtype": "bfloat16", "shape": ["N_h", 2]},
-            {"name": "offsets", "dtype": "int32", "shape": [2]},
-            {"name": "target", "dtype": "int64", "shape": ["N_t"]},
-        ],
-        "outputs": [
-            {"name": "scores", "dtype": "float32", "shape": ["N_t", 2]},
-            {"name": "echo", "dtype": "bfloat16", "shape": ["N_h", 2]},
-        ],
-    }
-)
-
-
-class FakeTensorRT:
-    """`scores[t] = (target[t], offsets[1])`, `echo = state`; it wants its calls in TensorRT's order."""
-
-    __version__ = "1.7.1.116"
-    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
-    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
-    LayerInformationFormat = SimpleNamespace(JSON=1)
-    TensorIOMode = IO_MODE
-
-    class ILogger:
-        INTERNAL_ERROR, ERROR, WARNING = range(3)
-
-    def __init__(self, cuda, says=None, scratch=64, fails=False, library=False):
-        self.library = library  # whether the plan carries code of ours
-        self.inputs, self.outputs = ([tuple(t.values()) for t in ts] for ts in (ENTRY.inputs, ENTRY.outputs))
-        self.cuda, self.says, self.scratch, self.fails = cuda, says, scratch, fails
-        self.contexts = weakref.WeakSet()
-
-    def Runtime(self, log):
-        def deserialize(plan):
-            assert runtime.engine_host_code_allowed == self.library
-            if self.says is not None:
-                log.log(self.ILogger.ERROR, self.says)
-                return None
-            assert plan == b"plan"
-            told = SimpleNamespace(get_engine_information=lambda _: '{"Layers": ["fused"]}')
-            return SimpleNamespace(
-                create_execution_context=self.context,
-                create_runtime_config=FakeConfig,
-                create_engine_inspector=lambda: told,
-                device_memory_size_v2=self.scratch,
-                **tensors_of(self.inputs, self.outputs),
-            )
-
-        runtime = SimpleNamespace(deserialize_cuda_engine=deserialize, engine_host_code_allowed=False)
-        return runtime
-
-    def context(self, how):
-        assert how == "user" or (how.strategy, how.cuda_graph_strategy) == ("user", "whole")
-        made = FakeContext(self)
-        self.contexts.add(made)
-        return made
-
-
-class FakeConfig:
-    def set_execution_context_allocation_strategy(self, strategy):
-        self.strategy = strategy
-
-
-class FakeContext:
-    """What it captured holds for the shapes it then had, on the first run of which it does things it does only once."""
-
-    def __init__(self, trt):
-        self.trt, self.addresses, self.shapes, self.profile, self.scratch = trt, {}, {}, 0, None
-        self.generation, self.settled = 0, False
-
-    def set_tensor_address(self, name, address):
-        assert address in self.trt.cuda.memory
-        self.addresses[name] = address
-        return True
-
-    def set_device_memory(self, address, size):
-        assert size >= self.trt.scratch
-        self.scratch = address
-        self.generation += 1
-
-    def set_optimization_profile_async(self, profile, stream):
-        self.profile = profile
-        self.generation += 1
-        return True
-
-    def set_input_shape(self, name, shape):
-        self.shapes[name] = shape
-        self.generation += 1
-        self.settled = False
-        return True
-
-    def execute_async_v3(self, stream):
-        cuda, generation = self.trt.cuda, self.generation
-        assert self.scratch in cuda.memory
-        assert cuda.captured is None or self.settled
-        self.settled = True
-        tokens, targets, profile = self.shapes["state"][0], self.shapes["target"][0], self.profile
-        low, _, high = ENTRY.profiles[profile]["N_h"]
-        assert low <= tokens <= high
-        context, addresses, scratch = weakref.ref(self), dict(self.addresses), self.scratch
-
-        def view(name, count, dtype):
-            size = count * np.dtype(dtype).itemsize
-            return np.frombuffer((ctypes.c_uint8 * size).from_address(addresses[name]), dtype)
-
-        def work():
-            assert scratch in cuda.memory
-            assert context().generation == generation  # of a graph too: its context must be as it was
-            scores = view("scores", 2 * targets, np.float32).reshape(-1, 2)
-            scores[:, 0], scores[:, 1] = view("target", targets, np.int64), view("offsets", 2, np.int32)[1]
-            view("echo", 2 * tokens, np.uint16)[:] = view("state", 2 * tokens, np.uint16)
-
-        self.trt.cuda.submit(work, stream)
-        return not self.trt.fails
-
-
-CAPTURED = dataclasses.replace(ENTRY, flavour="tensorrt", file=ENTRY.file.replace("-rtx", ""))
-
-
-def make(tmp_path, *, graphs=16, keep=(), device=None, entry=CAPTURED, **fake):
-    (tmp_path / "p").write_bytes(b"plan")
-    device = device or Device(cuda=FakeCuda())
-    module = FakeTensorRT(device.cuda, **fake)
-    return TensorRTEngine(tmp_path / "p", entry, device, keep=keep, graphs=graphs, module=module)
+from stca.runtime.tensorrt_plan import bucket
 
 
 @pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
@@ -165,16 +28,6 @@ def make(tmp_path, *, graphs=16, keep=(), device=None, entry=CAPTURED, **fake):
 def test_code_in_a_plan_may_run_only_where_the_manifest_says_that_there_is_some(tmp_path, flavour, lowering):
     entry = dataclasses.replace(CAPTURED, flavour=flavour, lowering=lowering)
     assert make(tmp_path, entry=entry, library=lowering == "plugin", graphs=0).outputs == ("scores", "echo")
-
-
-def request(tokens, targets, seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        "state": rng.integers(0, 1 << 16, (tokens, 2)).astype(np.uint16),
-        "offsets": np.array([0, tokens], np.int32),
-        "target": rng.integers(0, 1000, targets),
-        "unused": np.zeros(1),
-    }
 
 
 def expected(inputs):
@@ -476,79 +329,10 @@ def test_a_long_state_is_read_where_it_lies(tmp_path, monkeypatch):
     same({**out, "echo": out["echo"].to_host()}, {**short, "state": short["state"].to_host()})
 
 
-def test_the_tightest_profile():
-    assert choose_profile(ENTRY, {"N_h": 8, "N_t": 1}) == 0
-    assert choose_profile(ENTRY, {"N_h": 9, "N_t": 4}) == 1
-    both = dataclasses.replace(ENTRY, profiles=({"N_h": (1, 64, 64)}, {"N_h": (1, 8, 8)}))
-    assert choose_profile(both, {"N_h": 3, "N_t": 4}) == 1
-    with one_line(RequestError, "N_h is 65", "64"):
-        choose_profile(ENTRY, {"N_h": 65, "N_t": 1})
-    with one_line(RequestError, "N_t is 5", "4", ENTRY.file):
-        choose_profile(ENTRY, {"N_h": 5, "N_t": 5})
-    with one_line(RequestError, "no profile"):
-        choose_profile(dataclasses.replace(ENTRY, profiles=({"N_h": (4, 8, 8)},)), {"N_h": 2})
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"state": np.zeros((3, 3), np.uint16)}, ("state", "[3, 3]")),
-        ({"state": np.zeros(3, np.uint16)}, ("state", "[3]")),
-        ({"state": np.zeros((3, 2), np.float32)}, ("state", "float32", "bfloat16")),
-        ({"offsets": np.zeros(3, np.int32)}, ("offsets", "[3]", "one request per run")),
-    ],
-)
-def test_inputs_of_another_shape(change, words):
-    with one_line(RequestError, *words):
-        sizes_of(ENTRY, {**request(5, 2), **change})
-
-
-def test_a_missing_input():
-    inputs = request(5, 2)
-    del inputs["target"]
-    with one_line(RequestError, "target", "missing"):
-        sizes_of(ENTRY, inputs)
-
-
 def test_a_run_that_fails(tmp_path):
     engine = make(tmp_path, fails=True)
     with one_line(EngineError, "tensorrt 1", "failed"):
         engine.run(request(5, 2))
-
-
-def test_the_wrong_machine():
-    check_fit(ENTRY, "1.7.1.116", 89)
-    with one_line(BuildError, "1.7.1.116", "1.8.0", "stca build"):
-        check_fit(ENTRY, "1.8.0", 89)
-    with one_line(BuildError, "SM 89", "SM 90", "--sm 90"):
-        check_fit(ENTRY, "1.7.1.116", 90)
-
-
-@pytest.mark.parametrize(
-    ("says", "words"),
-    [
-        ("IPluginRegistry::getCreator: Error Code 4: Cannot find plugin: Foo, version: 1", ("plugin", "register")),
-        (
-            "Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed. Version tag does not match",
-            ("version",),
-        ),
-        (
-            "The engine plan file is generated on an incompatible device, expecting compute capability 8.9",
-            ("another GPU", "stca build"),
-        ),
-        (
-            "Error Code 1: Serialization (assertion header.magicTag == kMAGIC failed. Magic tag mismatch)",
-            ("damaged",),
-        ),
-        ("Requested amount of GPU memory (34359738368 bytes) could not be allocated. OutOfMemory", ("memory",)),
-        ("IRuntime::deserializeCudaEngine: something\nelse", ("cannot be loaded", "something else")),
-        ("", ("no reason",)),
-    ],
-)
-def test_a_plan_the_library_refuses(tmp_path, says, words):
-    with one_line(BuildError, CAPTURED.file, *words):
-        make(tmp_path, says=says)
-    assert len(explain_refusal(ENTRY, [says] * 20).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -572,24 +356,3 @@ def test_no_gpu_here():
         assert len(str(e).splitlines()) == 1  # noqa: PT017
     else:
         assert device.sm >= 50
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda trt: trt.inputs.pop(), ("no input 'target'",)),
-        (lambda trt: trt.inputs.append(("more", "int64", ("N_t",))), ("'more'", "says nothing")),
-        (lambda trt: trt.inputs.__setitem__(2, ("target", "int32", ("N_t",))), ("int32", "int64")),
-        (lambda trt: trt.inputs.__setitem__(0, ("state", "bfloat16", ("N_h", 4))), ("4]", "[N_h, 2]")),
-        (lambda trt: trt.outputs.reverse() or trt.outputs.pop(), ("no output 'scores'",)),
-        (lambda trt: trt.outputs.append(("more", "int64", ("N_t",))), ("gives 'more'",)),
-    ],
-)
-def test_a_plan_that_is_not_what_its_entry_says(tmp_path, monkeypatch, change, said):
-    """Buffers are made by the entry: a plan that reads more than it says would read what is not there."""
-    (tmp_path / "p").write_bytes(b"plan")
-    device = Device(cuda=FakeCuda())
-    module = FakeTensorRT(device.cuda)
-    change(module)
-    with one_line(BuildError, ENTRY.file, "stca build", *said):
-        TensorRTEngine(tmp_path / "p", ENTRY, device, module=module)
