@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import onnx
 
@@ -17,6 +18,10 @@ from stca.export.files import askable
 from stca.export.histories import least_events, unpacked
 from stca.export.padding import Found, PadOptions, padding_of
 from stca.specs import TensorSpec
+
+_TIES: Final = (
+    "TopK takes the first of equal values; torch says of none which it takes, so its own scores may differ there"
+)
 
 
 def answers(
@@ -55,4 +60,5 @@ def answers(
             takes = ask(asked, specs, max_history, {**known, **pad.values}, sizes)
         found = padding_of(served, known, takes, pad, read_at_last(graph) if histories else ())
     shortest = max(takes.min_history or 0, least_events(found.inputs)) or None
-    return dataclasses.replace(takes, min_history=shortest), found
+    ties = (_TIES,) if any(n.op_type == "TopK" for n in graph.graph.node) else ()
+    return dataclasses.replace(takes, min_history=shortest, told=(*takes.told, *ties)), found

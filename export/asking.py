@@ -209,13 +209,14 @@ class _Questions:
     def range_of(self, spec: TensorSpec, base: Mapping[str, int], events: int) -> TensorSpec:
         """`spec` with the range of its integers: up to the largest that is taken, from 1 where 0 stands for that one.
 
-        A gather counts an index of -1 from the end. So a length of 0, less 1, is scored like the longest.
+        Scores that are not finite end no range: seconds far from the request's may overflow a decay, and no table. A
+        gather counts an index of -1 from the end. So a length of 0, less 1, is scored like the longest.
         """
         most = spec.limit - 1 if spec.limit else min(_LARGEST, int(np.iinfo(spec.dtype).max))
 
         def takes(value: int) -> bool | None:
             answer = self.answer({**base, spec.name: value}, events)
-            return None if answer == _LONG else not isinstance(answer, str)
+            return None if answer == _LONG else not isinstance(answer, str) or answer == _NOT_FINITE
 
         if spec.low is not None or spec.length_of is not None or (not spec.limit and takes(most)):
             return spec

@@ -330,7 +330,8 @@ def _write(
             with contextlib.suppress(SplitError):  # rules may have made it one that can be cut
                 plain, freed = (h.report.hit_work for h in (_halves(request.ruleless, cut, takes.max_history), free))
                 facts["hit_work_without_rules"] = plain
-                notes.append(f"rules took a hit's work from {plain / 1e9:.3g} to {freed / 1e9:.3g} GFLOP")
+                if freed < plain:  # attention as one operator may count more and yet move less
+                    notes.append(f"rules took a hit's work from {plain / 1e9:.3g} to {freed / 1e9:.3g} GFLOP")
         if appends.why_not is not None:
             notes.append(f"new events cannot be appended to a state: {appends.why_not}")
         progress("writing the bundle")

@@ -121,8 +121,8 @@ class Cut:
             )
         if not verbatim and not self.of_scope(Scope.USER):
             raise SplitError(
-                f"no node depends on user inputs alone, so there is no work to cache{self._first_met()}; check which "
-                "inputs are in --request-inputs and --target-inputs"
+                f"no node depends on user inputs alone, so there is no work to cache{self._first_met()}; encode the "
+                "history before it joins those, or check the inputs' scopes"
             )
         for i in (*self.of_scope(Scope.USER), *self.of_scope(Scope.CONSTANT)):
             for node in walk([self.nodes[i]]):

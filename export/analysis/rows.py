@@ -239,6 +239,11 @@ class Everything:
                 f"node {lacks[2]!r}: ONNX Runtime has no {lacks[1]} for its types on a CPU; export in float32 "
                 "and choose the engines' precision with `stca build --precision`"
             )
+        if narrow := re.search(r"No corresponding Numpy type for Tensor Type\. (\w+)", text):
+            return NeverRunsError(
+                f"the model computes in {narrow[1]}, of which no value can be looked at here; export in float32 and "
+                "choose the engines' precision with `stca build --precision`"
+            )
         if not found:
             return SplitError(f"the model does not run with {sizes}: {text[:300]}")
         kind, name, said = found.groups()

@@ -1,30 +1,56 @@
-"""Parts of a tensor that an exporter takes out of a sequence, as Slices: `torch.split` and `torch.unbind`.
+"""Parts that an exporter takes out of a sequence, as tensors: of `torch.split`, `torch.unbind` and `torch.hstack`.
 
 A sequence is no tensor, so nothing tells its rows apart and no state holds it. What is taken from it by number is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 import numpy as np
 import onnx
 
 from stca.arrays import Array
 from stca.export.analysis.integers import integers_of
-from stca.export.analysis.scope import Dataflow, attribute
-from stca.export.passes.nodes import NewNodes, names_in
+from stca.export.analysis.scope import Dataflow, attribute, subgraphs
+from stca.export.passes.branches import take_branches
+from stca.export.passes.nodes import NewNodes, names_in, rename
+
+_MAKERS: Final = ("SplitToSequence", "SequenceConstruct", "SequenceMap")
 
 
 def without_sequences(model: onnx.ModelProto) -> None:
-    """Take parts by number from what is split and not from the sequence of its parts, in place; others stay."""
+    """Take parts by number from what is split or put together and not from the sequence, in place; others stay.
+
+    Branches that such a graph takes by the rank of a part are told from then on, and may read sequences themselves.
+    """
+    _part(model)
+    if take_branches(model):
+        _part(model)
+
+
+def _part(model: onnx.ModelProto) -> None:
     graph = model.graph
-    made = {n.output[0]: n for n in graph.node if n.op_type == "SplitToSequence" and not n.domain}
+    made = {n.output[0]: n for n in graph.node if n.op_type in _MAKERS and not n.domain}
     if not made:
         return
     known, new = integers_of(model), NewNodes(names_in(graph))
+    listed: dict[str, list[str]] = {}
     for node in graph.node:
-        split = made.get(node.input[0]) if node.op_type == "SequenceAt" and not node.domain else None
+        if node.op_type == "SequenceConstruct" and not node.domain:
+            listed[node.output[0]] = list(node.input)
+        elif node.op_type == "SequenceMap" and not node.domain and node.input[0] in listed and len(node.input) == 1:
+            (body,) = subgraphs(node)
+            listed[node.output[0]] = [_mapped(new, body, part) for part in listed[node.input[0]]]
+        taken = node.op_type == "SequenceAt" and not node.domain
+        if taken and (parts := listed.get(node.input[0])) and (place := known.get(node.input[1])) is not None:
+            new.node("Identity", [parts[int(place)]], node.output[0], exact=True)
+            continue
+        if node.op_type == "ConcatFromSequence" and (parts := listed.get(node.input[0])):
+            _joined(new, node, parts)
+            continue
+        split = made.get(node.input[0]) if taken else None
         if split is None or not _taken(new, split, node, known):
             new.nodes.append(node)
     nodes = onnx.GraphProto(node=new.nodes)
@@ -34,8 +60,32 @@ def without_sequences(model: onnx.ModelProto) -> None:
     graph.initializer.extend(new.weights)
 
 
+def _mapped(new: NewNodes, body: onnx.GraphProto, part: str) -> str:
+    """What the body of a SequenceMap makes of one part, as nodes of the graph itself."""
+    names = {body.input[0].name: part}
+    for node in body.node:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        rename(copy, names)
+        for i, output in enumerate(filter(None, node.output)):
+            copy.output[i] = names[output] = new.name(output)
+        copy.name = new.name(node.name) if node.name else ""
+        new.nodes.append(copy)
+    return names[body.output[0].name]
+
+
+def _joined(new: NewNodes, node: onnx.NodeProto, parts: Sequence[str]) -> None:
+    """Make what `node` joins, by a Concat of the parts."""
+    axis, out = attribute(node, "axis", None), node.output[0]
+    if attribute(node, "new_axis", 0):
+        parts = [new.node("Unsqueeze", [part, new.integers([axis])], f"{out}_part") for part in parts]
+    new.node("Concat", parts, out, exact=True, axis=axis)
+
+
 def _taken(new: NewNodes, split: onnx.NodeProto, at: onnx.NodeProto, known: Mapping[str, Array]) -> bool:
     """Make what `at` takes from what `split` splits; False where its place is no constant."""
+    if split.op_type != "SplitToSequence":
+        return False
     x, axis, out = split.input[0], attribute(split, "axis", 0), at.output[0]
     place = known.get(at.input[1])
     if place is None or (number := int(place)) < 0:

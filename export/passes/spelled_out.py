@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from typing import Final
 
+import numpy as np
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from stca.export.analysis.cost import without_weights
+from stca.export.analysis.rows import constants_of
 from stca.export.passes.nodes import NewNodes, names_in, rename
+
+_BASES: Final = (2, 10)
 
 
 def spell_out(model: onnx.ModelProto) -> None:
@@ -16,9 +22,12 @@ def spell_out(model: onnx.ModelProto) -> None:
 
     `CastLike`, as of PyTorch's `x.type_as(y)`, becomes a `Cast`, or nothing where the type is the same. An Einsum of
     several values, as of `einsum("bhs,bhsk,hkd->bd", …)`, becomes one of two after the other, from the left: so ONNX
-    Runtime computes it, too. So it does a choice between booleans, as of `mask.masked_fill(…)`, in And and Or.
+    Runtime computes it, too. So it does a choice between booleans, as of `mask.masked_fill(…)`, in And and Or. A
+    logarithm to base 2 or 10 is a Log and a Div in ONNX, and says 12.999999 of 8192; of a power it becomes the whole
+    number, as PyTorch says, so that no bucket's bound moves.
     """
-    if not any(_is_castlike(n) or _is_long_einsum(n) or _is_choice(n) for n in model.graph.node):
+    bases = _bases(model.graph)
+    if not bases and not any(_is_castlike(n) or _is_long_einsum(n) or _is_choice(n) for n in model.graph.node):
         return
     types, outputs = _types(model), {o.name for o in model.graph.output}
     new, same = NewNodes(names_in(model.graph)), dict[str, str]()
@@ -47,9 +56,41 @@ def spell_out(model: onnx.ModelProto) -> None:
             )
             new.node("Or", [chosen, other], node.output[0], exact=True)
             continue
+        elif node.output[0] in bases:
+            _whole_of_powers(new, node, *bases[node.output[0]])
+            continue
         new.nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(new.nodes)
+    model.graph.initializer.extend(new.weights)
+
+
+def _bases(graph: onnx.GraphProto) -> dict[str, tuple[str, int]]:
+    """Of each logarithm to base 2 or 10, by its name: what it is taken of, and the base."""
+    logs = {n.output[0]: n.input[0] for n in graph.node if (n.op_type, n.domain) == ("Log", "")}
+    divided = [n for n in graph.node if (n.op_type, n.domain) == ("Div", "") and n.input[0] in logs]
+    known = (
+        {t.name: t for t in constants_of(graph) if t.data_type == t.FLOAT and t.dims in ([], [1])} if divided else {}
+    )
+    found: dict[str, tuple[str, int]] = {}
+    for node in divided:
+        divisor = numpy_helper.to_array(known[node.input[1]]) if node.input[1] in known else None
+        base = next((b for b in _BASES if divisor is not None and divisor == np.float32(math.log(b))), None)
+        if base:
+            found[node.output[0]] = logs[node.input[0]], base
+    return found
+
+
+def _whole_of_powers(new: NewNodes, node: onnx.NodeProto, x: str, base: int) -> None:
+    """`node`, a logarithm of `x`, but for powers of the base its rounded value."""
+    name = node.output[0]
+    near = new.name(f"{name}_near")
+    node.output[0] = near
+    new.nodes.append(node)
+    whole = new.node("Round", [near], f"{name}_whole")
+    power = new.node("Pow", [new.weight(f"{name}_base", np.float32(base)), whole], f"{name}_power")
+    same = new.node("Equal", [power, x], f"{name}_same")
+    new.node("Where", [same, whole, near], name, exact=True)
 
 
 def _is_castlike(node: onnx.NodeProto) -> bool:

@@ -19,11 +19,14 @@ _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 LARGE = 1 << 24
 _ATEN = torch.ops.aten
 _EMBEDDING, _SELECT, _INDEX = _ATEN.embedding.default, _ATEN.index_select.default, _ATEN.index.Tensor
+_TOP, _SORT = _ATEN.topk.default, _ATEN.sort.default
 _BAGS = (_ATEN._embedding_bag.default, _ATEN._embedding_bag_forward_only.default)
 
 
 class LargeRows(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is on, look-ups in large tables give rows of a type, as if all of the table had it.
+
+    Of equal values, `topk` and `sort` take the first, as ONNX says; torch leaves open which.
 
     Args:
         dtype: of the rows; None leaves tables as they are.
@@ -34,7 +37,21 @@ class LargeRows(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._dtype = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*_rows_as(func, args, self._dtype), **(kwargs or {}))
+        return _first_of_equals(func)(*_rows_as(func, args, self._dtype), **(kwargs or {}))
+
+
+def _first_of_equals(func: Any) -> Any:
+    return {_TOP: _top, _SORT: _sorted}.get(func, func)
+
+
+def _sorted(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
+    values, places = torch.sort(x, dim=dim, descending=descending, stable=True)
+    return values, places
+
+
+def _top(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
+    values, places = _sorted(x, dim, largest)
+    return values.narrow(dim, 0, k), places.narrow(dim, 0, k)
 
 
 def _rows_as(func: Any, args: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
@@ -68,7 +85,10 @@ def is_large(tensor: Tensor) -> bool:
 
 
 class InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is on, operations take and give float64 where they would take or give a narrower floating-point type."""
+    """While it is on, operations take and give float64 where they would take or give a narrower floating-point type.
+
+    Of equal values it takes the first, as `LargeRows`.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {**(kwargs or {})}
@@ -78,7 +98,7 @@ class InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args = _rows_as(func, args, torch.float64)
         if func._schema.is_mutable:  # what is written to must stay the caller's own tensor
             return func(*args, **given)
-        return _wide(func(*_wide(args), **_wide(given)))
+        return _wide(_first_of_equals(func)(*_wide(args), **_wide(given)))
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -68,3 +68,17 @@ def test_a_copy_of_a_module_with_computed_tensors():
     assert module.training
     assert torch.equal(copy.derived, module.derived)
     assert copy.derived is not module.derived
+
+
+@pytest.mark.parametrize("dtype", [None, "float64"])
+def test_of_equal_values_the_first_is_taken(dtype):
+    """As ONNX says; torch leaves it open, and of forty zeros takes the last ones."""
+
+    class Best(nn.Module):
+        def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            x = inputs["x"]
+            least = x.topk(3, largest=False)[1]
+            return torch.cat([x.topk(3)[1], x.sort(descending=True)[1], least, x.argsort(-1)], -1)
+
+    (places,) = run_torch(Best(), [{"x": np.zeros((2, 40), np.float32)}], dtype)
+    np.testing.assert_array_equal(places, np.tile([*range(3), *range(40), *range(3), *range(40)], (2, 1)))

@@ -232,6 +232,19 @@ def test_a_vector_of_the_users_that_is_normalized_has_no_blank(of):
     assert [s.blank for s in of((vector, history, ITEM), nodes).inputs] == [None, None, None]
 
 
+def test_seconds_that_overflow_a_decay_have_no_range(of):
+    """Far from the request's they do, and yet every second is one: no table ends there."""
+    history = TensorSpec("seconds", "int64", (1, "N_h"), "user")
+    now = TensorSpec("now", "int64", (1,), "request")
+    nodes = [
+        ("Sub", ["seconds", "now"], ["age"]),
+        ("Cast", ["age"], ["x"], {"to": TensorProto.FLOAT}),
+        ("Exp", ["x"], ["weight"]),
+        ("ReduceSum", ["weight"], ["score"]),
+    ]
+    assert [s.limit for s in of((history, now, ITEM), nodes).inputs] == [None, None, 50]
+
+
 def test_an_id_that_masks_may_be_the_last(of):
     history = TensorSpec("history", "int64", (1, 4), "user", limit=33)
     nodes = [

@@ -76,3 +76,50 @@ def test_a_module_that_splits_is_lifted(tmp_path: Path) -> None:
     model = RequestModel(Parts().eval(), inputs)
     bundle = export_module(model, tmp_path / "bundle", prove=prove, source={"kind": "callable"})
     assert bundle.manifest.split["lifted"]["rows"] == "batch"
+
+
+SIDES = "s = SequenceConstruct (x, n)"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"{SIDES} a = SequenceAt (s, last) y = Neg (a)",
+        f"{SIDES} y = ConcatFromSequence <axis: int = -1> (s)",
+        f"{SIDES} y = ConcatFromSequence <axis: int = 1, new_axis: int = 1> (s)",
+        f"{SIDES} y = ConcatFromSequence <axis: int = -1, new_axis: int = 1> (s)",
+        f"""{SIDES}
+        t = SequenceMap <body: graph = each (float[A, B] v) => (float[A, B] w) {{ h = Neg (v) w = Mul (h, v) }}> (s)
+        y = ConcatFromSequence <axis: int = 0> (t)""",
+    ],
+)
+def test_what_is_put_together_is_taken_by_number(body: str) -> None:
+    model = parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 20]> g (float[A, B] x, float[A, B] n) => (y) {{ {PLACES} {body} }}"""
+    )
+    feeds = {n: np.random.default_rng(i).standard_normal((3, 2)).astype(np.float32) for i, n in enumerate("xn")}
+    (wanted,) = ReferenceEvaluator(model).run(None, feeds)
+    without_sequences(model)
+    assert not [n.op_type for n in model.graph.node if "Sequence" in n.op_type]
+    np.testing.assert_array_equal(ReferenceEvaluator(model).run(None, feeds)[0], wanted)
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_a_branch_taken_by_rank_is_all_there_is(axes: int) -> None:
+    """As `torch.hstack` joins by the rank of its first part, in the older exporter's words."""
+    join = "<graph> g{0} () => (c{0}) {{ c{0} = ConcatFromSequence <axis: int = {0}> (s) }}"
+    branches = ", ".join(
+        f"{side}_branch = {join.format(axis).removeprefix('<graph> ')}" for side, axis in (("then", 0), ("else", 1))
+    )
+    of = "A" if axes == 1 else "A, B"
+    model = parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 20]> g (float[{of}] x, float[{of}] n) => (float[{of}] y)
+        {{ {PLACES} {SIDES} first = SequenceAt (s, zero) shape = Shape (first) rank = Size (shape)
+        one = Constant <value_int: int = 1> () is = Equal (rank, one) y = If (is) <{branches}> }}"""
+    )
+    feeds = {n: np.random.default_rng(i).standard_normal((3, 2)[:axes]).astype(np.float32) for i, n in enumerate("xn")}
+    (wanted,) = ReferenceEvaluator(model).run(None, feeds)
+    without_sequences(model)
+    onnx.checker.check_model(model)
+    assert {"If", "ConcatFromSequence"}.isdisjoint(n.op_type for n in model.graph.node)
+    np.testing.assert_array_equal(ReferenceEvaluator(model).run(None, feeds)[0], wanted)

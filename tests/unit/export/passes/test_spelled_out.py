@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import parser
 from onnx.reference import ReferenceEvaluator
+from onnxruntime import InferenceSession
 
 from stca.export.passes.spelled_out import spell_out
 
@@ -53,3 +54,26 @@ def test_a_choice_between_booleans_is_one_that_engines_have() -> None:
         much = Less(x, one) most = Greater(x, one) chosen = Where(more, much, most) out = Cast<to: int = 1>(chosen)"""
     assert spelled(body)[-6:] == ["Greater", "And", "Not", "And", "Or", "Cast"]
     assert spelled(body.replace("Where(more, much, most)", "Where(more, x, x)"))[-2:] == ["Where", "Cast"]
+
+
+@pytest.mark.parametrize(("base", "divisor", "last"), [(2, "0.6931472", 24), (10, "2.3025851", 11)])
+def test_the_logarithm_of_a_power_is_whole(base: int, divisor: str, last: int) -> None:
+    """ONNX has the natural one alone, and a quotient of two may be just below: PyTorch's own logarithm is not."""
+    model = parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 20]> g (float[N] x) => (float[N] y) <float c = {{{divisor}}}>
+        {{ l = Log (x) y = Div (l, c) }}"""
+    )
+    powers = np.float32(base) ** np.arange(last, dtype=np.float32)
+    x = np.concatenate([powers, np.nextafter(powers, np.float32(0)), np.abs(X[0])])
+    before = InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
+    spell_out(model)
+    onnx.checker.check_model(model, full_check=True)
+    (y,) = InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    np.testing.assert_array_equal(y[:last], np.arange(last))
+    np.testing.assert_array_equal(y[last:], before[last:])
+    assert base == 10 or (before[:last] != np.arange(last)).any()  # or there would be nothing to do
+
+
+def test_a_quotient_by_another_number_stays() -> None:
+    body = "a = Abs(x) l = Log(a) c = Constant<value: tensor = float {0.5}>() out = Div(l, c)"
+    assert spelled(body) == ["Abs", "Log", "Constant", "Div"]
