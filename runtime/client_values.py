@@ -68,6 +68,41 @@ def in_numbers(value: Any) -> bool:
     return type(value) in (int, float)
 
 
+def odd_one(value: Any, found: Array, wanted: str) -> str | None:
+    """The first entry of a client's list that is not a number of the kind `wanted`, numpy's letter, and where it
+    stands, for a message; None where the list is of such numbers, or no list, or `found`, the array that was made of
+    it, tells by its dtype what they are.
+    """
+    place: list[int] = []
+    if type(value) not in (list, tuple):
+        return None
+
+    def walk(values: Any) -> bool:
+        for i, one in enumerate(values):
+            place.append(i)
+            if walk(one) if type(one) in (list, tuple) else _is_odd(one, wanted):
+                return True
+            place.pop()
+        return False
+
+    if not walk(value):
+        return None
+    for i in place:
+        value = value[i]
+    if found.dtype.kind in "biufc" and type(value) is not int:
+        return None
+    return f"holds {quoted(value)} at {place}"
+
+
+def _is_odd(one: Any, wanted: str) -> bool:
+    if isinstance(one, np.generic | np.ndarray):
+        return one.dtype.kind not in ("iu" if wanted in "iu" else wanted)
+    kinds = {"b": (bool,), "f": (int, float)}.get(wanted, (int,))
+    if type(one) not in kinds:
+        return True
+    return type(one) is int and not -(1 << 63) <= one < 1 << 63
+
+
 def key_of(what: str, value: Hashable, depth: int = 0) -> Hashable:
     """A user id or a version as plain Python: text, bytes, an integer, a UUID, a date, or a tuple of these.
 

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from stca.arrays import Array, all_finite, extremes
 from stca.errors import RequestError
-from stca.runtime.client_values import MOST_VALUES, array_of, in_numbers
+from stca.runtime.client_values import MOST_VALUES, array_of, in_numbers, odd_one
 from stca.specs import TARGETS, TOKENS, USERS, TensorSpec
 
 # By its name, how long a dimension of a request is, and which input said so first.
@@ -82,7 +82,8 @@ class InputCheck:
             if wanted == "f" and kind in "iu" and in_numbers(value):
                 return self._exactly(raw)
             if not (kind in "iu" if wanted in "iu" else kind == wanted):
-                raise RequestError(f"{self.name}: {_said(raw)}, expected {self.spec.dtype}")
+                holds = odd_one(value, raw, wanted) or _said(raw)
+                raise RequestError(f"{self.name}: {holds}, expected {self.spec.dtype}")
         if self._rank > 1 and raw.shape == (0,) and isinstance(self._shape[0], str):
             raw = raw.reshape(
                 0, *(n if isinstance(n, int) else 0 for n in self._shape[1:])

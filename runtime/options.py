@@ -109,9 +109,9 @@ class Options:
                 if not isinstance(value, str):
                     _refuse(name, value, "text or None")
                 object.__setattr__(self, name, str.__str__(value))  # a subclass compares as it likes
-        if self.state_folder is not None and not _is_path(self.state_folder):
+        if self.state_folder is not None and not folders.usable(self.state_folder):
             _refuse("state_folder", self.state_folder, "a folder's path or None")
-        if self.trusted is not None and not isinstance(self.trusted, bytes) and not _is_path(self.trusted):
+        if self.trusted is not None and not isinstance(self.trusted, bytes) and not folders.usable(self.trusted):
             _refuse("trusted", self.trusted, "a public key in PEM, as bytes or a file's path, or None")
         for name, shortest in (("ttl_seconds", math.ulp(0.0)), ("batch_seconds", 0.0)):
             if getattr(self, name) is not None:
@@ -137,10 +137,6 @@ def _is_provider(given: object) -> bool:
     if isinstance(given, tuple) and len(given) == 2:
         return isinstance(given[0], str) and isinstance(given[1], Mapping)
     return isinstance(given, str)
-
-
-def _is_path(given: Any) -> bool:
-    return 0 < len(folders.named(given) or "") <= folders.LONGEST_PATH
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int:

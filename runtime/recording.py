@@ -14,6 +14,7 @@ from typing import Final
 
 from numpy.typing import ArrayLike
 
+from stca import folders
 from stca.arrays import Array
 from stca.errors import RequestError, UsageError
 from stca.runtime.client_values import key_of, quoted
@@ -46,9 +47,11 @@ class Recording:
     key: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.share, float | int) or not 0 < self.share <= 1:
+        if not folders.usable(self.folder):
+            raise UsageError(f"record: folder is {quoted(self.folder)}, expected a folder's path")
+        if not isinstance(self.share, float | int) or isinstance(self.share, bool) or not 0 < self.share <= 1:
             raise UsageError(f"record: share is {quoted(self.share)}, expected a number above 0 and at most 1")
-        if not isinstance(self.max_bytes, int) or self.max_bytes < 0:
+        if not isinstance(self.max_bytes, int) or isinstance(self.max_bytes, bool) or self.max_bytes < 0:
             raise UsageError(f"record: max_bytes is {quoted(self.max_bytes)}, expected a whole number from 0")
         if self.key is not None and (not isinstance(self.key, bytes) or len(self.key) != _KEY_BYTES):
             raise UsageError(f"record: key is of another kind or length, expected {_KEY_BYTES} bytes")

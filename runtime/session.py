@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from numpy.typing import ArrayLike
 
@@ -37,10 +38,7 @@ from stca.signature import Key
 
 
 class Session:
-    """Scores targets for users. One session serves many threads.
-
-    Make one with `Session.load`.
-    """
+    """Scores targets for users. One session serves many threads. Make one with `Session.load`."""
 
     def __init__(self, model: Model, store: StateStore, options: Options) -> None:
         self._model, self._store, self._options = model, store, options
@@ -354,6 +352,9 @@ class Session:
         if self._pool is not None:
             self._pool.close()
         self._store.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError("a session cannot be copied, nor sent to another process; load the bundle there")
 
     def __enter__(self) -> Session:
         return self

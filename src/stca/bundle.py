@@ -91,6 +91,8 @@ def require_path(path: str | os.PathLike[str]) -> None:
     named = folders.named(path)
     if named is None:
         raise BundleError(f"a bundle's path is text or a Path, not {type(path).__name__:.40}")
+    if not named:
+        raise BundleError("a bundle's path is empty; name its folder")
     if len(named) > folders.LONGEST_PATH:
         raise BundleError(f"a bundle's path has {len(named)} characters, which no file system takes; name its folder")
 

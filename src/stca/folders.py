@@ -26,6 +26,14 @@ def named(path: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
+def usable(path: object) -> bool:
+    """Whether a path may lead somewhere: text, not empty or longer than any path, of characters that names can have."""
+    text = named(path)
+    with contextlib.suppress(UnicodeEncodeError):
+        return text is not None and 0 < len(os.fsencode(text)) <= LONGEST_PATH and "\0" not in text
+    return False
+
+
 def lock(directory: int, *, wait: bool = False) -> None:
     """Lock an open directory for as long as it is open; the system lets go when the process ends, however it ends.
 

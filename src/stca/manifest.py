@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 
 from stca import typed_json
 from stca.errors import BundleError, UsageError
-from stca.specs import GRAPHS, ITEM_BYTES, SUM, GraphSpec, Padding, Reason, StateSpec, TableSpec, TensorSpec
+from stca.specs import GRAPHS, ITEM_BYTES, SUM, GraphSpec, Padding, StateSpec, TableSpec, TensorSpec
 
 FORMAT = "stca-bundle"
 FORMAT_VERSION = 3
@@ -304,55 +304,6 @@ def _whole(raw: Any) -> Any:
 def _present(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     """A dataclass as JSON, without what came to the format later and says nothing: older readers do without it."""
     return {k: v for k, v in fields if v is not None or k not in _ADDED}
-
-
-def check_account(manifest: Manifest, *, cut: bool = True) -> None:
-    """Check what commands and the report read of a bundle beside its graphs, and a server does not need.
-
-    Args:
-        manifest: of the bundle.
-        cut: whether it must tell of its cut.
-
-    Raises:
-        BundleError: naming the first entry of `model`, `precision` or `split` that is not of its kind.
-    """
-    try:
-        _check_account(manifest)
-        if cut:
-            _check_cut(manifest.split)
-    except (TypeError, ValueError) as e:
-        raise BundleError(f"{MANIFEST} is malformed ({e}); export the bundle again") from e
-
-
-def _check_account(manifest: Manifest) -> None:
-    model = manifest.model
-    if model.get("kind") not in ("stca", "callable", "onnx"):
-        raise ValueError(f"model: kind is {model.get('kind')!r:.60}, expected stca, callable or onnx")
-    if model["kind"] == "stca":
-        typed_json.as_type(Mapping[str, Any], model.get("config"), "model: config")
-    if manifest.precision not in ITEM_BYTES or "float" not in manifest.precision:
-        raise ValueError(f"precision: {manifest.precision!r:.60} is no floating-point dtype")
-
-
-def _check_cut(split: Mapping[str, Any]) -> None:
-    for name in ("state_bytes", "bytes_per_token", "user_work", "recomputed_work", "request_work", "target_work"):
-        typed_json.as_type(int, split.get(name), f"split: {name}")
-    typed_json.as_type(int | None, split.get("hit_work_without_rules"), "split: hit_work_without_rules")
-    typed_json.as_type(Mapping[str, int], split.get("workload"), "split: workload")
-    typed_json.as_type(tuple[Reason, ...], split.get("reasons", []), "split: reasons")
-    for name in ("encoder_nodes", "scorer_nodes", "rules_without_a_place"):
-        typed_json.as_type(tuple[str, ...], split.get(name, []), f"split: {name}")
-    lifted = typed_json.as_type(Mapping[str, Any], split.get("lifted", {}), "split: lifted")
-    typed_json.as_type(Mapping[str, str], lifted.get("decisions", {}), "split: lifted: decisions")
-    for name in ("tables", "rules"):
-        typed_json.as_type(tuple[Mapping[str, Any], ...], split.get(name, []), f"split: {name}")
-    notes, dependencies = (
-        list(told) if isinstance(told := split.get(name, []), tuple) else told  # as an export in this process has it
-        for name in ("notes", "request_dependencies")
-    )
-    typed_json.as_type(tuple[str, ...], notes, "split: notes")
-    for one in typed_json.as_type(tuple[Mapping[str, Any], ...], dependencies, "split: request_dependencies"):
-        typed_json.as_type(str, one.get("text"), "split: request_dependencies: text")
 
 
 def weights_version(weights: str, digests: Sequence[str]) -> str:

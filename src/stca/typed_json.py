@@ -28,7 +28,14 @@ def parse(text: str) -> Any:
     Raises:
         ValueError, RecursionError: when it is not JSON, an object has one name twice, or a number is NaN or infinite.
     """
-    return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant, parse_float=_finite)
+    if text.startswith("\ufeff"):
+        raise ValueError("it begins with a byte order mark; leave that out")
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant, parse_float=_finite)
+    except ValueError as e:
+        if "integer string conversion" in str(e):  # whose words name a setting of Python's
+            raise ValueError("it holds an integer of thousands of digits") from e
+        raise
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -95,8 +102,10 @@ def as_type(kind: Any, raw: Any, where: str) -> Any:
         if raw > _LARGEST:
             raise ValueError(f"{where} is {raw!r:.60}; the largest is {_LARGEST}")
         return raw
-    elif kind is float and isinstance(raw, int | float) and not isinstance(raw, bool) and math.isfinite(raw):
-        return float(raw)
+    elif kind is float and isinstance(raw, int | float) and not isinstance(raw, bool):
+        with contextlib.suppress(OverflowError):  # an integer beyond any float
+            if math.isfinite(number := float(raw)):
+                return number
     elif kind in (str, bool, types.NoneType) and isinstance(raw, kind):
         return raw
     raise TypeError(f"{where} is {raw!r:.60}, expected {_said(kind)}")

@@ -268,12 +268,15 @@ class Fuzzer:
         rows = rng.randint(0, min(count, len(others[self._events[0]])))
         begin = rng.randint(0, count - rows)
         late = {n: others[n][:rows] for n in self._events}
-        self._expect(inputs, self.session.score(Request(inputs, user, before)))
+        scores = self.session.score(Request(inputs, user, before))
+        self._expect(inputs, scores)
         if rng.random() < 0.2:
             at = rng.choice((count - rows + 1, -count - 1, 1 << 40))
             return self._refused("amendments", lambda: self.session.amend(user, late, after, at=at, after=before))
         at = begin - count if begin < count and rng.random() < 0.5 else begin
-        kept = self.session.amend(user, late, after, at=at, after=rng.choice((None, before)))
+        # Without targets nobody was encoded: an earlier history of the user may be kept.
+        follows = rng.choice((None, before)) if len(scores) else before
+        kept = self.session.amend(user, late, after, at=at, after=follows)
         dtypes = {s.name: s.dtype for s in self._specs}
         for n in self._events:
             parts = inputs[n][:begin], late[n], inputs[n][begin + rows :]

@@ -273,8 +273,8 @@ class Caller(Fuzzer):
                 inputs = {n: x for n, x in inputs.items() if self._of[n] != "user"}
         try:
             self.session.score(Request(inputs, user, version))
-        except HistoryNeededError:
-            return "states that were not kept"
+        except RequestError as e:  # another bundle may have come meanwhile, which has fewer items
+            return "states that were not kept" if isinstance(e, HistoryNeededError) else "requests for another bundle"
         return "users who come again"
 
     def _kinds(self, rng: random.Random) -> Callable[[random.Random], str]:

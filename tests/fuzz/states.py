@@ -184,7 +184,10 @@ class Schedule:
         if not records:
             return "nothing to damage"
         path = self.rng.choice(records)
-        data = bytearray(path.read_bytes())
+        try:
+            data = bytearray(path.read_bytes())
+        except FileNotFoundError:  # evicted meanwhile, on the thread that writes
+            return "nothing to damage"
         if self.rng.random() < 0.5:
             del data[self.rng.randrange(len(data)) :]
         else:

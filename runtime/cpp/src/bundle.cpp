@@ -26,6 +26,7 @@ constexpr std::size_t largest_manifest = 16 << 20, most_files = 10'000;
 void check_input(const TensorSpec& spec) {
   const std::string what = "input " + in_quotes(spec.name);
   const bool is_integer = spec.dtype >= STCA_INT8 && spec.dtype <= STCA_INT64;
+  if (spec.name.empty()) malformed(what + " has no name");
   if (spec.dtype == STCA_BFLOAT16 || spec.dtype == STCA_FLOAT8_E4M3) {
     malformed(what + " is " + dtype_name(spec.dtype) + ", which is for states alone");
   }
@@ -33,6 +34,7 @@ void check_input(const TensorSpec& spec) {
   if (spec.limit > 0 && spec.low && *spec.low >= spec.limit) {
     malformed(what + " has ids from " + std::to_string(*spec.low) + " and below " + std::to_string(spec.limit));
   }
+  if (spec.low && spec.dtype == STCA_BOOL) malformed(what + " is bool and has a least value");
 }
 
 TensorSpec read_spec(const Json& json, const std::string& place) {
@@ -51,7 +53,9 @@ TensorSpec read_spec(const Json& json, const std::string& place) {
   }
   spec.limit = fields.optional_count("limit", spec.scope == STCA_NO_SCOPE ? 0 : 1, true).value_or(0);
   spec.low = fields.optional_count("low", std::numeric_limits<std::int64_t>::min(), true);
-  spec.length_of = fields.optional_string("length_of").value_or("");
+  const auto length_of = fields.optional_string("length_of");
+  if (spec.scope != STCA_NO_SCOPE && length_of && length_of->empty()) fields.wrong("length_of", "the name of a size");
+  spec.length_of = length_of.value_or("");
   spec.blank = fields.optional_count("blank", std::numeric_limits<std::int64_t>::min(), true);
   fields.only({"name", "dtype", "shape", "scope", "limit", "low", "length_of", "blank"});
   if (spec.scope != STCA_NO_SCOPE) check_input(spec);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from stca.account import check_account
 from stca.bundle import Bundle, require_folder
 from stca.commands.options import count, emit, measured, measured_options, positive, sizes
 from stca.commands.progress import progress_on_stderr
@@ -33,8 +34,10 @@ def run(args: argparse.Namespace) -> int:
     progress = progress_on_stderr("onnxruntime")
     from stca.checks.bench import bench
 
+    bundle = Bundle.load(args.bundle)
+    check_account(bundle.manifest, cut=bool(bundle.manifest.split))
     report = bench(
-        Bundle.load(args.bundle),
+        bundle,
         args.history,
         args.targets,
         **measured(args),

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stca import probe
+from stca.account import check_account
 from stca.bundle import Bundle
 from stca.commands.options import dims, emit, memory
-from stca.manifest import EngineEntry, Manifest, check_account
+from stca.manifest import EngineEntry, Manifest
 from stca.specs import ITEM_BYTES, SUM, Padding
 
 # What `inspect` says of an engine; --json has the rest.

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from stca.account import check_account
 from stca.arrays import Progress
 from stca.bundle import Bundle, require_folder
 from stca.commands.options import count, emit
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from stca.checks import plan as planning
 
     bundle = Bundle.load(args.bundle)
+    check_account(bundle.manifest, cut=bool(bundle.manifest.split))
     asked = planning.Demand.parse(args.workload or "")
     demand = planning.Demand.parse(args.workload or "", bundle)
     rates, memory, own = _machine(args, bundle, progress)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from stca.account import check_account
 from stca.bundle import Bundle
 from stca.commands.options import ENGINES, PRECISIONS, emit, native_code_option, require_module
 from stca.commands.progress import progress_on_stderr
 from stca.errors import StcaError, UsageError
-from stca.manifest import check_account
 
 HELP = "parity of every stage against a float64 reference"
 EXAMPLES = (

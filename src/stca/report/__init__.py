@@ -17,9 +17,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from stca.account import check_account
 from stca.bundle import Bundle
 from stca.errors import StcaError
-from stca.manifest import check_account
 from stca.report import eight_bits, formats, latency, page
 from stca.report.blocks import Condensed, condense
 from stca.report.markup import clean

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from stca import probe, report
+from stca.account import check_account
 from stca.arrays import Progress
 from stca.bundle import Bundle
 from stca.checks.bench import LatencyReport, bench
 from stca.errors import StcaError
-from stca.manifest import Manifest, check_account
+from stca.manifest import Manifest
 
 _HISTORIES, _TARGETS = (512, 2048, 10_000), (32, 300)
 

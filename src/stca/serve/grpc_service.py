@@ -23,6 +23,8 @@ Method: TypeAlias = Callable[[bytes, Any], Awaitable[bytes]]
 # Trailing metadata: the error's code, and the seconds after which to try again.
 CODE: Final = "stca-code"
 RETRY_AFTER: Final = "retry-after"
+# After so long without a call a connection is closed; clients open it again by themselves.
+_IDLE_MS: Final = 600_000
 
 
 def grpc_server(serving: Serving) -> Any:
@@ -31,6 +33,8 @@ def grpc_server(serving: Serving) -> Any:
         ("grpc.max_receive_message_length", serving.body_limit),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),  # or a second server would take half of the requests
+        ("grpc.server_handshake_timeout_ms", int(1e3 * serving.body_seconds)),
+        ("grpc.max_connection_idle_ms", _IDLE_MS),
     ]
     server = grpc.aio.server(options=options)
     methods = {

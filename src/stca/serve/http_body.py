@@ -81,13 +81,13 @@ def decoded(body: bytes, header_length: str | None, limit: int) -> InferRequest:
         raise RequestError(f"the body is not JSON: {e}") from e
     inputs, outputs, given, id_ = _fields(raw, "the request", _BODY)
     given = dict(given or {})
-    every = given.pop("binary_data_output", False) is True
+    every = _flag(given.pop("binary_data_output", False), "parameters: binary_data_output")
     wanted: dict[str, bool] = {}
     for place, output in enumerate(_few(outputs, "outputs")):
         name, more = _fields(output, f"outputs[{place}]", _OUTPUT, required=1)
         if refused := (more or {}).keys() - {"binary_data"}:
             raise RequestError(f"output {quoted(name)}: has the parameter {quoted(min(refused))}; leave it out")
-        wanted[name] = (more or {}).get("binary_data", every) is True
+        wanted[name] = _flag((more or {}).get("binary_data", every), f"output {quoted(name)}: binary_data")
     binary = None if every and not wanted else frozenset(name for name, as_bytes in wanted.items() if as_bytes)
     return InferRequest(_tensors(inputs, memoryview(body)[end:]), tuple(wanted), given, id_ or "", binary)
 
@@ -105,6 +105,12 @@ def _fields(raw: Any, where: str, kinds: Mapping[str, type], required: int = 0) 
         if value is not None and not isinstance(value, kind):
             raise RequestError(f"{where}: {name} is {quoted(type(value).__name__)}, expected {kind.__name__}")
     return tuple(map(raw.get, kinds))
+
+
+def _flag(value: Any, what: str) -> bool:
+    if not isinstance(value, bool):
+        raise RequestError(f"{what} is {quoted(value)}, expected true or false")
+    return value
 
 
 def _few(raw: list[Any] | None, what: str) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import sys
 import time
 import traceback
@@ -36,11 +37,26 @@ class JsonLines(logging.Formatter):
         return json.dumps(told, default=str)
 
 
+class Seldom(logging.Filter):
+    """Lets the event loop say once a second that it has no descriptor left, which it says thousands of times."""
+
+    _last = -math.inf
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See `logging.Filter.filter`."""
+        if record.name != "asyncio" or "out of system resource" not in record.getMessage():
+            return True
+        again = record.created - self._last < 1
+        self._last = self._last if again else record.created
+        return not again
+
+
 @contextlib.contextmanager
 def logs_on_stderr(level: str) -> Iterator[None]:
     """Let the server, the sessions and the HTTP server log there, from `level` on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
+    handler.addFilter(Seldom())
     before = []
     for name in ("stca", "uvicorn", "grpc", "asyncio"):
         logger = logging.getLogger(name)

@@ -9,6 +9,7 @@ import errno
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final
 
 import uvicorn
@@ -16,6 +17,7 @@ from starlette.applications import Starlette
 
 from stca.errors import UsageError
 from stca.runtime import Session
+from stca.serve.connections import Connection, most_connections
 from stca.serve.grpc_service import grpc_server
 from stca.serve.http_app import Serving, admin_app, clients_app
 from stca.serve.log import told
@@ -55,6 +57,7 @@ class Server:
         self.ports: dict[str, int] = {}
         self._http: list[tuple[_Uvicorn, asyncio.Task[None]]] = []
         self._grpc: Any = None
+        self._connection = partial(Connection, seconds=settings.body_seconds, most=most_connections())
 
     async def start(self) -> None:
         """Listen, so that health can be asked; then load the bundles and be ready.
@@ -98,7 +101,7 @@ class Server:
     def _run(self, bound: socket.socket, app: Starlette) -> tuple[_Uvicorn, asyncio.Task[None]]:
         config = uvicorn.Config(
             app,
-            http="h11",  # which bounds the length of headers
+            http=self._connection,  # type: ignore[arg-type]  # what makes one
             ws="none",
             lifespan="off",
             log_config=None,

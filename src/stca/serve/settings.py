@@ -40,7 +40,7 @@ class Settings:
     batch_tokens: int = _said("most history tokens and targets of requests computed together; 0 for none", 1024)
     batch_seconds: float = _said("how long a request waits for others although a processor is free", 0.0)
     body_mib: int = _said("most MiB of a request's body, after decompression; its JSON may have a quarter of it", 64)
-    body_seconds: float = _said("how long a body may take to arrive", 30.0)
+    body_seconds: float = _said("how long a request's head may take to arrive, and its body", 30.0)
     drain_seconds: float = _said("how long to finish what runs when the server is told to end", 30.0)
     log_level: str = _said("debug, which tells of each request, info, warning or error", "info")
     threads: int | None = _said("threads of one request (default: processors / workers)", None)

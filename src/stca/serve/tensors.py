@@ -10,7 +10,7 @@ import numpy as np
 
 from stca.arrays import Array
 from stca.errors import RequestError
-from stca.runtime.client_values import MOST_VALUES, array_of, quoted
+from stca.runtime.client_values import MOST_VALUES, array_of, odd_one, quoted
 
 # The protocol's datatypes that a model's inputs and scores can have, as numpy's names.
 DTYPES: Final[Mapping[str, str]] = {
@@ -42,7 +42,8 @@ def checked_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
         raise RequestError(f"{name}: has {len(shape)} dimensions, the limit is {MOST_DIMS}")
     for size in shape:
         if type(size) is not int or not 0 <= size <= MOST_VALUES:
-            raise RequestError(f"{name}: has a dimension of {quoted(size)}, it may be up to {MOST_VALUES}")
+            wanted = f"a whole number from 0 to {MOST_VALUES}"
+            raise RequestError(f"{name}: has a dimension of {quoted(size)}, expected {wanted}")
     if math.prod(shape) > MOST_VALUES:
         raise RequestError(f"{name}: has shape {list(shape)}, more than {MOST_VALUES} values; send fewer at once")
     return tuple(shape)
@@ -92,7 +93,8 @@ def from_values(name: str, datatype: str, shape: Sequence[int], values: Any) -> 
         return np.empty(shape, dtype)
     kinds = {"b": "b", "f": "iuf"}.get(dtype.kind, "iu")
     if found.dtype.kind not in kinds:
-        raise RequestError(f"{name}: has values of {found.dtype!s:.40}, which are no {datatype}")
+        holds = odd_one(values, found, dtype.kind) or f"has values of {found.dtype!s:.40}"
+        raise RequestError(f"{name}: {holds}, expected {datatype}")
     if dtype.kind in "iu":
         bounds = np.iinfo(dtype)
         if int(found.min()) < bounds.min or int(found.max()) > bounds.max:

@@ -12,7 +12,7 @@ from support.errors import one_line
 from stca.bundle import Bundle
 from stca.errors import BundleError, RequestError, one_line as on_one_line
 from stca.runtime import Session
-from stca.runtime.client_values import array_of, key_of, labels_of, mapping_of, quoted
+from stca.runtime.client_values import array_of, key_of, labels_of, mapping_of, odd_one, quoted
 
 
 class Text(str):
@@ -64,6 +64,25 @@ def test_errors_are_one_line_that_keeps_its_end():
     assert said.isprintable()
     assert len(said) < 1000
     assert said.endswith("export it anew")
+
+
+@pytest.mark.parametrize(
+    ("sent", "wanted", "said"),
+    [
+        ([1, None], "i", "holds None at [1]"),
+        ([1, 1 << 63], "i", f"holds {1 << 63} at [1]"),
+        ([[1], [2.5]], "i", None),
+        ([[1], ["2"]], "i", "holds '2' at [1, 0]"),
+        ([1.5, "x"], "f", "holds 'x' at [1]"),
+        ([True, None], "b", "holds None at [1]"),
+        ([np.int32(1), object], "i", "holds <class 'object'> at [1]"),
+        ([10**5000], "i", "holds (int) at [0]"),
+        ([1, 2], "i", None),
+        (np.array([None]), "i", None),
+    ],
+)
+def test_the_entry_that_spoils_a_list(sent, wanted, said):
+    assert odd_one(sent, np.asarray(sent), wanted) == said
 
 
 def test_values_without_end_are_refused_unseen():

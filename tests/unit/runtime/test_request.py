@@ -135,10 +135,11 @@ def test_offsets_in_a_single_request(name):
 
 WRONG = [
     ("history_item", [1.0, 2, 3, 4], ("float64", "int64")),
-    ("history_item", ["1", "2", "3", "4"], ("holds text", "int64")),
+    ("history_item", ["1", "2", "3", "4"], ("holds '1' at [0]", "int64")),
+    ("history_item", np.array(["1", "2", "3", "4"]), ("holds text", "int64")),
     ("history_item", [True, False, True, True], ("bool", "int64")),
-    ("history_item", [1, None, 3, 4], ("object", "int64")),
-    ("history_item", [1, 2**70, 3, 4], ("object", "int64")),
+    ("history_item", [1, None, 3, 4], ("holds None at [1]", "int64")),
+    ("history_item", [1, 2**70, 3, 4], (f"holds {2**70} at [1]", "int64")),
     ("history_item", np.zeros(4, "m8[s]"), ("spans of time", "int64")),
     ("history_item", np.zeros(4, complex), ("complex128",)),
     ("history_item", None, ("int64",)),

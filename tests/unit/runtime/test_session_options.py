@@ -57,6 +57,8 @@ class Nowhere:
     [
         ("state_folder", "x" * 10**6),
         ("state_folder", Nowhere()),
+        ("state_folder", "a\0b"),
+        ("state_folder", "\ud800"),
         ("trusted", 5),
         ("trusted", [[[]]]),
         ("trusted", ""),

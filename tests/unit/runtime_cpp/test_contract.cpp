@@ -126,6 +126,15 @@ TEST(contract_of_the_inputs) {
        [](Tree& m) { output(m, "target_scorer", "scores")["shape"] = Tree::List{"N_t", "N_t"}; }},
       {"'other' is no input of the request graph and no state",
        [](Tree& m) { input(m, "target_scorer", "target_item")["name"] = "other"; }},
+      {"has no name", [](Tree& m) { everywhere(m, "request_device", [](Tree& t) { t["name"] = ""; }); }},
+      {"is bool and has a least value", [](Tree& m) {
+         everywhere(m, "request_device", [](Tree& t) {
+           t["dtype"] = "bool", t["limit"] = Tree();
+           t["low"] = 0;
+         });
+       }},
+      {"length_of must be the name of a size",
+       [](Tree& m) { everywhere(m, "request_device", [](Tree& t) { t["length_of"] = ""; }); }},
   };
   for (const Case& one : cases) refused(one);
 }
