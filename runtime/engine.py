@@ -90,8 +90,8 @@ class OnnxRuntimeEngine:
             loaded is an error, because ONNX Runtime itself would fall back to the CPU without a word.
         config: session configuration entries by ONNX Runtime's names; they come last, so they win.
         literal: compute quantize and dequantize nodes as they stand, for a check of the graph. Otherwise ONNX Runtime
-            turns them into integer kernels, which is faster, and at opset 23 breaks graphs (1.31 moves such nodes over
-            a Reshape and forgets their type).
+            turns them into integer kernels, which is faster. At opset 23 that breaks graphs: 1.31 moves such nodes over
+            a Reshape and forgets their type.
 
     Raises:
         BuildError: when ONNX Runtime refuses the graph or a provider is not to be had.

@@ -425,11 +425,11 @@ def test_a_model_that_mixes_the_requests_of_a_batch_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("price", [0.01, 1.0])
-def test_no_place_in_the_batch_is_kept_at_any_price(tmp_path, checkpoint_file, price):
+@pytest.mark.parametrize(("price", "proof"), [(0.01, prove), (1.0, tiny.no_proof)])
+def test_no_place_in_the_batch_is_kept_at_any_price(tmp_path, checkpoint_file, price, proof):
     """The number of a token's request, say: cheap to keep where work is dear, and wrong in the next batch."""
     checkpoint, cut = load_checkpoint(checkpoint_file("delta")), CutOptions(flops_per_byte=price)
-    bundle = export_checkpoint(checkpoint, tmp_path / "B", prove=prove, form="projected", cut=cut)
+    bundle = export_checkpoint(checkpoint, tmp_path / "B", prove=proof, form="projected", cut=cut)
     state = {s.name: s for s in bundle.manifest.state}
     assert any(s.input is None for s in state.values())
     assert {s.shape[0] for s in state.values()} == {"N_h", "B", "B_plus_1"}
