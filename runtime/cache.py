@@ -169,7 +169,8 @@ class StateCache:
                 self._gone.note(key.user, TOO_LARGE)
                 return False
             evicted = self._make_room(cost)
-            born = self._clock() - age
+            same = instead_of is not None and held is not None and held.key == key  # it was finished, and is as old
+            born = held.born if same and held is not None else self._clock() - age
             until = None if self._ttl is None else born + self._ttl
             held = _Entry(key, state, cost, born, until, state.row_bytes, state.nbytes)
             self._held[key.user] = held

@@ -1,8 +1,14 @@
-"""Changes to a kept state: new events behind the old ones, or corrected ones in their place. Only they are encoded."""
+"""Changes to a kept state: new events behind the old ones, or corrected ones in their place. Only they are encoded.
+
+What follows from sums over events, the layers behind a sketch say, costs the same for one new event as for a hundred.
+So new events of such states wait for the next request, or until there are many, and it is computed once for all.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Mapping
+from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,10 +18,13 @@ from stca.errors import RequestError
 from stca.runtime.client_values import key_of, mapping_of, quoted
 from stca.runtime.model import Model
 from stca.runtime.room import Room
-from stca.runtime.state import UserState, join
+from stca.runtime.state import StateKey, UserState, join
 from stca.runtime.store import StateStore
 from stca.runtime.turns import Turns
 from stca.specs import TOKENS
+
+# Most events that wait: a request is to wait for little more than what follows from the sums.
+_MOST_WAITING: Final = 256
 
 
 def change(
@@ -34,18 +43,8 @@ def change(
     Raises:
         RequestError: as of these.
     """
-    call, done = ("append", "appended") if at is None else ("amend", "amended")
-    if user is None:
-        raise RequestError(f"user: is None; events are {done} to the state of one user, say whose")
-    if version is None:
-        raise RequestError("version: is None; name the history with the new events, or no request will find it")
-    if not model.manifest.appendable:
-        raise RequestError(f"{model.door.why_not_appendable()}; send the whole history with a new version")
-    if model.sums and at is not None:
-        raise RequestError(
-            f"{call}: this bundle's states are sums over all events, and what one of them gave is not known any "
-            "more; send the whole history with a new version"
-        )
+    call = "append" if at is None else "amend"
+    _check_call(call, model, user, version)
     user, version, follows = key_of("user", user), key_of("version", version), key_of("version", after)
     # What is corrected is never cut: the others would come one place early.
     arrays = _admitted(call, model, mapping_of("inputs", events), cut=at is None)
@@ -61,20 +60,48 @@ def change(
     if model.sums and model.window is not None and held[1].tokens + model.tokens(arrays) > model.window:
         return False  # the oldest events would have to leave the sums
     first = None if at is None else _first(held[1], model.tokens(arrays), at)
+    blank, late = model.door.only_blank(arrays), None
+    if model.sums:
+        late = put_off(model, held[1], arrays)
+        # A file holds what outlives the process, and so no state that is still to be finished.
+        if blank is None and store.file is None and model.tokens(late.waiting or {}) <= _MOST_WAITING:
+            return _kept(store, model.key(user, version), late, held[1], sum(x.nbytes for x in arrays.values()))
     turns.enter()
     try:
-        fresh = model.grown(held[1], arrays) if model.sums else next(model.encode([arrays]))
-        state, written = extend(model, held[1], fresh) if first is None else replace(model, held[1], fresh, first)
-        if (blank := model.door.only_blank(arrays)) is not None and not model.gives_finite(state):
+        if late is not None:
+            state, written = finish(model, late)
+        elif first is None:
+            state, written = extend(model, held[1], next(model.encode([arrays])))
+        else:
+            state, written = replace(model, held[1], next(model.encode([arrays])), first)
+        if blank is not None and not model.gives_finite(state):
             raise RequestError(
                 f"{blank.name}: with these events the history would hold nothing but {blank.blank}, for which the "
                 "model has no finite score; send at least one other value"
             )
     finally:
         turns.leave()
-    kept = store.put(model.key(user, version), state, instead_of=held[1])
-    if kept:
-        store.count_made(appended_bytes=written)
+    return _kept(store, model.key(user, version), state, held[1], written)
+
+
+def _check_call(call: str, model: Model, user: Hashable, version: Hashable) -> None:
+    if user is None:
+        done = {"append": "appended", "amend": "amended"}[call]
+        raise RequestError(f"user: is None; events are {done} to the state of one user, say whose")
+    if version is None:
+        raise RequestError("version: is None; name the history with the new events, or no request will find it")
+    if not model.manifest.appendable:
+        raise RequestError(f"{model.door.why_not_appendable()}; send the whole history with a new version")
+    if model.sums and call == "amend":
+        raise RequestError(
+            "amend: this bundle's states are sums over all events, and what one of them gave is not known any "
+            "more; send the whole history with a new version"
+        )
+
+
+def _kept(store: StateStore, key: StateKey, state: UserState, instead_of: UserState, written: int) -> bool:
+    if kept := store.put(key, state, instead_of=instead_of):
+        store.count_made(appends=1, appended_bytes=written)
     return kept
 
 
@@ -113,6 +140,28 @@ def _first(kept: UserState, events: int, at: int) -> int:
             f"at: is {at}; the kept history has {kept.tokens} events, and all {events} from there on must be in it"
         )
     return first
+
+
+def put_off(model: Model, old: UserState, events: Mapping[str, Array]) -> UserState:
+    """The state with these events behind those that wait already: copies, for the arrays are the caller's.
+
+    Raises:
+        RequestError: as `Model.kept_sums`.
+    """
+    model.kept_sums(old)
+    waiting = {}
+    for name, new in events.items():
+        shape = model.door.inputs[name].shape
+        parts = [old.waiting[name], new] if old.waiting is not None and TOKENS in shape else [new]
+        waiting[name] = np.concatenate(parts, axis=shape.index(TOKENS) if TOKENS in shape else 0)
+    return dataclasses.replace(old, tokens=old.tokens + model.tokens(events), history=None, waiting=waiting)
+
+
+def finish(model: Model, state: UserState) -> tuple[UserState, int]:
+    """The state with the events that waited, and how many bytes were written for it."""
+    assert state.waiting is not None
+    before = dataclasses.replace(state, tokens=state.tokens - model.tokens(state.waiting), waiting=None)
+    return extend(model, before, model.grown(before, state.waiting))
 
 
 def extend(model: Model, old: UserState, new: UserState) -> tuple[UserState, int]:

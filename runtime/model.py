@@ -149,17 +149,22 @@ class Model:
         ]
 
     def grown(self, old: UserState, arrays: Mapping[str, Array]) -> UserState:
-        """What the user grower makes of new events on top of the sums of an old state.
+        """What the user grower makes of admitted user inputs, new events and the others as they are now, on top of the
+        sums of an old state.
+        """
+        assert self.grower is not None
+        events = {s.name: arrays[s.name] for s in self.manifest.graphs[GROWER].inputs if s.scope is not None}
+        out, tokens = self.grower.run({**self.kept_sums(old), **events}), self.tokens(arrays)
+        self._check_rows(out, tokens, 1)
+        return UserState({n: x.copy() for n, x in out.items()}, tokens)
 
-        Args:
-            old: whose sums are added to.
-            arrays: admitted user inputs: the new events, and the others as they are now.
+    def kept_sums(self, old: UserState) -> dict[str, Array]:
+        """The sums of a state, as the user grower takes them.
 
         Raises:
             RequestError: when the encoder's engine keeps sums elsewhere, or of another type, than the grower adds in.
         """
-        assert self.grower is not None
-        feeds: dict[str, Any] = {}
+        feeds: dict[str, Array] = {}
         for name, kept in self.sums.items():
             value = old.tensors[name]
             if not isinstance(value, np.ndarray) or value.dtype.name != kept.dtype:
@@ -168,10 +173,7 @@ class Model:
                     "which nothing is added; send the whole history with a new version, or load with engine='graphs'"
                 )
             feeds[kept.name] = value
-        feeds |= {s.name: arrays[s.name] for s in self.manifest.graphs[GROWER].inputs if s.scope is not None}
-        out, tokens = self.grower.run(feeds), self.tokens(arrays)
-        self._check_rows(out, tokens, 1)
-        return UserState({n: x.copy() for n, x in out.items()}, tokens)
+        return feeds
 
     def _check_rows(self, state: Mapping[str, StateArray], tokens: int, users: int) -> None:
         """A row for each token, and for each user: a row too many would be the next user's."""

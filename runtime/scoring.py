@@ -94,12 +94,16 @@ class Scoring:
             return None
         checked = time.perf_counter()
         self._turns.enter()
+        encoded = checked
         try:
+            if state.waiting is not None:
+                state = self._states.finished(model, model.key(request.user, request.version), state)
+                encoded = time.perf_counter()
             scores = model.score_one(state, row)
         finally:
             self._turns.leave()
             self._states.count_at_hand()
-        seconds = {"check": checked - began, "encode": 0.0, "score": time.perf_counter() - checked}
+        seconds = {"check": checked - began, "encode": encoded - checked, "score": time.perf_counter() - encoded}
         return Answer(scores, (True,), seconds)
 
     def asked(self, model: Model, requests: Sequence[Request], recorder: Recorder | None) -> list[Asked]:

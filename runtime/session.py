@@ -285,7 +285,7 @@ class Session:
         if user is None:
             raise RequestError("user: is None; a state is made ahead for the requests of one user, say which")
         found = self._states.find(model, mapping_of("history", history), user, version)
-        if found.state is not None:
+        if found.state is not None and found.state.waiting is None:
             return True
         self._turns.enter_when_free(wanted)
         try:

@@ -47,7 +47,8 @@ class UserState:
     """What the user encoder made of one user: tensors by name, and the number of history tokens in them.
 
     Where a session checks versions, `history` is the digest of the user's inputs; after an append there is none.
-    After an append the rows of tokens lie in a `room`, and end there at row `end`.
+    After an append the rows of tokens lie in a `room`, and end there at row `end`. Where states hold sums, inputs of
+    new events may be `waiting`: `tokens` counts them, but `tensors` are without them until a request reads the state.
     """
 
     tensors: Mapping[str, StateArray]
@@ -55,6 +56,7 @@ class UserState:
     history: str | None = None
     room: Room | None = None
     end: int = 0
+    waiting: Mapping[str, Array] | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -63,10 +65,11 @@ class UserState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the memory that they lie in, with what is free behind their rows."""
+        """Bytes of the memory that they lie in, with what is free behind their rows and what waits."""
+        waiting: int = sum(map(_BYTES, (self.waiting or {}).values()))
         if self.room is None:
-            return self.row_bytes
-        return self.room.nbytes + sum(x.nbytes for n, x in self.tensors.items() if n not in self.room.memory)
+            return self.row_bytes + waiting
+        return waiting + self.room.nbytes + sum(x.nbytes for n, x in self.tensors.items() if n not in self.room.memory)
 
 
 # What an entry takes besides its tensors' bytes and its key's text, measured with CPython 3.11 and numpy 2: the key,
@@ -78,7 +81,8 @@ def cost_of(key: StateKey, state: UserState) -> int:
     """Bytes that an entry really takes, its objects and its key included."""
     text = _size(key.user) + _size(key.version) + _size(state.history)
     room = 0 if state.room is None else _ROOM_BYTES + _TENSOR_BYTES * len(state.room.memory)
-    return state.nbytes + text + _ENTRY_BYTES + _TENSOR_BYTES * len(state.tensors) + room
+    arrays = len(state.tensors) + len(state.waiting or ())
+    return state.nbytes + text + _ENTRY_BYTES + _TENSOR_BYTES * arrays + room
 
 
 def _size(value: object) -> int:

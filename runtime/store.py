@@ -185,13 +185,12 @@ class StateStore:
             for why in misses:
                 self._misses[why] += 1
 
-    def count_made(self, *, warmed: int = 0, appended_bytes: int | None = None) -> None:
-        """Count states made ahead, or one append or amendment and what it wrote."""
+    def count_made(self, *, warmed: int = 0, appends: int = 0, appended_bytes: int = 0) -> None:
+        """Count states made ahead, appends and amendments, and what these wrote."""
         with self._lock:
             self._warmed += warmed
-            if appended_bytes is not None:
-                self._appends += 1
-                self._appended_bytes += appended_bytes
+            self._appends += appends
+            self._appended_bytes += appended_bytes
 
     def count_encoded(self, states: int, seconds: float) -> None:
         """Count states that were encoded, and the time that it took."""

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from stca.arrays import Array
 from stca.errors import HistoryNeededError, RequestError
+from stca.runtime.changing import finish
 from stca.runtime.client_values import key_of, quoted
 from stca.runtime.deadline import Deadline
 from stca.runtime.flights import Flights
@@ -107,7 +108,7 @@ class UserStates:
         if at_hand:
             self._store.count(hits=at_hand)
         if len(kept) == len(found):
-            return kept, (True,) * len(found)
+            return self._finished(model, found, kept, deadline), (True,) * len(found)
         states, own = self._made(model, found, deadline, lambda begun: self._store.count(misses=begun))
         misses: set[StateKey] = set()
         hits = []
@@ -117,10 +118,32 @@ class UserStates:
                 misses.add(key)
         if joined := sum(hits) - len(at_hand):
             self._store.count(hits=[JOINED] * joined)
-        return states, tuple(hits)
+        return self._finished(model, found, states, deadline), tuple(hits)
+
+    def _finished(
+        self, model: Model, found: Sequence[Found], states: list[UserState], deadline: Deadline
+    ) -> list[UserState]:
+        for place, (one, state) in enumerate(zip(found, states, strict=True)):
+            if state.waiting is not None and one.key is not None:
+                deadline.check()
+                states[place] = self.finished(model, one.key, state)
+        return states
+
+    def finished(self, model: Model, key: StateKey, state: UserState) -> UserState:
+        """A kept state with the events that waited for a request, which is kept in its place."""
+        state = self._store.memory.peek(key) or state  # another request may have finished it by now
+        if state.waiting is None:
+            return state
+        made, written = finish(model, state)
+        if self._store.put(key, made, instead_of=state):
+            self._store.count_made(appended_bytes=written)
+        return made
 
     def make_ahead(self, model: Model, found: Found, deadline: Deadline) -> bool:
-        """Make the state before a request asks for it; whether it is kept."""
+        """Make the state before a request asks for it, or finish it; whether it is kept."""
+        if found.key is not None and found.state is not None:
+            self.finished(model, found.key, found.state)
+            return True
         self._made(model, [found], deadline, lambda begun: self._store.count_made(warmed=len(begun)))
         return found.key is not None and self._store.memory.peek(found.key) is not None
 

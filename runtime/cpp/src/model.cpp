@@ -306,17 +306,31 @@ Array Model::no_scores() const {
   return scores_of(outputs);
 }
 
-StateCache::State Model::grown(const StateCache::State& old, const Row& row) const {
+StateCache::State Model::put_off(const UserState& old, const Row& row) const {
   if (engines_.grower == nullptr) {
     request_error("append: ", shown(engines_.encoder->name()), " keeps sums of its own, to which nothing is added; send ",
                   "the whole history with a new version, or load with the engine \"graphs\"");
   }
-  const std::vector<Array> outputs = engines_.grower->run(feeds(grower_inputs_, {old}, {row}));
-  for (std::size_t i : state_outputs_) check_output(*engines_.grower, i, outputs[i], {row});
-  auto state = std::make_shared<UserState>();
-  state->tokens = std::max<std::int64_t>(row.tokens, 0);
-  for (std::size_t i : state_outputs_) state->tensors.push_back(outputs[i]);
-  return state;
+  auto late = std::make_shared<UserState>(old);
+  late->history.clear();
+  late->tokens += std::max<std::int64_t>(row.tokens, 0);
+  late->written = row.bytes();
+  late->waiting = std::make_shared<const Row>(door_.behind(old.waiting.get(), row));
+  return late;
+}
+
+StateCache::State Model::finished(const UserState& state) const {
+  auto before = std::make_shared<UserState>(state);
+  const Row& events = *before->waiting;
+  UserState fresh;
+  fresh.tokens = std::max<std::int64_t>(events.tokens, 0);
+  before->tokens -= fresh.tokens;
+  const std::vector<Array> outputs = engines_.grower->run(feeds(grower_inputs_, {before}, {events}));
+  for (std::size_t i : state_outputs_) {
+    check_output(*engines_.grower, i, outputs[i], {events});
+    fresh.tensors.push_back(outputs[i]);
+  }
+  return extend(*before, fresh);
 }
 
 StateCache::State Model::extend(const UserState& old, const UserState& fresh) const {

@@ -49,8 +49,11 @@ class Model {
   Array no_scores() const;
   /// Whether the scores of a state are finite, by those of one made-up target.
   bool gives_finite(const StateCache::State& state) const;
-  /// What the user grower makes of new events, and of what there is once per user now, on top of an old state's sums.
-  StateCache::State grown(const StateCache::State& old, const Row& row) const;
+  /// The old state, behind whose sums these events wait for the next request.
+  StateCache::State put_off(const UserState& old, const Row& row) const;
+  /// The state with the events that waited: what the user grower makes of them, and of what there is once per user now,
+  /// on top of the state's sums.
+  StateCache::State finished(const UserState& state) const;
   /// The state of both histories one after the other, its oldest tokens dropped beyond the window. Where states hold
   /// sums, `fresh` was grown from `old`, and all but rows of tokens is its.
   StateCache::State extend(const UserState& old, const UserState& fresh) const;

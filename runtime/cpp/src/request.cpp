@@ -360,6 +360,23 @@ Array Door::recent(std::size_t index, Array array) const {
   return array;
 }
 
+Row Door::behind(const Row* first, const Row& events) const {
+  Row both = events;
+  for (std::size_t i = 0; i < inputs_.size(); ++i) {
+    if (inputs_[i].scope != STCA_USER || offsets_[i]) continue;
+    const auto counted = std::find(symbols_[i].begin(), symbols_[i].end(), static_cast<int>(tokens_id));
+    std::vector<const Array*> parts{&events.arrays[i]};
+    if (first != nullptr && counted != symbols_[i].end()) parts.insert(parts.begin(), &first->arrays[i]);
+    const auto axis = counted == symbols_[i].end() ? 0 : static_cast<int>(counted - symbols_[i].begin());
+    both.arrays[i] = concatenate(Memory::host(), inputs_[i].name, parts, axis);
+  }
+  if (first != nullptr) {
+    both.tokens += first->tokens;
+    both.sizes[tokens_id] += first->sizes[tokens_id];
+  }
+  return both;
+}
+
 std::string Door::digest(const Row& row) const {
   Sha1 digest;  // speed matters here, not secrecy
   for (std::size_t i = 0; i < inputs_.size(); ++i) {

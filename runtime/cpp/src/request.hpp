@@ -41,6 +41,13 @@ struct Row {
   std::vector<Array> arrays;
   std::int64_t tokens = -1, targets = -1;  ///< -1 where the model has no input that counts them
   std::vector<std::int64_t> sizes;  ///< of each symbol, by its number at the door; -1 where nothing admitted has it
+
+  /// Of all arrays.
+  std::size_t bytes() const {
+    std::size_t sum = 0;
+    for (const Array& array : arrays) sum += array.data == nullptr ? 0 : array.bytes();
+    return sum;
+  }
 };
 
 /// A valid value of an input in each place, for a run whose result does not depend on it: one row, or `tokens` of them.
@@ -84,6 +91,10 @@ class Door {
   /// `call` is what takes them, for its messages. `cut`: drop the oldest beyond the limit, where the session truncates;
   /// otherwise all are left.
   void admit_events(Inputs events, const char* call, bool cut, Row& row) const;
+
+  /// A user's new events behind those of `first`, unless that is null, with what there is once per user now: copies,
+  /// for what is admitted is the caller's.
+  Row behind(const Row* first, const Row& events) const;
 
   /// An admitted input that holds nothing but what stands for no event, where the model has no score for that; or null.
   const TensorSpec* only_blank(const Row& row) const;

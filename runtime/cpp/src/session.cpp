@@ -9,6 +9,9 @@
 namespace stca::core {
 namespace {
 
+/// Most events that wait for a request; changing.py says why.
+constexpr std::int64_t most_waiting = 256;
+
 /// How many calls compute at once before they slow each other down.
 int places(const Model& model, const Options& options) {
   const bool on_cpu = !model.engines().encoder->memory().device();
@@ -211,6 +214,10 @@ Scored Session::score(const Model& model, const std::vector<RequestView>& reques
   std::size_t hits = 0;
   for (Pending& one : pending) {
     hits += one.hit ? 1 : 0;
+    if (one.state->waiting != nullptr) {
+      deadline.check();
+      one.state = finished(model, *one.key, std::move(one.state));
+    }
     states.push_back(std::move(one.state));
     rows.push_back(std::move(one.row));
   }
@@ -266,6 +273,15 @@ void Session::find_states(const Model& model, std::vector<Pending>& pending, con
   joining.done();
 }
 
+StateCache::State Session::finished(const Model& model, const StateKey& key, StateCache::State state) {
+  const auto held = store_->find(key.user, {});
+  if (held && held->first == key) state = held->second;  // another request may have finished it by now
+  if (state->waiting == nullptr) return state;
+  StateCache::State made = model.finished(*state);
+  store_->put(key, made, state);
+  return made;
+}
+
 bool Session::append(const std::string& user, Inputs events, const char* version, const char* after) {
   return change(user, events, version, after, std::nullopt);
 }
@@ -305,12 +321,23 @@ bool Session::change(const std::string& user, Inputs events, const char* version
     return false;  // the oldest events would have to leave the sums
   }
   const std::int64_t first = at ? place(old, row.tokens, *at) : 0;
+  const TensorSpec* const blank = model->door().only_blank(row);
   StateCache::State changed;
+  if (grows) {
+    changed = model->put_off(old, row);
+    // A file holds what outlives the process, and so no state that is still to be finished.
+    if (blank == nullptr && !store_->on_file() && changed->waiting->tokens <= most_waiting) {
+      return store_->put(model->key(user, version), std::move(changed), held->second);
+    }
+  }
   {
     const Turns::Turn turn(turns_);
-    const StateCache::State fresh = grows ? model->grown(held->second, row) : model->encode(row);
-    changed = at ? model->replace(old, *fresh, first) : model->extend(old, *fresh);
-    const TensorSpec* const blank = model->door().only_blank(row);
+    if (grows) {
+      changed = model->finished(*changed);
+    } else {
+      const StateCache::State fresh = model->encode(row);
+      changed = at ? model->replace(old, *fresh, first) : model->extend(old, *fresh);
+    }
     if (blank != nullptr && !model->gives_finite(changed)) {
       request_error(blank->name, ": with these events the history would hold nothing but ", *blank->blank,
                     ", for which the model has no finite score; send at least one other value");
@@ -325,8 +352,12 @@ bool Session::warm(const std::string& user, Inputs history, const char* version,
   const RequestView request{history, user.c_str(), version};
   Pending one{&request, {}, {}, nullptr, nullptr};
   look_up(*model, one);
-  if (one.state != nullptr) return true;
+  if (one.state != nullptr && one.state->waiting == nullptr) return true;
   const Turns::Turn turn(turns_, deadline);
+  if (one.state != nullptr) {
+    finished(*model, *one.key, std::move(one.state));
+    return true;
+  }
   while (one.state == nullptr) {
     Leading leading(*store_);
     if (find_state(one)) {

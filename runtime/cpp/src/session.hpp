@@ -62,6 +62,8 @@ class Session {
   void find_states(const Model& model, std::vector<Pending>& pending, const Deadline& deadline);
   /// Whether the state is to be encoded here; if not, it is there, or there is a flight to wait for.
   bool find_state(Pending& one);
+  /// A kept state with the events that waited for a request, which is kept in its place.
+  StateCache::State finished(const Model& model, const StateKey& key, StateCache::State state);
   [[noreturn]] static void history_needed(const RequestView& request);
   void check_process() const;
 

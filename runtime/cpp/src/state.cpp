@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "request.hpp"
+
 namespace stca::core {
 namespace {
 
@@ -26,7 +28,7 @@ std::size_t UserState::bytes() const {
 }
 
 std::size_t UserState::memory_bytes() const {
-  std::size_t sum = room == nullptr ? 0 : room->bytes();
+  std::size_t sum = (room == nullptr ? 0 : room->bytes()) + (waiting == nullptr ? 0 : waiting->bytes());
   for (const Array& tensor : tensors) sum += room != nullptr && room->holds(tensor) ? 0 : tensor.bytes();
   return sum;
 }
@@ -42,6 +44,11 @@ std::size_t cost_of(const StateKey& key, const UserState& state) {
   };
   for (const Array& tensor : state.tensors) {
     if (state.room == nullptr || !state.room->holds(tensor)) memory(tensor);
+  }
+  if (state.waiting != nullptr) {
+    sum += block(shared_count + sizeof(Row)) + block(state.waiting->arrays.capacity() * sizeof(Array)) +
+           block(state.waiting->sizes.capacity() * sizeof(std::int64_t));
+    for (const Array& array : state.waiting->arrays) memory(array);
   }
   if (state.room == nullptr) return sum;
   for (const NewArray& grown : state.room->memory()) memory(grown.array);
@@ -148,6 +155,8 @@ bool StateCache::keep(StateKey key, State state, const State& instead_of, double
   const std::size_t bytes = cost_of(key, *state);
   const auto found = by_user_.find(key.user);
   if (instead_of != nullptr && (found == by_user_.end() || found->second->state != instead_of)) return false;
+  const bool finished = instead_of != nullptr && found->second->key == key;  // the same state, and as old
+  const double since = finished ? found->second->since : clock_() - age;
   if (found != by_user_.end()) remove(found->second, dropped);
   if (bytes > limits_.bytes) {
     ++refused_;
@@ -163,10 +172,10 @@ bool StateCache::keep(StateKey key, State state, const State& instead_of, double
   state_bytes_ += state->bytes();
   room_bytes_ += state->memory_bytes();
   if (instead_of != nullptr) {
-    ++appends_;
+    appends_ += finished ? 0 : 1;
     appended_bytes_ += state->written;
   }
-  order_.push_back({std::move(key), std::move(state), bytes, clock_() - age, std::prev(ages_.end())});
+  order_.push_back({std::move(key), std::move(state), bytes, since, std::prev(ages_.end())});
   bytes_ += bytes;
   by_user_.emplace(order_.back().key.user, std::prev(order_.end()));
   return true;

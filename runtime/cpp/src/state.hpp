@@ -28,6 +28,8 @@ struct StateKind {
   bool operator==(const StateKind& other) const { return weights == other.weights && format == other.format; }
 };
 
+struct Row;
+
 /// What makes two states interchangeable: the user, their history's version, the weights and the state's format.
 struct StateKey {
   std::string user, version;
@@ -49,10 +51,13 @@ struct UserState {
   std::int64_t end = 0;
   /// What an append or an amendment wrote for it, in bytes.
   std::size_t written = 0;
+  /// Where states hold sums, the inputs of new events: `tokens` counts them, but `tensors` are without them until a
+  /// request reads the state. Their memory is its own.
+  std::shared_ptr<const Row> waiting;
 
   /// Bytes of all tensors.
   std::size_t bytes() const;
-  /// Bytes of the memory that they lie in, with what is free behind their rows.
+  /// Bytes of the memory that they lie in, with what is free behind their rows and what waits.
   std::size_t memory_bytes() const;
 };
 

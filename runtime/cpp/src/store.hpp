@@ -31,6 +31,8 @@ class StateStore {
   bool at_hand(const StateKey& key) { return memory_.get(key).state != nullptr; }
   /// Whatever is kept of `user` in memory, or else in a file under one of the keys `wanted`, for an append.
   std::optional<std::pair<StateKey, State>> find(const std::string& user, const std::vector<StateKey>& wanted);
+  /// Whether states are kept in files, too.
+  bool on_file() const { return file_ != nullptr; }
   bool put(StateKey key, State state, const State& instead_of);
   void land(const StateCache::FlightPtr& flight, State state);
   /// Drops all that is kept of a user, wherever; false when there was nothing.

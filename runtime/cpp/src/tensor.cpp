@@ -90,22 +90,27 @@ NewArray make_array(Memory& memory, DType dtype, const Shape& shape) {
   return {Array{dtype, shape, bytes, std::move(data), memory.device()}, bytes};
 }
 
-Array concatenate(Memory& memory, const std::string& name, const std::vector<const Array*>& parts) {
+Array concatenate(Memory& memory, const std::string& name, const std::vector<const Array*>& parts, int axis) {
   Shape shape = parts.front()->shape;
-  shape[0] = 0;
+  shape[axis] = 0;
   for (const Array* part : parts) {
     Shape like = part->shape;
-    shape[0] += like[0];
-    like[0] = shape[0];
+    shape[axis] += like[axis];
+    like[axis] = shape[axis];
     if (!(like == shape)) {
       request_error(name, ": has rows of shape ", part->shape.text(), " beside ", parts.front()->shape.text(),
                     "; requests computed together must agree in all but their first axis");
     }
   }
+  std::size_t pieces = 1;  // of each part: one for each place on the axes before
+  for (int i = 0; i < axis; ++i) pieces *= static_cast<std::size_t>(shape[i]);
   auto [joined, to] = make_array(memory, parts.front()->dtype, shape);
-  for (const Array* part : parts) {
-    memory.copy(to, part->data, part->bytes());
-    to += part->bytes();
+  for (std::size_t piece = 0; piece < pieces; ++piece) {
+    for (const Array* part : parts) {
+      const std::size_t bytes = part->bytes() / pieces;
+      memory.copy(to, static_cast<const std::byte*>(part->data) + piece * bytes, bytes);
+      to += bytes;
+    }
   }
   return joined;
 }

@@ -81,8 +81,8 @@ struct NewArray {
 };
 NewArray make_array(Memory& memory, DType dtype, const Shape& shape);
 
-/// `parts` one after the other along the first axis. Throws RequestError, with `name`, when their other axes differ.
-Array concatenate(Memory& memory, const std::string& name, const std::vector<const Array*>& parts);
+/// `parts` one after the other along an axis. Throws RequestError, with `name`, when their other axes differ.
+Array concatenate(Memory& memory, const std::string& name, const std::vector<const Array*>& parts, int axis = 0);
 
 /// Rows `[begin, end)`, sharing the memory. Throws EngineError when the array has no such rows.
 Array rows(const Array& array, std::int64_t begin, std::int64_t end);

@@ -112,6 +112,64 @@ def test_what_follows_from_no_event_is_made_anew(sketch):
     assert session.answer(Request(TARGETS, "u", 2)).hits == (True,), "a call that was refused changed nothing"
 
 
+def test_new_events_wait_for_a_request(sketch, monkeypatch):
+    """What follows from sums is computed once for all appends, by the first request."""
+    session = Session.load(sketch, threads=1)
+    grown = []
+    grower = session._model.grower.run
+    monkeypatch.setattr(session._model.grower, "run", lambda feeds: grown.append(feeds) or grower(feeds))
+    session.score(Request({**request(20), **TARGETS}, "u", 20))
+    events = new(20, 24)
+    assert session.append("u", events, 24, after=20)
+    events["history"][:] = 0  # the caller's array is the caller's
+    assert session.append("u", new(24, 30, last=(7, 8, 9)), 30, after=24)
+    assert (grown, session.stats().appends) == ([], 2)
+    waiting = session._store.memory.find("u")[1]
+    assert session.stats().room_bytes == session.stats().state_bytes + 10 * 8 + 3 * 8
+    whole = session.score(Request({**request(30, last=(7, 8, 9)), **TARGETS}))
+    for answer in (session.answer(Request(TARGETS, "u", 30)) for _ in range(2)):
+        assert answer.hits == (True,)
+        np.testing.assert_allclose(answer.scores, whole, rtol=1e-4, atol=1e-4)
+        assert len(grown) == 1
+    assert session._store.memory.find("u")[1].tokens == waiting.tokens == 30
+    assert session.stats().appends == 2
+
+
+def test_who_waits_for_no_request(sketch, tmp_path):
+    """Many events; those of a state that is made ahead; and those of a state that is kept in a file."""
+
+    def waits(session):
+        return session._store.memory.find("u")[1].waiting is not None
+
+    session = Session.load(sketch, threads=1)
+    session.score(Request({**request(20), **TARGETS}, "u", 20))
+    assert session.append("u", new(20, 276), 276)
+    assert waits(session)
+    assert session.append("u", new(276, 277), 277)
+    assert not waits(session)
+    assert session.append("u", new(277, 278), 278)
+    assert session.warm("u", {}, 278)
+    assert not waits(session)
+    with Session.load(sketch, threads=1, state_folder=tmp_path / "states") as first:
+        first.score(Request({**request(20), **TARGETS}, "u", 20))
+        assert first.append("u", new(20, 30), 30)
+        assert not waits(first)
+    with Session.load(sketch, threads=1, state_folder=tmp_path / "states") as second:
+        assert second.answer(Request(TARGETS, "u", 30)).hits == (True,)
+
+
+def test_requests_of_a_batch_that_find_waiting_events(sketch):
+    """The user's two requests and another's, the events of both are in."""
+    session = Session.load(sketch, threads=1, batch_seconds=0.0)
+    for user in ("u", "v"):
+        session.score(Request({**request(20), **TARGETS}, user, 20))
+        assert session.append(user, new(20, 30), 30)
+    whole = session.score(Request({**request(30), **TARGETS}))
+    for user in ("u", "v", "u"):
+        found = session.score(Request(TARGETS, user, 30), deadline=60.0)
+        np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("pool", ["attention", "mean", "sum over its size", "largest"])
 def test_what_is_no_sum_is_not_appended_to(of_module, pool):
     manifest = of_module(pool).manifest
@@ -120,7 +178,7 @@ def test_what_is_no_sum_is_not_appended_to(of_module, pool):
 
 
 def test_a_hit_does_nothing_more_for_it(sketch):
-    """What follows from a sum is made by the append; the scorer takes what it would take without sums."""
+    """What follows from a sum is made once; the scorer takes what it would take without sums."""
     manifest = Bundle.load(sketch).manifest
     (kept,) = (s.name for s in manifest.state if s.append == "sum")
     assert kept not in {s.name for s in manifest.graphs["target_scorer"].inputs}

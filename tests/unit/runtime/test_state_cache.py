@@ -29,6 +29,18 @@ def test_bytes_are_those_of_all_tensors():
     assert UserState(tensors, 3).nbytes == 3 * 4 * 4 + 2 * 4
 
 
+def test_a_state_that_was_finished_is_as_old_as_it_was():
+    now = [100.0]
+    cache = StateCache(1 << 20, ttl_seconds=50, clock=lambda: now[0])
+    first, second = state(1), state(2)
+    cache.put(key("a"), first)
+    now[0] = 120
+    assert cache.put(key("a"), second, instead_of=first)
+    assert cache.fetch("a") == (key("a"), second, 20)
+    assert cache.put(key("a", 1), state(3), instead_of=second)
+    assert cache.fetch("a")[2] == 0, "a longer history is a new one"
+
+
 users, sizes, versions = st.integers(0, 4), st.integers(0, 6), st.integers(0, 2)
 steps = st.one_of(
     st.tuples(st.just("put"), users, versions, sizes),

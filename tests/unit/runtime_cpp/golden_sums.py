@@ -89,9 +89,21 @@ def cases() -> list[Any]:
             append("ann", user([2], (1, 2)), "v4", True),
             score(rest, scored([*whole, 2], (1, 2)), "ann", "v4"),
             append("ann", user([2], (1, 2)), "v4", True),
+            append("ann", user([], (3, 3)), "v5", True, "v4"),
+            append("ann", user([], (2, 6)), "v6", True, "v5"),
+            stats(hits=3, appends=5, state_bytes=6 * 8 + 2 * 4),
+            score(rest, scored([*whole, 2], (2, 6)), "ann", "v6"),
             score(rest, refused("ann", "v1", "send the user inputs"), "ann", "v1"),
-            # Written are, in a room for more, three old clicks and three new ones; each time, what is no row.
-            stats(hits=3, misses=1, appends=3, users=1, state_bytes=6 * 8 + 2 * 4, appended_bytes=6 * 8 + 3 * 2 * 4),
+            # Written are, in a room for more, three old clicks and three new ones; for each request after an append,
+            # what is no row; and the inputs of five appends, which wait until then.
+            stats(
+                hits=4,
+                misses=1,
+                appends=5,
+                users=1,
+                state_bytes=6 * 8 + 2 * 4,
+                appended_bytes=6 * 8 + 4 * 2 * 4 + 3 * 8 + 5 * 2 * 8,
+            ),
             **ours,
         ),
         case(

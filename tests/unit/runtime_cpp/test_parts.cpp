@@ -288,6 +288,10 @@ TEST(tensor_rows_and_concatenation) {
   CHECK_EQUAL(joined.shape.text(), "[4, 2]");
   const std::vector<std::int32_t> expected = {5, 6, 1, 2, 3, 4, 5, 6};
   CHECK(std::memcmp(joined.data, expected.data(), joined.bytes()) == 0);
+  const Array beside = concatenate(Memory::host(), "x", {&array, &array}, 1);
+  CHECK_EQUAL(beside.shape.text(), "[3, 4]");
+  const std::vector<std::int32_t> twice = {1, 2, 1, 2, 3, 4, 3, 4, 5, 6, 5, 6};
+  CHECK(std::memcmp(beside.data, twice.data(), beside.bytes()) == 0);
   const Array narrow{STCA_INT32, {3, 1}, values.data(), nullptr, false};
   CHECK_THROWS(rows(array, 2, 4), Error, "no rows 2 to 4");
   CHECK_THROWS(rows(array, -1, 2), Error, "no rows");
@@ -439,6 +443,20 @@ TEST(cache_drops_what_is_too_old) {
   now = 180;
   CHECK_EQUAL(cache.stats().users, 0u);
   CHECK_EQUAL(cache.stats().bytes, 0u);
+}
+
+TEST(cache_takes_a_finished_state_for_as_old_as_it_was) {
+  double now = 100;
+  StateCache cache(within(1 << 20, 0, 50), [&] { return now; });
+  const StateCache::State first = state_of(1), second = state_of(2);
+  cache.put(key_of("ann"), first);
+  now = 120;
+  CHECK(cache.put(key_of("ann"), second, first));
+  CHECK_EQUAL(cache.fetch("ann")->age, 20.0);
+  CHECK_EQUAL(cache.stats().appends, 0u);
+  CHECK(cache.put(key_of("ann", "v2"), state_of(3), second));
+  CHECK_EQUAL(cache.fetch("ann")->age, 0.0);
+  CHECK_EQUAL(cache.stats().appends, 1u);
 }
 
 TEST(cache_remembers_why_a_state_is_not_kept) {
