@@ -228,9 +228,9 @@ class Session:
                 goes unnoticed; None appends to whichever is kept in memory.
 
         Returns:
-            Whether the state with the new events is kept. If not (none was there to append to, or it went or changed
-            meanwhile, or the new one is over the budget, or a sum would hold more events than `max_history`), the next
-            request brings the history.
+            Whether the state with the new events is kept. If not, the next request brings the history: none was there
+            to append to, it went or changed meanwhile, the new one is over the budget, or a sum would hold more events
+            than `max_history`.
 
         Raises:
             RequestError: when an input is wrong, `version` is `after`, or the model's tokens depend on each other or on
