@@ -7,9 +7,8 @@ costs that the result states. One server takes requests as they come (Poisson), 
 Requests come at `--load` of what the static split with the least work could serve at most. The best static split is the
 one, of a grid, with the least p99 on the whole trace, known afterwards.
 
-`steady`: the same users and items throughout. `trend`: from many users and few items to few users and many items.
-`burst`: few users and many items, and many users and few items for a while, again and again. The memory is small, so
-that it fills within some hundred requests: what a phase costs until it has filled is then seldom enough for a p99.
+The workloads are those of `stca load --workload`, between many users of few items and few users of many items. The
+memory is small, so that it fills within some hundred requests: what a phase costs until then is too seldom for a p99.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import numpy as np
 from outcome import command, tell
 
 from stca.arrays import Array
+from stca.load.workloads import WORKLOADS, Crowd, crowds, ranks, which
 from stca.runtime.cache import StateCache
 from stca.runtime.memory_pool import MarginalUtility, MemoryPool, SplitPolicy, StatePages, Static
 from stca.runtime.row_cache import RowCache
@@ -35,9 +35,7 @@ STATE_BYTES, WIDTH, TARGETS, HISTORY = 1 << 16, 480, 40, 28
 # What things take, in seconds: a hit; to encode a user, three times that, as measured (README); to read a row that is
 # not in memory.
 HIT, ENCODE, READ = 10e-3, 30e-3, 600e-6
-# Users that come, how unevenly; items, how unevenly.
-MANY_USERS, MANY_ITEMS = (75, 0.5, 320, 1.2), (12, 0.8, 1680, 0.5)
-WORKLOADS = ("steady", "trend", "burst")
+MANY_USERS, MANY_ITEMS = Crowd(75, 0.5, 320, 1.2), Crowd(12, 0.8, 1680, 0.5)
 
 
 class Reads:
@@ -57,34 +55,25 @@ class Reads:
 class Drawn:
     """Users and items by Zipf's law, the frequent ones anywhere among them."""
 
-    def __init__(self, users: int, user_power: float, items: int, item_power: float, rng: np.random.Generator) -> None:
+    def __init__(self, crowd: Crowd, rng: np.random.Generator) -> None:
         # The same items lead in every one.
-        self._rng, self._items = rng, np.random.default_rng(0).permutation(MANY_ITEMS[2])[:items]
-        of_users, of_items = (1.0 / np.arange(1, n + 1) ** p for n, p in ((users, user_power), (items, item_power)))
-        self._of_users, self._of_items = (np.cumsum(x) / x.sum() for x in (of_users, of_items))
+        self._rng, self._items = rng, np.random.default_rng(0).permutation(MANY_ITEMS.items)[: crowd.items]
+        self._crowd = crowd
 
     def user(self) -> int:
-        return int(np.searchsorted(self._of_users, self._rng.random()))
+        return int(ranks(self._crowd.users, self._crowd.zipf, self._rng.random(1))[0])
 
     def items(self, count: int) -> Array:
-        found: Array = self._items[np.searchsorted(self._of_items, self._rng.random(count))]
+        found: Array = self._items[ranks(self._crowd.items, self._crowd.items_zipf, self._rng.random(count))]
         return found
 
 
 def trace(workload: str, requests: int, seed: int) -> Iterator[tuple[int, Array, Array]]:
     """The user, the targets and the history of each request."""
     rng = np.random.default_rng(seed)
-    # From the one end to the other in steps, each by the same factor; only `trend` stops between them.
-    steps = np.linspace(0, 1, 49 if workload == "trend" else 2)[:, None]
-    between = np.exp((1 - steps) * np.log(MANY_USERS) + steps * np.log(MANY_ITEMS))
-    drawn = [Drawn(round(u), u_power, round(n), power, rng) for u, u_power, n, power in between.tolist()]
-    for i in range(requests):
-        which = {
-            "steady": int(rng.random() < 0.5),
-            "trend": i * len(drawn) // requests,
-            "burst": int(i % (requests // 2) < requests // 4),
-        }[workload]
-        now = drawn[which]
+    drawn = [Drawn(crowd, rng) for crowd in crowds(workload, MANY_USERS, MANY_ITEMS)]
+    for number in which(workload, np.arange(requests) / requests, rng).tolist():
+        now = drawn[number]
         yield now.user(), now.items(TARGETS), now.items(HISTORY)
 
 
@@ -147,7 +136,7 @@ def latencies(work: Array, rate: float, seed: int) -> dict[str, float]:
 def served(workload: str, policy: SplitPolicy, args: argparse.Namespace) -> tuple[Array, dict[str, Any]]:
     """Seconds of work of each request of a workload, and what became of the memory: neither depends on the rate."""
     reads = Reads()
-    spec = TableSpec("items", "", "", "float32", MANY_ITEMS[2], WIDTH, 1)
+    spec = TableSpec("items", "", "", "float32", MANY_ITEMS.items, WIDTH, 1)
     rows = RowCache(reads, spec, PAGE_BYTES, PAGES, clock=reads.clock)  # type: ignore[arg-type]
     states = StateCache(0, cost=lambda *_: STATE_BYTES)
     pool = MemoryPool(PAGES, StatePages(states, PAGE_BYTES, PAGES, lambda: ENCODE), policy)

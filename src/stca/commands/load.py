@@ -40,6 +40,13 @@ def spike(text: str) -> tuple[float, float, float]:
     return parts[0], parts[1], parts[2]
 
 
+def crowd(text: str) -> tuple[int, float, int, float]:
+    parts = text.split(",")
+    if len(parts) != 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form USERS,ZIPF,ITEMS,ZIPF")
+    return count(parts[0]), float(parts[1]), int(parts[2]), float(parts[3])
+
+
 def options(p: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     p.add_argument("target", metavar="BUNDLE|URL", help="directory of a bundle, or http://HOST:PORT of stca serve")
@@ -62,6 +69,20 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--history", type=range_, default=(100, 2000), metavar="A,B", help="events of a user at first")
     p.add_argument("--targets", type=range_, default=(100, 300), metavar="A,B", help="targets of a request")
     p.add_argument("--events", type=float, default=1.0, metavar="X", help="new events of a user between two requests")
+    p.add_argument("--items", type=count, default=0, metavar="N", help="items that targets are (default: all)")
+    p.add_argument("--items-zipf", type=float, default=0.0, metavar="S", help="how much oftener frequent ones come")
+    p.add_argument(
+        "--workload",
+        choices=("steady", "trend", "burst"),
+        default="steady",
+        help="both crowds alike; from these users and items to others; or the others and these in turn, each twice",
+    )
+    p.add_argument(
+        "--towards",
+        type=crowd,
+        metavar="USERS,ZIPF,ITEMS,ZIPF",
+        help="the others (default: a sixth of the users, five times the items; steady: none)",
+    )
     p.add_argument("--spike", type=spike, metavar="EVERY,SECONDS,TIMES", help="raise the rate now and then")
     p.add_argument("--seed", type=int, default=0, help="of all that is drawn")
     p.add_argument(
@@ -82,12 +103,14 @@ def run(args: argparse.Namespace) -> int:
     told = progress_on_stderr("onnxruntime")
     from stca.load.clients import Behind
     from stca.load.traffic import Traffic
+    from stca.load.workloads import Crowd
 
     if args.report is not None and Path(args.report).is_dir():  # said before the traffic, not after it
         raise UsageError(f"{args.report}: is a directory; name a file in it as --report")
     traffic = Traffic(
         users=args.users, zipf=args.zipf, history=args.history, targets=args.targets, events=args.events,
-        spike=args.spike, seed=args.seed,
+        items=args.items, items_zipf=args.items_zipf, workload=args.workload,
+        towards=Crowd(*args.towards) if args.towards else None, spike=args.spike, seed=args.seed,
     )  # fmt: skip
     remote = _remote(args)
     client = Behind(args.target, args.admin) if remote else _session(args, args.cache_mib)

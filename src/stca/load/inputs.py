@@ -9,11 +9,14 @@ import numpy as np
 
 from stca import probe
 from stca.arrays import Array
+from stca.load.workloads import ranks
 from stca.manifest import Manifest
 from stca.specs import SUM, TOKENS
 
 # Drawn histories are kept for so many users; others are drawn again when they return.
 _USERS_KEPT = 512
+# Spreads items over all ids: a prime, near 2^31 divided by the golden ratio.
+_SPREAD = 1327217909
 
 
 class Inputs:
@@ -55,9 +58,19 @@ class Inputs:
     def _part(self, name: str, values: Array, begin: int, end: int) -> Array:
         return values[(slice(None),) * self._growing[name] + (slice(begin, end),)]
 
-    def targets(self, targets: int, number: int) -> dict[str, Array]:
-        """A request's targets, and what it has of its own."""
-        return probe.single(self._rest, 1, targets, np.random.default_rng((self._seed, 1, number)))
+    def targets(self, targets: int, number: int, items: int = 0, zipf: float = 0.0) -> dict[str, Array]:
+        """A request's targets, and what it has of its own; ids of targets are those of so many items, the frequent ones
+        anywhere among all.
+        """
+        rng = np.random.default_rng((self._seed, 1, number))
+        made = probe.single(self._rest, 1, targets, rng)
+        for spec in self._rest:
+            if items and spec.scope == "target" and spec.limit is not None:
+                least, drawn = int(spec.low or 0), made[spec.name]
+                there = spec.limit - least
+                ids = least + ranks(min(items, there), zipf, rng.random(drawn.shape)) * _SPREAD % there
+                made[spec.name] = np.where(ids == spec.blank, drawn, ids).astype(drawn.dtype)
+        return made
 
     def _drawn(self, user: int, version: int) -> dict[str, Array]:
         with self._lock:

@@ -212,7 +212,7 @@ class _Users:
         self._tally.late.append(time.monotonic() - since)
         rest = self._targets.pop(number, None)
         if rest is None:
-            rest = self._inputs.targets(arrival.targets, number)
+            rest = self._inputs.targets(arrival.targets, number, arrival.items, arrival.items_zipf)
         with self._changed:
             kept = user.kept
             version = kept if kept and self._appends else user.newest
@@ -274,7 +274,7 @@ def _drawn_ahead(inputs: Inputs, trace: Sequence[Arrival]) -> dict[int, dict[str
     left = _BYTES_AHEAD
     for i, arrival in enumerate(trace):
         if arrival.targets and left > 0:
-            made[i] = inputs.targets(arrival.targets, i)
+            made[i] = inputs.targets(arrival.targets, i, arrival.items, arrival.items_zipf)
             left -= sum(x.nbytes for x in made[i].values())
     return made
 

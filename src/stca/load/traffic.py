@@ -12,6 +12,7 @@ import numpy as np
 
 from stca import typed_json
 from stca.errors import UsageError
+from stca.load.workloads import STEADY, WORKLOADS, Crowd, crowds, ranks, which
 from stca.manifest import Manifest
 from stca.specs import TARGETS, TOKENS
 from stca.trace import Trace
@@ -30,6 +31,7 @@ class Arrival:
         targets: to score; 0 where new events of the user arrive instead.
         tokens: events of the user's history from now on.
         events: how many of them are new.
+        items, items_zipf: of the request's crowd (`stca.load.workloads.Crowd`).
     """
 
     at: float
@@ -37,6 +39,8 @@ class Arrival:
     targets: int
     tokens: int
     events: int = 0
+    items: int = 0
+    items_zipf: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,9 @@ class Traffic:
         history: fewest and most events of a user at the beginning, drawn evenly over their logarithm.
         targets: fewest and most targets of a request, drawn evenly.
         events: mean number of new events of a user between two of their requests.
+        items, items_zipf: how many items targets are, 0 for all that the model has, and how unevenly.
+        workload: of `WORKLOADS`, how traffic moves between this crowd and the one `towards`.
+        towards: the other crowd; None for a sixth of the users and five times the items, and in `steady` for none.
         spike: every how many seconds the rate rises, for how many seconds, and to how many times itself; None never.
         seed: of all that is drawn.
 
@@ -62,6 +69,10 @@ class Traffic:
     history: tuple[int, int] = (100, 2000)
     targets: tuple[int, int] = (100, 300)
     events: float = 1.0
+    items: int = 0
+    items_zipf: float = 0.0
+    workload: str = STEADY
+    towards: Crowd | None = None
     spike: tuple[float, float, float] | None = None
     seed: int = 0
 
@@ -70,8 +81,19 @@ class Traffic:
             low, high = getattr(self, name)
             if not 1 <= low <= high:
                 raise UsageError(f"{name}: is {low},{high}, expected the fewest, from 1 on, and the most")
-        if self.users < 1 or not 0 <= self.zipf <= 10 or not 0 <= self.events <= 1e6:
-            raise UsageError("users must be at least 1, zipf from 0 to 10, events from 0 to a million")
+        if not 0 <= self.events <= 1e6:
+            raise UsageError("events must be from 0 to a million")
+        if self.workload not in WORKLOADS:
+            raise UsageError(f"workload: is {self.workload!r}, expected one of {', '.join(WORKLOADS)}")
+        self.crowds()
+
+    def crowds(self) -> list[Crowd]:
+        """Those between whom traffic moves."""
+        first = Crowd(self.users, self.zipf, self.items, self.items_zipf)
+        if self.workload == STEADY and self.towards is None:
+            return [first]
+        fewer = dataclasses.replace(first, users=max(1, self.users // 6), items=5 * self.items)
+        return crowds(self.workload, first, self.towards or fewer)
 
     def trace(self, rate: float, seconds: float) -> list[Arrival]:
         """Requests as a Poisson process, and events between them, in the order in which they come.
@@ -86,17 +108,24 @@ class Traffic:
         if rate * seconds > _MOST:
             raise UsageError(f"{rate:g} requests a second for {seconds:g} s are more than {_MOST}; ask for fewer")
         rng = np.random.default_rng(self.seed)
-        shares = 1.0 / np.arange(1, self.users + 1) ** self.zipf
+        of = self.crowds()
+        most = max(crowd.users for crowd in of)
         low, high = np.log(self.history)
-        tokens = np.exp(rng.uniform(low, high, self.users)).round().astype(int)
-        last = np.full(self.users, -1.0)
+        tokens = np.exp(rng.uniform(low, high, most)).round().astype(int)
+        last = np.full(most, -1.0)
         made: list[Arrival] = []
         times = list(self._times(rate, seconds, rng))
-        for at, user in zip(times, rng.choice(self.users, len(times), p=shares / shares.sum()).tolist(), strict=True):
+        at_share = np.array(times) / seconds
+        number = which(self.workload, at_share, rng) if len(of) > 1 else np.zeros(len(times), int)
+        users, draws = np.zeros(len(times), int), rng.random(len(times))
+        for n, crowd in enumerate(of):
+            users[number == n] = ranks(crowd.users, crowd.zipf, draws[number == n])
+        for at, user, n in zip(times, users.tolist(), number.tolist(), strict=True):
             if last[user] >= 0 and (new := int(rng.poisson(self.events))):
                 tokens[user] += new
                 made.append(Arrival(rng.uniform(last[user], at), user, 0, int(tokens[user]), new))
-            made.append(Arrival(at, user, int(rng.integers(self.targets[0], self.targets[1] + 1)), int(tokens[user])))
+            targets = int(rng.integers(self.targets[0], self.targets[1] + 1))
+            made.append(Arrival(at, user, targets, int(tokens[user]), 0, of[n].items, of[n].items_zipf))
             last[user] = at
         return sorted(made, key=lambda a: a.at)
 
@@ -166,13 +195,16 @@ def recorded(trace: Trace, manifest: Manifest) -> list[Arrival]:
 
 @dataclass(frozen=True)
 class _Line:
-    """An arrival in a file; new events may be left out."""
+    """An arrival in a file; new events and the crowd's items may be left out."""
 
     at: float
     user: int
     targets: int
     tokens: int
     events: int | None = None
+    items: int | None = None
+    items_zipf: float | None = None
 
     def arrival(self) -> Arrival:
-        return Arrival(self.at, self.user, self.targets, self.tokens, self.events or 0)
+        crowd = self.items or 0, self.items_zipf or 0.0
+        return Arrival(self.at, self.user, self.targets, self.tokens, self.events or 0, *crowd)

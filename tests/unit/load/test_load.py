@@ -23,6 +23,7 @@ from stca.load.clients import Answered, Behind, InProcess
 from stca.load.inputs import Inputs
 from stca.load.run import capacity, run
 from stca.load.traffic import Arrival, Traffic, read_trace, recorded, write_trace
+from stca.load.workloads import Crowd
 from stca.runtime import Session
 from stca.trace import Trace, Traced, TraceWriter
 
@@ -57,6 +58,33 @@ def test_spikes_raise_the_rate_for_their_time():
     assert len(trace) - within == pytest.approx(100 * 0.8 * 100, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("workload", "quarters"),
+    [("steady", "mmmm"), ("trend", "f  o"), ("burst", "ofof")],  # of the first crowd, the other, or half and half
+)
+def test_traffic_moves_between_two_crowds(workload, quarters):
+    first = Traffic(users=400, zipf=0.0, items=10, workload=workload, towards=Crowd(4, 0.0, 1000), seed=3)
+    trace = requests(first.trace(1000.0, 8.0))
+    for part, expected in enumerate(quarters):
+        inside = [a for a in trace if 2 * part <= a.at < 2 * part + 2]
+        few = np.mean([a.user < 4 for a in inside])
+        items = {a.items for a in inside}
+        assert {"f": few < 0.1, "o": few > 0.4, "m": 0.4 < few < 0.6, " ": True}[expected], (part, few)
+        assert {"f": 10 in items, "o": 1000 in items, "m": items == {10, 1000}, " ": True}[expected], (part, items)
+    if workload == "trend":
+        assert [a.items for a in trace] == sorted(a.items for a in trace)
+
+
+def test_targets_are_the_items_of_a_crowd(exported):
+    inputs = Inputs(Bundle.load(exported("log", "projected")).manifest, 10, 0)
+    counts = [len(np.unique(inputs.targets(2000, 0, items, 1.0)["target_item"])) for items in (3, 30)]
+    assert counts == [3, 30]
+    assert len(np.unique(inputs.targets(2000, 0)["target_item"])) > 30
+    few, more = (inputs.targets(2000, number, 3, 1.0)["target_item"] for number in (0, 1))
+    assert set(few) == set(more), "the same items lead in every request"
+    assert np.unique(few, return_counts=True)[1].max() > 2000 / 3 * 1.3
+
+
 def test_a_trace_comes_back_from_its_file(tmp_path):
     file = str(tmp_path / "trace.jsonl")
     trace = Traffic(users=5).trace(20.0, 5.0)
@@ -67,7 +95,7 @@ def test_a_trace_comes_back_from_its_file(tmp_path):
         with one_line(UsageError, file):
             read_trace(file)
         assert word
-    for wrong in ({"history": (5, 2)}, {"users": 0}, {"zipf": -1.0}):
+    for wrong in ({"history": (5, 2)}, {"users": 0}, {"zipf": -1.0}, {"workload": "flood"}):
         with one_line(UsageError):
             Traffic(**wrong)  # type: ignore[arg-type]
 
