@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import stca
 from stca.commands.explain import explain
 from stca.commands.progress import finish
+from stca.errors import one_line
 from stca.near import did_you_mean
 
 # One module of this folder each, with `HELP`, `EXAMPLES`, `options(parser)` and `run(arguments)`; in the order `--help`
@@ -29,6 +30,15 @@ COMMANDS = (
     "export", "split", "verify", "bench", "build", "calibrate", "refit", "inspect_bundle", "score", "serve", "load",
     "plan", "report", "sign", "schema", "completion", "doctor", "demo",
 )  # fmt: skip
+
+
+class _BadUsage(SystemExit):
+    """The end of a process that was called wrongly, and why."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(2)
+        self.said = said
+        print(said, file=sys.stderr)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -52,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
             message += did_you_mean(wrong[1], re.findall(r"[^', ]+", wrong[2]))
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        raise _BadUsage(one_line(f"{self.prog}: {message}; see {self.prog} --help"))
 
     def refuse(self, extra: Sequence[str]) -> NoReturn:
         """End for arguments that are none of this command's."""
@@ -72,27 +82,45 @@ class _Version(argparse.Action):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    args, extra = parser().parse_known_args(argv)
-    if extra:
-        args.command.refuse(extra)
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that half-written bundles go
+    given = sys.argv[1:] if argv is None else argv
     try:
+        args, extra = parser().parse_known_args(given)
+        if extra:
+            args.command.refuse(extra)
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that half-written bundles go
         return int(args.run(args))
+    except _BadUsage as e:
+        if "--json" in given:
+            _tell(e.said)
+        raise
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except Exception as e:
-        if args.debug:
+        if "--debug" in given:
             raise
         message, code = explain(e)
-        if args.json:
-            print(json.dumps({"error": message}), flush=True)
+        if "--json" in given:
+            _tell(message)
         return _fail(message, code)
     finally:
         finish()
+
+
+def _tell(message: str) -> None:
+    """An error on stdout, as JSON; where nothing can be written there, it is on stderr alone."""
+    try:
+        print(json.dumps({"error": message}), flush=True)
+    except OSError:
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """Let what stdout still holds go nowhere: the end of the process would fail of it again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> int:

@@ -225,6 +225,18 @@ def test_a_failed_check_exits_with_1(
     assert failed == {"joined_halves", "session"}
 
 
+@pytest.mark.parametrize(
+    "words", [("inspect",), ("inspect", "x", "--z\nz"), ("nothing",), ("bench", "x", "--history", "0")], ids=str
+)
+def test_bad_usage_is_json_where_it_was_asked_for(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([*words, "--json"])
+    told = capsys.readouterr()
+    assert end.value.code == 2
+    assert json.loads(told.out)["error"] == told.err.rstrip("\n")
+    assert len(told.err.splitlines()) == 1
+
+
 def test_bad_usage_is_one_line(capsys: pytest.CaptureFixture[str], folder: Path, checkpoint: Path) -> None:
     assert "--out" in refused(capsys, "export", checkpoint)
     assert "a CHECKPOINT or --model" in refused(capsys, "export", "--out", folder / "x")
