@@ -20,6 +20,7 @@ from stca.export.analysis.cost import NominalSizes, any_sizes
 from stca.export.analysis.onnx_reference import reference_of
 from stca.export.analysis.scope import Dataflow
 from stca.export.analysis.tokenwise import Tokenwise
+from stca.export.histories import event_inputs
 from stca.export.split import Split, StateTensor
 from stca.export.state import equal_but_for_roundings, offsets_of
 from stca.specs import ITEM_BYTES, TOKENS, TensorSpec
@@ -84,6 +85,8 @@ def counts_all(name: str) -> str:
 def _why_not_joined(halves: Split, user: Sequence[TensorSpec], shown: Tokenwise) -> str | None:
     """Why the state of a history is not that of its parts, one after the other."""
     offsets, flow = offsets_of(user), Dataflow(halves.user_encoder.graph)
+    if not offsets and not event_inputs(user):
+        return "the model has no history"
     if not offsets:
         return "the model has no offsets input, so that a state is of one whole history"
     if not any(t.shape[:1] == (TOKENS,) for t in halves.state):

@@ -30,6 +30,10 @@ _CUT: dict[str, Any] = {
     "notes": _Names,
     "request_dependencies": _Rows,
 }
+_VERDICTS: dict[str, dict[str, Any]] = {
+    "tables": {"table": str, "bytes": int, "why?": str},
+    "rules": {"rule": str, "node": str, "why?": str},
+}
 _STAGE: dict[str, Any] = {
     **dict.fromkeys(("name", "against"), str),
     **dict.fromkeys(("max_abs", "max_rel", "cosine", "topk_overlap"), float),
@@ -101,6 +105,9 @@ def _check_cut(split: Told) -> None:
     typed_json.as_type(Mapping[str, str], split.get("lifted", {}).get("decisions", {}), "split: lifted: decisions")
     for place, one in _rows(split.get("request_dependencies", ()), "split: request_dependencies"):
         typed_json.as_type(str, one.get("text"), f"{place}: text")
+    for name, kinds in _VERDICTS.items():
+        for place, one in _rows(split.get(name, ()), f"split: {name}"):
+            _check(one, kinds, place)
 
 
 def _check_eight_bits(told: Told) -> None:

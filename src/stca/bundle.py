@@ -295,8 +295,8 @@ def place_for(path: str | os.PathLike[str]) -> Path:
     target = Path(os.path.realpath(path))
     if _is_ours(target.parent):
         raise BundleError(f"{target}: lies inside the bundle {target.parent}; choose an --out outside of it")
-    if target.exists() and not _may_replace(target):
-        raise BundleError(f"{target}: exists and is not a bundle, or not only that; choose another --out or remove it")
+    if target.exists() and (why := _why_kept(target)):
+        raise BundleError(f"{target}: {why}; choose another --out or remove it")
     require_writable(target)
     return target
 
@@ -370,6 +370,9 @@ def _is_ours(directory: Path) -> bool:
         return False
 
 
-def _may_replace(target: Path) -> bool:
-    """Whether a directory is a bundle, damaged perhaps, and holds nothing that could be anything else."""
-    return _is_ours(target) and all(p.suffix in _SUFFIXES and not p.is_dir() for p in target.iterdir())
+def _why_kept(target: Path) -> str | None:
+    """Why what is there stays; None for a bundle, damaged perhaps, with nothing that could be anything else."""
+    if not _is_ours(target):
+        return "exists and is not a bundle"
+    others = sorted(p.name for p in target.iterdir() if p.suffix not in _SUFFIXES or p.is_dir())
+    return f"holds {', '.join(others[:3])} beside the bundle" if others else None

@@ -76,13 +76,13 @@ def test_what_is_no_bundle_is_not_replaced(tmp_path, there):
     assert os.listdir(tmp_path) == ["B"]
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "thesis", "old.onnx/notes.json", "weights.safetensors.bak"])
+@pytest.mark.parametrize("name", ["notes.txt", "thesis", "old.onnx/notes.json", "weights.safetensors.bak", ".DS_Store"])
 def test_a_bundle_with_someones_file_in_it_is_not_replaced(root, name):
     """The manifest alone does not make a directory ours to replace: what else lies there may be precious."""
     (root / name).parent.mkdir(exist_ok=True)
     (root / name).write_text("precious")
     before = contents(root)
-    with one_line(BundleError, str(root)):
+    with one_line(BundleError, str(root), f"holds {name.partition('/')[0]} beside"):
         write(root)
     assert contents(root) == before
 

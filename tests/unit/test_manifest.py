@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 from support.bundles import edit, manifest
 from support.errors import nothing_or_one_line, one_line
 
+from stca.account import check_account
 from stca.bundle import Bundle, seal, sha256_of
 from stca.errors import BundleError
 from stca.manifest import FORMAT_VERSION, MANIFEST, EngineEntry, Manifest
@@ -174,6 +175,25 @@ def with_engine(**change: object) -> str:
     raw = json.loads(json.dumps(GOLDEN))
     raw["engines"] = [{n: x for n, x in {**ENGINE, **change}.items() if x != "left out"}]
     return json.dumps(raw)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "named"),
+    [
+        ("rules", [{"rule": "sum of products", "node": "x", "why": 3}], "why"),
+        ("rules", [{"node": "x", "why": None}], "rule"),
+        ("tables", [{"table": "t", "why": "too small"}], "bytes"),
+    ],
+)
+def test_what_inspect_prints_of_a_cut_is_checked(entry, value, named):
+    cut = dict.fromkeys(
+        ("state_bytes", "bytes_per_token", "user_work", "recomputed_work", "request_work", "target_work"), 0
+    )
+    told = json.loads(put(("split",), {**cut, "workload": {}, "notes": [], "request_dependencies": []}))
+    check_account(Manifest.from_json(json.dumps(told)))
+    told["split"][entry] = value
+    with one_line(BundleError, f"split: {entry}[0]: {named}"):
+        check_account(Manifest.from_json(json.dumps(told)))
 
 
 def test_an_engine_is_read_and_written_as_it_is():

@@ -82,7 +82,7 @@ def _why(m: Manifest) -> list[str]:
     if tables := report.get("tables"):
         lines.append("why: tables that may leave the graphs")
         for v in tables:
-            verdict = f"stays: {v['why']}" if v["why"] else "left the graphs"
+            verdict = f"stays: {v['why']}" if v.get("why") else "left the graphs"
             lines.append(_line(v["table"], f"{v['bytes']:,} bytes; {verdict}"))
     return lines + _rules(report.get("rules", ()), report.get("rules_without_a_place", ()))
 
@@ -91,7 +91,7 @@ def _rules(verdicts: Sequence[Mapping[str, Any]], idle: Sequence[str]) -> list[s
     """Each rule: the nodes that it rewrote, and those that it left, with the reason."""
     nodes: dict[str, dict[str, list[str]]] = {}
     for v in verdicts:
-        nodes.setdefault(v["rule"], {}).setdefault(v["why"] or "", []).append(v["node"])
+        nodes.setdefault(v["rule"], {}).setdefault(v.get("why") or "", []).append(v["node"])
     lines = ["why: rules that free user work"] if nodes or idle else []
     for rule, by_reason in nodes.items():
         for why, names in by_reason.items():

@@ -239,8 +239,8 @@ def _table(reports: dict[str, LoadReport]) -> list[str]:
             f"  {times}" if times else "  nothing was answered",
             f"  hits {r.hits} ({100 * r.hits / max(1, of):.0f} %)  misses {r.misses}  "
             f"codes {_counts(r.codes)}" + (f"  sent again with their history {r.resent}" if r.resent else ""),
-            f"  new events came {sum(r.events.values())} times: {_counts(r.events)}",
         ]
+        rows += [f"  new events came {sum(r.events.values())} times: {_counts(r.events)}"] if r.events else []
         rows += [f"  not begun for want of time: {r.left} arrivals"] if r.left else []
         if r.late_ms > 1 and r.scenario == "server":
             rows.append(f"  all connections were busy for up to {r.late_ms:,.1f} ms (p99), which is in the latencies")

@@ -39,6 +39,7 @@ class Inputs:
         self._kept: OrderedDict[tuple[int, int], dict[str, Array]] = OrderedDict()
         self._lock = threading.Lock()
         self.appendable = manifest.appendable
+        self.has_history = probe.history_of(manifest.graphs["request"].inputs, 1) > 0
 
     def user(self, user: int, tokens: int) -> dict[str, Array]:
         """A user's inputs, with the most recent events that the model takes of a history of so many."""

@@ -161,7 +161,7 @@ class _Users:
             user = self._users[arrival.user]
             user.newest = max(user.newest, arrival.tokens)
             if not arrival.targets and not self._appends:
-                self._tally.events.append(_WITH_REQUEST)
+                self._tally.events += [_WITH_REQUEST] * self._inputs.has_history
                 return []
             self._open += 1
             if arrival.targets:

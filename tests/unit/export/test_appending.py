@@ -15,7 +15,10 @@ from stca.bundle import Bundle
 from stca.errors import BundleError, RequestError
 from stca.export import RequestModel, TensorSpec
 from stca.export.pipeline import export_module
+from stca.load.clients import InProcess
 from stca.load.inputs import Inputs
+from stca.load.run import run
+from stca.load.traffic import Arrival
 from stca.manifest import Manifest
 from stca.runtime import Request, Session
 
@@ -229,3 +232,25 @@ def test_a_grower_that_does_not_fit_is_refused(sketch, spoil, words):
     spoil(manifest)
     with one_line(BundleError, *words):
         Manifest.from_json(json.dumps(manifest))
+
+
+class Factors(nn.Module):
+    """Users and items by their ids alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users, self.items = nn.Embedding(20, 4), nn.Embedding(30, 4)
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        return (self.users(user) * self.items(item)).sum(-1)
+
+
+def test_a_model_without_a_history_says_so(tmp_path):
+    user, item = (TensorSpec(n, "int64", ("batch",), s) for n, s in (("user", "user"), ("item", "target")))
+    model = RequestModel(Factors().eval(), (user, item))
+    found = export_module(model, tmp_path / "b", prove=lambda *_: {}, source={"kind": "callable", "name": "x"})
+    assert [n for n in found.manifest.split["notes"] if n.endswith("a state: the model has no history")]
+    inputs = Inputs(found.manifest, 8, 0)
+    arrivals = [Arrival(0.0, 1, 3, 2), Arrival(0.1, 1, 0, 3, 1)]
+    report = run(InProcess(Session.load(found.path, threads=1)), inputs, arrivals, connections=1, offline=True)
+    assert (report.codes, report.events) == ({"ok": 1}, {})
