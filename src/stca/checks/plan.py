@@ -29,6 +29,10 @@ _REACHED: Final = 0.7
 FORMATS: Final = ("float32", "bfloat16", "int8")
 
 
+# Of anything in a workload: more are a mistake, and their products leave every type.
+_MOST: Final = 10**12
+
+
 @dataclass(frozen=True)
 class Gpu:
     """A GPU one can buy: the rates of the cost model, and its memory in bytes."""
@@ -103,13 +107,14 @@ class Demand:
             name, _, value = part.partition("=")
             try:
                 values[name] = kinds[name](value)
-                sound = math.isfinite(values[name]) and values[name] >= (name not in ("zipf", "rate"))
+                sound = (name not in ("zipf", "rate")) <= values[name] <= _MOST  # which NaN is not
             except KeyError:
                 raise UsageError(f"--workload {part!r}: expected NAME=N with a NAME of {', '.join(kinds)}") from None
             except ValueError:
                 sound = False
             if not sound:
-                number = "a whole number, at least 1" if kinds[name] is int else "a number, at least 0"
+                number = "a whole number from 1" if kinds[name] is int else "a number from 0"
+                number += f" to {_MOST:,}"
                 raise UsageError(f"--workload {part!r}: {name} is {number}, as in {name}={getattr(cls, name)}")
         asked = cls(**values)
         if bundle is None:

@@ -28,6 +28,8 @@ def require_file(path: str, what: str, kind: type[StcaError] = UsageError) -> No
         folder = os.path.dirname(path) or "."
         near = did_you_mean(os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else ())
         raise kind(f"{path}: no such {what}{near or '; check the path'}")
+    if not os.path.isfile(path) and not os.path.isdir(path):  # a device may have no end, and a pipe nobody to write
+        raise kind(f"{path}: is no plain file; copy the {what} to one")
 
 
 def require_module(name: str) -> None:
@@ -46,8 +48,8 @@ def names(text: str) -> list[str]:
 
 
 def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    if not text.isdecimal() or not 1 <= int(text[:20]) < 1 << 62:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number from 1")
     return int(text)
 
 

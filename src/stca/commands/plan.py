@@ -28,7 +28,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def bytes_(text: str) -> int:
-    found = re.fullmatch(r"(\d+)([KMGT]?)B?", text, re.IGNORECASE)
+    found = re.fullmatch(r"(\d{1,12})([KMGT]?)B?", text, re.IGNORECASE)
     if not found or int(found[1]) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 80G")
     return int(found[1]) * _UNITS[found[2].upper()]

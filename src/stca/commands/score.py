@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stca import folders
 from stca.bundle import require_folder
 from stca.commands.options import ENGINES, count, emit, native_code_option
 from stca.errors import RequestError
 
+# A device may have no end.
+_MOST_BYTES = 1 << 28
 HELP = "requests in JSON → scores"
 EXAMPLES = (
     "stca score bundle requests.json --json",
@@ -69,7 +72,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(name: str) -> str:
     try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        if name == "-":
+            return sys.stdin.read()
+        if len(read := folders.read(Path(name), _MOST_BYTES)) > _MOST_BYTES:
+            raise RequestError(f"{name}: is larger than {_MOST_BYTES >> 20} MiB; score fewer requests at once")
+        return read.decode("utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as e:
         why = getattr(e, "strerror", None) or "it is not text in UTF-8"
         raise RequestError(f"{name}: cannot be read ({why}); name a JSON file, or - for stdin") from e

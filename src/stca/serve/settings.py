@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Final, get_type_hints
 from urllib.parse import quote
 
-from stca import typed_json
+from stca import folders, typed_json
 from stca.errors import UsageError
 
 # Each setting's variable is this and its name: STCA_SERVE_HTTP_PORT. Bundles are NAME=BUNDLE, with spaces between them.
 PREFIX: Final = "STCA_SERVE_"
+# Of a file of settings: a device may have no end.
+_MOST_BYTES: Final = 1 << 20
 
 
 def _said(help_: str, default: Any) -> Any:
@@ -151,8 +153,9 @@ def settings(file: str | None, environment: Mapping[str, str], flags: Mapping[st
 
 def _of_file(file: str) -> dict[str, Any]:
     try:
-        return {n.replace("-", "_"): v for n, v in tomllib.loads(Path(file).read_text(encoding="utf-8")).items()}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        text = folders.read(Path(file), _MOST_BYTES).decode("utf-8")
+        return {n.replace("-", "_"): v for n, v in tomllib.loads(text).items()}
+    except (OSError, ValueError, RecursionError) as e:  # an integer of 5,000 digits is a plain ValueError
         raise UsageError(f"{file}: cannot be read ({getattr(e, 'strerror', None) or e}); name a TOML file") from e
 
 

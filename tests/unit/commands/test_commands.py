@@ -237,6 +237,18 @@ def test_bad_usage_is_json_where_it_was_asked_for(capsys: pytest.CaptureFixture[
     assert len(told.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("split", "/dev/zero", "--user-inputs", "a", "--target-inputs", "b", "--out", "o"),
+        ("export", "/dev/zero", "--out", "o"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_has_no_end_is_not_read(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
+    assert "is no plain file" in refused(capsys, *words)
+
+
 def test_bad_usage_is_one_line(capsys: pytest.CaptureFixture[str], folder: Path, checkpoint: Path) -> None:
     assert "--out" in refused(capsys, "export", checkpoint)
     assert "a CHECKPOINT or --model" in refused(capsys, "export", "--out", folder / "x")
