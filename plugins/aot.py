@@ -113,7 +113,9 @@ def bulk_constants(
     heads = {"HEADS": shape.heads, "KEY_HEADS": shape.key_heads, "D": shape.depth, "D_V": shape.value_depth}
     both = {"SCALE": scale, **heads, "UPCAST": upcast}
     block = {"BLOCK_M": FINISH.block_m, "BLOCK_N": FINISH.block_n, "BLOCK_S": _FINISH_PARTS}
-    return {**both, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}, {**both, "WHOLE": tile.block_n, **block}
+    rows = min(tile.block_m, tiling.BULK_ROWS)
+    stacked = {"BLOCK_M": rows, "TILES": tile.block_m // rows, "BLOCK_N": tile.block_n}
+    return {**both, **stacked}, {**both, "WHOLE": tile.block_n, **block}
 
 
 def combine_constants(value_depth: int) -> dict[str, Any]:

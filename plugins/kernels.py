@@ -59,17 +59,24 @@ def _request_of_tile(target_offsets, n_requests, tile, GROUP: tl.constexpr, BLOC
 
 
 @triton.jit
+def _rows_of_tile(target_offsets, n_targets, n_requests, held, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The request of this block's tile, the request's first target, the tile's first row of the request, and how many
+    rows are left from there. Without requests there are no offsets to read, and nothing is `held`."""
+    tile = tl.program_id(0)
+    request = _request_of_tile(target_offsets, n_requests, tile, GROUP, BLOCK_M)
+    first_target = _within(tl.load(target_offsets + request, mask=held, other=0), 0, n_targets)
+    next_target = _within(tl.load(target_offsets + request + 1, mask=held, other=0), first_target, n_targets)
+    n_rows = (next_target - first_target) * GROUP
+    tile_of_request = tile - first_target * GROUP // BLOCK_M - request
+    first_row = _within(tile_of_request, 0, tl.cdiv(n_rows, BLOCK_M)) * BLOCK_M
+    return request, first_target, first_row, n_rows - first_row
+
+
+@triton.jit
 def _load_tile(
-    base,
-    row_stride: tl.constexpr,
-    rows_left,
-    first_column,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHECK_ROWS: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    base, row_stride: tl.constexpr, rows_left, first_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, CHECK_ROWS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """A tile `(ROWS, COLUMNS)` of consecutive rows; zero beyond `rows_left` and beyond `WIDTH` columns.
 
     Every key and value passes through here: quantized tokens would be widened and scaled before the return.
@@ -91,33 +98,67 @@ def _load_tile(
 
 
 @triton.jit
+def _store_tile(
+    base, row_stride: tl.constexpr, tile, rows_left, first_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Store a tile `(ROWS, COLUMNS)` of consecutive rows: `rows_left` of them, columns before `WIDTH`."""
+    rows = tl.arange(0, ROWS)
+    columns = first_column + tl.arange(0, COLUMNS)
+    stored = (rows[:, None] < rows_left) & (columns[None, :] < WIDTH)
+    tl.store(base + rows[:, None] * row_stride + columns[None, :], tile.to(base.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def _store_stats(base, row_stride: tl.constexpr, row_max, row_sum, rows_left, ROWS: tl.constexpr):
+    """Store maximum and sum of `rows_left` rows, next to each other."""
+    rows = tl.arange(0, ROWS)
+    tl.store(base + rows * (2 * row_stride), row_max, mask=rows < rows_left)
+    tl.store(base + rows * (2 * row_stride) + 1, row_sum, mask=rows < rows_left)
+
+
+@triton.jit
+def _empty(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """A running softmax over no tokens: the sum of values, and each row's maximum (base 2) and sum of weights."""
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    return acc, tl.full([BLOCK_M], _LOWEST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
+
+
+@triton.jit
+def _fold(
+    state, logits, tokens_left, bias,
+    SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BIASED: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """A running softmax over `BLOCK_N` more logits, in the `LAST` block `tokens_left`: what was summed before, brought
+    to the new maximum, and the logits' weights. BIASED adds `bias`, base 2, to each logit."""
+    acc, row_max, row_sum = state
+    # exp2(logit * factor - max) is one fused multiply-add and one exp2, for which the factor must be positive.
+    if SCALE > 0.0:
+        factor: tl.constexpr = SCALE * _LOG2_E
+    else:
+        logits *= SCALE
+        factor: tl.constexpr = _LOG2_E
+    if LAST:
+        logits = tl.where(tl.arange(0, BLOCK_N)[None, :] < tokens_left, logits, float("-inf"))
+    if BIASED:
+        new_max = tl.maximum(row_max, tl.max(logits, 1) * factor + bias)
+        weights = tl.exp2(logits * factor - (new_max - bias)[:, None])
+    else:
+        new_max = tl.maximum(row_max, tl.max(logits, 1) * factor)
+        weights = tl.exp2(logits * factor - new_max[:, None])
+    rescale = tl.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.sum(weights, 1)
+    return (acc * rescale[:, None], new_max, row_sum), weights
+
+
+@triton.jit
 def _attend_tokens(
-    acc,
-    row_max,
-    row_sum,
-    query_tile,
-    query_base,
-    rows_left,
-    key_base,
-    value_base,
-    first_value_column,
-    tokens_left,
-    bias,
-    SCALE: tl.constexpr,
-    KEY_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    D_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    TIED: tl.constexpr,
-    BIASED: tl.constexpr,
-    LAST: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Fold `BLOCK_N` tokens into the running softmax; in the `LAST` block only `tokens_left` of them exist. BIASED adds
-    `bias`, base 2, to each logit."""
+    state, query_tile, query_base, rows_left, key_base, value_base, first_value_column, tokens_left, bias,
+    SCALE: tl.constexpr, KEY_HEADS: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    TIED: tl.constexpr, BIASED: tl.constexpr, LAST: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Fold `BLOCK_N` tokens into the running softmax; in the `LAST` block only `tokens_left` of them exist."""
     logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for chunk in tl.static_range(0, D, BLOCK_D):
         # The first chunk stays in registers over the whole loop; a wide head's others come from the cache each time.
@@ -127,25 +168,7 @@ def _attend_tokens(
             q = _load_tile(query_base, KEY_HEADS * D, rows_left, chunk, BLOCK_M, BLOCK_D, D, True, UPCAST)
         k = _load_tile(key_base, KEY_HEADS * D, tokens_left, chunk, BLOCK_N, BLOCK_D, D, LAST, UPCAST)
         logits = tl.dot(q, tl.trans(k), logits, input_precision="ieee")
-    # exp2(logit * factor - max) is one fused multiply-add and one exp2, for which the factor must be positive.
-    if SCALE > 0.0:
-        factor: tl.constexpr = SCALE * _LOG2_E
-    else:
-        logits *= SCALE
-        factor: tl.constexpr = _LOG2_E
-    if LAST:
-        logits = tl.where(tl.arange(0, BLOCK_N)[None, :] < tokens_left, logits, float("-inf"))
-
-    if BIASED:
-        new_max = tl.maximum(row_max, tl.max(logits, 1) * factor + bias)
-        weights = tl.exp2(logits * factor - (new_max - bias)[:, None])
-    else:
-        new_max = tl.maximum(row_max, tl.max(logits, 1) * factor)
-        weights = tl.exp2(logits * factor - new_max[:, None])
-    rescale = tl.exp2(row_max - new_max)
-    row_sum = row_sum * rescale + tl.sum(weights, 1)
-    acc = acc * rescale[:, None]
-
+    (acc, row_max, row_sum), weights = _fold(state, logits, tokens_left, bias, SCALE, BLOCK_N, BIASED, LAST)
     if TIED:
         v = k
     else:
@@ -155,46 +178,24 @@ def _attend_tokens(
     weights = weights.to(value_base.dtype.element_ty)
     if UPCAST:
         weights = weights.to(tl.float32)
-    acc = tl.dot(weights, v, acc, input_precision="ieee")
-    return acc, new_max, row_sum
+    return tl.dot(weights, v, acc, input_precision="ieee"), row_max, row_sum
 
 
 @triton.jit
 def _attend_segment(
-    acc,
-    row_max,
-    row_sum,
-    query_tile,
-    query_base,
-    rows_left,
-    key,
-    value,
-    key_head,
-    first_token,
-    first_value_column,
-    begin,
-    end,
-    bias,
-    SCALE: tl.constexpr,
-    KEY_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    D_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    TIED: tl.constexpr,
-    BIASED: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    state, query_tile, query_base, rows_left, key, value, key_head, first_token, first_value_column, begin, end, bias,
+    SCALE: tl.constexpr, KEY_HEADS: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    TIED: tl.constexpr, BIASED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Fold tokens `begin` to `end` of the segment at row `first_token`; whole blocks first, then what is left."""
     # 64-bit offsets for everything that grows with the batch; inside a tile 32 bits are enough.
     key_base = key + (first_token.to(tl.int64) * KEY_HEADS + key_head) * D
     value_base = value + (first_token.to(tl.int64) * KEY_HEADS + key_head) * D_V
     end_of_whole_blocks = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
     for token in range(begin, end_of_whole_blocks, BLOCK_N):
-        acc, row_max, row_sum = _attend_tokens(
-            acc, row_max, row_sum, query_tile, query_base, rows_left,
+        state = _attend_tokens(
+            state, query_tile, query_base, rows_left,
             key_base + tl.cast(token, tl.int64) * (KEY_HEADS * D),
             value_base + tl.cast(token, tl.int64) * (KEY_HEADS * D_V),
             first_value_column, BLOCK_N, bias,
@@ -202,13 +203,13 @@ def _attend_segment(
         )  # fmt: skip
     if end_of_whole_blocks < end:
         last = end_of_whole_blocks.to(tl.int64)
-        acc, row_max, row_sum = _attend_tokens(
-            acc, row_max, row_sum, query_tile, query_base, rows_left,
+        state = _attend_tokens(
+            state, query_tile, query_base, rows_left,
             key_base + last * (KEY_HEADS * D), value_base + last * (KEY_HEADS * D_V),
             first_value_column, end - end_of_whole_blocks, bias,
             SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, TIED, BIASED, True, UPCAST,
         )  # fmt: skip
-    return acc, row_max, row_sum
+    return state
 
 
 @triton.jit
@@ -240,6 +241,38 @@ def _part_of_list(history_offsets, history_lengths, first, last, n_tokens, split
         before += tl.sum(tl.where(over, blocks, 0), 0)
         passed += tl.sum(blocks, 0)
     return held, before, begin, tl.minimum(begin + blocks_a_part, count)
+
+
+@triton.jit
+def _attend_list(
+    state, query_tile, query_base, rows_left, key, value, key_head, first_value_column, request,
+    history_offsets, history_lengths, segment_offsets, segment_bias, n_tokens, n_segments,
+    SCALE: tl.constexpr, KEY_HEADS: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SPLIT: tl.constexpr, TIED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Fold this block's part of a request's list of segments; also whether the part has any tokens."""
+    segment = _within(tl.load(segment_offsets + request), 0, n_segments)
+    last = _within(tl.load(segment_offsets + request + 1), segment, n_segments)
+    before, begin, end = 0, 0, 2**31 - 1
+    if SPLIT:
+        segment, before, begin, end = _part_of_list(
+            history_offsets, history_lengths, segment, last, n_tokens, tl.program_id(2), tl.num_programs(2), BLOCK_N
+        )
+    while (segment < last) & (before < end):
+        first_token, length = _rows_of_segments(history_offsets, history_lengths, segment, True, n_tokens)
+        blocks = tl.cdiv(length, BLOCK_N)
+        first_block = _within(begin - before, 0, blocks)
+        end_of_segment = tl.minimum(_within(end - before, 0, blocks) * BLOCK_N, length)
+        bias = tl.load(segment_bias + segment) * _LOG2_E
+        state = _attend_segment(
+            state, query_tile, query_base, rows_left, key, value, key_head,
+            first_token, first_value_column, first_block * BLOCK_N, end_of_segment, bias,
+            SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, TIED, True, UPCAST,
+        )  # fmt: skip
+        before += blocks
+        segment += 1
+    return state, begin < end
 
 
 # Sizes differ from request to request. Triton compiles anew for a size of 1 and for multiples of 16 unless told not to,
@@ -282,80 +315,48 @@ def attend_kernel(
     """
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     VALUE_TILES: tl.constexpr = (D_V + BLOCK_DV - 1) // BLOCK_DV
-    tile = tl.program_id(0)
-    key_head = tl.program_id(1) // VALUE_TILES
-    value_tile = tl.program_id(1) % VALUE_TILES
-    split = tl.program_id(2)
-    if tile >= n_targets * GROUP // BLOCK_M + n_requests:  # a grid rounded up
-        return
+    key_head, value_tile, split = tl.program_id(1) // VALUE_TILES, tl.program_id(1) % VALUE_TILES, tl.program_id(2)
     if n_requests == 0:  # then there are no offsets to read
         return
-
-    request = _request_of_tile(target_offsets, n_requests, tile, GROUP, BLOCK_M)
-    first_target = _within(tl.load(target_offsets + request), 0, n_targets)
-    n_rows = (_within(tl.load(target_offsets + request + 1), first_target, n_targets) - first_target) * GROUP
-    tile_of_request = tile - first_target * GROUP // BLOCK_M - request
-    first_row = _within(tile_of_request, 0, tl.cdiv(n_rows, BLOCK_M)) * BLOCK_M
-    rows_left = n_rows - first_row
+    request, first_target, first_row, rows_left = _rows_of_tile(
+        target_offsets, n_targets, n_requests, True, GROUP, BLOCK_M
+    )
     if rows_left <= 0:
         return
-
     head_row = first_target.to(tl.int64) * HEADS + key_head + first_row.to(tl.int64) * KEY_HEADS
     query_base = query + head_row * D
     first_value_column = value_tile * BLOCK_DV
     query_tile = _load_tile(query_base, KEY_HEADS * D, rows_left, 0, BLOCK_M, BLOCK_D, D, True, UPCAST)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    row_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-
-    # Equal parts of whole blocks; a short history leaves the last parts empty.
+    state = _empty(BLOCK_M, BLOCK_DV)
     if segment_offsets is None:
+        # Equal parts of whole blocks; a short history leaves the last parts empty.
         first_token, length = _rows_of_segments(history_offsets, history_lengths, request, True, n_tokens)
         blocks_a_part = tl.cdiv(tl.cdiv(length, BLOCK_N), tl.num_programs(2))
         begin = split * blocks_a_part * BLOCK_N
         end = tl.minimum(begin + blocks_a_part * BLOCK_N, length)
-        acc, row_max, row_sum = _attend_segment(
-            acc, row_max, row_sum, query_tile, query_base, rows_left, key, value, key_head,
+        state = _attend_segment(
+            state, query_tile, query_base, rows_left, key, value, key_head,
             first_token, first_value_column, begin, end, 0.0,
             SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, TIED, False, UPCAST,
         )  # fmt: skip
+        read = begin < end
     else:
-        segment = _within(tl.load(segment_offsets + request), 0, n_segments)
-        last = _within(tl.load(segment_offsets + request + 1), segment, n_segments)
-        before, begin, end = 0, 0, 2**31 - 1
-        if SPLIT:
-            segment, before, begin, end = _part_of_list(
-                history_offsets, history_lengths, segment, last, n_tokens, split, tl.num_programs(2), BLOCK_N
-            )
-        while (segment < last) & (before < end):
-            first_token, length = _rows_of_segments(history_offsets, history_lengths, segment, True, n_tokens)
-            blocks = tl.cdiv(length, BLOCK_N)
-            first_block = _within(begin - before, 0, blocks)
-            end_of_segment = tl.minimum(_within(end - before, 0, blocks) * BLOCK_N, length)
-            bias = tl.load(segment_bias + segment) * _LOG2_E
-            acc, row_max, row_sum = _attend_segment(
-                acc, row_max, row_sum, query_tile, query_base, rows_left, key, value, key_head,
-                first_token, first_value_column, first_block * BLOCK_N, end_of_segment, bias,
-                SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, TIED, True, UPCAST,
-            )  # fmt: skip
-            before += blocks
-            segment += 1
+        state, read = _attend_list(
+            state, query_tile, query_base, rows_left, key, value, key_head, first_value_column, request,
+            history_offsets, history_lengths, segment_offsets, segment_bias, n_tokens, n_segments,
+            SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SPLIT, TIED, UPCAST,
+        )  # fmt: skip
 
-    rows = tl.arange(0, BLOCK_M)
+    acc, row_max, row_sum = state
     if SPLIT:
         head_row += split.to(tl.int64) * n_targets * HEADS
         if value_tile == 0:
-            stat_pointers = stats + (head_row + rows * KEY_HEADS) * 2
-            tl.store(stat_pointers, row_max, mask=rows < rows_left)
-            tl.store(stat_pointers + 1, row_sum, mask=rows < rows_left)
-        if begin >= end:  # the sum 0 says all: combine_kernel drops what it finds in this part's `out`
+            _store_stats(stats + head_row * 2, KEY_HEADS, row_max, row_sum, rows_left, BLOCK_M)
+        if not read:  # the sum 0 says all: combine_kernel drops what it finds in this part's `out`
             return
     else:
         acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    columns = first_value_column + tl.arange(0, BLOCK_DV)
-    pointers = out + head_row * D_V + (rows * (KEY_HEADS * D_V))[:, None] + columns[None, :]
-    stored = (rows[:, None] < rows_left) & (columns[None, :] < D_V)
-    tl.store(pointers, acc.to(out.dtype.element_ty), mask=stored)
+    _store_tile(out + head_row * D_V, KEY_HEADS * D_V, acc, rows_left, first_value_column, BLOCK_M, BLOCK_DV, D_V)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_parts"])

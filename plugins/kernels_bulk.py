@@ -22,53 +22,37 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from stca.plugins.kernels import _LOG2_E, _LOWEST, _load_tile, _request_of_tile, _within
+from stca.plugins.kernels import (
+    _LOWEST,
+    _attend_tokens,
+    _empty,
+    _fold,
+    _load_tile,
+    _rows_of_segments,
+    _rows_of_tile,
+    _store_stats,
+    _store_tile,
+)
 
 
 @triton.jit
 def _tile_of_batch(
-    target_offsets,
-    history_offsets,
-    history_lengths,
-    n_targets,
-    n_tokens,
-    n_requests,
-    tile,
-    GROUP: tl.constexpr,
+    target_offsets, history_offsets, history_lengths, n_targets, n_tokens, n_requests, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
-):
-    """A tile's first row, how many rows are left from there, its history's first token and length; no rows, no tokens.
-
-    Without requests there are no offsets to read, hence the masks: a return is what this must do without.
-    """
+):  # fmt: skip
+    """This block's first row, how many rows are left from there, its history's first token and length; no rows, no
+    tokens. A return is what this must do without."""
     held = n_requests > 0
-    segment = _request_of_tile(target_offsets, n_requests, tile, GROUP, BLOCK_M)
-    first_target = _within(tl.load(target_offsets + segment, mask=held, other=0), 0, n_targets)
-    next_target = _within(tl.load(target_offsets + segment + 1, mask=held, other=0), first_target, n_targets)
-    n_rows = (next_target - first_target) * GROUP
-    first_token = _within(tl.load(history_offsets + segment, mask=held, other=0), 0, n_tokens)
-    length = _within(tl.load(history_lengths + segment, mask=held, other=0), 0, n_tokens - first_token)
-    tile_of_segment = tile - first_target * GROUP // BLOCK_M - segment
-    row_of_segment = _within(tile_of_segment, 0, tl.cdiv(n_rows, BLOCK_M)) * BLOCK_M
-    rows_left = n_rows - row_of_segment
-    return first_target * GROUP + row_of_segment, rows_left, first_token, tl.where(rows_left > 0, length, 0)
+    request, first_target, first_row, rows_left = _rows_of_tile(
+        target_offsets, n_targets, n_requests, held, GROUP, BLOCK_M
+    )
+    first_token, length = _rows_of_segments(history_offsets, history_lengths, request, held, n_tokens)
+    return first_target * GROUP + first_row, rows_left, first_token, tl.where(rows_left > 0, length, 0)
 
 
 @triton.jit
-def _fold(acc, row_max, row_sum, logits, tokens_left, SCALE: tl.constexpr, BLOCK_N: tl.constexpr, LAST: tl.constexpr):
-    """The running softmax over more logits, in the `LAST` block `tokens_left`: what was summed before brought to the
-    new maximum, and the weights."""
-    if SCALE > 0.0:
-        factor: tl.constexpr = SCALE * _LOG2_E
-    else:
-        logits *= SCALE
-        factor: tl.constexpr = _LOG2_E
-    if LAST:
-        logits = tl.where(tl.arange(0, BLOCK_N)[None, :] < tokens_left, logits, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(logits, 1) * factor)
-    weights = tl.exp2(logits * factor - new_max[:, None])
-    rescale = tl.exp2(row_max - new_max)
-    return acc * rescale[:, None], new_max, row_sum * rescale + tl.sum(weights, 1), weights
+def _widened(tile, UPCAST: tl.constexpr):
+    return tile.to(tl.float32) if UPCAST else tile
 
 
 @triton.jit(do_not_specialize=["n_targets", "n_tokens", "n_requests"])
@@ -90,10 +74,11 @@ def attend_bulk_kernel(
     D: tl.constexpr,
     D_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One tile of rows against one part of the whole blocks of its history.
+    """TILES tiles of rows against one part of the whole blocks of its history.
 
     Grid: `(N_t * GROUP // BLOCK_M + B, KEY_HEADS, S)`. Parts differ by one block at most. Every row of a part is
     written, a part without tokens as sum 0. Takes head sizes that are powers of two, in 16 bits.
@@ -101,9 +86,8 @@ def attend_bulk_kernel(
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     key_head, part, parts = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     row, rows_left, first_token, length = _tile_of_batch(
-        target_offsets, history_offsets, history_lengths, n_targets, n_tokens, n_requests, tl.program_id(0),
-        GROUP, BLOCK_M,
-    )  # fmt: skip
+        target_offsets, history_offsets, history_lengths, n_targets, n_tokens, n_requests, GROUP, BLOCK_M * TILES
+    )
     each, more = length // BLOCK_N // parts, length // BLOCK_N % parts
     begin = first_token + (part * each + tl.minimum(part, more)) * BLOCK_N
     end = begin + (each + (part < more).to(tl.int32)) * BLOCK_N
@@ -114,32 +98,27 @@ def attend_bulk_kernel(
     some = tl.maximum(n_tokens, 1)
     keys = tl.make_tensor_descriptor(key, [some, KEY_HEADS * D], [KEY_HEADS * D, 1], [BLOCK_N, D])
     values = tl.make_tensor_descriptor(value, [some, KEY_HEADS * D_V], [KEY_HEADS * D_V, 1], [BLOCK_N, D_V])
-    q = queries.load([row, key_head * D])
-    if UPCAST:
-        q = q.to(tl.float32)
-    acc = tl.zeros([BLOCK_M, D_V], tl.float32)
-    row_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    q, states = (), ()
+    for i in tl.static_range(TILES):
+        q += (_widened(queries.load([row + i * BLOCK_M, key_head * D]), UPCAST),)
+        states += (_empty(BLOCK_M, D_V),)
     for token in tl.range(begin, end, BLOCK_N, warp_specialize=True):
-        k = keys.load([token, key_head * D])
-        if UPCAST:
-            k = k.to(tl.float32)
-        logits = tl.dot(q, k.T)
-        acc, row_max, row_sum, weights = _fold(acc, row_max, row_sum, logits, BLOCK_N, SCALE, BLOCK_N, False)
-        v = values.load([token, key_head * D_V])
-        weights = weights.to(v.dtype)
-        if UPCAST:
-            weights, v = weights.to(tl.float32), v.to(tl.float32)
-        acc = tl.dot(weights, v, acc)
+        k = _widened(keys.load([token, key_head * D]), UPCAST)
+        folded = ()
+        for i in tl.static_range(TILES):
+            state, weights = _fold(states[i], tl.dot(q[i], k.T), BLOCK_N, 0.0, SCALE, BLOCK_N, False, False)
+            if i == 0:
+                v = values.load([token, key_head * D_V])
+            acc = tl.dot(_widened(weights.to(v.dtype), UPCAST), _widened(v, UPCAST), state[0])
+            folded += ((acc, state[1], state[2]),)
+        states = folded
 
-    rows = tl.arange(0, BLOCK_M)
-    # 64 bits for what grows with the batch; inside a tile 32 are enough.
-    head_row = (part.to(tl.int64) * n_rows + row) * KEY_HEADS + key_head
-    places = stats + (head_row + rows * KEY_HEADS) * 2
-    tl.store(places, row_max, mask=rows < rows_left)
-    tl.store(places + 1, row_sum, mask=rows < rows_left)
-    pointers = out + head_row * D_V + (rows * (KEY_HEADS * D_V))[:, None] + tl.arange(0, D_V)[None, :]
-    tl.store(pointers, acc, mask=rows[:, None] < rows_left)
+    for i in tl.static_range(TILES):
+        acc, row_max, row_sum = states[i]
+        # 64 bits for what grows with the batch; inside a tile 32 are enough.
+        head_row = (part.to(tl.int64) * n_rows + row + i * BLOCK_M) * KEY_HEADS + key_head
+        _store_stats(stats + head_row * 2, KEY_HEADS, row_max, row_sum, rows_left - i * BLOCK_M, BLOCK_M)
+        _store_tile(out + head_row * D_V, KEY_HEADS * D_V, acc, rows_left - i * BLOCK_M, 0, BLOCK_M, D_V, D_V)
 
 
 @triton.jit(do_not_specialize=["n_targets", "n_tokens", "n_requests", "n_parts"])
@@ -176,23 +155,19 @@ def finish_kernel(
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     key_head = tl.program_id(1)
     row, rows_left, first_token, length = _tile_of_batch(
-        target_offsets, history_offsets, history_lengths, n_targets, n_tokens, n_requests, tl.program_id(0),
-        GROUP, BLOCK_M,
-    )  # fmt: skip
+        target_offsets, history_offsets, history_lengths, n_targets, n_tokens, n_requests, GROUP, BLOCK_M
+    )
     head_row = row.to(tl.int64) * KEY_HEADS + key_head
-    acc = tl.zeros([BLOCK_M, D_V], tl.float32)
-    row_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
     q = _load_tile(query + head_row * D, KEY_HEADS * D, rows_left, 0, BLOCK_M, D, D, True, UPCAST)
+    state = _empty(BLOCK_M, D_V)
     for token in range(length // WHOLE * WHOLE, length, BLOCK_N):
         token_row = (first_token + token).to(tl.int64) * KEY_HEADS + key_head
-        k = _load_tile(key + token_row * D, KEY_HEADS * D, length - token, 0, BLOCK_N, D, D, True, UPCAST)
-        logits = tl.dot(q, tl.trans(k))
-        acc, row_max, row_sum, weights = _fold(acc, row_max, row_sum, logits, length - token, SCALE, BLOCK_N, True)
-        v = _load_tile(value + token_row * D_V, KEY_HEADS * D_V, length - token, 0, BLOCK_N, D_V, D_V, True, UPCAST)
-        weights = weights.to(value.dtype.element_ty)
-        acc = tl.dot(weights.to(v.dtype), v, acc)
+        state = _attend_tokens(
+            state, q, q, rows_left, key + token_row * D, value + token_row * D_V, 0, length - token, 0.0,
+            SCALE, KEY_HEADS, D, D_V, BLOCK_M, BLOCK_N, D, D_V, False, False, True, UPCAST,
+        )  # fmt: skip
 
+    acc, row_max, row_sum = state
     if not UPCAST:
         gdc_wait()
     rows = tl.arange(0, BLOCK_M)
@@ -212,5 +187,4 @@ def finish_kernel(
         row_sum = row_sum * rescale + tl.sum(part_sum * part_rescale, 0)
         row_max = new_max
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    pointers = out + head_row * D_V + (rows * (KEY_HEADS * D_V))[:, None] + columns[None, :]
-    tl.store(pointers, acc.to(out.dtype.element_ty), mask=(rows < rows_left)[:, None])
+    _store_tile(out + head_row * D_V, KEY_HEADS * D_V, acc, rows_left, 0, BLOCK_M, D_V, D_V)

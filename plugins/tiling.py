@@ -37,6 +37,7 @@ MAX_DEPTH_ABSORBED: Final = 1024
 # Offsets inside a tile are int32: 128 rows, 4096 heads apart, of size 512 are an eighth of what fits.
 MAX_HEADS: Final = 4096
 MAX_PARTS: Final = 128
+BULK_ROWS: Final = 128  # of one product of the two groups that multiply in bulk
 PORTABLE_SHARED_LIMIT: Final = 48 * 1024
 # Seconds: a dependent access to device memory, a kernel's launch behind another, and the barriers of a step.
 MEMORY_LATENCY: Final = 0.7e-6
@@ -113,7 +114,7 @@ class Sizes:
 @dataclass(frozen=True)
 class Tile:
     """Constants of one compiled `attend_kernel`, or with `bulk` of `attend_bulk_kernel`; all but `stages` are powers of
-    two. In bulk, two groups of `warps` multiply and one copies."""
+    two. In bulk, two groups of `warps` multiply and one copies, and rows may be a multiple of `BULK_ROWS`."""
 
     block_m: int
     block_n: int
@@ -172,7 +173,7 @@ def shared_bytes(shape: Shape, tile: Tile, sm: int) -> int:
     wide = is_wide(shape, tile, sm)
     if tile.bulk:  # query, tokens and the accumulators on their way out all at once
         tokens = tile.block_m * tile.block_d + tile.stages * tile.block_n * (tile.block_d + tile.block_dv)
-        return shape.element * tokens + 4 * tile.block_m * tile.block_dv + 1024
+        return shape.element * tokens + 4 * BULK_ROWS * tile.block_dv + 1024
     chunks = math.ceil(shape.depth / tile.block_d)
     token = chunks * tile.block_d + (0 if wide and is_tied(shape, tile) else tile.block_dv)
     query = tile.block_m * tile.block_d * chunks
@@ -250,10 +251,12 @@ def tiles(shape: Shape, sm: int, shared_limit: int) -> Iterator[Tile]:
 
 
 def bulk_tiles(shape: Shape, sm: int) -> list[Tile]:
-    """Of `attend_bulk_kernel`, which only Triton's own launcher can launch: for SM 90 and heads it was compiled for."""
+    """Of `attend_bulk_kernel`, which only Triton's own launcher can launch: for SM 90 and heads it was compiled for.
+    More rows read fewer tokens from the cache; their sums fill the registers, so logits get half the room."""
     width = shape.depth if shape.depth == shape.value_depth else 0
     taken = sm == 90 and shape.element == 2 and not shape.segments and width in (32, 64, 128)
-    return [Tile(128, min(128, 8192 // width), width, width, 4, 2, bulk=True)] if taken else []
+    sizes = ((1, min(128, 8192 // max(width, 1))), (2, 64), (3, 64))
+    return [Tile(n * BULK_ROWS, m, width, width, 4, 2, bulk=True) for n, m in sizes if taken and n * width <= 256]
 
 
 def _chunk(shape: Shape, block_m: int, warps: int, sm: int) -> int:
@@ -309,8 +312,7 @@ def _attend_seconds(shape: Shape, sizes: Sizes, tile: Tile, parts: int, device: 
     )
     together = max(1, min(resident, -(-count // processors)))
     rounds = -(-count // (processors * together))
-    # In bulk two groups take turns, and a third copies.
-    alone = matrix + exponential + STEP
+    alone = matrix + exponential + STEP  # in bulk two groups take turns, and a third copies
     chain = alone / 2 if tile.bulk else alone + MEMORY_LATENCY / tile.stages
     step = max(together * max(matrix, exponential, cache, shared), chain)
     moved = shape.element * (
@@ -351,10 +353,8 @@ def _matrix_efficiency(shape: Shape, tile: Tile, device: Device) -> float:
 def choose(shape: Shape, sizes: Sizes, device: Device, shared_limit: int | None = None) -> Plan:
     """The plan for a launch: the measured one where `tiles.json` has this shape and size, else the model's best.
 
-    A `shared_limit` is an engine's, whose launcher brings no scratch memory: then nothing is copied in bulk.
-
-    Sizes are rounded up to three significant bits first, so that a server with ever-changing histories meets few
-    distinct plans.
+    A `shared_limit` is an engine's, whose launcher brings no scratch memory: then nothing is copied in bulk. Sizes are
+    rounded up to three significant bits first, so that a server with ever-changing histories meets few plans.
 
     Raises:
         ValueError: when no tile fits.

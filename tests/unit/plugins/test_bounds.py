@@ -276,8 +276,8 @@ def test_the_kernel_reads_no_offsets_where_there_is_no_request(
     [
         (
             "targets end late",
-            "_within(tl.load(target_offsets + request + 1), first_target, n_targets)",
-            "tl.load(target_offsets + request + 1)",
+            "_within(tl.load(target_offsets + request + 1, mask=held, other=0), first_target, n_targets)",
+            "tl.load(target_offsets + request + 1, mask=held, other=0)",
         ),
         (
             "targets below zero",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from stca.plugins import launch, tiling, torch_op
 from stca.plugins.interpret import KERNELS, Interpreter
+from stca.plugins.tiling import Plan, Tile
 
 # The interpreter takes about a third of a second a case, and two to eight for one of 10,000 tokens. Unless told
 # otherwise it runs one dtype of each kind of case, in turn, and of the long ones one that is cut into parts.
@@ -32,6 +32,9 @@ BULK = [
     and case.products <= 10_000
     and {case.depth, case.value_depth} <= {16, 32, 64, 128}
 ][:: 1 if _FULL else 7]
+# Whole blocks in more parts than one that do not come out even, a tail, and rows for three products a tile and more.
+STACKED = Case(Layout("stacked", (150, 2), (95, 21), (87, 17)), 3, 1, 16, 16, "bfloat16", scale=0.05)
+STACKED_PLAN = Plan(Tile(3 * tiling.BULK_ROWS, 16, 16, 16, 4, 2, bulk=True), parts=4, seconds=0.0)
 FORMS = (attention_forms.torch_cpu, attention_forms.onnx_runtime, attention_forms.onnx_reference)
 MUTANTS = {
     "a wrong mask": (
@@ -39,9 +42,10 @@ MUTANTS = {
         "tl.arange(0, BLOCK_N)[None, :] <= tokens_left",
     ),
     "a missing combine rescale": ("tl.sum(values * part_rescale[:, None], 0)", "tl.sum(values, 0)"),
+    "a missing rescale of the sum": ("row_sum * rescale + tl.sum(weights, 1)", "row_sum + tl.sum(weights, 1)"),
     "a sum that is never written": (
-        "tl.store(stat_pointers + 1, row_sum, mask=rows < rows_left)",
-        "tl.store(stat_pointers + 1, row_sum, mask=rows < 0)",
+        "* (2 * row_stride) + 1, row_sum, mask=rows < rows_left)",
+        "* (2 * row_stride) + 1, row_sum, mask=rows < 0)",
     ),
     "a swapped offset": (
         "_rows_of_segments(history_offsets, history_lengths, request,",
@@ -56,12 +60,14 @@ LIST_MUTANTS = {
     "a list that ends early": ("while (segment < last) &", "while (segment < last - 1) &"),
 }
 BULK_MUTANTS = {
-    "a wrong mask": ("[None, :] < tokens_left", "[None, :] <= tokens_left"),
+    "a tile's sums for another's": ("_fold(states[i],", "_fold(states[0],"),
+    "a tile's query for another's": ("tl.dot(q[i], k.T)", "tl.dot(q[0], k.T)"),
+    "a tile that is stored in another's place": ("row + i * BLOCK_M) * KEY_HEADS", "row) * KEY_HEADS"),
+    "a wrong mask of the tail": ("0, length - token, 0.0", "0, length - token + 1, 0.0"),
     "a missing rescale of the parts": ("tl.sum(part_out * part_rescale[:, :, None], 0)", "tl.sum(part_out, 0)"),
-    "a missing rescale of the sum": ("row_sum * rescale + tl.sum(weights, 1)", "row_sum + tl.sum(weights, 1)"),
     "a block that no part takes": ("tl.minimum(part, more)", "part"),
     "a tail that is left out": ("length // WHOLE * WHOLE", "length"),
-    "a sum that is never written": ("tl.store(places + 1, row_sum, mask=rows < rows_left)", "pass"),
+    "sums that are never written": ("row_sum, rows_left - i * BLOCK_M, BLOCK_M)", "row_sum, 0, BLOCK_M)"),
 }
 
 
@@ -134,8 +140,10 @@ def test_the_table_catches(mutation: str, interpreter: Interpreter, tmp_path: Pa
     assert KERNELS.read_text().count(right) == 1
     mutant = tmp_path / "mutant.py"
     mutant.write_text(KERNELS.read_text().replace(right, wrong))
-    # Split, ragged, with an empty request and a padded one: every mutant shows in cases of this layout.
+    # Split, ragged, with an empty request and a padded one, or of several steps a part: every mutant shows there.
     layouts = ("pages", "neighbours") if mutation in LIST_MUTANTS else ("three",)
+    if "rescale of the sum" in mutation:
+        layouts = ("wide-block-less-1",)
     of_layout = [case for case in INTERPRETED if case.layout.name in layouts]
     cases = [case for case in of_layout if attention_forms.small_plan(case).parts > 1]
     for case in cases[:3]:
@@ -159,10 +167,6 @@ def test_the_table_catches_in_bulk(mutation: str, interpreter: Interpreter, tmp_
     assert source.count(right) == 1
     mutant = tmp_path / "mutant.py"
     mutant.write_text(source.replace(right, wrong))
-    # Whole blocks in more parts than one that do not come out even, and a tail.
-    case = Case(Layout("tailed", (3, 2), (95, 21), (87, 17)), 2, 2, 16, 16, "bfloat16", scale=0.05)
-    plan = attention_forms.bulk_plan(case)
-    plan = replace(plan, tile=replace(plan.tile, block_n=16), parts=4)
-    check(case, attention_forms.interpreted(case, interpreter, plan=plan))
+    check(STACKED, attention_forms.interpreted(STACKED, interpreter, plan=STACKED_PLAN))
     with pytest.raises(AssertionError):
-        check(case, attention_forms.interpreted(case, interpreter, mutant, plan))
+        check(STACKED, attention_forms.interpreted(STACKED, interpreter, mutant, STACKED_PLAN))

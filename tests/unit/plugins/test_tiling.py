@@ -179,7 +179,7 @@ def test_copies_in_bulk_are_for_sm_90_and_never_for_an_engine() -> None:
     assert not tiling.bulk_tiles(Shape(16, 16, 64, 64, "float32"), 90)
     assert not tiling.bulk_tiles(Shape(16, 16, 64, 128, "bfloat16"), 90)
     assert not tiling.bulk_tiles(dataclasses.replace(PROJECTED, segments=True), 90)
-    (tile,) = tiling.bulk_tiles(PROJECTED, 90)
+    tile = tiling.bulk_tiles(PROJECTED, 90)[0]
     with pytest.raises(BuildError, match="needs scratch memory, which TensorRT does not bring"):
         aot.compile_attend(PROJECTED, tile, 90, 0.125, True)
 
@@ -188,7 +188,7 @@ def test_a_measured_plan_in_bulk_is_for_launches_that_bring_scratch_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes, device = Sizes(300, 10_000, 1), device_for(90)
-    (tile,) = tiling.bulk_tiles(PROJECTED, 90)
+    tile = tiling.bulk_tiles(PROJECTED, 90)[0]
     tile_table.record(table := tmp_path / "tiles.json", 90, PROJECTED, sizes, Plan(tile, 3, 1e-5))
     monkeypatch.setattr(tiling, "MEASURED_TABLE", table)
     tiling._choose.cache_clear()
