@@ -1,4 +1,7 @@
-"""The C++ plugin in a real parser and a real builder: TensorRT-RTX's, which need no GPU. Nothing is run."""
+"""The C++ plugin in a real parser and a real builder: TensorRT-RTX's, which need no GPU. Nothing is run.
+
+No test names a tactic: the plugin offers none, and the builder's log leaves `TacticName` empty for its layer.
+"""
 
 from __future__ import annotations
 
