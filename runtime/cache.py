@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import itertools
 import sys
 import threading
 import time
@@ -30,18 +31,21 @@ NEW, VERSION, EXPIRED, EVICTED, WEIGHTS, TOO_LARGE = REASONS = (
 )
 
 
-class _Entry(NamedTuple):
-    """A kept state, what it costs, when it was made and how long it is kept, both on the cache's clock, and the bytes
-    of its rows and of their memory.
+class Kept(NamedTuple):
+    """A kept state.
+
+    Attributes:
+        key, state: of it.
+        bytes: what it costs.
+        born: when it was made, on the cache's clock.
+        call: which call made it, as `StateCache.calls` numbers them.
     """
 
     key: StateKey
     state: UserState
     bytes: int
     born: float
-    until: float | None
-    row_bytes: int
-    room_bytes: int
+    call: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class StateCache:
     """At most one state per user, least recently used out first, within a byte budget. Safe to share between threads.
 
     A state that does not fit is not kept; that never fails a request. States that are too old go with the next call,
-    whichever it is.
+    whichever it is. Versions are labels without an order, so the order of calls decides what is newer: a state is not
+    put in the place of one that a later call made, however long its own took.
     """
 
     def __init__(
@@ -96,7 +101,7 @@ class StateCache:
         """
         self._budget, self._max_users, self._ttl, self._cost = budget, max_users, ttl_seconds, cost
         self._clock, self._lock = clock, threading.Lock()
-        self._held: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._held: OrderedDict[Hashable, Kept] = OrderedDict()
         self._until: OrderedDict[Hashable, float] = OrderedDict()  # who was put first comes first
         self._kind: tuple[str, str] | None = None
         self._gone = Gone()
@@ -105,6 +110,7 @@ class StateCache:
         self._closed = False
         self._bytes = self._state_bytes = self._room_bytes = 0
         self._evictions = self._refused = self._expired = 0
+        self.calls = itertools.count(1)  # a call that may make a state takes its number before it looks for one
 
     def serve(self, weights: str, format: str) -> None:
         """Keep states of this kind from now on, and drop those of any other: after a swap they are in the way."""
@@ -134,8 +140,11 @@ class StateCache:
 
     def peek(self, key: StateKey) -> UserState | None:
         """As `get`, but it counts as no use: for whoever looks again on behalf of a request that has asked already."""
-        held = self.find(key.user)
-        return held[1] if held is not None and held[0] == key else None
+        with self._lock:
+            if self._until:
+                self._expire(key.user)
+            held = self._held.get(key.user)
+            return held.state if held is not None and held.key == key else None
 
     def why_not(self, key: StateKey) -> str:
         """Of a key whose state is not kept, why: one of `REASONS`, as far as it is remembered."""
@@ -144,41 +153,55 @@ class StateCache:
                 return self._gone.why(key.user)
             return VERSION if (held.key.weights, held.key.format) == (key.weights, key.format) else WEIGHTS
 
-    def put(self, key: StateKey, state: UserState, *, instead_of: UserState | None = None, age: float = 0) -> bool:
-        """Keep `state` in place of the user's last one; False when it is larger than the budget, or of another kind
-        than is served.
+    def put(
+        self,
+        key: StateKey,
+        state: UserState,
+        *,
+        call: int | None = None,
+        instead_of: UserState | None = None,
+        age: float = 0,
+    ) -> bool:
+        """Keep `state` in place of the user's last one; False when that was made by a later call, or this one is larger
+        than the budget, or of another kind than is served.
 
         Args:
             key: user, versions and format of the state.
             state: whose arrays nobody changes any more.
+            call: the number that the call took which made it; None for one that comes now.
             instead_of: keep it only while this one is still kept: what came or went meanwhile wins.
             age: seconds since the state was made.
         """
+        call = next(self.calls) if call is None else call
         cost = self._cost(key, state) + (0 if self._ttl is None else _AGE_BYTES)
         with self._lock:
-            self._expire(key.user)
+            if self._until:
+                self._expire(key.user)
             if self._closed or self._kind not in (None, (key.weights, key.format)):
                 return False
             held = self._held.get(key.user)
-            if instead_of is not None and (held is None or held.state is not instead_of):
+            if instead_of is not None:
+                if held is None or held.state is not instead_of:
+                    return False
+            elif held is not None and held.call >= call:
                 return False
-            self._drop(key.user)
+            if held is not None:
+                self._drop(key.user)
             self._last_cost = cost
             if cost > self._budget or self._max_users == 0:
                 self._refused += 1
                 self._gone.note(key.user, TOO_LARGE)
                 return False
             evicted = self._make_room(cost)
-            same = instead_of is not None and held is not None and held.key == key  # it was finished, and is as old
-            born = held.born if same and held is not None else self._clock() - age
-            until = None if self._ttl is None else born + self._ttl
-            held = _Entry(key, state, cost, born, until, state.row_bytes, state.nbytes)
-            self._held[key.user] = held
-            if until is not None:
-                self._until[key.user] = until
+            born = self._clock() - age
+            if instead_of is not None and held is not None and held.key == key:  # it was finished, and is as old
+                born, call = held.born, held.call
+            self._held[key.user] = Kept(key, state, cost, born, call)
+            if self._ttl is not None:
+                self._until[key.user] = born + self._ttl
             self._bytes += cost
-            self._state_bytes += held.row_bytes
-            self._room_bytes += held.room_bytes
+            self._state_bytes += state.row_bytes
+            self._room_bytes += state.nbytes
             users = len(self._held)
         if evicted:  # a log's handlers may take their time, or ask for statistics
             LOG.debug("evicted %d states; %d are kept", evicted, users)
@@ -216,24 +239,21 @@ class StateCache:
             assert self._reuse is not None
             return self._reuse.hits(memory)
 
-    def _ask(self, reuse: Reuse, user: Hashable, held: _Entry | None) -> None:
+    def _ask(self, reuse: Reuse, user: Hashable, held: Kept | None) -> None:
         """A state that is not there is thought to be as large as the others."""
         cost = held.bytes if held is not None else self._bytes // max(1, len(self._held))
         reuse.ask(np.array([hash(user)], np.int64), cost or self._last_cost)
 
-    def find(self, user: Hashable) -> tuple[StateKey, UserState] | None:
+    def find(self, user: Hashable) -> Kept | None:
         """Whatever is kept for `user`, without counting as a use."""
         with self._lock:
             self._expire(user)
-            held = self._held.get(user)
-            return None if held is None else (held.key, held.state)
+            return self._held.get(user)
 
-    def fetch(self, user: Hashable) -> tuple[StateKey, UserState, float] | None:
-        """Whatever is kept for `user`, with the seconds since it was made, without counting as a use."""
-        with self._lock:
-            self._expire(user)
-            held = self._held.get(user)
-            return None if held is None else (held.key, held.state, max(0.0, self._clock() - held.born))
+    def fetch(self, user: Hashable) -> tuple[Kept, float] | None:
+        """The same, with the seconds since it was made."""
+        kept = self.find(user)
+        return None if kept is None else (kept, max(0.0, self._clock() - kept.born))
 
     def forget(self, user: Hashable) -> bool:
         """Drop the user's state, and that there ever was one; False when there was none."""
@@ -288,8 +308,8 @@ class StateCache:
         self._until.pop(user, None)
         if held is not None:
             self._bytes -= held.bytes
-            self._state_bytes -= held.row_bytes
-            self._room_bytes -= held.room_bytes
+            self._state_bytes -= held.state.row_bytes
+            self._room_bytes -= held.state.nbytes
         return held is not None
 
 

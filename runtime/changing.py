@@ -51,29 +51,32 @@ def change(
     if after is not None and follows == version:
         raise RequestError(f"version: is {quoted(version)}, that of the history before; name the changed one anew")
     held = store.find(user, model.key(user, version), *([] if after is None else [model.key(user, follows)]))
-    if held is None or (held[0].weights, held[0].format) != (model.manifest.weights, model.format):
+    made_by = store.next_call()
+    if held is None or (held.key.weights, held.key.format) != (model.manifest.weights, model.format):
         return False
-    if held[0].version == version:
+    if held.key.version == version:
         return True  # the same call again, after a timeout perhaps: its events are in
-    if after is not None and held[0].version != follows:
+    if after is not None and held.key.version != follows:
         return False
-    if model.sums and model.window is not None and held[1].tokens + model.tokens(arrays) > model.window:
+    if model.sums and model.window is not None and held.state.tokens + model.tokens(arrays) > model.window:
         return False  # the oldest events would have to leave the sums
-    first = None if at is None else _first(held[1], model.tokens(arrays), at)
+    first = None if at is None else _first(held.state, model.tokens(arrays), at)
     blank, late = model.door.only_blank(arrays), None
     if model.sums:
-        late = put_off(model, held[1], arrays)
+        late = put_off(model, held.state, arrays)
         # A file holds what outlives the process, and so no state that is still to be finished.
         if blank is None and store.file is None and model.tokens(late.waiting or {}) <= _MOST_WAITING:
-            return _kept(store, model.key(user, version), late, held[1], sum(x.nbytes for x in arrays.values()))
+            return _kept(
+                store, model.key(user, version), made_by, late, held.state, sum(x.nbytes for x in arrays.values())
+            )
     turns.enter()
     try:
         if late is not None:
             state, written = finish(model, late)
         elif first is None:
-            state, written = extend(model, held[1], next(model.encode([arrays])))
+            state, written = extend(model, held.state, next(model.encode([arrays])))
         else:
-            state, written = replace(model, held[1], next(model.encode([arrays])), first)
+            state, written = replace(model, held.state, next(model.encode([arrays])), first)
         if blank is not None and not model.gives_finite(state):
             raise RequestError(
                 f"{blank.name}: with these events the history would hold nothing but {blank.blank}, for which the "
@@ -81,7 +84,7 @@ def change(
             )
     finally:
         turns.leave()
-    return _kept(store, model.key(user, version), state, held[1], written)
+    return _kept(store, model.key(user, version), made_by, state, held.state, written)
 
 
 def _check_call(call: str, model: Model, user: Hashable, version: Hashable) -> None:
@@ -99,8 +102,8 @@ def _check_call(call: str, model: Model, user: Hashable, version: Hashable) -> N
         )
 
 
-def _kept(store: StateStore, key: StateKey, state: UserState, instead_of: UserState, written: int) -> bool:
-    if kept := store.put(key, state, instead_of=instead_of):
+def _kept(store: StateStore, key: StateKey, call: int, state: UserState, instead_of: UserState, written: int) -> bool:
+    if kept := store.put(key, state, call, instead_of=instead_of):
         store.count_made(appends=1, appended_bytes=written)
     return kept
 

@@ -20,11 +20,12 @@ import numpy as np
 from stca import folders
 from stca.errors import UsageError
 from stca.runtime import record
+from stca.runtime.cache import Kept
 from stca.runtime.record import Header, Names
 from stca.runtime.state import LOG, StateKey, UserState
 
 # A user's state in memory and the seconds since it was made.
-Fetch: TypeAlias = Callable[[Hashable], tuple[StateKey, UserState, float] | None]
+Fetch: TypeAlias = Callable[[Hashable], tuple[Kept, float] | None]
 _SUFFIX, _NEW, _KEY = ".state", ".state.new", "key"
 # Users whose states wait to be written; beyond, who waits longest is skipped.
 _MOST_WAITING: Final = 1024
@@ -46,7 +47,8 @@ class FileStats:
         written_bytes: theirs.
         evictions: states that went for want of room.
         expired: states that became older than they may.
-        skipped: states that changed or left memory before they were written, or were too large.
+        skipped: states that changed or left memory before they were written, were too large, or made by an earlier call
+            than the one that is written.
         discarded: records that were torn, changed, or of other weights.
         failed: records that could not be written.
     """
@@ -69,6 +71,7 @@ class _Record(NamedTuple):
     version: str
     bytes: int
     born: float
+    call: int  # which made the state; 0 where that was before this session
 
 
 class FileTier:
@@ -151,7 +154,7 @@ class FileTier:
                     self._unlink(path)
                     self._done.discarded += 1
         for _, header, size in sorted(found, key=lambda one: one[0]):
-            self._add(header, size)
+            self._add(header, size, 0)
         self._expire()
         self._make_room(0)
 
@@ -170,12 +173,12 @@ class FileTier:
         with self._changed:
             return self._names.of(user) in self._records
 
-    def read(self, key: StateKey, keep: Callable[[UserState, float], object]) -> tuple[UserState | None, bool]:
+    def read(self, key: StateKey, keep: Callable[..., object]) -> tuple[UserState | None, bool]:
         """The state with exactly this key, and whether there was one that was damaged.
 
         Args:
             key: of the kind that is served.
-            keep: told of the state and its age, unless its user was forgotten meanwhile.
+            keep: `StateCache.put`, told of the state unless its user was forgotten meanwhile.
         """
         name, version = self._names.of(key.user), self._names.of(key.version)
         with self._changed:
@@ -197,7 +200,7 @@ class FileTier:
             self._done.reads += 1
             self._done.read_seconds += time.perf_counter() - began
             if self._records.get(name) is held:
-                keep(state, max(0.0, self._clock() - header.born))
+                keep(key, state, call=held.call, age=max(0.0, self._clock() - header.born))
         return state, False
 
     def _discard(self, name: str, held: _Record, why: Exception) -> bool:
@@ -279,17 +282,20 @@ class FileTier:
                     self._changed.notify_all()
 
     def _write(self, user: Hashable, name: str, kind: str) -> None:
-        found = self._fetch(user)
-        version = "" if found is None else self._names.of(found[0].version)
-        tensors = {n: x for n, x in (found[1].tensors if found else {}).items() if isinstance(x, np.ndarray)}
+        kept, age = self._fetch(user) or (None, 0.0)
+        version = "" if kept is None else self._names.of(kept.key.version)
+        tensors = {n: x for n, x in (kept.state.tensors if kept else {}).items() if isinstance(x, np.ndarray)}
         with self._changed:
             if (held := self._records.get(name)) is not None and held.version == version:
                 return
-            fits = found is not None and found[1].row_bytes < self._budget and len(tensors) == len(found[1].tensors)
-            if found is None or not fits or self._names.of((found[0].weights, found[0].format)) != kind:
+            fits = kept is not None and kept.state.row_bytes < self._budget and len(tensors) == len(kept.state.tensors)
+            if kept is None or not fits or self._names.of((kept.key.weights, kept.key.format)) != kind:
                 self._done.skipped += 1
                 return
-        _, state, age = found
+            if held is not None and held.call > kept.call:
+                self._done.skipped += 1
+                return
+        state = kept.state
         header = Header(name, version, kind, self._clock() - age, state.tokens, state.history)
         new = self._path(name, _NEW)
         size = record.write(new, header, tensors)
@@ -301,7 +307,7 @@ class FileTier:
             self._remove(name)
             self._make_room(size)
             os.replace(new, self._path(name))
-            self._add(header, size)
+            self._add(header, size, kept.call)
             self._done.writes += 1
             self._done.written_bytes += size
 
@@ -312,8 +318,8 @@ class FileTier:
             self._remove(next(iter(self._records)))
             self._done.evictions += 1
 
-    def _add(self, header: Header, size: int) -> None:
-        self._records[header.user] = _Record(header.version, size, header.born)
+    def _add(self, header: Header, size: int, call: int) -> None:
+        self._records[header.user] = _Record(header.version, size, header.born, call)
         self._done.bytes += size
 
     def _remove(self, name: str) -> bool:

@@ -24,12 +24,13 @@ class _Call:
 class _Flight:
     """One encoding: `state` when it has landed, None when it failed; `keep` until its user is forgotten."""
 
+    __slots__ = ("_call", "_told", "keep", "landed", "state")
+
     def __init__(self, call: _Call) -> None:
         self._call = weakref.ref(call)
-        self.landed = False
         self._told: threading.Event | None = None  # made for those who wait: mostly nobody does
         self.state: UserState | None = None
-        self.keep = True
+        self.landed, self.keep = False, True
 
     def over(self) -> bool:
         """Whether it has landed, or never will: an interrupt can end a call between any two steps, even its last."""
@@ -68,7 +69,7 @@ class Flights:
         self,
         missing: Mapping[StateKey | int, T],
         encode: Callable[[Sequence[T]], Iterable[UserState]],
-        keep: Callable[[StateKey, UserState], object],
+        keep: Callable[[StateKey, UserState, T], object],
         find: Callable[[StateKey], UserState | None] = lambda _: None,
         deadline: Deadline = NEVER,
     ) -> tuple[dict[StateKey | int, UserState], set[StateKey | int]]:
@@ -78,35 +79,37 @@ class Flights:
         Args:
             missing: what to encode, by the key of the state; by any number where it is nobody's, and no one else's.
             encode: makes states of several, in their order; those that it gave before it failed are kept.
-            keep: told of each new state whose user was not forgotten meanwhile.
+            keep: told of each new state whose user was not forgotten meanwhile, and what it was made of.
             find: the state, where it was kept since the caller looked.
             deadline: how long to wait for others.
         """
         made: dict[StateKey | int, UserState] = {}
         own: set[StateKey | int] = set()
         call = _Call()
-        while left := [key for key in missing if key not in made]:
+        while len(made) < len(missing):
             others: dict[StateKey, _Flight] = {}
-            mine: dict[StateKey, _Flight] = {}
+            mine: dict[StateKey | int, _Flight | None] = {}
             try:  # before the first flight begins: whatever interrupts this call, nobody waits for ever
                 with self._lock:
-                    for key in left:
-                        if not isinstance(key, StateKey):
+                    for key in missing:
+                        if key in made:
                             continue
-                        if (flight := self._under_way.get(key)) is not None and not flight.over():
+                        if isinstance(key, int):
+                            mine[key] = None
+                        elif (flight := self._under_way.get(key)) is not None and not flight.over():
                             others[key] = flight
                             flight.awaited()
                         elif (state := find(key)) is not None:
                             made[key] = state
                         else:
                             mine[key] = self._under_way[key] = _Flight(call)
-                together = [key for key in left if key not in others and key not in made]
-                own |= set(together)
-                if together:
-                    for key, state in zip(together, encode([missing[key] for key in together]), strict=True):
+                if mine:
+                    own.update(mine)
+                    for key, state in zip(mine, encode([missing[key] for key in mine]), strict=True):
                         made[key] = state
             finally:
-                self._land(mine, made, keep)
+                if mine:
+                    self._land(mine, made, missing, keep)
             for key, flight in others.items():
                 deadline.wait(flight.wait, flight.over)
                 if flight.state is not None:
@@ -115,20 +118,21 @@ class Flights:
 
     def _land(
         self,
-        mine: Mapping[StateKey, _Flight],
+        mine: Mapping[StateKey | int, _Flight | None],
         made: Mapping[StateKey | int, UserState],
-        keep: Callable[[StateKey, UserState], object],
+        missing: Mapping[StateKey | int, T],
+        keep: Callable[[StateKey, UserState, T], object],
     ) -> None:
         """End the flights that are not yet, and keep what they made of users who were not forgotten meanwhile."""
         with self._lock:
             for key, flight in mine.items():
-                if flight.landed:
+                if flight is None or flight.landed or isinstance(key, int):
                     continue
                 state = made.get(key)
                 if self._under_way.get(key) is flight:
                     del self._under_way[key]
                 if state is not None and flight.keep:
-                    keep(key, state)
+                    keep(key, state, missing[key])
                 flight.land(state)
 
     def forget(self, user: Hashable, drop: Callable[[Hashable], bool]) -> bool:

@@ -136,8 +136,7 @@ class Model:
             yield from self._encode(users[run], tokens[run])
 
     def _encode(self, users: Sequence[Mapping[str, Array]], tokens: Sequence[int]) -> list[UserState]:
-        feeds = self._pack(users)
-        out = self.encoder.run({n: feeds[n] for n in self._encoded})
+        out = self.encoder.run(_fed(self._pack(users), self._encoded))
         self._check_rows(out, sum(tokens), len(users))
         if len(users) == 1:
             # A copy: ONNX Runtime keeps the memory of its outputs for later runs, even that of states that went.
@@ -234,7 +233,7 @@ class Model:
         row = self.door.admit({n: self.door.placeholder(n) for n in names}, "request", "target")
         of_tokens = {n: along(n, row[n], state) for n in self.door.of_tokens}
         feeds = {**row, **of_tokens, **state.tensors}
-        outputs = self.scorer.run({n: feeds[n] for n in self._taken})
+        outputs = self.scorer.run(_fed(feeds, self._taken))
         return all(all_finite(x) for x in outputs.values())
 
     def _score(self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]]) -> list[Array]:
@@ -245,10 +244,8 @@ class Model:
         return np.split(scores, np.cumsum([r[targets][-1] for r in rows])[:-1])
 
     def _scores(self, feeds: dict[str, Any], rows: Sequence[Mapping[str, Array]]) -> Array:
-        if not self._takes_all:
-            feeds = {n: feeds[n] for n in self._taken}
-        outputs = self.scorer.run(feeds)
-        scores = scores_of([outputs[n] for n in self._given])
+        outputs = self.scorer.run(_fed(feeds, self._taken))
+        scores = scores_of(tuple(map(outputs.__getitem__, self._given)))
         if (counted := self._counted) is not None:
             name, axis = counted
             targets = 0
@@ -293,9 +290,9 @@ class Model:
         return kept_sums(self.manifest)
 
     @cached_property
-    def _encoded(self) -> tuple[str, ...]:
+    def _encoded(self) -> frozenset[str]:
         """Inputs of the user encoder."""
-        return tuple(s.name for s in self.manifest.graphs["user_encoder"].inputs)
+        return frozenset(s.name for s in self.manifest.graphs["user_encoder"].inputs)
 
     @cached_property
     def _rows_of(self) -> Mapping[str, str]:
@@ -305,15 +302,9 @@ class Model:
         return {s.name: str(s.shape[0]) for s in self.manifest.state if s.shape[:1] and s.shape[0] in sizes}
 
     @cached_property
-    def _taken(self) -> tuple[str, ...]:
+    def _taken(self) -> frozenset[str]:
         """Inputs of the target scorer."""
-        return tuple(s.name for s in self.manifest.graphs["target_scorer"].inputs)
-
-    @cached_property
-    def _takes_all(self) -> bool:
-        """Whether the target scorer takes each state tensor and each input that requests bring it."""
-        of_requests = {s.name for s in self.door.inputs.values() if s.scope != "user"}
-        return {s.name for s in self.manifest.state} | of_requests == set(self._taken)
+        return frozenset(s.name for s in self.manifest.graphs["target_scorer"].inputs)
 
     @cached_property
     def _given(self) -> tuple[str, ...]:
@@ -395,3 +386,8 @@ class Model:
         """Weights and engines, for the log."""
         engines = ", ".join(dict.fromkeys((self.encoder.name, self.scorer.name)))
         return f"weights {self.manifest.weights[:12]}, {engines}"
+
+
+def _fed(known: Mapping[str, Any], taken: frozenset[str]) -> Mapping[str, Any]:
+    """What a graph takes of all that is known."""
+    return known if known.keys() == taken else {n: known[n] for n in taken}

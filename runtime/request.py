@@ -34,7 +34,7 @@ class Request:
         user: whose state may be kept and reused, text or an integer (or bytes, a UUID, a date, a tuple of these), and
             never a float; None keeps nothing. C++ and JSON know text alone, or text and integers.
         version: which history this is, of the same kinds; change it when the history changes. None takes a digest of
-            the user inputs.
+            the user inputs. Versions have no order: of two calls, the later one's state is kept.
             With a version, a user whose state is kept need not send the user inputs again.
         neighbours: users whose histories are read behind the user's own, as if they were one. Each is a request without
             targets: who it is, the history unless it is kept, and request inputs with an entry per history token.
@@ -65,14 +65,16 @@ class RequestBatch:
 
 
 class _Part(NamedTuple):
-    """What the door knows of some scopes: their inputs without offsets, the checks of these, short and whole, and each
-    offsets input with its dtype and the size that it counts.
+    """What the door knows of some scopes: their inputs without offsets, the checks of these, short and whole, each
+    offsets input with its dtype and the size that it counts, and which inputs are lengths, and which may hold blanks.
     """
 
     names: tuple[str, ...]
     checks: tuple[InputCheck, ...]
     plain: tuple[Plain, ...]
     offsets: tuple[tuple[str, str, str], ...]
+    lengths: tuple[TensorSpec, ...]
+    blanks: tuple[TensorSpec, ...]
     has_user: bool
 
 
@@ -112,11 +114,8 @@ class Door:
         self._no_user = frozenset(self.names("request", "target"))
         # Request inputs with an entry per history token, which one value may stand for.
         self.of_tokens = tuple(n for n in self.names("request") if self.inputs[n].shape[:1] == (TOKENS,))
-        self._lengths = [s for s in self.inputs.values() if s.length_of is not None]
-        self._blanks = [s for s in self.inputs.values() if s.blank is not None]
         self._sizes: Agreed = {USERS: (1, "one request")} if self.offsets else {}
-        only_compared = all(s.scope == "user" for s in (*self._lengths, *self._blanks))
-        self._of_request = self._part(("request", "target")) if only_compared else None
+        self._of_request = self._part(("request", "target"))
 
     def names(self, *scopes: str) -> tuple[str, ...]:
         """Inputs of these scopes, offsets aside."""
@@ -128,9 +127,15 @@ class Door:
             checks = tuple(self._checks[s.name] for s in of if s.name not in self.offsets)
             counted = {"user": TOKENS, "target": TARGETS}
             offsets = tuple((s.name, s.dtype, counted[str(s.scope)]) for s in of if s.name in self.offsets)
-            plain = tuple(c.plain for c in checks)
-            part = _Part(tuple(c.name for c in checks), checks, plain, offsets, "user" in scopes)
-            self._parts[scopes] = part
+            self._parts[scopes] = part = _Part(
+                tuple(c.name for c in checks),
+                checks,
+                tuple(c.plain for c in checks),
+                offsets,
+                tuple(s for s in of if s.length_of is not None),
+                tuple(s for s in of if s.blank is not None),
+                "user" in scopes,
+            )
         return part
 
     def has_user(self, inputs: dict[str, ArrayLike]) -> bool:
@@ -142,14 +147,10 @@ class Door:
         take as they are, none of them empty; None where `admit` is to say.
         """
         part = self._of_request
-        if (
-            part is None
-            or type(inputs) is not dict
-            or len(inputs) != len(part.plain)
-            or not TEXT.issuperset(map(type, inputs))
-        ):
+        whole = type(inputs) is dict and len(inputs) == len(part.plain) and TEXT.issuperset(map(type, inputs))
+        if part.lengths or part.blanks or not whole:
             return None
-        sizes = dict(self._sizes)
+        sizes = self._sizes.copy()
         if (arrays := ready(part.plain, inputs, sizes)) is not None:
             for name, dtype, size in part.offsets:
                 arrays[name] = _from_0_to(sizes[size][0] if size in sizes else 0, dtype)
@@ -170,20 +171,21 @@ class Door:
         Raises:
             RequestError: naming the input, the value and the limit.
         """
-        if not inputs.keys() <= self._checks.keys():
-            raise self._unknown(inputs)
-        part = self._part(scopes)
-        if self.histories and part.has_user:
+        part, sizes = self._parts.get(scopes) or self._part(scopes), self._sizes.copy()
+        if part.has_user and self.histories:
+            self._check_names(inputs)
             inputs = {**inputs, **self._completed(inputs)}
-        sizes = dict(self._sizes)
-        arrays = ready(part.plain, inputs, sizes) or self._checked(part, inputs, sizes)
-        for spec in self._lengths:
-            if spec.name in arrays and (of := str(spec.length_of)) in sizes:
+        arrays = ready(part.plain, inputs, sizes) or {}
+        if len(arrays) < len(inputs):
+            self._check_names(inputs)
+        arrays = arrays or self._checked(part, inputs, sizes)
+        for spec in part.lengths:
+            if (of := str(spec.length_of)) in sizes:
                 _check_length(spec.name, arrays[spec.name], *sizes[of])
-        if part.has_user:
+        if part.has_user and TOKENS in sizes:
             self._limit_history(arrays, sizes, cut=cut)
-        for spec in self._blanks:
-            if spec.name in arrays and not (events and spec.shape[:1] == (TOKENS,)):
+        for spec in part.blanks:
+            if not (events and spec.shape[:1] == (TOKENS,)):
                 _check_not_blank(spec, arrays[spec.name])
         for name, dtype, size in part.offsets:
             arrays[name] = _from_0_to(sizes[size][0] if size in sizes else 0, dtype)
@@ -206,23 +208,24 @@ class Door:
             arrays[check.name] = check.array(check.repeated(raw, sizes), sizes)
         return arrays
 
-    def _unknown(self, inputs: Mapping[str, ArrayLike]) -> RequestError:
-        """What to say of the first input that is not the client's to send."""
+    def _check_names(self, inputs: Mapping[str, ArrayLike]) -> None:
+        """Raises RequestError of the first input that is not the client's to send."""
+        if inputs.keys() <= self._checks.keys():
+            return
         name = next(n for n in inputs if n not in self._checks)
         if name in self.offsets:
-            return RequestError(f"{name}: is made by the runtime for a single request; leave it out")
+            raise RequestError(f"{name}: is made by the runtime for a single request; leave it out")
         known = self.names(*_ALL)
         takes = f"it takes {', '.join(known):.600}{did_you_mean(name, known) if isinstance(name, str) else ''}"
-        return RequestError(f"{quoted(name)}: the model has no such input; {takes}")
+        raise RequestError(f"{quoted(name)}: the model has no such input; {takes}")
 
     def only_blank(self, arrays: Mapping[str, Array]) -> TensorSpec | None:
         """An admitted input that holds nothing but what stands for no event, where the model has no score for that."""
-        return next((s for s in self._blanks if s.name in arrays and _is_blank(s, arrays[s.name])), None)
+        return next((s for s in self._part(("user",)).blanks if _is_blank(s, arrays[s.name])), None)
 
     def admit_neighbour(self, inputs: dict[str, ArrayLike]) -> dict[str, Array]:
         """Of a neighbour's inputs those of the request, one for each history token; raises RequestError as `admit`."""
-        if not inputs.keys() <= self._checks.keys():
-            raise self._unknown(inputs)
+        self._check_names(inputs)
         if other := [n for n in inputs if n in self._no_user and n not in self.of_tokens]:
             raise RequestError(f"neighbours: {other[0]} is the request's or its targets' own; leave it out")
         if missing := [n for n in self.of_tokens if n not in inputs]:
@@ -336,8 +339,6 @@ class Door:
         return made
 
     def _limit_history(self, arrays: dict[str, Array], sizes: Agreed, *, cut: bool) -> None:
-        if TOKENS not in sizes:
-            return
         tokens, name = sizes[TOKENS]
         if tokens < (self._min_history or 0):
             raise RequestError(f"{name}: has {tokens} tokens, the model needs at least {self._min_history}")

@@ -13,7 +13,7 @@ from stca.arrays import Array
 from stca.errors import HistoryNeededError, RequestError
 from stca.manifest import Manifest
 from stca.runtime.client_values import mapping_of, quoted
-from stca.runtime.deadline import Deadline
+from stca.runtime.deadline import NEVER, Deadline
 from stca.runtime.model import Model
 from stca.runtime.recording import Recorder
 from stca.runtime.request import Request
@@ -37,7 +37,7 @@ class Answer(NamedTuple):
 
     scores: Array
     hits: tuple[bool, ...]
-    seconds: Mapping[str, float]
+    seconds: dict[str, float]
     neighbours: tuple[tuple[str, ...], ...] = ()
     copied: int = 0
 
@@ -55,6 +55,8 @@ class Asked(NamedTuple):
     @property
     def read(self) -> tuple[Found, ...]:
         """All whose histories are read, the user first."""
+        if not self.neighbours:
+            return (self.found,)
         return self.found, *(one[0] for one in self.neighbours if one is not None)
 
     @property
@@ -112,9 +114,10 @@ class Scoring:
         Raises:
             RequestError: as `Session.score`.
         """
-        admitted, counts = [], []
+        admitted, counts, asked = [], [], []
         for request in requests:
-            _check_neighbours(request)
+            if type(request.neighbours) is not tuple or type(request.leave_out) is not bool:
+                _check_neighbours(request)
             inputs = mapping_of("inputs", request.inputs)
             row = model.door.admit(inputs, "request", "target")
             counts.append(model.targets(row))
@@ -127,15 +130,12 @@ class Scoring:
                     recorder.offer(model.door, inputs, row, request.user)
         if len(requests) > 1:
             model.door.limits.check_targets(sum(n or 0 for n in counts), "targets of all requests")
-        asked = []
         for request, inputs, row in admitted:
             found = self._states.find(model, inputs, request.user, request.version)
-            asked.append(Asked(model, found, row, self._neighbours(model, request)))
+            asked.append(Asked(model, found, row, self._neighbours(model, request) if request.neighbours else ()))
         return asked
 
     def _neighbours(self, model: Model, request: Request) -> tuple[tuple[Found, Mapping[str, Array]] | None, ...]:
-        if not request.neighbours:
-            return ()
         if not model.manifest.appendable or model.sums:
             raise RequestError(
                 "neighbours: this bundle's states are not read one behind the other, for they are not rows of events "
@@ -157,8 +157,25 @@ class Scoring:
                 found.append(None)
         return tuple(found)
 
-    def answer(self, asked: Sequence[Asked], wanted: Deadline) -> list[Answer]:
-        """Of each, its scores, whether its state was there, and how long the stages took for all together."""
+    def answer(self, asked: Asked, wanted: Deadline) -> Answer:
+        """Its scores, whether its state was there, and how long the stages took."""
+        model, found, row, neighbours = asked
+        if neighbours or model.door.of_tokens:
+            return self._together((asked,), wanted)[0]
+        began = time.perf_counter()
+        self._turns.enter()
+        try:
+            state, hit = self._states.one(model, found, wanted)
+            encoded = time.perf_counter()
+            if wanted is not NEVER:
+                wanted.check()
+            scores = model.score_one(state, row)
+        finally:
+            self._turns.leave()
+        return Answer(scores, (hit,), {"check": 0.0, "encode": encoded - began, "score": time.perf_counter() - encoded})
+
+    def _together(self, asked: Sequence[Asked], wanted: Deadline) -> list[Answer]:
+        """As `answer`, with the time that the stages took for all together."""
         model, began = asked[0].model, time.perf_counter()
         self._turns.enter()
         try:
@@ -168,36 +185,36 @@ class Scoring:
             scores = model.score(read, rows, wanted)
         finally:
             self._turns.leave()
-        seconds = {"encode": encoded - began, "score": time.perf_counter() - encoded}
+        seconds = {"check": 0.0, "encode": encoded - began, "score": time.perf_counter() - encoded}
         told = iter(hits)
         return [
             Answer(
                 of_request,
                 (next(told),),
-                seconds,
+                {**seconds},
                 (tuple("left_out" if n is None else "hit" if next(told) else "miss" for n in one.neighbours),),
                 state.row_bytes if len(one.read) > 1 else 0,
             )
             for one, of_request, state in zip(asked, scores, read, strict=True)
         ]
 
-    def answer_several(self, asked: Sequence[Asked], wanted: Deadline) -> list[Answer]:
-        """As `answer`, of callers who came together: before and after a swap, perhaps."""
+    def answers(self, asked: Sequence[Asked], wanted: Deadline) -> list[Answer]:
+        """As `answer`, of several: of callers who came together, some before and some after a swap, perhaps."""
+        if len(asked) == 1:
+            return [self.answer(asked[0], wanted)]
         answers: dict[int, Answer] = {}
         for model in dict.fromkeys(id(one.model) for one in asked):
             places = [i for i, one in enumerate(asked) if id(one.model) == model]
-            answers |= zip(places, self.answer([asked[i] for i in places], wanted), strict=True)
+            answers |= zip(places, self._together([asked[i] for i in places], wanted), strict=True)
         return [answers[i] for i in range(len(asked))]
 
 
-def joined(answers: Sequence[Answer], checked: float) -> Answer:
-    """The answers to requests of one call as one, with the seconds that their check took."""
-    first = answers[0]
-    seconds = {"check": checked, **first.seconds}
+def joined(answers: Sequence[Answer]) -> Answer:
+    """The answers to the requests of one call as one."""
     if len(answers) == 1:
-        return first._replace(seconds=seconds)
-    scores, hits, _, neighbours, copied = zip(*answers, strict=True)
-    return Answer(np.concatenate(scores), sum(hits, ()), seconds, sum(neighbours, ()), sum(copied))
+        return answers[0]
+    scores, hits, seconds, neighbours, copied = zip(*answers, strict=True)
+    return Answer(np.concatenate(scores), sum(hits, ()), seconds[0], sum(neighbours, ()), sum(copied))
 
 
 def _check_neighbours(request: Request) -> None:

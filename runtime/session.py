@@ -53,7 +53,7 @@ class Session:
         self._recorder = None if options.record is None else Recorder(options.record)
         self._batcher: Batcher[Asked, Answer] | None = None
         if options.batch_seconds is not None:
-            run, places = self._scoring.answer_several, model.side_by_side
+            run, places = self._scoring.answers, model.side_by_side
             self._batcher = Batcher(run, options.batch_tokens, options.batch_seconds, places)
         self._at_once = self._batcher is None and self._recorder is None and not options.check_versions
         self.forked = self._closed = False
@@ -194,9 +194,8 @@ class Session:
             RequestError, EngineError, DeadlineError, CancelledError: as `score`.
         """
         began, model = time.perf_counter(), self._running()
-        if self._at_once and deadline is None and type(request) is Request:
-            at_once = self._scoring.at_once(model, request, began)
-            if at_once is not None:
+        if self._at_once and deadline is None and type(request) is Request:  # noqa: SIM102
+            if (at_once := self._scoring.at_once(model, request, began)) is not None:
                 return at_once
         wanted = Deadline.of(deadline)
         wanted.check()
@@ -204,15 +203,16 @@ class Session:
             raise RequestError(f"score takes a Request or a RequestBatch, got {type(request).__name__}")
         requests = model.door.unpack(request) if isinstance(request, RequestBatch) else (request,)
         asked = self._scoring.asked(model, requests, self._recorder)
-        if not asked:  # nothing is run, and nobody encoded, for no scores
-            return Answer(model.none(), (False,) * len(requests), {"check": time.perf_counter() - began})
         checked = time.perf_counter() - began
-        if self._batcher is not None and len(asked) == 1:
-            cost = asked[0].cost if model.door.ragged and asked[0].ready else ALONE
-            answers = [self._batcher.call(asked[0], cost, wanted)]
+        if not asked:  # nothing is run, and nobody encoded, for no scores
+            return Answer(model.none(), (False,) * len(requests), {"check": checked})
+        if len(asked) > 1 or self._batcher is None:
+            answer = joined(self._scoring.answers(asked, wanted))
         else:
-            answers = self._scoring.answer(asked, wanted)
-        return joined(answers, checked)
+            cost = asked[0].cost if model.door.ragged and asked[0].ready else ALONE
+            answer = self._batcher.call(asked[0], cost, wanted)
+        answer.seconds["check"] = checked
+        return answer
 
     def append(
         self, user: Hashable, events: Mapping[str, ArrayLike], version: Hashable, *, after: Hashable = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Final, NamedTuple
 
@@ -42,13 +42,18 @@ def join(parts: Sequence[StateArray]) -> StateArray:
 _BYTES: Final = attrgetter("nbytes")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class UserState:
     """What the user encoder made of one user: tensors by name, and the number of history tokens in them.
 
     Where a session checks versions, `history` is the digest of the user's inputs; after an append there is none.
     After an append the rows of tokens lie in a `room`, and end there at row `end`. Where states hold sums, inputs of
     new events may be `waiting`: `tokens` counts them, but `tensors` are without them until a request reads the state.
+    Nothing of a state changes any more once it is kept.
+
+    Attributes:
+        row_bytes: of all tensors.
+        nbytes: of the memory that they lie in, with what is free behind their rows and what waits.
     """
 
     tensors: Mapping[str, StateArray]
@@ -57,19 +62,17 @@ class UserState:
     room: Room | None = None
     end: int = 0
     waiting: Mapping[str, Array] | None = None
+    row_bytes: int = field(init=False)
+    nbytes: int = field(init=False)
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(map(_BYTES, self.tensors.values()))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the memory that they lie in, with what is free behind their rows and what waits."""
-        waiting: int = sum(map(_BYTES, (self.waiting or {}).values()))
-        if self.room is None:
-            return self.row_bytes + waiting
-        return waiting + self.room.nbytes + sum(x.nbytes for n, x in self.tensors.items() if n not in self.room.memory)
+    def __post_init__(self) -> None:
+        room, tensors, waiting = self.room, self.tensors, self.waiting
+        self.row_bytes = sum(map(_BYTES, tensors.values()))
+        self.nbytes = self.row_bytes
+        if room is not None:
+            self.nbytes = room.nbytes + sum(x.nbytes for n, x in tensors.items() if n not in room.memory)
+        if waiting is not None:
+            self.nbytes += sum(map(_BYTES, waiting.values()))
 
 
 # What an entry takes besides its tensors' bytes and its key's text, measured with CPython 3.11 and numpy 2: the key,
@@ -79,7 +82,10 @@ _ENTRY_BYTES, _TENSOR_BYTES, _ROOM_BYTES = 700, 250, 500
 
 def cost_of(key: StateKey, state: UserState) -> int:
     """Bytes that an entry really takes, its objects and its key included."""
-    text = _size(key.user) + _size(key.version) + _size(state.history)
+    text = sys.getsizeof(key.user) + sys.getsizeof(key.version) + sys.getsizeof(state.history)
+    for part in (key.user, key.version):
+        if type(part) is tuple:
+            text += sum(map(_size, part))
     room = 0 if state.room is None else _ROOM_BYTES + _TENSOR_BYTES * len(state.room.memory)
     arrays = len(state.tensors) + len(state.waiting or ())
     return state.nbytes + text + _ENTRY_BYTES + _TENSOR_BYTES * arrays + room

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from stca.runtime.cache import EVICTED, NEW, VERSION, StateCache
+from stca.runtime.cache import EVICTED, NEW, VERSION, Kept, StateCache
 from stca.runtime.file_tier import FileStats, FileTier
 from stca.runtime.state import StateKey, UserState
 
@@ -64,8 +64,8 @@ class StoreStats:
     file: FileStats | None = None
 
 
-# A state and where it was, or None and why it is not kept.
-LookedUp: TypeAlias = tuple[UserState | None, str]
+# A state and where it was, or None and why it is not kept; and the number of the call that asked, for what it makes.
+LookedUp: TypeAlias = tuple[UserState | None, str, int]
 
 
 class StateStore:
@@ -79,11 +79,11 @@ class StateStore:
     def __init__(self, memory: StateCache, file: FileTier | None = None) -> None:
         self.memory, self.file = memory, file
         self._lock = threading.Lock()
-        self._putting = threading.Lock()  # so that what is read from a file cannot come after what is newer
         self._hits: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
         self._warmed = self._appends = self._appended_bytes = self._encoded = 0
         self._encode_seconds = 0.0
+        self.next_call = memory.calls.__next__
 
     @classmethod
     def of(
@@ -120,26 +120,21 @@ class StateStore:
 
     def look_up(self, key: StateKey) -> LookedUp:
         """The state with exactly this key."""
+        call = self.next_call()  # before it looks: what it does not see was made by a later one
         state = self.memory.get(key)
-        return self._beyond_memory(key) if state is None else (state, MEMORY)
+        return (state, MEMORY, call) if state is not None else (*self._beyond_memory(key), call)
 
-    def _beyond_memory(self, key: StateKey) -> LookedUp:
+    def _beyond_memory(self, key: StateKey) -> tuple[UserState | None, str]:
         why = self.memory.why_not(key)
         if self.file is None:
             return None, why
-        state, damaged = self.file.read(key, lambda found, age: self._restore(key, found, age))
+        state, damaged = self.file.read(key, self.memory.put)
         if state is not None:
             return state, FILE
         other = why in (NEW, EVICTED) and self.file.has(key.user)
         return None, DAMAGED if damaged else VERSION if other else why
 
-    def _restore(self, key: StateKey, state: UserState, age: float) -> None:
-        """Keep a state that was read from a file, where nothing of its user is kept: what is here is the newer one."""
-        with self._putting:
-            if self.memory.find(key.user) is None:
-                self.memory.put(key, state, age=age)
-
-    def find(self, user: Hashable, *wanted: StateKey) -> tuple[StateKey, UserState] | None:
+    def find(self, user: Hashable, *wanted: StateKey) -> Kept | None:
         """Whatever is kept of `user` in memory, or else in a file under one of the keys `wanted`, for an append."""
         held = self.memory.find(user)
         if held is None and self.file is not None:
@@ -147,10 +142,9 @@ class StateStore:
             held = self.memory.find(user)
         return held
 
-    def put(self, key: StateKey, state: UserState, *, instead_of: UserState | None = None) -> bool:
+    def put(self, key: StateKey, state: UserState, call: int, *, instead_of: UserState | None = None) -> bool:
         """As `StateCache.put`."""
-        with self._putting:
-            kept = self.memory.put(key, state, instead_of=instead_of)
+        kept = self.memory.put(key, state, call=call, instead_of=instead_of)
         if kept and self.file is not None:
             self.file.offer(key.user)
         return kept
@@ -172,17 +166,15 @@ class StateStore:
             self.file.close()
         self.memory.close()
 
-    def count_in_memory(self) -> None:
-        """Count a request whose user's state was in memory."""
+    def count_hit(self, came: str, requests: int = 1) -> None:
+        """Count requests of users by where their state was."""
         with self._lock:
-            self._hits[MEMORY] += 1
+            self._hits[came] += requests
 
-    def count(self, *, hits: Sequence[str] = (), misses: Sequence[str] = ()) -> None:
-        """Count requests of users: where the state of each was, and of encodings why there was none."""
+    def count_misses(self, came: Sequence[str]) -> None:
+        """Count encodings for requests of users by why there was no state."""
         with self._lock:
-            for came in hits:
-                self._hits[came] += 1
-            for why in misses:
+            for why in came:
                 self._misses[why] += 1
 
     def count_made(self, *, warmed: int = 0, appends: int = 0, appended_bytes: int = 0) -> None:
@@ -192,10 +184,11 @@ class StateStore:
             self._appends += appends
             self._appended_bytes += appended_bytes
 
-    def count_encoded(self, states: int, seconds: float) -> None:
-        """Count states that were encoded, and the time that it took."""
+    def count_encoded(self, seconds: float) -> None:
+        """Count a state that was encoded, and the time that it took."""
         with self._lock:
-            self._encoded, self._encode_seconds = self._encoded + states, self._encode_seconds + seconds
+            self._encoded += 1
+            self._encode_seconds += seconds
 
     def seconds_each(self) -> float:
         """What it took on average to encode a state."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
@@ -17,7 +16,7 @@ from stca.runtime.deadline import Deadline
 from stca.runtime.flights import Flights
 from stca.runtime.model import Model
 from stca.runtime.state import StateKey, UserState
-from stca.runtime.store import JOINED, StateStore
+from stca.runtime.store import JOINED, MEMORY, StateStore
 
 
 class Found(NamedTuple):
@@ -28,12 +27,14 @@ class Found(NamedTuple):
         state: the kept one, or None.
         history: the admitted user inputs, where there is no such state; None where another call is making it.
         came: where the state was, or why it is not kept.
+        call: which call asked, as the store numbers them.
     """
 
     key: StateKey | None
     state: UserState | None
     history: Mapping[str, Array] | None
     came: str = ""
+    call: int = 0
 
 
 # Types of keys that need no more looking at.
@@ -51,7 +52,6 @@ class UserStates:
     def __init__(self, store: StateStore, *, check_versions: bool = False) -> None:
         self._store, self._check_versions = store, check_versions
         self._flights = Flights()
-        self.count_at_hand = store.count_in_memory
 
     def at_hand(self, model: Model, user: Hashable, version: Hashable) -> UserState | None:
         """The state that is in memory for this version of a user's history; None where there is none, or `find` is to
@@ -60,6 +60,10 @@ class UserStates:
         if type(user) not in _PLAIN or type(version) not in _PLAIN:
             return None
         return self._store.memory.get(StateKey(user, version, model.manifest.weights, model.format), again=True)
+
+    def count_at_hand(self) -> None:
+        """Count a hit that `at_hand` gave."""
+        self._store.count_hit(MEMORY)
 
     def find(self, model: Model, inputs: dict[str, ArrayLike], user: Hashable, version: Hashable) -> Found:
         """The state kept for this version of a user's history, or else the history, checked.
@@ -73,19 +77,19 @@ class UserStates:
         if version is None:
             arrays = model.door.admit(inputs, "user")
             key = model.key(user, model.door.digest(arrays))
-            held, came = self._store.look_up(key)
-            return Found(key, held, arrays, came)
+            held, came, call = self._store.look_up(key)
+            return Found(key, held, arrays, came, call)
         key = model.key(user, version)
-        held, came = self._store.look_up(key)
+        held, came, call = self._store.look_up(key)
         if held is not None:
             if self._check_versions and model.door.has_user(inputs):
                 self._check_version(model, key, held, model.door.admit(inputs, "user"))
-            return Found(key, held, None, came)
-        if model.door.names("user") and not model.door.has_user(inputs):
+            return Found(key, held, None, came, call)
+        if not model.door.has_user(inputs) and model.door.names("user"):
             if not self._flights.under_way(key):
                 raise _history_needed(key)
-            return Found(key, None, None, came)
-        return Found(key, None, model.door.admit(inputs, "user"), came)
+            return Found(key, None, None, came, call)
+        return Found(key, None, model.door.admit(inputs, "user"), came, call)
 
     def _check_version(self, model: Model, key: StateKey, held: UserState, sent: Mapping[str, Array]) -> None:
         if held.history not in (None, model.door.digest(sent)):
@@ -94,30 +98,34 @@ class UserStates:
                 f"{quoted(key.version)}; give each history a version of its own"
             )
 
+    def one(self, model: Model, found: Found, deadline: Deadline) -> tuple[UserState, bool]:
+        """As `complete`, of one request."""
+        if found.state is None or found.state.waiting is not None:
+            (state,), (hit,) = self.complete(model, (found,), deadline)
+            return state, hit
+        self._store.count_hit(found.came)
+        return found.state, True
+
     def complete(
         self, model: Model, found: Sequence[Found], deadline: Deadline
     ) -> tuple[list[UserState], tuple[bool, ...]]:
         """Of each request, the kept state or a new one, and whether there was one to be had; a user with several
         requests in the batch is encoded once.
         """
-        at_hand, kept = [], []
+        kept = [one.state for one in found if one.state is not None]
         for one in found:
             if one.state is not None:
-                kept.append(one.state)
-                at_hand.append(one.came)
-        if at_hand:
-            self._store.count(hits=at_hand)
+                self._store.count_hit(one.came)
         if len(kept) == len(found):
             return self._finished(model, found, kept, deadline), (True,) * len(found)
-        states, own = self._made(model, found, deadline, lambda begun: self._store.count(misses=begun))
-        misses: set[StateKey] = set()
+        states, own = self._made(model, found, deadline, self._store.count_misses)
         hits = []
         for key, held, *_ in found:
-            hits.append(key is not None and (held is not None or key not in own or key in misses))
-            if key is not None and held is None and key in own:
-                misses.add(key)
-        if joined := sum(hits) - len(at_hand):
-            self._store.count(hits=[JOINED] * joined)
+            hits.append(key is not None and (held is not None or key not in own))
+            if not hits[-1]:
+                own.discard(key)  # a hit for the batch's next request of this user
+        if joined := sum(hits) - len(kept):
+            self._store.count_hit(JOINED, joined)
         return self._finished(model, found, states, deadline), tuple(hits)
 
     def _finished(
@@ -135,7 +143,7 @@ class UserStates:
         if state.waiting is None:
             return state
         made, written = finish(model, state)
-        if self._store.put(key, made, instead_of=state):
+        if self._store.put(key, made, 0, instead_of=state):
             self._store.count_made(appended_bytes=written)
         return made
 
@@ -158,18 +166,26 @@ class UserStates:
                 missing.setdefault(place if one.key is None else one.key, one)
 
         def encode(those: Sequence[Found]) -> Iterator[UserState]:
-            users = [one.history for one in those if one.history is not None]
-            if len(users) < len(those):  # another call was making it, and failed
-                raise _history_needed(next(one.key for one in those if one.history is None and one.key is not None))
-            count([one.came for one in those if one.key is not None])
+            histories, came = [], []
+            for one in those:
+                if one.history is None:  # another call was making it, and failed
+                    raise _history_needed(one.key)
+                histories.append(one.history)
+                if one.key is not None:
+                    came.append(one.came)
+            count(came)
             began = time.perf_counter()
-            for user, state in zip(users, model.encode(users, deadline), strict=True):
-                self._store.count_encoded(1, time.perf_counter() - began)
-                history = model.door.digest(user) if self._check_versions else None
-                yield state if history is None else dataclasses.replace(state, history=history)
+            for state in model.encode(histories, deadline):
+                self._store.count_encoded(time.perf_counter() - began)
+                yield state
                 began = time.perf_counter()
 
-        fresh, own = self._flights.encode(missing, encode, self._store.put, self._store.memory.peek, deadline)
+        def keep(key: StateKey, state: UserState, of: Found) -> None:
+            if self._check_versions and of.history is not None:
+                state.history = model.door.digest(of.history)
+            self._store.put(key, state, of.call)
+
+        fresh, own = self._flights.encode(missing, encode, keep, self._store.memory.peek, deadline)
         return [held or fresh[place if key is None else key] for place, (key, held, *_) in enumerate(found)], own
 
     def forget(self, user: Hashable) -> bool:
@@ -177,7 +193,8 @@ class UserStates:
         return self._flights.forget(user, self._store.forget)
 
 
-def _history_needed(key: StateKey) -> HistoryNeededError:
+def _history_needed(key: StateKey | None) -> HistoryNeededError:
+    assert key is not None  # who is nobody sends all there is
     return HistoryNeededError(
         f"user {quoted(key.user)}: no state of version {quoted(key.version)} is kept; send the user inputs"
     )

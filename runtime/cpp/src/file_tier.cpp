@@ -128,7 +128,7 @@ void FileTier::open() {
     ++done_.discarded;
   }
   std::stable_sort(found.begin(), found.end(), [](const Found& a, const Found& b) { return a.age < b.age; });
-  for (const Found& one : found) add(one.header, one.size);
+  for (const Found& one : found) add(one.header, one.size, 0);
   expire(nullptr);
   make_room(0);
 }
@@ -150,10 +150,11 @@ bool FileTier::has(const std::string& user) {
 }
 
 std::pair<FileTier::State, bool> FileTier::read(const StateKey& key,
-                                                const std::function<void(const State&, double)>& keep) {
+                                                const std::function<void(const State&, double, std::uint64_t)>& keep) {
   const std::string name = name_of(key.user), version = names_.of({"version", key.version});
   std::string kind;
   double born = 0;
+  std::uint64_t call = 0;
   const auto same = [&] {
     const auto held = by_name_.find(name);
     return held != by_name_.end() && held->second->version == version && held->second->born == born;
@@ -164,7 +165,7 @@ std::pair<FileTier::State, bool> FileTier::read(const StateKey& key,
     const auto held = by_name_.find(name);
     if (held == by_name_.end() || held->second->version != version || kind_of(*key.kind) != kind_) return {nullptr, false};
     records_.splice(records_.end(), records_, held->second);
-    kind = kind_, born = held->second->born;
+    kind = kind_, born = held->second->born, call = held->second->call;
   }
   const double began = steady();
   std::shared_ptr<const UserState> state;
@@ -184,7 +185,7 @@ std::pair<FileTier::State, bool> FileTier::read(const StateKey& key,
   }
   ++done_.reads;
   done_.read_seconds += steady() - began;
-  if (same()) keep(state, std::max(0.0, clock_() - born));
+  if (same()) keep(state, std::max(0.0, clock_() - born), call);
   return {state, false};
 }
 
@@ -238,7 +239,8 @@ void FileTier::write(const std::string& user, const std::string& name, const std
     const std::lock_guard lock(mutex_);
     const auto held = by_name_.find(name);
     if (held != by_name_.end() && held->second->version == version) return;
-    if (!found || found->state->bytes() >= budget_ || kind_of(*found->key.kind) != kind) {
+    const bool older = found && held != by_name_.end() && held->second->call > found->call;
+    if (!found || older || found->state->bytes() >= budget_ || kind_of(*found->key.kind) != kind) {
       ++done_.skipped;
       return;
     }
@@ -256,7 +258,7 @@ void FileTier::write(const std::string& user, const std::string& name, const std
   remove(name);
   make_room(size);
   fs::rename(fresh, path(name));
-  add(header, size);
+  add(header, size, found->call);
   ++done_.writes;
   done_.written_bytes += size;
 }
@@ -268,8 +270,8 @@ void FileTier::make_room(std::uint64_t size) {
   }
 }
 
-void FileTier::add(const RecordHeader& header, std::uint64_t size) {
-  records_.push_back({header.user, header.version, size, header.born});
+void FileTier::add(const RecordHeader& header, std::uint64_t size, std::uint64_t call) {
+  records_.push_back({header.user, header.version, size, header.born, call});
   by_name_[header.user] = std::prev(records_.end());
   done_.bytes += size;
 }

@@ -51,8 +51,9 @@ class FileTier {
   /// Whether there is a state of the user, of whatever version.
   bool has(const std::string& user);
   /// The state with exactly this key, and whether there was one that was damaged. `keep` is told of the state and the
-  /// seconds since it was made, unless its user was forgotten meanwhile.
-  std::pair<State, bool> read(const StateKey& key, const std::function<void(const State&, double)>& keep);
+  /// seconds since it was made, and of the call that made it, unless its user was forgotten meanwhile.
+  std::pair<State, bool> read(const StateKey& key,
+                              const std::function<void(const State&, double, std::uint64_t)>& keep);
   /// Removes the user's record, and writes none that is under way; false when there was none.
   bool forget(const std::string& user);
   /// Counters and sizes, taken at one moment.
@@ -63,6 +64,7 @@ class FileTier {
     std::string name, version;
     std::uint64_t bytes;
     double born;
+    std::uint64_t call;  // which made the state; 0 where that was before this session
   };
   using Records = std::list<Record>;  // least recently used first
 
@@ -80,7 +82,7 @@ class FileTier {
   // With the lock held.
   void open();
   void make_room(std::uint64_t size);
-  void add(const RecordHeader& header, std::uint64_t size);
+  void add(const RecordHeader& header, std::uint64_t size, std::uint64_t call);
   bool remove(const std::string& name);
   void expire(const std::string* asked);
   bool idle() const { return waiting_.empty() && !busy_; }

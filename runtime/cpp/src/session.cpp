@@ -100,6 +100,7 @@ struct Session::Pending {
   StateCache::State state;
   StateCache::FlightPtr flight;
   Came came = Came::new_user;
+  std::uint64_t call = 0;
   bool has_history = false, hit = false;
 };
 
@@ -156,6 +157,7 @@ void Session::look_up(const Model& model, Pending& one) {
   StateCache::LookedUp found = store_->look_up(*one.key);
   one.state = std::move(found.state);
   one.came = found.came;
+  one.call = found.call;
   one.hit = one.state != nullptr;
   if (one.hit && named) check_version(model, one);
   if (one.hit || !named) return;
@@ -226,7 +228,7 @@ Scored Session::score(const Model& model, const std::vector<RequestView>& reques
 
 bool Session::find_state(Pending& one) {
   if (!one.key) return true;
-  StateCache::Found found = store_->begin(*one.key, one.has_history);
+  StateCache::Found found = store_->begin(*one.key, one.has_history, one.call);
   one.state = std::move(found.state);
   one.flight = std::move(found.flight);
   one.hit = !found.ours;
@@ -278,7 +280,7 @@ StateCache::State Session::finished(const Model& model, const StateKey& key, Sta
   if (held && held->first == key) state = held->second;  // another request may have finished it by now
   if (state->waiting == nullptr) return state;
   StateCache::State made = model.finished(*state);
-  store_->put(key, made, state);
+  store_->put(key, made, state, 0);
   return made;
 }
 
@@ -313,6 +315,7 @@ bool Session::change(const std::string& user, Inputs events, const char* version
   std::vector<StateKey> wanted{model->key(user, version)};
   if (after != nullptr) wanted.push_back(model->key(user, after));
   const auto held = store_->find(user, wanted);
+  const std::uint64_t made_by = store_->next_call();
   if (!held || !(*held->first.kind == *model->state_kind())) return false;
   if (held->first.version == version) return true;  // the same call again, after a timeout perhaps: its events are in
   if (after != nullptr && held->first.version != after) return false;
@@ -327,7 +330,7 @@ bool Session::change(const std::string& user, Inputs events, const char* version
     changed = model->put_off(old, row);
     // A file holds what outlives the process, and so no state that is still to be finished.
     if (blank == nullptr && !store_->on_file() && changed->waiting->tokens <= most_waiting) {
-      return store_->put(model->key(user, version), std::move(changed), held->second);
+      return store_->put(model->key(user, version), std::move(changed), held->second, made_by);
     }
   }
   {
@@ -343,7 +346,7 @@ bool Session::change(const std::string& user, Inputs events, const char* version
                     ", for which the model has no finite score; send at least one other value");
     }
   }
-  return store_->put(model->key(user, version), std::move(changed), held->second);
+  return store_->put(model->key(user, version), std::move(changed), held->second, made_by);
 }
 
 bool Session::warm(const std::string& user, Inputs history, const char* version, const Deadline& deadline) {

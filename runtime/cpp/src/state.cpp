@@ -95,7 +95,7 @@ bool StateCache::flying(const StateKey& key) const {
   return false;
 }
 
-StateCache::Found StateCache::begin(const StateKey& key, bool can_encode) {
+StateCache::Found StateCache::begin(const StateKey& key, bool can_encode, std::uint64_t call) {
   Order dropped;
   const std::lock_guard lock(mutex_);
   expire(dropped, &key.user);
@@ -105,7 +105,8 @@ StateCache::Found StateCache::begin(const StateKey& key, bool can_encode) {
     if (flight->second->key == key) return {nullptr, flight->second, false};
   }
   if (!can_encode) return {};
-  return {nullptr, flights_.emplace(key.user, std::make_shared<Flight>(key))->second, true};
+  const auto flight = std::make_shared<Flight>(key, call == 0 ? next_call() : call);
+  return {nullptr, flights_.emplace(key.user, flight)->second, true};
 }
 
 bool StateCache::land(const FlightPtr& flight, State state) {
@@ -120,7 +121,7 @@ bool StateCache::land(const FlightPtr& flight, State state) {
       flights_.erase(other);
       break;
     }
-    kept = state != nullptr && !flight->forgotten && keep(flight->key, state, nullptr, 0, dropped);
+    kept = state != nullptr && !flight->forgotten && keep(flight->key, state, nullptr, 0, flight->call, dropped);
   }
   const std::lock_guard lock(flight->mutex);
   flight->state = std::move(state);
@@ -135,28 +136,31 @@ StateCache::State StateCache::wait(const FlightPtr& flight, const Deadline& dead
   return flight->state;
 }
 
-bool StateCache::put(StateKey key, State state, const State& instead_of) {
+bool StateCache::put(StateKey key, State state, const State& instead_of, std::uint64_t call) {
   Order dropped;
   const std::lock_guard lock(mutex_);
   expire(dropped, &key.user);
-  return keep(std::move(key), std::move(state), instead_of, 0, dropped);
+  return keep(std::move(key), std::move(state), instead_of, 0, call == 0 ? next_call() : call, dropped);
 }
 
-bool StateCache::restore(StateKey key, State state, double age) {
+bool StateCache::restore(StateKey key, State state, double age, std::uint64_t call) {
   Order dropped;
   const std::lock_guard lock(mutex_);
   expire(dropped, &key.user);
-  return by_user_.count(key.user) == 0 && keep(std::move(key), std::move(state), nullptr, age, dropped);
+  return keep(std::move(key), std::move(state), nullptr, age, call, dropped);
 }
 
-bool StateCache::keep(StateKey key, State state, const State& instead_of, double age, Order& dropped) {
+bool StateCache::keep(StateKey key, State state, const State& instead_of, double age, std::uint64_t call,
+                      Order& dropped) {
   // After a swap, the state of an old model would only be in the way.
   if (kind_ != nullptr && !(*key.kind == *kind_)) return false;
   const std::size_t bytes = cost_of(key, *state);
   const auto found = by_user_.find(key.user);
   if (instead_of != nullptr && (found == by_user_.end() || found->second->state != instead_of)) return false;
+  if (instead_of == nullptr && found != by_user_.end() && found->second->call >= call) return false;
   const bool finished = instead_of != nullptr && found->second->key == key;  // the same state, and as old
   const double since = finished ? found->second->since : clock_() - age;
+  if (finished) call = found->second->call;
   if (found != by_user_.end()) remove(found->second, dropped);
   if (bytes > limits_.bytes) {
     ++refused_;
@@ -175,7 +179,7 @@ bool StateCache::keep(StateKey key, State state, const State& instead_of, double
     appends_ += finished ? 0 : 1;
     appended_bytes_ += state->written;
   }
-  order_.push_back({std::move(key), std::move(state), bytes, since, std::prev(ages_.end())});
+  order_.push_back({std::move(key), std::move(state), bytes, since, call, std::prev(ages_.end())});
   bytes_ += bytes;
   by_user_.emplace(order_.back().key.user, std::prev(order_.end()));
   return true;
@@ -196,7 +200,8 @@ std::optional<StateCache::Aged> StateCache::fetch(const std::string& user) {
   expire(dropped, &user);
   const auto found = by_user_.find(user);
   if (found == by_user_.end()) return std::nullopt;
-  return Aged{found->second->key, found->second->state, std::max(0.0, clock_() - found->second->since)};
+  const Held& held = *found->second;
+  return Aged{held.key, held.state, std::max(0.0, clock_() - held.since), held.call};
 }
 
 bool StateCache::forget(const std::string& user) {

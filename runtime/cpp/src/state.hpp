@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -72,7 +73,9 @@ struct KeepLimits {
 /// Safe to share between threads.
 ///
 /// A state that does not fit is not kept; that never fails a request. A state handed out stays whole after it was
-/// evicted, for as long as someone holds it. States that are too old go with the next call, whichever it is.
+/// evicted, for as long as someone holds it. States that are too old go with the next call, whichever it is. Versions
+/// are labels without an order, so the order of calls decides what is newer: a state is not put in the place of one that
+/// a later call made, however long its own took.
 class StateCache {
  public:
   using State = std::shared_ptr<const UserState>;
@@ -85,6 +88,7 @@ class StateCache {
   struct LookedUp {
     State state;
     Came came = Came::memory;
+    std::uint64_t call = 0;  ///< the number of the call that asked, for what it makes
   };
 
   /// What is there for a key: its state; or an encoding of it that is under way; or, with `ours`, one that the caller
@@ -98,20 +102,24 @@ class StateCache {
   explicit StateCache(const KeepLimits& limits, Clock clock = seconds)
       : limits_(limits), clock_(std::move(clock)) {}
 
-  /// A state, and the seconds since it was made.
+  /// A state, the seconds since it was made, and which call made it.
   struct Aged {
     StateKey key;
     State state;
     double age;
+    std::uint64_t call = 0;
   };
+
+  /// The number of a call that may make a state, taken before it looks for one.
+  std::uint64_t next_call() { return ++calls_; }
 
   /// The state with exactly this key.
   LookedUp get(const StateKey& key);
   /// Whether an encoding for this key is under way.
   bool flying(const StateKey& key) const;
   /// The state, or else the one encoding of this key at this time. Nothing of them when there is none and the caller
-  /// `can_encode` none.
-  Found begin(const StateKey& key, bool can_encode);
+  /// `can_encode` none. Of what is encoded, `call` is the maker; 0 for a call that comes now.
+  Found begin(const StateKey& key, bool can_encode, std::uint64_t call = 0);
   /// Counts requests of users by how they came by a state. What is less than 0 takes back what was counted too soon.
   void count(Came came, std::int64_t requests);
   /// Counts a state that is made ahead of its request.
@@ -121,12 +129,12 @@ class StateCache {
   /// Waits for an encoding that another thread runs. Null when it failed; throws what the deadline does.
   static State wait(const FlightPtr& flight, const Deadline& deadline = Deadline::never());
 
-  /// Keeps `state` in place of the user's last one; false when it is larger than the budget. With `instead_of`, only
-  /// while that is still the one kept: what came or went meanwhile wins.
-  bool put(StateKey key, State state, const State& instead_of = nullptr);
-  /// Keeps a state from elsewhere that was made `age` seconds ago, where nothing of its user is kept: what is here is
-  /// the newer one.
-  bool restore(StateKey key, State state, double age);
+  /// Keeps `state` in place of the user's last one; false when that was made by a later call than `call` (0 for one that
+  /// comes now), or this one is larger than the budget. With `instead_of`, only while that is still the one kept: what
+  /// came or went meanwhile wins.
+  bool put(StateKey key, State state, const State& instead_of = nullptr, std::uint64_t call = 0);
+  /// Keeps a state from a file that `call` made `age` seconds ago, unless a later call made the one that is here.
+  bool restore(StateKey key, State state, double age, std::uint64_t call);
   /// Whatever is kept for `user`, without counting as a hit.
   std::optional<std::pair<StateKey, State>> find(const std::string& user);
   /// The same, with its age.
@@ -144,6 +152,7 @@ class StateCache {
     State state;
     std::size_t bytes;
     double since;
+    std::uint64_t call;
     std::list<std::string>::iterator age;
   };
   using Order = std::list<Held>;  // least recently used first
@@ -151,7 +160,7 @@ class StateCache {
   // With the lock held. What leaves goes into `dropped`, which the caller frees after the lock: states can be tens of
   // megabytes.
   State held(const StateKey& key);
-  bool keep(StateKey key, State state, const State& instead_of, double age, Order& dropped);
+  bool keep(StateKey key, State state, const State& instead_of, double age, std::uint64_t call, Order& dropped);
   void remove(Order::iterator held, Order& dropped);
   /// Of `asked`, whenever it was put: one from a file was made before that.
   void expire(Order& dropped, const std::string* asked = nullptr);
@@ -170,6 +179,7 @@ class StateCache {
   std::shared_ptr<const StateKind> kind_;
   Gone gone_;
   std::array<std::uint64_t, came_count> counts_{};
+  std::atomic<std::uint64_t> calls_{0};
   std::uint64_t bytes_ = 0, state_bytes_ = 0, room_bytes_ = 0, evictions_ = 0, refused_ = 0, expired_ = 0;
   std::uint64_t warmed_ = 0, appends_ = 0, appended_bytes_ = 0;
 };
@@ -177,12 +187,13 @@ class StateCache {
 /// An encoding under way.
 class StateCache::Flight {
  public:
-  explicit Flight(StateKey of) : key(std::move(of)) {}
+  Flight(StateKey of, std::uint64_t maker) : key(std::move(of)), call(maker) {}
   const std::string& user() const { return key.user; }
 
  private:
   friend class StateCache;
   const StateKey key;
+  const std::uint64_t call;
   bool forgotten = false;  // under the cache's lock
   std::mutex mutex;
   std::condition_variable landed;

@@ -7,14 +7,16 @@ void StateStore::open(const std::string& folder, std::uint64_t bytes) {
 }
 
 StateCache::LookedUp StateStore::look_up(const StateKey& key) {
+  const std::uint64_t call = next_call();  // before it looks: what it does not see was made by a later one
   StateCache::LookedUp found = memory_.get(key);
+  found.call = call;
   if (found.state != nullptr || file_ == nullptr) return found;
   auto [state, damaged] =
-      file_->read(key, [&](const State& read, double age) { memory_.restore(key, read, age); });
-  if (state != nullptr) return {std::move(state), Came::file};
-  if (damaged) return {nullptr, Came::damaged};
+      file_->read(key, [&](const State& read, double age, std::uint64_t made) { memory_.restore(key, read, age, made); });
+  if (state != nullptr) return {std::move(state), Came::file, call};
+  if (damaged) return {nullptr, Came::damaged, call};
   const bool unknown = found.came == Came::new_user || found.came == Came::evicted;
-  return {nullptr, unknown && file_->has(key.user) ? Came::version : found.came};
+  return {nullptr, unknown && file_->has(key.user) ? Came::version : found.came, call};
 }
 
 std::optional<std::pair<StateKey, StateStore::State>> StateStore::find(const std::string& user,
@@ -27,9 +29,9 @@ std::optional<std::pair<StateKey, StateStore::State>> StateStore::find(const std
   return held;
 }
 
-bool StateStore::put(StateKey key, State state, const State& instead_of) {
+bool StateStore::put(StateKey key, State state, const State& instead_of, std::uint64_t call) {
   const std::string user = key.user;
-  const bool kept = memory_.put(std::move(key), std::move(state), instead_of);
+  const bool kept = memory_.put(std::move(key), std::move(state), instead_of, call);
   if (kept && file_ != nullptr) file_->offer(user);
   return kept;
 }

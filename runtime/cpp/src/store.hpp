@@ -33,7 +33,7 @@ class StateStore {
   std::optional<std::pair<StateKey, State>> find(const std::string& user, const std::vector<StateKey>& wanted);
   /// Whether states are kept in files, too.
   bool on_file() const { return file_ != nullptr; }
-  bool put(StateKey key, State state, const State& instead_of);
+  bool put(StateKey key, State state, const State& instead_of, std::uint64_t call);
   void land(const StateCache::FlightPtr& flight, State state);
   /// Drops all that is kept of a user, wherever; false when there was nothing.
   bool forget(const std::string& user);
@@ -41,7 +41,10 @@ class StateStore {
   stca_cache_stats stats();
 
   bool flying(const StateKey& key) const { return memory_.flying(key); }
-  StateCache::Found begin(const StateKey& key, bool can_encode) { return memory_.begin(key, can_encode); }
+  std::uint64_t next_call() { return memory_.next_call(); }
+  StateCache::Found begin(const StateKey& key, bool can_encode, std::uint64_t call) {
+    return memory_.begin(key, can_encode, call);
+  }
   void count(Came came, std::int64_t requests) { memory_.count(came, requests); }
   void count_warmed() { memory_.count_warmed(); }
 

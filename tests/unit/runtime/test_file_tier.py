@@ -269,7 +269,7 @@ def test_old_states_go_from_files_and_stay_old_in_memory(loaded, asked, tmp_path
     session._store.file._clock = lambda: now() + 600
     session.score(asked[0][1])
     memory, clock = session._store.memory, session._store.memory._clock
-    assert 599 < memory.fetch("user 0")[2] < 700
+    assert 599 < memory.fetch("user 0")[1] < 700
     memory._clock = lambda: clock() + 500
     assert memory.find("user 0") is None, "made 600 + 500 seconds ago, whenever it was read"
     session._store.file._clock = lambda: now() + 1001

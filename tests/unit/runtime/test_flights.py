@@ -45,7 +45,8 @@ def test_whoever_is_interrupted_leaves_nobody_waiting():
         flights, kept = Flights(), {}
 
         def encode(flights=flights, kept=kept):
-            return flights.encode(dict.fromkeys(KEYS), lambda xs: [UserState({}, 0) for _ in xs], kept.__setitem__)
+            keep = lambda key, state, _: kept.__setitem__(key, state)  # noqa: E731
+            return flights.encode(dict.fromkeys(KEYS), lambda xs: [UserState({}, 0) for _ in xs], keep)
 
         if not interrupted_at(line, encode):
             break
@@ -62,7 +63,7 @@ def test_states_that_were_made_before_a_failure_are_kept_and_joined():
         raise ValueError(f"of {len(xs)}")
 
     with pytest.raises(ValueError, match="of 2"):
-        flights.encode(dict.fromkeys(KEYS), first_alone, kept.__setitem__)
+        flights.encode(dict.fromkeys(KEYS), first_alone, lambda key, state, _: kept.__setitem__(key, state))
     assert [(key, state.tokens) for key, state in kept.items()] == [(KEYS[0], 7)]
     assert not any(map(flights.under_way, KEYS))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -98,6 +99,36 @@ def test_what_most_requests_are_is_answered_at_once(session):
     for user, version in ((None, None), ("ann", None), ("ann", 2), ("bob", 1), (True, 1), ("ann", 1.0), ([], 1)):
         assert at_once(rest, user, version) is None
     assert counts(session) == (3, 1)
+
+
+@pytest.mark.parametrize("by", ["request", "append"])
+def test_a_slow_request_does_not_replace_what_a_later_call_made(session, monkeypatch, by):
+    old, new = ask(session, 5), ask(session, 6)
+    if by == "append":
+        if not session.manifest.appendable:
+            pytest.skip("its states are not appended to")
+        session.score(Request(new, "ann", 0))
+    encode, began, go = Model.encode, threading.Event(), threading.Event()
+
+    def slow(model, users, *more):
+        if not began.is_set():
+            began.set()
+            assert go.wait(60)
+        return encode(model, users, *more)
+
+    monkeypatch.setattr(Model, "encode", slow)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(session.score(Request(old, "ann", 1))))
+    thread.start()
+    assert began.wait(60)
+    if by == "append":
+        assert session.append("ann", events(new, slice(0, 1)), 2, after=0)
+    else:
+        session.score(Request(new, "ann", 2))
+    go.set()
+    thread.join()
+    assert session.answer(Request(without_user(new), "ann", 2)).hits == (True,), "the slow one took its place"
+    np.testing.assert_allclose(found[0], session.score(Request(old)), rtol=0, atol=2e-6)
 
 
 def test_scores_are_the_models(session, checkpoint_file):
@@ -518,7 +549,7 @@ def test_the_budget_is_kept_by_forgetting_the_least_recent(bundle_dir):
     session.score(Request(inputs[0], user=0))  # 1 is now the least recent
     session.score(Request(inputs[3], user=3))
     assert (session.stats().users, session.stats().evictions) == (3, 1)
-    assert session.stats().bytes == sum(cost_of(*session._store.find(u)) for u in (0, 2, 3)) <= 3 * size
+    assert session.stats().bytes == sum(cost_of(*session._store.find(u)[:2]) for u in (0, 2, 3)) <= 3 * size
     before = counts(session)
     session.score(Request(inputs[0], user=0))
     session.score(Request(inputs[1], user=1))

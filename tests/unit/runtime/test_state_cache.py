@@ -36,9 +36,10 @@ def test_a_state_that_was_finished_is_as_old_as_it_was():
     cache.put(key("a"), first)
     now[0] = 120
     assert cache.put(key("a"), second, instead_of=first)
-    assert cache.fetch("a") == (key("a"), second, 20)
+    kept, age = cache.fetch("a")
+    assert (kept.key, kept.state, age) == (key("a"), second, 20)
     assert cache.put(key("a", 1), state(3), instead_of=second)
-    assert cache.fetch("a")[2] == 0, "a longer history is a new one"
+    assert cache.fetch("a")[1] == 0, "a longer history is a new one"
 
 
 users, sizes, versions = st.integers(0, 4), st.integers(0, 6), st.integers(0, 2)
@@ -80,7 +81,7 @@ def test_is_a_list_of_users_with_the_least_recent_first(budget, script):
                 held = [h for h in held if h[0] != user] + mine
         elif step == "find":
             found = cache.find(arguments[0])
-            assert (None if found is None else (found[0].user, found[0].version, found[1].tokens)) == next(
+            assert (None if found is None else (found.key.user, found.key.version, found.state.tokens)) == next(
                 (h for h in held if h[0] == arguments[0]), None
             )
         elif step == "forget":

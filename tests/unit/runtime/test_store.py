@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 
 from stca import probe
 from stca.runtime import Request, RequestBatch, Session
@@ -38,16 +39,60 @@ class Clock:
 def test_a_state_in_a_file_does_not_replace_a_newer_one(tmp_path):
     store = StateStore.of(1 << 20, folder=tmp_path, folder_bytes=1 << 20)
     store.serve("w", "f")
-    store.put(key("ann", 1), state(10))
+    store.put(key("ann", 1), state(10), store.next_call())
     assert store.file.wait(10)
     newer = state(12)
     store.memory.put(key("ann", 2), newer)  # and it is not written yet
-    found, came = store.look_up(key("ann", 1))
+    found, came, _ = store.look_up(key("ann", 1))
     assert (found.tokens, came) == (10, "file")
     assert store.memory.get(key("ann", 2)) is newer
     store.memory.forget("ann")
     assert store.look_up(key("ann", 1))[1] == "file"
     assert store.look_up(key("ann", 1))[1] == "memory"
+    store.close()
+
+
+steps = st.lists(st.tuples(st.sampled_from(("call", "land", "forget", "evict")), st.integers(0, 5)), max_size=40)
+
+
+@given(steps)
+def test_a_state_never_takes_the_place_of_one_that_a_later_call_made(script):
+    """Calls look for a state of their own version and bring one later, in any order."""
+    store, coming, held = StateStore.of(1 << 20), [], {}
+    for step, n in script:
+        user = "ab"[n % 2]
+        if step == "call":
+            of = key(user, len(coming))
+            coming.append((of, store.look_up(of)[2]))
+        elif step == "land" and coming:
+            of, call = coming[n % len(coming)]
+            newer = held.get(of.user, (None, 0))[1] < call
+            assert store.put(of, state(3), call) == newer
+            if newer:
+                held[of.user] = of, call
+        elif step == "forget":
+            store.forget(user)
+            held.pop(user, None)
+        elif step == "evict":
+            store.memory.resize(0), store.memory.resize(1 << 20)
+            held.clear()
+        for user in "ab":
+            found = store.memory.find(user)
+            assert (None if found is None else (found.key, found.call)) == held.get(user)
+
+
+def test_a_file_of_a_later_call_outlives_the_state_of_an_earlier_one(tmp_path):
+    store = StateStore.of(1 << 20, folder=tmp_path, folder_bytes=1 << 20)
+    store.serve("w", "f")
+    earlier, later = store.next_call(), store.next_call()
+    store.put(key("ann", 2), state(12), later)
+    assert store.file.wait(10)
+    store.memory.resize(0), store.memory.resize(1 << 20)
+    assert store.put(key("ann", 1), state(10), earlier), "nothing is in its way in memory"
+    assert store.file.wait(10)
+    assert store.look_up(key("ann", 2))[1] == "file"
+    assert store.look_up(key("ann", 2))[1] == "memory"
+    assert not store.put(key("ann", 1), state(10), earlier)
     store.close()
 
 
@@ -136,6 +181,6 @@ def test_a_swap_and_a_budget_are_told_as_reasons(log_session, bundle_dir, other_
 @pytest.mark.parametrize("field", ["user", "version", "weights", "format"])
 def test_each_part_of_a_key_counts(field):
     store = StateStore.of(10_000)
-    store.put(key("ann"), state(3))
+    store.put(key("ann"), state(3), store.next_call())
     assert store.look_up(key("ann"))[0] is not None
     assert store.look_up(key("ann")._replace(**{field: "other"}))[0] is None

@@ -150,7 +150,7 @@ TEST(files_keep_within_their_budget_and_their_time) {
   };
   const auto there = [&](const std::string& user) {
     double age = -1;
-    const auto [read, damaged] = files.read(key(user), [&](const auto&, double seconds) { age = seconds; });
+    const auto [read, damaged] = files.read(key(user), [&](const auto&, double seconds, std::uint64_t) { age = seconds; });
     CHECK(!damaged);
     if (read == nullptr) return false;
     CHECK_EQUAL(read->tokens, 100);

@@ -419,9 +419,9 @@ TEST(cache_keeps_so_many_users) {
 TEST(cache_restores_a_state_only_where_there_is_none) {
   StateCache cache(within(1 << 20));
   cache.put(key_of("ann", "v2"), state_of(2));
-  CHECK(!cache.restore(key_of("ann", "v1"), state_of(1), 5));  // read from a file while hers was changed
+  CHECK(!cache.restore(key_of("ann", "v1"), state_of(1), 5, 0));  // read from a file while hers was changed
   CHECK(cache.get(key_of("ann", "v2")).state != nullptr);
-  CHECK(cache.restore(key_of("bob"), state_of(1), 5));
+  CHECK(cache.restore(key_of("bob"), state_of(1), 5, 0));
   CHECK(cache.fetch("bob")->age >= 5);
 }
 
@@ -504,6 +504,23 @@ TEST(cache_lets_forget_win) {
   CHECK(StateCache::wait(old.flight) != nullptr);
   cache.land(fresh.flight, state_of(4));
   CHECK_EQUAL(cache.find("ann")->second->tokens, 4);
+}
+
+TEST(cache_keeps_what_a_later_call_made) {
+  StateCache cache(within(1 << 20));
+  const std::uint64_t first = cache.next_call(), second = cache.next_call();
+  const StateCache::Found slow = cache.begin(key_of("ann", "v1"), true, first);
+  const StateCache::Found fast = cache.begin(key_of("ann", "v2"), true, second);
+  CHECK(cache.land(fast.flight, state_of(2)));
+  CHECK(!cache.land(slow.flight, state_of(1)));  // it is scored with, and not kept
+  CHECK_EQUAL(cache.find("ann")->first.version, "v2");
+  const StateCache::Found late = cache.begin(key_of("ann", "v1"), true, cache.next_call());
+  CHECK(cache.land(late.flight, state_of(1)));  // whoever comes later says what is so now, whatever they call it
+  CHECK_EQUAL(cache.find("ann")->first.version, "v1");
+  const StateCache::Found before = cache.begin(key_of("ann", "v0"), true);
+  CHECK(cache.put(key_of("ann", "v3"), state_of(3), cache.find("ann")->second));  // an append
+  CHECK(!cache.land(before.flight, state_of(4)));
+  CHECK_EQUAL(cache.find("ann")->first.version, "v3");
 }
 
 TEST(cache_serves_one_kind) {
