@@ -251,7 +251,7 @@ def _request_graph(
     without_sequences(graph)
     without_loops_of_bags(graph)
     drop_whole_slices(graph)
-    spell_out(graph)
+    notes = spell_out(graph)
     name_zero_points(graph)
     drop_unused(graph)
     specs = with_ranges(graph, specs, cut.ids)
@@ -268,14 +268,13 @@ def _request_graph(
     refuse_unservable(graph, [spec_of(o) for o in graph.graph.output])
     specs, history = name_history(graph, specs)
     pointwise, sized = None, cut.workload
-    notes: tuple[str, ...] = ()
     if lifted := lifted_and_proven(graph, specs, progress) if cut.lift else None:
         pointwise = graph if lifted.shared else None
         graph, specs = lifted.model, lifted.inputs
         sized = {n: size for n, size in sized.items() if n != lifted.rows or n == TARGETS}
         facts["lifted"] = {"rows": lifted.rows, "decisions": dict(lifted.decisions)}
         if lifted.shared:
-            notes = (f"lifted to request level: {lifted.rows} is one row for the user and {TARGETS} for the targets",)
+            notes += (f"lifted to request level: {lifted.rows} is one row for the user and {TARGETS} for the targets",)
     given = {TOKENS if n == history else n: size for n, size in sized.items()}
     workload, assumed = nominal_sizes(graph.graph, specs, given)
     if history != TOKENS:

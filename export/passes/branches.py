@@ -9,7 +9,7 @@ from onnx import helper, numpy_helper
 from stca.export.analysis.cost import without_weights
 from stca.export.analysis.integers import integers_of
 from stca.export.analysis.scope import attribute
-from stca.export.passes.nodes import NewNodes, names_in, rename
+from stca.export.passes.nodes import NewNodes, inlined, names_in
 
 
 def take_branches(model: onnx.ModelProto) -> bool:
@@ -41,16 +41,9 @@ def _take(model: onnx.ModelProto) -> bool:
         if body.initializer:  # `lift_weights` leaves none in a file's model
             new.nodes.append(node)
             continue
-        found, names = True, dict[str, str]()
-        for inner in body.node:
-            rename(inner, names)
-            for i, output in enumerate(inner.output):
-                if output:
-                    inner.output[i] = names[output] = new.name(output)
-            inner.name = new.name(inner.name or inner.output[0])
-            new.nodes.append(inner)
-        for value, output in zip(body.output, node.output, strict=True):
-            new.node("Identity", [names.get(value.name, value.name)], output, exact=True)
+        found = True
+        for made, output in zip(inlined(new, body, {}), node.output, strict=True):
+            new.node("Identity", [made], output, exact=True)
     del graph.node[:]
     graph.node.extend(new.nodes)
     return found

@@ -104,3 +104,24 @@ def rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
             rename(n, inner)
         for value in body.output:
             value.name = inner.get(value.name, value.name)
+
+
+def inlined(new: NewNodes, body: onnx.GraphProto, names: dict[str, str]) -> list[str]:
+    """Add a body's nodes to the graph's own, under new names.
+
+    Args:
+        new: where to; the body stays as it is.
+        body: without weights of its own.
+        names: those of the graph, by what the body calls its inputs; gets those of all that the body makes.
+
+    Returns:
+        The names of the body's outputs.
+    """
+    for node in body.node:
+        copy = renamed(node, names)
+        for i, output in enumerate(node.output):
+            if output:  # one that is left out keeps its place
+                copy.output[i] = names[output] = new.name(output)
+        copy.name = new.name(node.name or node.op_type)
+        new.nodes.append(copy)
+    return [names.get(value.name, value.name) for value in body.output]

@@ -15,7 +15,7 @@ from stca.arrays import Array
 from stca.export.analysis.integers import integers_of
 from stca.export.analysis.scope import Dataflow, attribute, subgraphs
 from stca.export.passes.branches import take_branches
-from stca.export.passes.nodes import NewNodes, names_in, rename
+from stca.export.passes.nodes import NewNodes, inlined, names_in
 
 _MAKERS: Final = ("SplitToSequence", "SequenceConstruct", "SequenceMap")
 
@@ -42,10 +42,12 @@ def _part(model: onnx.ModelProto) -> None:
             listed[node.output[0]] = list(node.input)
         elif node.op_type == "SequenceMap" and not node.domain and node.input[0] in listed and len(node.input) == 1:
             (body,) = subgraphs(node)
-            listed[node.output[0]] = [_mapped(new, body, part) for part in listed[node.input[0]]]
+            if not body.initializer and len(body.output) == 1:  # `lift_weights` leaves none in a file's model
+                of = body.input[0].name
+                listed[node.output[0]] = [inlined(new, body, {of: part})[0] for part in listed[node.input[0]]]
         taken = node.op_type == "SequenceAt" and not node.domain
-        if taken and (parts := listed.get(node.input[0])) and (place := known.get(node.input[1])) is not None:
-            new.node("Identity", [parts[int(place)]], node.output[0], exact=True)
+        if taken and (part := _listed_part(listed.get(node.input[0], []), known.get(node.input[1]))):
+            new.node("Identity", [part], node.output[0], exact=True)
             continue
         if node.op_type == "ConcatFromSequence" and (parts := listed.get(node.input[0])):
             _joined(new, node, parts)
@@ -60,18 +62,11 @@ def _part(model: onnx.ModelProto) -> None:
     graph.initializer.extend(new.weights)
 
 
-def _mapped(new: NewNodes, body: onnx.GraphProto, part: str) -> str:
-    """What the body of a SequenceMap makes of one part, as nodes of the graph itself."""
-    names = {body.input[0].name: part}
-    for node in body.node:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        rename(copy, names)
-        for i, output in enumerate(filter(None, node.output)):
-            copy.output[i] = names[output] = new.name(output)
-        copy.name = new.name(node.name) if node.name else ""
-        new.nodes.append(copy)
-    return names[body.output[0].name]
+def _listed_part(parts: Sequence[str], place: Array | None) -> str | None:
+    """The part at a place; None where that is no constant, or beyond the parts, where the model itself fails."""
+    if place is None or not -len(parts) <= int(place) < len(parts):
+        return None
+    return parts[int(place)]
 
 
 def _joined(new: NewNodes, node: onnx.NodeProto, parts: Sequence[str]) -> None:

@@ -17,22 +17,28 @@ from stca.export.passes.nodes import NewNodes, names_in, rename
 _BASES: Final = (2, 10)
 
 
-def spell_out(model: onnx.ModelProto) -> None:
+def spell_out(model: onnx.ModelProto) -> tuple[str, ...]:
     """Rewrite such nodes of the graph's top level, in place.
 
     `CastLike`, as of PyTorch's `x.type_as(y)`, becomes a `Cast`, or nothing where the type is the same. An Einsum of
     several values, as of `einsum("bhs,bhsk,hkd->bd", …)`, becomes one of two after the other, from the left: so ONNX
-    Runtime computes it, too. So it does a choice between booleans, as of `mask.masked_fill(…)`, in And and Or. A
-    logarithm to base 2 or 10 is a Log and a Div in ONNX, and says 12.999999 of 8192; of a power it becomes the whole
-    number, as PyTorch says, so that no bucket's bound moves.
+    Runtime computes it, too. So it does a choice between booleans, as of `mask.masked_fill(…)`, in And and Or.
+    `torch.log2` and `log10` are a Log and a Div in ONNX, and say 12.999999 of 8192; of a power it becomes the whole
+    number, as PyTorch says, so that no bucket's bound moves. A quotient of the model's own
+    stays. torch's older exporter writes both alike and is taken to mean the logarithm, as most models do.
+
+    Returns:
+        A line on each base whose logarithms changed, for the export's notes.
     """
-    bases = _bases(model.graph)
+    bases, sure = _bases(model)
     if not bases and not any(_is_castlike(n) or _is_long_einsum(n) or _is_choice(n) for n in model.graph.node):
-        return
+        return ()
     types, outputs = _types(model), {o.name for o in model.graph.output}
-    new, same = NewNodes(names_in(model.graph)), dict[str, str]()
+    new, same, logs = NewNodes(names_in(model.graph)), dict[str, str](), dict[str, str]()
     for node in list(model.graph.node):
         rename(node, same)
+        if _is_log(node):
+            logs[node.output[0]] = node.input[0]
         if _is_castlike(node) and (to := types.get(node.input[1])):
             if types.get(node.input[0]) == to and node.output[0] not in outputs:
                 same[node.output[0]] = node.input[0]
@@ -57,28 +63,47 @@ def spell_out(model: onnx.ModelProto) -> None:
             new.node("Or", [chosen, other], node.output[0], exact=True)
             continue
         elif node.output[0] in bases:
-            _whole_of_powers(new, node, *bases[node.output[0]])
+            _whole_of_powers(new, node, logs[node.input[0]], bases[node.output[0]])
             continue
         new.nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(new.nodes)
     model.graph.initializer.extend(new.weights)
+    return tuple(_note(base, sure) for base in sorted(set(bases.values())))
 
 
-def _bases(graph: onnx.GraphProto) -> dict[str, tuple[str, int]]:
-    """Of each logarithm to base 2 or 10, by its name: what it is taken of, and the base."""
-    logs = {n.output[0]: n.input[0] for n in graph.node if (n.op_type, n.domain) == ("Log", "")}
+def _note(base: int, sure: bool) -> str:
+    said = f"torch.log{base} of a power of {base} gives a whole number as in PyTorch, where ONNX's may be just below"
+    return (
+        said if sure else f"{said}; if your model divides by log({base}) itself, export with dynamo=True, which tells"
+    )
+
+
+def _bases(model: onnx.ModelProto) -> tuple[dict[str, int], bool]:
+    """The base of each logarithm to base 2 or 10, by its name; and whether the exporter tells that these are some."""
+    graph = model.graph
+    logs = {n.output[0] for n in graph.node if _is_log(n)}
     divided = [n for n in graph.node if (n.op_type, n.domain) == ("Div", "") and n.input[0] in logs]
     known = (
         {t.name: t for t in constants_of(graph) if t.data_type == t.FLOAT and t.dims in ([], [1])} if divided else {}
     )
-    found: dict[str, tuple[str, int]] = {}
+    found, sure = dict[str, int](), True
     for node in divided:
-        divisor = numpy_helper.to_array(known[node.input[1]]) if node.input[1] in known else None
-        base = next((b for b in _BASES if divisor is not None and divisor == np.float32(math.log(b))), None)
-        if base:
-            found[node.output[0]] = logs[node.input[0]], base
-    return found
+        if (divisor := known.get(node.input[1])) is None:
+            continue
+        base = next((b for b in _BASES if numpy_helper.to_array(divisor) == np.float32(math.log(b))), None)
+        calls = [p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.fx_node"]
+        told = any(f"target=torch.ops.aten.log{base}." in call for call in calls)
+        # The older exporter keeps no calls; of its own logarithms to base 10 the divisor has the shape [1].
+        meant = not calls and model.producer_name == "pytorch" and (base == 2 or divisor.dims == [1])
+        if base and (told or meant):
+            found[node.output[0]] = base
+            sure &= told
+    return found, sure
+
+
+def _is_log(node: onnx.NodeProto) -> bool:
+    return (node.op_type, node.domain) == ("Log", "")
 
 
 def _whole_of_powers(new: NewNodes, node: onnx.NodeProto, x: str, base: int) -> None:

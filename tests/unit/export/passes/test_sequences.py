@@ -104,6 +104,32 @@ def test_what_is_put_together_is_taken_by_number(body: str) -> None:
     np.testing.assert_array_equal(ReferenceEvaluator(model).run(None, feeds)[0], wanted)
 
 
+def test_an_output_that_a_body_leaves_out_keeps_its_place() -> None:
+    body = """first = Constant <value_ints: ints = [0]> () u = Unsqueeze (v, first)
+        w = Constant <value: tensor = float[1, 3, 2] {1, 2, 3, -1, -2, -3}> ()
+        r = Constant <value: tensor = float[1, 3, 1] {1, 2, -1}> ()
+        , last = GRU <hidden_size: int = 1> (u, w, r) f = Squeeze (last, first)"""
+    model = parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 20]> g (float[A, B] x, float[A, B] n) => (y)
+        {{ {SIDES} t = SequenceMap <body: graph = each (float[A, B] v) => (float[C, D] f) {{ {body} }}> (s)
+        y = ConcatFromSequence <axis: int = 0> (t) }}"""
+    )
+    feeds = {n: np.random.default_rng(i).standard_normal((3, 2)).astype(np.float32) for i, n in enumerate("xn")}
+    (wanted,) = ReferenceEvaluator(model).run(None, feeds)
+    without_sequences(model)
+    assert not [n.op_type for n in model.graph.node if "Sequence" in n.op_type]
+    np.testing.assert_allclose(ReferenceEvaluator(model).run(None, feeds)[0], wanted, rtol=1e-6)
+
+
+def test_a_place_beyond_the_list_stays() -> None:
+    model = parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 20]> g (float[A] x, float[A] n) => (float[A] y)
+        {{ {PLACES} {SIDES} a = SequenceAt (s, two) y = Neg (a) }}"""
+    )
+    without_sequences(model)
+    assert "SequenceAt" in [n.op_type for n in model.graph.node]
+
+
 @pytest.mark.parametrize("axes", [1, 2])
 def test_a_branch_taken_by_rank_is_all_there_is(axes: int) -> None:
     """As `torch.hstack` joins by the rank of its first part, in the older exporter's words."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import parser
 from onnx.reference import ReferenceEvaluator
 from onnxruntime import InferenceSession
+from torch import Tensor, nn
 
 from stca.export.passes.spelled_out import spell_out
 
@@ -56,22 +61,68 @@ def test_a_choice_between_booleans_is_one_that_engines_have() -> None:
     assert spelled(body.replace("Where(more, much, most)", "Where(more, x, x)"))[-2:] == ["Where", "Cast"]
 
 
-@pytest.mark.parametrize(("base", "divisor", "last"), [(2, "0.6931472", 24), (10, "2.3025851", 11)])
-def test_the_logarithm_of_a_power_is_whole(base: int, divisor: str, last: int) -> None:
-    """ONNX has the natural one alone, and a quotient of two may be just below: PyTorch's own logarithm is not."""
+def quotient(base: int, body: str, target: str | None) -> onnx.ModelProto:
+    """A Log over its base's, with what torch's exporter keeps of the call that it is of."""
     model = parser.parse_model(
-        f"""<ir_version: 10, opset_import: ["": 20]> g (float[N] x) => (float[N] y) <float c = {{{divisor}}}>
-        {{ l = Log (x) y = Div (l, c) }}"""
+        f"""<ir_version: 10, opset_import: ["": 20]> g (float[N] x) => (float[N] y)
+        <float c = {{{np.float32(np.log(base))}}}> {{ {body} y = Div (l, c) }}"""
     )
+    if target is not None:
+        call = f"%y : [num_users=1] = call_function[target=torch.ops.aten.{target}](args = (%x,), kwargs = {{}})"
+        model.graph.node[-1].metadata_props.add(key="pkg.torch.onnx.fx_node", value=call)
+    return model
+
+
+@pytest.mark.parametrize(("base", "last"), [(2, 24), (10, 11)])
+@pytest.mark.parametrize("body", ["l = Log (x)", "a = CastLike (x, c) l = Log (a)"])
+def test_the_logarithm_of_a_power_is_whole(base: int, last: int, body: str) -> None:
+    """ONNX has the natural one alone, and a quotient of two may be just below: PyTorch's own logarithm is not."""
+    model = quotient(base, body, f"log{base}.default")
     powers = np.float32(base) ** np.arange(last, dtype=np.float32)
     x = np.concatenate([powers, np.nextafter(powers, np.float32(0)), np.abs(X[0])])
     before = InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
-    spell_out(model)
+    (note,) = spell_out(model)
+    assert f"log{base} " in note
     onnx.checker.check_model(model, full_check=True)
     (y,) = InferenceSession(model.SerializeToString()).run(None, {"x": x})
     np.testing.assert_array_equal(y[:last], np.arange(last))
     np.testing.assert_array_equal(y[last:], before[last:])
     assert base == 10 or (before[:last] != np.arange(last)).any()  # or there would be nothing to do
+
+
+@pytest.mark.parametrize("target", [None, "div.Tensor"])
+def test_a_quotient_of_the_models_own_stays(target: str | None) -> None:
+    """PyTorch computes `torch.log(x) / math.log(2)` as it stands, below the whole number at 8192."""
+    model = quotient(2, "l = Log (x)", target)
+    assert spell_out(model) == ()
+    assert [n.op_type for n in model.graph.node] == ["Log", "Div"]
+
+
+def test_what_the_older_exporter_writes_is_taken_for_the_logarithm() -> None:
+    model = quotient(2, "l = Log (x)", None)
+    model.producer_name = "pytorch"
+    (note,) = spell_out(model)
+    assert "export with dynamo=True" in note
+    model = quotient(10, "l = Log (x)", None)
+    model.producer_name = "pytorch"
+    assert spell_out(model) == ()
+
+
+def test_the_exporter_tells_the_two_apart(tmp_path: Path) -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.log2(x), torch.log(y) / math.log(2)
+
+    x = 2.0 ** torch.arange(24)
+    torch.onnx.export(Both().eval(), (x, x.clone()), str(tmp_path / "m.onnx"), dynamo=True, verbose=False)
+    model = onnx.load(tmp_path / "m.onnx")
+    feeds = dict.fromkeys((i.name for i in model.graph.input), x.numpy())
+    before = InferenceSession(model.SerializeToString()).run(None, feeds)
+    assert len(spell_out(model)) == 1
+    whole, own = InferenceSession(model.SerializeToString()).run(None, feeds)
+    np.testing.assert_array_equal(whole, np.arange(24))
+    np.testing.assert_array_equal(own, before[1])
+    assert (own != whole)[1:].any()
 
 
 def test_a_quotient_by_another_number_stays() -> None:
