@@ -148,16 +148,34 @@ def with_ranges(model: onnx.ModelProto, inputs: Sequence[TensorSpec], ids: Mappi
         model: the whole graph.
         inputs: of the graph.
         ids: how many ids an input has, by name: 0 to that number, less one.
+
+    Raises:
+        SplitError: for the first that is asked for or declared to hold more ids than the graph can look up.
     """
     ranges = input_ranges(onnx.inliner.inline_local_functions(without_weights(model)))
     made = []
     for spec in inputs:
+        found = ranges.get(spec.name)
         if spec.name in ids:
             spec = dataclasses.replace(spec, limit=ids[spec.name])
-        elif "int" in spec.dtype and spec.limit is None and spec.low is None and (found := ranges.get(spec.name)):
+            _refuse_beyond(spec, found, f"--ids {spec.name}=")
+        elif "int" in spec.dtype and spec.limit is None and spec.low is None and found:
             spec = _within(spec, found)
+        else:
+            _refuse_beyond(spec, found, f"{spec.name}: limit=")
         made.append(spec)
     return tuple(made)
+
+
+def _refuse_beyond(spec: TensorSpec, found: Range | None, given: str) -> None:
+    """Raises SplitError where an id below the limit, `given` so, would be beyond the table it is looked up in."""
+    if spec.limit is None or found is None or found.guarded or not 0 <= found.high < spec.limit - 1:
+        return
+    ids = int(found.high) + 1
+    raise SplitError(
+        f"{given}{spec.limit}, but the graph looks it up in a table that has rows for {ids:,} ids, 0 to {ids - 1}; say "
+        f"{given.split()[-1]}{ids}, or give the table {spec.limit - ids:,} more"
+    )
 
 
 def _within(spec: TensorSpec, found: Range) -> TensorSpec:

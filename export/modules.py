@@ -9,7 +9,7 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import stca
 from stca.errors import ExportError, told
 from stca.export.to_onnx import RequestModel, check_inputs, example_inputs, quietly
+from stca.specs import TensorSpec
 
 
 def resolve(name: str) -> RequestModel:
@@ -61,11 +62,11 @@ def place_in_their_code(error: BaseException) -> str:
     return f" at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""
 
 
-def _fix(error: Exception) -> str:
+def _fix(error: Exception, inputs: Sequence[TensorSpec]) -> str:
     """What to change for an error that a declaration of the inputs causes, where it can be told."""
-    text = str(error)
-    if isinstance(error, IndexError) or "out of range" in text:
-        return "; ids go up to an input's limit, less 1: lower the limit to the table's rows"
+    text, limits = str(error), ", ".join(f"{s.name} ({s.limit})" for s in inputs if s.limit)
+    if limits and (isinstance(error, IndexError) or "out of range" in text):
+        return f"; ids go up to an input's limit, less 1: lower that of {limits} to the table's rows where it is above"
     if "dtype" in text or "scalar type" in text:
         return "; ids are int64, of features float32: mend the dtype, or the model"
     if "offsets[" in text:  # of nn.EmbeddingBag
@@ -127,7 +128,7 @@ def adapted(model: RequestModel) -> RequestModel:
     except Exception as e:
         raise ExportError(
             f"the model raised {told(e)}{place_in_their_code(e)} when it was called with small inputs of the shapes "
-            f"and dtypes in RequestModel.inputs{_fix(e)}"
+            f"and dtypes in RequestModel.inputs{_fix(e, model.inputs)}"
         ) from e
     outputs = _outputs(given)
     wrong = [type(x).__name__ for x in outputs.values() if not isinstance(x, Tensor)]

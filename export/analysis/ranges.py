@@ -37,22 +37,25 @@ class Range:
         high: largest; infinity when only `size` bounds it.
         size: a symbolic dimension whose size bounds the value; None for none.
         short: how much below that size the largest value is: 1 for an index, 0 for a length.
+        guarded: whether the graph looks at the value and may then not look a larger one up.
     """
 
     low: float = -math.inf
     high: float = math.inf
     size: str | None = None
     short: int = 0
+    guarded: bool = dataclasses.field(default=False, compare=False)
 
     def within(self, other: Range) -> Range:
         """What satisfies both; of two sizes, the first stays."""
         kept = self if self.size is not None else other
-        return Range(max(self.low, other.low), min(self.high, other.high), kept.size, kept.short)
+        guarded = min((self.high, self.guarded), (other.high, other.guarded))[1]  # of equals, one that is not
+        return Range(max(self.low, other.low), min(self.high, other.high), kept.size, kept.short, guarded)
 
     def shifted(self, least: int, most: int) -> Range:
         """What x must be in for x + c to be in this range, for every c from `least` to `most`."""
         short = self.short + most if self.size is not None else 0
-        return Range(self.low - least, self.high - most, self.size, short)
+        return dataclasses.replace(self, low=self.low - least, high=self.high - most, short=short)
 
     @property
     def bounded(self) -> bool:
@@ -77,13 +80,14 @@ class _Walk:
         fold_integers(light)
         nodes = list(walk(light.graph.node))
         self._writer = {name: node for node in nodes for name in node.output}
+        self._always = {name for node in light.graph.node for name in node.output}
         self._known = known_integers(light.graph)
         self.demands: dict[str, Range] = {}
         self._of_parts: dict[str, set[Range]] = {}
         for node in reversed(nodes):
             self._settle(*node.output)
             if not node.domain:
-                self._pick(node)
+                self._pick(node, guarded=not self._always.issuperset(node.output))
                 for name in node.output:
                     if name in self.demands:
                         self._hand_back(node, self.demands[name])
@@ -100,18 +104,28 @@ class _Walk:
         if name and name not in self._known:
             self.demands[name] = self.demands[name].within(wanted) if name in self.demands else wanted
 
-    def _pick(self, node: onnx.NodeProto) -> None:
-        """What a node that picks rows demands of its indices."""
+    def _pick(self, node: onnx.NodeProto, guarded: bool) -> None:
+        """What a node that picks rows demands of its indices; `guarded` where it is in a branch."""
         if node.op_type in ("Gather", "GatherElements", "ScatterElements"):
-            self._demand(node.input[1], self._rows(node.input[0], attribute(node, "axis", 0)))
+            rows = self._rows(node.input[0], attribute(node, "axis", 0))
+            self._demand(node.input[1], dataclasses.replace(rows, guarded=guarded))
         elif node.op_type in ("GatherND", "ScatterND"):
             for axis, column in enumerate(self._columns(node.input[1]), attribute(node, "batch_dims", 0)):
-                self._demand(column, self._rows(node.input[0], axis))
+                self._demand(column, dataclasses.replace(self._rows(node.input[0], axis), guarded=guarded))
 
     def _rows(self, data: str, axis: int) -> Range:
         dims = self._dims(data) or ()
         size = dims[axis] if -len(dims) <= axis < len(dims) else None
         return Range(0, size - 1) if isinstance(size, int) else Range(0, size=size, short=1)
+
+    def _reads(self, name: str) -> set[str]:
+        """All values that one is computed from, itself among them."""
+        found, left = set(), [name]
+        while left:
+            if (one := left.pop()) not in found:
+                found.add(one)
+                left += self._writer[one].input if one in self._writer else ()
+        return found - set(self._known) - {""}
 
     def _columns(self, indices: str) -> Sequence[str]:
         """The values that a tensor of indices was put together from, one for each column; none when that is unseen."""
@@ -150,12 +164,15 @@ class _Walk:
             elif at == 1:
                 self._demand(given[0], wanted.shifted(-most, -least))
             elif wanted.size is None:  # a constant minus x
-                self._demand(given[1], Range(most - wanted.high, least - wanted.low))
+                low, high = most - wanted.high, least - wanted.low
+                self._demand(given[1], dataclasses.replace(wanted, low=low, high=high))
         elif op == "Mul" and bounds[1] and bounds[1][0] > 0 and wanted.size is None:
-            self._demand(given[0], Range(math.ceil(wanted.low / bounds[1][0]), wanted.high // bounds[1][1]))
+            low, high = math.ceil(wanted.low / bounds[1][0]), wanted.high // bounds[1][1]
+            self._demand(given[0], dataclasses.replace(wanted, low=low, high=high))
         elif op == "Div" and bounds[1] and bounds[1][0] > 0 and wanted.size is None:
             least = bounds[1][0]
-            self._demand(given[0], Range(wanted.low * least, wanted.high * least + least - 1))
+            low, high = wanted.low * least, wanted.high * least + least - 1
+            self._demand(given[0], dataclasses.replace(wanted, low=low, high=high))
         elif op in ("Max", "Min", "Clip"):
             self._demand(given[0], self._clipped(op, bounds, wanted))
         # What `Mod` gives is bounded by its constant; what is computed otherwise says nothing of the inputs.
@@ -173,7 +190,8 @@ class _Walk:
                             wanted, low=min(wanted.low, *bounds), high=max(wanted.high, *bounds)
                         )
             if guard not in ("Less", "LessOrEqual", "Greater", "GreaterOrEqual"):
-                self._demand(name, wanted)
+                seen = self._reads(name) & self._reads(node.input[0])
+                self._demand(name, dataclasses.replace(wanted, guarded=wanted.guarded or bool(seen)))
 
     def _clipped(self, op: str, bounds: Sequence[tuple[int, int] | None], wanted: Range) -> Range:
         """What is left to demand of a value that a constant bounds from below, from above or from both sides."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper, parser
 
 from stca.checks.verify import prove
 from stca.errors import SplitError, said_by_onnxruntime
-from stca.export.accept import nominal_sizes
+from stca.export.accept import nominal_sizes, with_ranges
 from stca.export.pipeline import split_onnx
 from stca.runtime import Request, Session
 from stca.specs import TensorSpec
@@ -211,3 +212,33 @@ def test_a_table_of_8_bits_below_the_operator_sets_of_the_reference(opset, tmp_p
     scores = Session.load(bundle.path).score(Request({"history": [1, 2, 3, 4, 5, 6], "item": [7, 8]}))
     np.testing.assert_allclose(scores[:, 0], (rows[1:7].mean(0) * rows[7:9]).mean(1), rtol=1e-5)
     assert all(p.stat().st_size < table.nbytes for p in bundle.path.glob("*.onnx")), "stored once"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("i = Identity (ids)", "ids: limit=101, but .* for 100 ids, 0 to 99; say limit=100, or give the table 1 more"),
+        ("i = Add (ids, one)", "rows for 99 ids, 0 to 98; say limit=99, or give the table 2 more"),
+        ("z = Sub (one, one) i = Where (mask, ids, z)", "say limit=100"),
+        ("i = Mod (ids, hundred)", None),
+        ("i = Clip (ids, , ninety)", None),
+        ("a = Less (ids, hundred) b = Not (a) c = Not (b) i = Where (c, ids, one)", None),
+    ],
+    ids=["itself", "one on", "where a mask says so", "wrapped", "clipped", "guarded"],
+)
+def test_more_ids_than_the_table_they_are_looked_up_in_has(body, said):
+    """The session would fail on the last of them, which no random request of the proof may hold."""
+    constants = "one = Constant <value = int64 {1}> () hundred = Constant <value = int64 {100}> ()"
+    text = f"{constants} ninety = Constant <value = int64 {{90}}> () {body} y = Gather (table, i)"
+    inputs = "int64[n] ids, bool[n] mask, float[100, 4] table"
+    model = parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]> g ({inputs}) => (float y) {{ {text} }}')
+    spec = TensorSpec("ids", "int64", ("n",), "user")
+    too_many, few = dataclasses.replace(spec, limit=101), dataclasses.replace(spec, limit=91)
+    assert with_ranges(model, [few], {}) == (few,)
+    if said is None:
+        assert with_ranges(model, [too_many], {}) == with_ranges(model, [spec], {"ids": 101}) == (too_many,)
+        return
+    with pytest.raises(SplitError, match=said):
+        with_ranges(model, [too_many], {})
+    with pytest.raises(SplitError, match="--ids ids=101, but"):
+        with_ranges(model, [spec], {"ids": 101})
