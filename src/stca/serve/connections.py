@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 from typing import Any, Final
@@ -19,9 +20,11 @@ def most_connections() -> int:
     """How many connections each of three ports may have: as many as this process may open, which is raised to what the
     system allows. Without descriptors a server could not accept another one, nor open a bundle.
     """
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    most = _LARGEST if hard == resource.RLIM_INFINITY else min(hard, _LARGEST)
+    allowed, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # a sandbox or the kernel's own limit may not let it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        allowed = hard
+    most = _LARGEST if allowed == resource.RLIM_INFINITY else min(allowed, _LARGEST)
     try:
         taken = len(os.listdir("/proc/self/fd"))
     except OSError:
@@ -34,7 +37,8 @@ class Connection(H11Protocol):
 
     Args:
         seconds: how long the head of a request may take to arrive, from the connection or from its first byte on.
-        most: connections of this port; beyond these, the one that was silent for longest makes room.
+        most: connections of this port; beyond these, the one that was silent for longest makes room, first of those
+            that never sent a request.
     """
 
     def __init__(self, *args: Any, seconds: float, most: int, **more: Any) -> None:
@@ -42,19 +46,25 @@ class Connection(H11Protocol):
         self._seconds, self._most = seconds, most
         self._late: asyncio.TimerHandle | None = None
         self._heard = self.loop.time()
+        self._asked = self._gone = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol.connection_made`."""
         super().connection_made(transport)
         self._watch()
-        if len(self.connections) > self._most:
-            silent = [c for c in self.connections if isinstance(c, Connection) and c._waits]
-            min(silent, key=lambda c: c._heard).transport.abort()
+        # What made room is here until the loop's next turn, and a burst of others comes before that.
+        here = [c for c in self.connections if isinstance(c, Connection) and not c._gone]
+        if len(here) > self._most:
+            silent = [c for c in here if c._waits and c is not self] or [self]
+            first = min(silent, key=lambda c: (c._asked, c._heard))
+            first._gone = True
+            first.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol.data_received`."""
         self._heard = self.loop.time()
         super().data_received(data)
+        self._asked |= not self._waits
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -153,8 +153,9 @@ def settings(file: str | None, environment: Mapping[str, str], flags: Mapping[st
 
 def _of_file(file: str) -> dict[str, Any]:
     try:
-        text = folders.read(Path(file), _MOST_BYTES).decode("utf-8")
-        return {n.replace("-", "_"): v for n, v in tomllib.loads(text).items()}
+        if len(read := folders.read(Path(file), _MOST_BYTES)) > _MOST_BYTES:
+            raise ValueError(f"it is larger than {_MOST_BYTES >> 20} MiB")
+        return {n.replace("-", "_"): v for n, v in tomllib.loads(read.decode("utf-8")).items()}
     except (OSError, ValueError, RecursionError) as e:  # an integer of 5,000 digits is a plain ValueError
         raise UsageError(f"{file}: cannot be read ({getattr(e, 'strerror', None) or e}); name a TOML file") from e
 

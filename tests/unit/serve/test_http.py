@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import http.client
 import json
 import logging
+import resource
 import socket
 import zlib
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import uvicorn
 from support.serving import DATATYPES, Running, body_of, running
+from uvicorn.server import ServerState
 
 from stca.runtime import Request
 from stca.serve import server as server_module
+from stca.serve.connections import Connection, most_connections
 from stca.serve.http_body import HEADER_LENGTH
 from stca.serve.log import Seldom
 from stca.serve.server import _bound
@@ -248,12 +255,49 @@ def test_a_request_that_does_not_begin_is_not_waited_for(bundle_dir, asked):
 def test_silent_connections_make_room_for_others(bundle_dir, asked, monkeypatch):
     monkeypatch.setattr(server_module, "most_connections", lambda: 4)
     with running(bundle_dir) as small, contextlib.ExitStack() as stack:
+        regular = http.client.HTTPConnection("127.0.0.1", small.ports["http"], timeout=30)
+        stack.callback(regular.close)
+        assert live_by(regular) == 200
+        held = regular.sock
         silent = [
             stack.enter_context(socket.create_connection(("127.0.0.1", small.ports["http"]), timeout=30))
             for _ in range(8)
         ]
         assert small.infer(asked())[0] == 200
         assert silent[0].recv(1) == b""
+        assert live_by(regular) == 200
+        assert regular.sock is held, "one that asks now and then made room for silent ones"
+
+
+def live_by(connection: http.client.HTTPConnection) -> int:
+    connection.request("GET", "/v2/health/live")
+    with connection.getresponse() as answer:
+        answer.read()
+        return answer.status
+
+
+def test_a_burst_leaves_no_more_connections_than_there_may_be():
+    """All come in one turn of the loop, before any that made room is gone."""
+
+    async def burst() -> list[bool]:
+        config = uvicorn.Config(lambda *_: None, log_config=None)
+        config.load()
+        state, transports = ServerState(), [MagicMock() for _ in range(100)]
+        for transport in transports:
+            connection = Connection(config=config, server_state=state, app_state={}, seconds=30, most=4)
+            connection.connection_made(transport)
+        return [transport.abort.called for transport in transports]
+
+    assert asyncio.run(burst()) == [True] * 96 + [False] * 4
+
+
+def test_a_limit_that_cannot_be_raised_is_taken_as_it_is(monkeypatch):
+    def refuse(*_):
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1 << 20))
+    assert 16 <= most_connections() <= (1024 - 64) // 3
 
 
 def test_a_lack_of_descriptors_is_told_once_a_second():

@@ -41,6 +41,7 @@ def test_flags_go_before_the_environment_and_that_before_the_file(tmp_path):
         ("queue = " + "[" * 10**5, {}, {}, "TOML"),
         ("body_seconds = " + "9" * 400, {}, {}, "body_seconds"),
         ("\0" * (1 << 21), {}, {}, "TOML"),
+        ("queue = 1\n" + "#" * (1 << 20), {}, {}, "larger than 1 MiB"),
         ("", {"STCA_SERVE_HTTP_PRT": "1"}, {}, "STCA_SERVE_HTTP_PRT"),
         ("", {"STCA_SERVE_HTTP_PORT": "x"}, {}, "STCA_SERVE_HTTP_PORT"),
         ("", {"STCA_SERVE_TRUNCATE": "perhaps"}, {}, "STCA_SERVE_TRUNCATE"),
