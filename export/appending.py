@@ -87,8 +87,8 @@ def _why_not_joined(halves: Split, user: Sequence[TensorSpec], shown: Tokenwise)
     offsets, flow = offsets_of(user), Dataflow(halves.user_encoder.graph)
     if not offsets and not event_inputs(user):
         return "the model has no history"
-    if not offsets:
-        return "the model has no offsets input, so that a state is of one whole history"
+    if not offsets and (other := next((s.name for s in user if TOKENS in s.shape[1:]), None)):
+        return f"input {other!r} has its events on another axis than the first"
     if not any(t.shape[:1] == (TOKENS,) for t in halves.state):
         return "no part of it has a row per history token"
     of_events = offsets | {s.name for s in user if s.shape[:1] == (TOKENS,)}

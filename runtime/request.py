@@ -237,8 +237,8 @@ class Door:
         padded = [h.size for h in self.histories if h.size is not None]
         if padded:
             return f"the model's history is padded to {padded[0]} events, so none can be appended"
-        if not any(s.scope == "user" for s in self.offsets.values()):
-            return "the model takes one whole history, without offsets, so no events can be appended"
+        if other := next((s.name for s in self.inputs.values() if s.scope == "user" and TOKENS in s.shape[1:]), None):
+            return f"the model has the events of {other} on another axis than the first, so none can be appended"
         return "this bundle's states cannot be appended to: their events depend on each other or on other inputs"
 
     def placeholder(self, name: str) -> Array:

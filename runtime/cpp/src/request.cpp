@@ -257,12 +257,12 @@ std::string Door::why_not_appendable() const {
              " events, so none can be appended";
     }
   }
-  for (std::size_t i = 0; i < inputs_.size(); ++i) {
-    if (offsets_[i] && inputs_[i].scope == STCA_USER) {
-      return "this bundle's states cannot be appended to: their events depend on each other or on other inputs";
+  for (const TensorSpec& spec : inputs_) {
+    if (spec.scope == STCA_USER && spec.counts(tokens_symbol) && !spec.rows_are(tokens_symbol)) {
+      return "the model has the events of " + spec.name + " on another axis than the first, so none can be appended";
     }
   }
-  return "the model takes one whole history, without offsets, so no events can be appended";
+  return "this bundle's states cannot be appended to: their events depend on each other or on other inputs";
 }
 
 Array Door::of_kind(std::size_t index, const stca_tensor& value) const {

@@ -775,6 +775,11 @@ def bad_cases() -> list[Any]:
         case("too long behind a batch axis", score(_rows([[1, 1]] * 3), refused("clicks", "3", "2")), bundle="rows"),
         case("no batches of this model", batch(_plain(), refused("one Request at a time")), bundle="plain"),
         case("no appending to this model", append("ann", {}, "v2", refused("append")), bundle="plain"),
+        case(
+            "no appending behind a batch axis",
+            append("ann", {}, "v2", refused("of clicks on another axis")),
+            bundle="rows",
+        ),
         *(
             case(
                 f"{name} is no part of an event",
@@ -870,6 +875,7 @@ def damage_cases() -> list[Any]:
 def main() -> None:
     import golden_bags  # which take this module's helpers
     import golden_changes
+    import golden_one_user
     import golden_padding
     import golden_sums
 
@@ -898,6 +904,7 @@ def main() -> None:
     golden_bags.write_bundles()
     golden_padding.write_bundles()
     golden_changes.write_bundle()
+    golden_one_user.write_bundle()
     golden_sums.write_bundle()
     (GOLDEN / "cases.json").write_text(cases_text(), encoding="utf-8")
 
@@ -910,10 +917,12 @@ def cases_text() -> str:
     """All cases as JSON, one to a line."""
     import golden_bags
     import golden_changes
+    import golden_one_user
     import golden_padding
     import golden_sums
 
-    others = (*golden_padding.cases(), *golden_bags.cases(), *golden_changes.cases(), *golden_sums.cases())
+    parts = golden_padding, golden_bags, golden_changes, golden_one_user, golden_sums
+    others = [one for part in parts for one in part.cases()]
     cases = {"cases": [*good_cases(), *bad_cases(), *others], "damages": damage_cases()}
     lines = (f' "{key}": [\n  ' + ",\n  ".join(map(json.dumps, value)) + "\n ]" for key, value in cases.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
