@@ -71,7 +71,7 @@ def in_numbers(value: Any) -> bool:
 def odd_one(value: Any, found: Array, wanted: str) -> str | None:
     """The first entry of a client's list that is not a number of the kind `wanted`, numpy's letter, and where it
     stands, for a message; None where the list is of such numbers, or no list, or `found`, the array that was made of
-    it, tells by its dtype what they are.
+    it, tells by its dtype what they are from the first one on.
     """
     place: list[int] = []
     if type(value) not in (list, tuple):
@@ -89,14 +89,14 @@ def odd_one(value: Any, found: Array, wanted: str) -> str | None:
         return None
     for i in place:
         value = value[i]
-    if found.dtype.kind in "biufc" and type(value) is not int:
+    if found.dtype.kind in "biufc" and type(value) is not int and not any(place):
         return None
     return f"holds {quoted(value)} at {place}"
 
 
 def _is_odd(one: Any, wanted: str) -> bool:
     if isinstance(one, np.generic | np.ndarray):
-        return one.dtype.kind not in ("iu" if wanted in "iu" else wanted)
+        return one.dtype.kind not in {"b": "b", "f": "iuf"}.get(wanted, "iu")
     kinds = {"b": (bool,), "f": (int, float)}.get(wanted, (int,))
     if type(one) not in kinds:
         return True

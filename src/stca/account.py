@@ -102,6 +102,7 @@ def _check_model(manifest: Manifest) -> None:
 
 def _check_cut(split: Told) -> None:
     _check({"notes": (), "request_dependencies": (), **split}, _CUT, "split")
+    split = {name: told for name, told in split.items() if told is not None}
     typed_json.as_type(Mapping[str, str], split.get("lifted", {}).get("decisions", {}), "split: lifted: decisions")
     for place, one in _rows(split.get("request_dependencies", ()), "split: request_dependencies"):
         typed_json.as_type(str, one.get("text"), f"{place}: text")

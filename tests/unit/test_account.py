@@ -11,6 +11,7 @@ from support.errors import one_line
 
 from stca.account import check_account
 from stca.bundle import Bundle
+from stca.commands import inspect_bundle
 from stca.errors import BundleError
 
 STAGE = {"name": "torch", "against": "float64", "max_abs": 0.0, "max_rel": 0.0, "cosine": 1.0, "topk_overlap": 1.0}
@@ -52,6 +53,13 @@ def places(tree):
 def test_a_sound_account(whole):
     check_account(whole)
     check_account(dataclasses.replace(whole, split={}, parity={}, quantization=None), cut=False)
+
+
+@pytest.mark.parametrize("name", ["lifted", "tables", "rules", "reasons", "encoder_nodes", "hit_work_without_rules"])
+def test_what_may_be_left_out_may_be_null(whole, name):
+    manifest = dataclasses.replace(whole, split={**whole.split, name: None})
+    check_account(manifest)
+    assert inspect_bundle._why(manifest)
 
 
 @pytest.mark.parametrize("part", ["parity", "quantization"])

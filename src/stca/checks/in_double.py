@@ -50,6 +50,9 @@ def _sorted(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor,
 
 
 def _top(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
+    if not x.dim():  # one value, without an axis to take others from
+        values, places = torch.topk(x, k, dim, largest, sorted)
+        return values, places
     values, places = _sorted(x, dim, largest)
     return values.narrow(dim, 0, k), places.narrow(dim, 0, k)
 

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _why(m: Manifest) -> list[str]:
     """What was decided of each input and node when the model was lifted and cut; nodes alike have one reason."""
-    report = m.split
+    report = {name: told for name, told in m.split.items() if told is not None}
     lifted: Mapping[str, str] = report.get("lifted", {}).get("decisions", {})
     inputs = m.graphs["request"].inputs
     copies = {s.input: f"kept as it came, as {s.name}" for s in m.state if s.input is not None}

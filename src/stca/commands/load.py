@@ -117,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
     reports: dict[str, LoadReport] = {}
     trace = _trace(args, traffic, client, told)
     told(f"{len(trace)} arrivals")
+    for line in _inputs(args, client, trace).unmet(max((a.items for a in trace), default=0)):
+        told(line)
     reports["load"] = _run(args, client, trace)
     data: dict[str, Any] = {"target": args.target, "traffic": dataclasses.asdict(traffic)}
     if args.compare:

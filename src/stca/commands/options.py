@@ -20,6 +20,8 @@ from stca.near import did_you_mean
 
 ENGINES = tuple(sorted(BACKENDS))
 PRECISIONS = ("fp32", "bf16", "fp16")
+# Of a number that counts something: the largest, and the most digits, which Python reads at most a few thousand of.
+_MOST, _LONGEST = (1 << 62) - 1, 1000
 
 
 def require_file(path: str, what: str, kind: type[StcaError] = UsageError) -> None:
@@ -48,8 +50,8 @@ def names(text: str) -> list[str]:
 
 
 def count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text[:20]) < 1 << 62:
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number from 1")
+    if not text.isdecimal() or len(text) > _LONGEST or not 1 <= int(text) <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number from 1 to {_MOST}")
     return int(text)
 
 

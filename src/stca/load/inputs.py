@@ -73,6 +73,15 @@ class Inputs:
                 made[spec.name] = np.where(ids == spec.blank, drawn, ids).astype(drawn.dtype)
         return made
 
+    def unmet(self, items: int) -> list[str]:
+        """What of a wish for so many items the targets' inputs do not meet, in lines."""
+        whole = [s for s in self._rest if items and s.scope == "target" and np.dtype(s.dtype).kind in "iu"]
+        told = [
+            f"{s.name}: the bundle does not tell its ids, so that items change nothing" for s in whole if not s.limit
+        ]
+        most = max((s.limit - int(s.low or 0) for s in whole if s.limit), default=items)
+        return told + ([f"the targets have {most} ids at most, fewer than {items} items"] if most < items else [])
+
     def _drawn(self, user: int, version: int) -> dict[str, Array]:
         with self._lock:
             if (found := self._kept.get((user, version))) is not None:

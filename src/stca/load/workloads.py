@@ -44,9 +44,15 @@ class Crowd:
 
 
 def crowds(workload: str, first: Crowd, other: Crowd) -> list[Crowd]:
-    """Both crowds; of a trend those between them, too, each with the same factor from the one before."""
+    """Both crowds; of a trend those between them, too, each with the same factor from the one before.
+
+    Raises:
+        UsageError: when a trend is to go from a number of items to all that the model has, or back.
+    """
     if workload != TREND:
         return [first, other]
+    if bool(first.items) != bool(other.items):
+        raise UsageError("items: a trend needs their number in both crowds, or 0 in both; set --items and --towards so")
     ends = np.array([[of.users, of.items, of.zipf, of.items_zipf] for of in (first, other)], float)
     made = []
     for step in np.linspace(0, 1, _STEPS).tolist():

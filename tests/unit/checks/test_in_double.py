@@ -82,3 +82,14 @@ def test_of_equal_values_the_first_is_taken(dtype):
 
     (places,) = run_torch(Best(), [{"x": np.zeros((2, 40), np.float32)}], dtype)
     np.testing.assert_array_equal(places, np.tile([*range(3), *range(40), *range(3), *range(40)], (2, 1)))
+
+
+@pytest.mark.parametrize("dtype", [None, "float64"])
+def test_of_one_value_alone_topk_takes_it(dtype):
+    class Alone(nn.Module):
+        def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            value, place = inputs["x"].sum().topk(1)
+            return inputs["x"].sum(1) + value + place
+
+    (scores,) = run_torch(Alone(), [{"x": np.ones((2, 3), np.float32)}], dtype)
+    np.testing.assert_array_equal(scores, [[9], [9]])

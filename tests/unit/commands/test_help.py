@@ -8,6 +8,7 @@ import shlex
 import pytest
 
 from stca import commands
+from stca.commands.options import count
 
 
 def _commands() -> dict[str, argparse.ArgumentParser]:
@@ -88,6 +89,9 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         (["build", "b", "--engine", "onnxruntme"], ("did you mean 'onnxruntime'?",)),
         (["inspect", "b", "--nothing-like-it"], ("--nothing-like-it",)),
         (["build", "b", "--engine", "tensorrt", "--sm", "8.9.1"], ("89 or 8.9",)),
+        (["load", "b", "--threads", "5000000000000000000"], ("from 1 to 4611686018427387903",)),
+        (["load", "b", "--threads", "0" * 30], ("from 1 to",)),
+        (["load", "b", "--threads", "9" * 5000], ("from 1 to",)),
     ],
 )
 def test_a_wrong_word_is_told_the_nearest_right_one(argv, words, capsys):
@@ -110,3 +114,7 @@ def test_defaults_are_told_as_they_are_typed(capsys):
         commands.main(["load", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "(default: 100,2000)" in said
+
+
+def test_zeros_before_a_number_count_for_nothing() -> None:
+    assert count("0" * 30 + "7") == 7

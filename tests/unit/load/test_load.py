@@ -80,9 +80,22 @@ def test_targets_are_the_items_of_a_crowd(exported):
     counts = [len(np.unique(inputs.targets(2000, 0, items, 1.0)["target_item"])) for items in (3, 30)]
     assert counts == [3, 30]
     assert len(np.unique(inputs.targets(2000, 0)["target_item"])) > 30
+    (capped,) = inputs.unmet(10**9)
+    assert "fewer than" in capped
+    assert inputs.unmet(3) == inputs.unmet(0) == []
+    inputs._rest = [dataclasses.replace(s, limit=None) for s in inputs._rest]
+    assert all("does not tell its ids" in line for line in inputs.unmet(3))
+    assert inputs.unmet(3)
+
+
+def test_the_same_items_lead_in_every_request(exported):
+    inputs = Inputs(Bundle.load(exported("log", "projected")).manifest, 10, 0)
     few, more = (inputs.targets(2000, number, 3, 1.0)["target_item"] for number in (0, 1))
     assert set(few) == set(more), "the same items lead in every request"
     assert np.unique(few, return_counts=True)[1].max() > 2000 / 3 * 1.3
+
+
+HALF_NAMED = {"workload": "trend", "towards": Crowd(20, 1.0, 300)}  # items of one crowd alone
 
 
 def test_a_trace_comes_back_from_its_file(tmp_path):
@@ -95,7 +108,7 @@ def test_a_trace_comes_back_from_its_file(tmp_path):
         with one_line(UsageError, file):
             read_trace(file)
         assert word
-    for wrong in ({"history": (5, 2)}, {"users": 0}, {"zipf": -1.0}, {"workload": "flood"}):
+    for wrong in ({"history": (5, 2)}, {"users": 0}, {"zipf": -1.0}, {"workload": "flood"}, HALF_NAMED):
         with one_line(UsageError):
             Traffic(**wrong)  # type: ignore[arg-type]
 

@@ -71,7 +71,10 @@ def test_errors_are_one_line_that_keeps_its_end():
     [
         ([1, None], "i", "holds None at [1]"),
         ([1, 1 << 63], "i", f"holds {1 << 63} at [1]"),
-        ([[1], [2.5]], "i", None),
+        ([[1], [2.5]], "i", "holds 2.5 at [1, 0]"),
+        ([1, 2.5], "i", "holds 2.5 at [1]"),
+        ([2.5, 1], "i", None),
+        ([np.int32(1), None], "f", "holds None at [1]"),
         ([[1], ["2"]], "i", "holds '2' at [1, 0]"),
         ([1.5, "x"], "f", "holds 'x' at [1]"),
         ([True, None], "b", "holds None at [1]"),
