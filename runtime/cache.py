@@ -173,7 +173,7 @@ class StateCache:
             age: seconds since the state was made.
         """
         call = next(self.calls) if call is None else call
-        cost = self._cost(key, state) + (0 if self._ttl is None else _AGE_BYTES)
+        cost = self._whole_cost(key, state)
         with self._lock:
             if self._until:
                 self._expire(key.user)
@@ -185,16 +185,18 @@ class StateCache:
                     return False
             elif held is not None and held.call >= call:
                 return False
-            if held is not None:
-                self._drop(key.user)
+            fits = cost <= self._budget and self._max_users != 0
+            # The same history in another form is as old, and keeps its place among those that expire.
+            same = instead_of is not None and held is not None and held.key == key
+            self._drop(key.user, aged=same and fits)
             self._last_cost = cost
-            if cost > self._budget or self._max_users == 0:
+            if not fits:
                 self._refused += 1
                 self._gone.note(key.user, TOO_LARGE)
                 return False
             evicted = self._make_room(cost)
             born = self._clock() - age
-            if instead_of is not None and held is not None and held.key == key:  # it was finished, and is as old
+            if same and held is not None:
                 born, call = held.born, held.call
             self._held[key.user] = Kept(key, state, cost, born, call)
             if self._ttl is not None:
@@ -206,6 +208,22 @@ class StateCache:
         if evicted:  # a log's handlers may take their time, or ask for statistics
             LOG.debug("evicted %d states; %d are kept", evicted, users)
         return True
+
+    def _whole_cost(self, key: StateKey, state: UserState) -> int:
+        return self._cost(key, state) + (0 if self._ttl is None else _AGE_BYTES)
+
+    def fits(self, key: StateKey, state: UserState) -> bool:
+        """Whether the whole budget is enough for this state."""
+        cost = self._whole_cost(key, state)
+        with self._lock:
+            return cost <= self._budget
+
+    def discard(self, key: StateKey, state: UserState) -> None:
+        """Drop this state, where it is still the one kept under `key`."""
+        with self._lock:
+            held = self._held.get(key.user)
+            if held is not None and held.key == key and held.state is state:
+                self._drop(key.user)
 
     def _make_room(self, cost: int, users: int = 1) -> int:
         """Drop the least recently used until there is room for `users` more; how many."""
@@ -303,9 +321,11 @@ class StateCache:
         self._gone.note(user, EXPIRED)
         self._drop(user)
 
-    def _drop(self, user: Hashable) -> bool:
+    def _drop(self, user: Hashable, *, aged: bool = False) -> bool:
+        """With `aged`, the user keeps the place among those that expire."""
         held = self._held.pop(user, None)
-        self._until.pop(user, None)
+        if not aged:
+            self._until.pop(user, None)
         if held is not None:
             self._bytes -= held.bytes
             self._state_bytes -= held.state.row_bytes

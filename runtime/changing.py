@@ -24,7 +24,7 @@ from stca.runtime.turns import Turns
 from stca.specs import TOKENS
 
 # Most events that wait: a request is to wait for little more than what follows from the sums.
-_MOST_WAITING: Final = 256
+_MOST_PUT_OFF: Final = 256
 
 
 def change(
@@ -37,7 +37,7 @@ def change(
     after: Hashable,
     at: int | None = None,
 ) -> bool:
-    """Encode the events and keep the changed state; whether it is kept. `Session.append` and `amend` have the
+    """Keep the state with these events, encoded or waiting; whether it is kept. `Session.append` and `amend` have the
     arguments; without `at`, events are appended.
 
     Raises:
@@ -50,33 +50,53 @@ def change(
     arrays = _admitted(call, model, mapping_of("inputs", events), cut=at is None)
     if after is not None and follows == version:
         raise RequestError(f"version: is {quoted(version)}, that of the history before; name the changed one anew")
-    held = store.find(user, model.key(user, version), *([] if after is None else [model.key(user, follows)]))
-    made_by = store.next_call()
-    if held is None or (held.key.weights, held.key.format) != (model.manifest.weights, model.format):
-        return False
-    if held.key.version == version:
-        return True  # the same call again, after a timeout perhaps: its events are in
-    if after is not None and held.key.version != follows:
-        return False
-    if model.sums and model.window is not None and held.state.tokens + model.tokens(arrays) > model.window:
-        return False  # the oldest events would have to leave the sums
-    first = None if at is None else _first(held.state, model.tokens(arrays), at)
+    key = model.key(user, version)
+    while True:
+        held = store.find(user, key, *([] if after is None else [model.key(user, follows)]))
+        made_by = store.next_call()
+        if held is None or (held.key.weights, held.key.format) != (model.manifest.weights, model.format):
+            return False
+        if held.key.version == version:
+            return True  # the same call again, after a timeout perhaps: its events are in
+        if after is not None and held.key.version != follows:
+            return False
+        if model.sums and model.window is not None and held.state.tokens + model.tokens(arrays) > model.window:
+            return False  # the oldest events would have to leave the sums
+        state, written = _changed(model, store, turns, key, held.state, arrays, at)
+        if store.put(key, state, made_by, instead_of=held.state):
+            store.count_made(appends=1, appended_bytes=written)
+            return True
+        if (now := store.memory.find(user)) is None or now.key != held.key:
+            return False
+        # The same history is there in another form: a request finished it, say. So once more, from what is there now.
+
+
+def _changed(
+    model: Model,
+    store: StateStore,
+    turns: Turns,
+    key: StateKey,
+    old: UserState,
+    arrays: Mapping[str, Array],
+    at: int | None,
+) -> tuple[UserState, int]:
+    """The old state with these events, to be kept under `key`; and how many bytes were written for it."""
+    first = None if at is None else _first(old, model.tokens(arrays), at)
     blank, late = model.door.only_blank(arrays), None
     if model.sums:
-        late = put_off(model, held.state, arrays)
+        late = put_off(model, old, arrays)
+        may_wait = blank is None and model.tokens(late.waiting or {}) <= _MOST_PUT_OFF
         # A file holds what outlives the process, and so no state that is still to be finished.
-        if blank is None and store.file is None and model.tokens(late.waiting or {}) <= _MOST_WAITING:
-            return _kept(
-                store, model.key(user, version), made_by, late, held.state, sum(x.nbytes for x in arrays.values())
-            )
+        if may_wait and store.file is None and store.memory.fits(key, late):
+            return late, sum(x.nbytes for x in arrays.values())
     turns.enter()
     try:
         if late is not None:
             state, written = finish(model, late)
         elif first is None:
-            state, written = extend(model, held.state, next(model.encode([arrays])))
+            state, written = extend(model, old, next(model.encode([arrays])))
         else:
-            state, written = replace(model, held.state, next(model.encode([arrays])), first)
+            state, written = replace(model, old, next(model.encode([arrays])), first)
         if blank is not None and not model.gives_finite(state):
             raise RequestError(
                 f"{blank.name}: with these events the history would hold nothing but {blank.blank}, for which the "
@@ -84,7 +104,7 @@ def change(
             )
     finally:
         turns.leave()
-    return _kept(store, model.key(user, version), made_by, state, held.state, written)
+    return state, written
 
 
 def _check_call(call: str, model: Model, user: Hashable, version: Hashable) -> None:
@@ -100,12 +120,6 @@ def _check_call(call: str, model: Model, user: Hashable, version: Hashable) -> N
             "amend: this bundle's states are sums over all events, and what one of them gave is not known any "
             "more; send the whole history with a new version"
         )
-
-
-def _kept(store: StateStore, key: StateKey, call: int, state: UserState, instead_of: UserState, written: int) -> bool:
-    if kept := store.put(key, state, call, instead_of=instead_of):
-        store.count_made(appends=1, appended_bytes=written)
-    return kept
 
 
 def _admitted(call: str, model: Model, events: dict[str, ArrayLike], *, cut: bool) -> dict[str, Array]:
@@ -149,14 +163,22 @@ def put_off(model: Model, old: UserState, events: Mapping[str, Array]) -> UserSt
     """The state with these events behind those that wait already: copies, for the arrays are the caller's.
 
     Raises:
-        RequestError: as `Model.kept_sums`.
+        RequestError: as `Model.kept_sums`, or when other sizes than the number of events differ.
     """
     model.kept_sums(old)
     waiting = {}
     for name, new in events.items():
         shape = model.door.inputs[name].shape
-        parts = [old.waiting[name], new] if old.waiting is not None and TOKENS in shape else [new]
-        waiting[name] = np.concatenate(parts, axis=shape.index(TOKENS) if TOKENS in shape else 0)
+        if old.waiting is None or TOKENS not in shape:
+            waiting[name] = np.array(new, order="C")
+            continue
+        first, axis = old.waiting[name], shape.index(TOKENS)
+        if np.delete(first.shape, axis).tolist() != np.delete(new.shape, axis).tolist():
+            raise RequestError(
+                f"{name}: has shape {list(new.shape)}, and the events before have {list(first.shape)}; they must agree "
+                f"in all but axis {axis}, or send the whole history with a new version"
+            )
+        waiting[name] = np.concatenate([first, new], axis=axis)
     return dataclasses.replace(old, tokens=old.tokens + model.tokens(events), history=None, waiting=waiting)
 
 

@@ -217,7 +217,8 @@ class Session:
     def append(
         self, user: Hashable, events: Mapping[str, ArrayLike], version: Hashable, *, after: Hashable = None
     ) -> bool:
-        """Add new events, oldest first, to a kept state: only they are encoded, and the result is exact.
+        """Add new events, oldest first, to a kept state: only they are encoded, and the result is exact. Where states
+        are sums over events, these may wait for the next request, a hit that takes longer then.
 
         Args:
             user: whose state.

@@ -38,8 +38,8 @@ class StoreStats:
         expired: states that became older than they may.
         warmed: states made ahead of a request.
         appends: histories that grew, or were corrected (`Session.amend`), without being encoded again.
-        appended_bytes: what these wrote: the new rows and those that moved into a larger room, and all rows of a
-            corrected history.
+        appended_bytes: what these wrote: inputs that wait, new rows, those that moved into a larger room, what follows
+            from sums once it is computed, and all rows of a corrected history.
         hits_from: hits by where the state was: `memory`, `file`, or `joined` where another call was making it.
         misses_for: misses by why there was no state: `new_user`, `version` (one of another version is kept), `expired`,
             `evicted`, `weights` (a swap), `too_large` for the budget, `damaged` in its file; as far as it is known.

@@ -12,7 +12,7 @@ from stca.arrays import Array
 from stca.errors import HistoryNeededError, RequestError
 from stca.runtime.changing import finish
 from stca.runtime.client_values import key_of, quoted
-from stca.runtime.deadline import Deadline
+from stca.runtime.deadline import NEVER, Deadline
 from stca.runtime.flights import Flights
 from stca.runtime.model import Model
 from stca.runtime.state import StateKey, UserState
@@ -134,25 +134,40 @@ class UserStates:
         for place, (one, state) in enumerate(zip(found, states, strict=True)):
             if state.waiting is not None and one.key is not None:
                 deadline.check()
-                states[place] = self.finished(model, one.key, state)
+                states[place] = self.finished(model, one.key, state, deadline)
         return states
 
-    def finished(self, model: Model, key: StateKey, state: UserState) -> UserState:
-        """A kept state with the events that waited for a request, which is kept in its place."""
-        state = self._store.memory.peek(key) or state  # another request may have finished it by now
-        if state.waiting is None:
-            return state
-        made, written = finish(model, state)
-        if self._store.put(key, made, 0, instead_of=state):
-            self._store.count_made(appended_bytes=written)
-        return made
+    def finished(self, model: Model, key: StateKey, late: UserState, deadline: Deadline = NEVER) -> UserState:
+        """A kept state with the events that waited for a request, which is kept in its place; by one call for all.
+        Where that fails the kept one goes: no request for it could be answered, not even one with the history.
+        """
+        memory, written = self._store.memory, 0
+
+        def whole(key: StateKey) -> UserState | None:
+            state = memory.peek(key)
+            return None if state is None or state.waiting is not None else state
+
+        def grow(_: Sequence[UserState]) -> Iterator[UserState]:
+            nonlocal written
+            try:
+                made, written = finish(model, late)
+            except Exception:
+                memory.discard(key, late)
+                raise
+            yield made
+
+        def keep(key: StateKey, made: UserState, late: UserState) -> None:
+            if self._store.put(key, made, 0, instead_of=late):
+                self._store.count_made(appended_bytes=written)
+
+        return self._flights.encode({key: late}, grow, keep, whole, deadline)[0][key]
 
     def make_ahead(self, model: Model, found: Found, deadline: Deadline) -> bool:
         """Make the state before a request asks for it, or finish it; whether it is kept."""
-        if found.key is not None and found.state is not None:
-            self.finished(model, found.key, found.state)
-            return True
-        self._made(model, [found], deadline, lambda begun: self._store.count_made(warmed=len(begun)))
+        states = [found.state] if found.state is not None else []
+        if not states:
+            states, _ = self._made(model, [found], deadline, lambda begun: self._store.count_made(warmed=len(begun)))
+        self._finished(model, [found], states, deadline)
         return found.key is not None and self._store.memory.peek(found.key) is not None
 
     def _made(

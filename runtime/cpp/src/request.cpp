@@ -368,6 +368,13 @@ Row Door::behind(const Row* first, const Row& events) const {
     std::vector<const Array*> parts{&events.arrays[i]};
     if (first != nullptr && counted != symbols_[i].end()) parts.insert(parts.begin(), &first->arrays[i]);
     const auto axis = counted == symbols_[i].end() ? 0 : static_cast<int>(counted - symbols_[i].begin());
+    Shape like = parts.front()->shape;
+    like[axis] = events.arrays[i].shape[axis];
+    if (!(like == events.arrays[i].shape)) {
+      request_error(inputs_[i].name, ": has shape ", events.arrays[i].shape.text(), ", and the events before have ",
+                    parts.front()->shape.text(), "; they must agree in all but axis ", axis,
+                    ", or send the whole history with a new version");
+    }
     both.arrays[i] = concatenate(Memory::host(), inputs_[i].name, parts, axis);
   }
   if (first != nullptr) {

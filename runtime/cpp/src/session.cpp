@@ -10,7 +10,7 @@ namespace stca::core {
 namespace {
 
 /// Most events that wait for a request; changing.py says why.
-constexpr std::int64_t most_waiting = 256;
+constexpr std::int64_t most_put_off = 256;
 
 /// How many calls compute at once before they slow each other down.
 int places(const Model& model, const Options& options) {
@@ -216,10 +216,7 @@ Scored Session::score(const Model& model, const std::vector<RequestView>& reques
   std::size_t hits = 0;
   for (Pending& one : pending) {
     hits += one.hit ? 1 : 0;
-    if (one.state->waiting != nullptr) {
-      deadline.check();
-      one.state = finished(model, *one.key, std::move(one.state));
-    }
+    finish(model, one, deadline);
     states.push_back(std::move(one.state));
     rows.push_back(std::move(one.row));
   }
@@ -275,13 +272,22 @@ void Session::find_states(const Model& model, std::vector<Pending>& pending, con
   joining.done();
 }
 
-StateCache::State Session::finished(const Model& model, const StateKey& key, StateCache::State state) {
-  const auto held = store_->find(key.user, {});
-  if (held && held->first == key) state = held->second;  // another request may have finished it by now
-  if (state->waiting == nullptr) return state;
-  StateCache::State made = model.finished(*state);
-  store_->put(key, made, state, 0);
-  return made;
+void Session::finish(const Model& model, Pending& one, const Deadline& deadline) {
+  if (one.state->waiting == nullptr) return;
+  deadline.check();
+  const StateCache::State late = std::exchange(one.state, nullptr);
+  while (one.state == nullptr) {
+    StateCache::Found found = store_->begin(*one.key, true, 0, late);
+    one.state = std::move(found.state);
+    one.flight = std::move(found.flight);
+    if (found.ours) {
+      Leading leading(*store_);
+      leading.pending.push_back(&one);
+      one.state = model.finished(*late);
+    } else if (one.state == nullptr) {
+      one.state = StateCache::wait(one.flight, deadline);
+    }
+  }
 }
 
 bool Session::append(const std::string& user, Inputs events, const char* version, const char* after) {
@@ -312,41 +318,48 @@ bool Session::change(const std::string& user, Inputs events, const char* version
   if (after != nullptr && std::string_view(after) == version) {
     request_error("version: is ", in_quotes(version), ", that of the history before; name the changed one anew");
   }
-  std::vector<StateKey> wanted{model->key(user, version)};
+  const StateKey key = model->key(user, version);
+  std::vector<StateKey> wanted{key};
   if (after != nullptr) wanted.push_back(model->key(user, after));
-  const auto held = store_->find(user, wanted);
-  const std::uint64_t made_by = store_->next_call();
-  if (!held || !(*held->first.kind == *model->state_kind())) return false;
-  if (held->first.version == version) return true;  // the same call again, after a timeout perhaps: its events are in
-  if (after != nullptr && held->first.version != after) return false;
-  const UserState& old = *held->second;
-  if (grows && model->window() && old.tokens + std::max<std::int64_t>(row.tokens, 0) > *model->window()) {
-    return false;  // the oldest events would have to leave the sums
+  while (true) {
+    const auto held = store_->find(user, wanted);
+    const std::uint64_t made_by = store_->next_call();
+    if (!held || !(*held->first.kind == *model->state_kind())) return false;
+    if (held->first.version == version) return true;  // the same call again, after a timeout perhaps: its events are in
+    if (after != nullptr && held->first.version != after) return false;
+    const std::int64_t all = held->second->tokens + std::max<std::int64_t>(row.tokens, 0);
+    if (grows && model->window() && all > *model->window()) return false;  // the oldest would have to leave the sums
+    if (store_->put(key, changed(*model, key, *held->second, row, at), held->second, made_by)) return true;
+    // The same history may be there in another form: a request finished it, say. So once more, from what is there now.
+    const auto now = store_->find(user, {});
+    if (!now || !(now->first == held->first)) return false;
   }
+}
+
+StateCache::State Session::changed(const Model& model, const StateKey& key, const UserState& old, const Row& row,
+                                   std::optional<std::int64_t> at) {
+  const bool grows = model.manifest().grows();
   const std::int64_t first = at ? place(old, row.tokens, *at) : 0;
-  const TensorSpec* const blank = model->door().only_blank(row);
+  const TensorSpec* const blank = model.door().only_blank(row);
   StateCache::State changed;
   if (grows) {
-    changed = model->put_off(old, row);
+    changed = model.put_off(old, row);
+    const bool may_wait = blank == nullptr && changed->waiting->tokens <= most_put_off;
     // A file holds what outlives the process, and so no state that is still to be finished.
-    if (blank == nullptr && !store_->on_file() && changed->waiting->tokens <= most_waiting) {
-      return store_->put(model->key(user, version), std::move(changed), held->second, made_by);
-    }
+    if (may_wait && !store_->on_file() && store_->fits(key, *changed)) return changed;
   }
-  {
-    const Turns::Turn turn(turns_);
-    if (grows) {
-      changed = model->finished(*changed);
-    } else {
-      const StateCache::State fresh = model->encode(row);
-      changed = at ? model->replace(old, *fresh, first) : model->extend(old, *fresh);
-    }
-    if (blank != nullptr && !model->gives_finite(changed)) {
-      request_error(blank->name, ": with these events the history would hold nothing but ", *blank->blank,
-                    ", for which the model has no finite score; send at least one other value");
-    }
+  const Turns::Turn turn(turns_);
+  if (grows) {
+    changed = model.finished(*changed);
+  } else {
+    const StateCache::State fresh = model.encode(row);
+    changed = at ? model.replace(old, *fresh, first) : model.extend(old, *fresh);
   }
-  return store_->put(model->key(user, version), std::move(changed), held->second, made_by);
+  if (blank != nullptr && !model.gives_finite(changed)) {
+    request_error(blank->name, ": with these events the history would hold nothing but ", *blank->blank,
+                  ", for which the model has no finite score; send at least one other value");
+  }
+  return changed;
 }
 
 bool Session::warm(const std::string& user, Inputs history, const char* version, const Deadline& deadline) {
@@ -357,10 +370,6 @@ bool Session::warm(const std::string& user, Inputs history, const char* version,
   look_up(*model, one);
   if (one.state != nullptr && one.state->waiting == nullptr) return true;
   const Turns::Turn turn(turns_, deadline);
-  if (one.state != nullptr) {
-    finished(*model, *one.key, std::move(one.state));
-    return true;
-  }
   while (one.state == nullptr) {
     Leading leading(*store_);
     if (find_state(one)) {
@@ -371,6 +380,7 @@ bool Session::warm(const std::string& user, Inputs history, const char* version,
       one.state = StateCache::wait(one.flight, deadline);
     }
   }
+  finish(*model, one, deadline);
   return store_->at_hand(*one.key);
 }
 

@@ -62,8 +62,11 @@ class Session {
   void find_states(const Model& model, std::vector<Pending>& pending, const Deadline& deadline);
   /// Whether the state is to be encoded here; if not, it is there, or there is a flight to wait for.
   bool find_state(Pending& one);
-  /// A kept state with the events that waited for a request, which is kept in its place.
-  StateCache::State finished(const Model& model, const StateKey& key, StateCache::State state);
+  /// Gives one whose state has events that wait the finished state, which is kept in its place; by one call for all.
+  void finish(const Model& model, Pending& one, const Deadline& deadline);
+  /// The old state with these events, to be kept under `key`.
+  StateCache::State changed(const Model& model, const StateKey& key, const UserState& old, const Row& row,
+                            std::optional<std::int64_t> at);
   [[noreturn]] static void history_needed(const RequestView& request);
   void check_process() const;
 

@@ -95,17 +95,18 @@ bool StateCache::flying(const StateKey& key) const {
   return false;
 }
 
-StateCache::Found StateCache::begin(const StateKey& key, bool can_encode, std::uint64_t call) {
+StateCache::Found StateCache::begin(const StateKey& key, bool can_encode, std::uint64_t call, State late) {
   Order dropped;
   const std::lock_guard lock(mutex_);
   expire(dropped, &key.user);
-  if (State state = held(key)) return {std::move(state), nullptr, false};
+  State state = held(key);
+  if (state != nullptr && (late == nullptr || state->waiting == nullptr)) return {std::move(state), nullptr, false};
   const auto [begin, end] = flights_.equal_range(key.user);
   for (auto flight = begin; flight != end; ++flight) {
     if (flight->second->key == key) return {nullptr, flight->second, false};
   }
   if (!can_encode) return {};
-  const auto flight = std::make_shared<Flight>(key, call == 0 ? next_call() : call);
+  const auto flight = std::make_shared<Flight>(key, call == 0 ? next_call() : call, std::move(late));
   return {nullptr, flights_.emplace(key.user, flight)->second, true};
 }
 
@@ -121,7 +122,12 @@ bool StateCache::land(const FlightPtr& flight, State state) {
       flights_.erase(other);
       break;
     }
-    kept = state != nullptr && !flight->forgotten && keep(flight->key, state, nullptr, 0, flight->call, dropped);
+    if (state != nullptr) {
+      kept = !flight->forgotten && keep(flight->key, state, flight->late, 0, flight->call, dropped);
+    } else if (const auto held = by_user_.find(flight->key.user);
+               flight->late != nullptr && held != by_user_.end() && held->second->state == flight->late) {
+      remove(held->second, dropped);
+    }
   }
   const std::lock_guard lock(flight->mutex);
   flight->state = std::move(state);
@@ -143,6 +149,10 @@ bool StateCache::put(StateKey key, State state, const State& instead_of, std::ui
   return keep(std::move(key), std::move(state), instead_of, 0, call == 0 ? next_call() : call, dropped);
 }
 
+bool StateCache::fits(const StateKey& key, const UserState& state) const {
+  return cost_of(key, state) <= limits_.bytes;
+}
+
 bool StateCache::restore(StateKey key, State state, double age, std::uint64_t call) {
   Order dropped;
   const std::lock_guard lock(mutex_);
@@ -158,11 +168,14 @@ bool StateCache::keep(StateKey key, State state, const State& instead_of, double
   const auto found = by_user_.find(key.user);
   if (instead_of != nullptr && (found == by_user_.end() || found->second->state != instead_of)) return false;
   if (instead_of == nullptr && found != by_user_.end() && found->second->call >= call) return false;
-  const bool finished = instead_of != nullptr && found->second->key == key;  // the same state, and as old
+  // The same history in another form is as old: it keeps its place among those that expire.
+  const bool finished = instead_of != nullptr && found->second->key == key;
   const double since = finished ? found->second->since : clock_() - age;
   if (finished) call = found->second->call;
+  const auto place = ages_.insert(finished ? found->second->age : ages_.end(), key.user);
   if (found != by_user_.end()) remove(found->second, dropped);
   if (bytes > limits_.bytes) {
+    ages_.erase(place);
     ++refused_;
     gone_.note(key.user, Came::too_large);
     return false;
@@ -172,14 +185,13 @@ bool StateCache::keep(StateKey key, State state, const State& instead_of, double
     remove(order_.begin(), dropped);
     ++evictions_;
   }
-  ages_.push_back(key.user);
   state_bytes_ += state->bytes();
   room_bytes_ += state->memory_bytes();
   if (instead_of != nullptr) {
     appends_ += finished ? 0 : 1;
     appended_bytes_ += state->written;
   }
-  order_.push_back({std::move(key), std::move(state), bytes, since, call, std::prev(ages_.end())});
+  order_.push_back({std::move(key), std::move(state), bytes, since, call, place});
   bytes_ += bytes;
   by_user_.emplace(order_.back().key.user, std::prev(order_.end()));
   return true;

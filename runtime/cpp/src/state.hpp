@@ -119,12 +119,14 @@ class StateCache {
   bool flying(const StateKey& key) const;
   /// The state, or else the one encoding of this key at this time. Nothing of them when there is none and the caller
   /// `can_encode` none. Of what is encoded, `call` is the maker; 0 for a call that comes now.
-  Found begin(const StateKey& key, bool can_encode, std::uint64_t call = 0);
+  /// With `late`, a kept state that is still to be finished counts as none, and what is made takes the place of `late`.
+  Found begin(const StateKey& key, bool can_encode, std::uint64_t call = 0, State late = nullptr);
   /// Counts requests of users by how they came by a state. What is less than 0 takes back what was counted too soon.
   void count(Came came, std::int64_t requests);
   /// Counts a state that is made ahead of its request.
   void count_warmed();
   /// Ends an encoding: keeps its state, unless the user was forgotten meanwhile; null when it failed. Whether it is kept.
+  /// What could not be finished goes: no request for it could be answered, not even one with the history.
   bool land(const FlightPtr& flight, State state);
   /// Waits for an encoding that another thread runs. Null when it failed; throws what the deadline does.
   static State wait(const FlightPtr& flight, const Deadline& deadline = Deadline::never());
@@ -133,6 +135,8 @@ class StateCache {
   /// comes now), or this one is larger than the budget. With `instead_of`, only while that is still the one kept: what
   /// came or went meanwhile wins.
   bool put(StateKey key, State state, const State& instead_of = nullptr, std::uint64_t call = 0);
+  /// Whether the whole budget is enough for this state.
+  bool fits(const StateKey& key, const UserState& state) const;
   /// Keeps a state from a file that `call` made `age` seconds ago, unless a later call made the one that is here.
   bool restore(StateKey key, State state, double age, std::uint64_t call);
   /// Whatever is kept for `user`, without counting as a hit.
@@ -187,13 +191,14 @@ class StateCache {
 /// An encoding under way.
 class StateCache::Flight {
  public:
-  Flight(StateKey of, std::uint64_t maker) : key(std::move(of)), call(maker) {}
+  Flight(StateKey of, std::uint64_t maker, State before) : key(std::move(of)), call(maker), late(std::move(before)) {}
   const std::string& user() const { return key.user; }
 
  private:
   friend class StateCache;
   const StateKey key;
   const std::uint64_t call;
+  const State late;  // what is being finished; null where a history is encoded
   bool forgotten = false;  // under the cache's lock
   std::mutex mutex;
   std::condition_variable landed;

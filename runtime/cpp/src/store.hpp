@@ -42,9 +42,10 @@ class StateStore {
 
   bool flying(const StateKey& key) const { return memory_.flying(key); }
   std::uint64_t next_call() { return memory_.next_call(); }
-  StateCache::Found begin(const StateKey& key, bool can_encode, std::uint64_t call) {
-    return memory_.begin(key, can_encode, call);
+  StateCache::Found begin(const StateKey& key, bool can_encode, std::uint64_t call, State late = nullptr) {
+    return memory_.begin(key, can_encode, call, std::move(late));
   }
+  bool fits(const StateKey& key, const UserState& state) const { return memory_.fits(key, state); }
   void count(Came came, std::int64_t requests) { memory_.count(came, requests); }
   void count_warmed() { memory_.count_warmed(); }
 

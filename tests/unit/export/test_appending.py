@@ -20,7 +20,7 @@ from stca.load.inputs import Inputs
 from stca.load.run import run
 from stca.load.traffic import Arrival
 from stca.manifest import Manifest
-from stca.runtime import Request, Session
+from stca.runtime import Request, RequestBatch, Session
 
 ITEMS, WIDTH, SLOTS = 50, 16, 4
 INPUTS = (
@@ -163,14 +163,26 @@ def test_who_waits_for_no_request(sketch, tmp_path):
 
 def test_requests_of_a_batch_that_find_waiting_events(sketch):
     """The user's two requests and another's, the events of both are in."""
-    session = Session.load(sketch, threads=1, batch_seconds=0.0)
+    session = Session.load(sketch, threads=1)
     for user in ("u", "v"):
         session.score(Request({**request(20), **TARGETS}, user, 20))
         assert session.append(user, new(20, 30), 30)
     whole = session.score(Request({**request(30), **TARGETS}))
-    for user in ("u", "v", "u"):
-        found = session.score(Request(TARGETS, user, 30), deadline=60.0)
-        np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-4)
+    batch = {"target": np.tile(TARGETS["target"], 3), "target_offsets": np.array([0, 3, 6, 9])}
+    answer = session.answer(RequestBatch(batch, ["u", "v", "u"], [30, 30, 30]))
+    assert answer.hits == (True,) * 3
+    np.testing.assert_allclose(answer.scores, np.tile(whole, (3, 1)), rtol=1e-4, atol=1e-4)
+
+
+def test_what_would_not_fit_with_its_waiting_events_is_finished_at_once(sketch):
+    session = Session.load(sketch, threads=1)
+    session.score(Request({**request(20), **TARGETS}, "u", 20))
+    session = Session.load(sketch, threads=1, cache_bytes=session.stats().bytes + 100)
+    session.score(Request({**request(20), **TARGETS}, "u", 20))
+    assert session.append("u", new(20, 30), 30)
+    assert session._store.memory.find("u").state.waiting is None
+    assert session.answer(Request(TARGETS, "u", 30)).hits == (True,)
+    assert session.stats().refused == 0
 
 
 @pytest.mark.parametrize("pool", ["attention", "mean", "sum over its size", "largest"])

@@ -42,6 +42,27 @@ def test_a_state_that_was_finished_is_as_old_as_it_was():
     assert cache.fetch("a")[1] == 0, "a longer history is a new one"
 
 
+def test_a_state_that_was_finished_goes_when_it_would_have_gone():
+    """Whoever was put after it has longer."""
+    now = [100.0]
+    cache = StateCache(1000 + 2 * 150, ttl_seconds=50, cost=lambda _, kept: kept.nbytes, clock=lambda: now[0])
+    first = state(1)
+    cache.put(key("a"), first)
+    now[0] = 110
+    cache.put(key("b"), state(1))
+    now[0] = 120
+    second = state(2)
+    assert cache.put(key("a"), second, instead_of=first)
+    now[0] = 155
+    assert (cache.stats().users, cache.stats().expired) == (1, 1)
+    assert cache.put(key("a"), state(1))
+    now[0] = 165
+    assert (cache.find("a") is not None, cache.find("b"), cache.stats().expired) == (True, None, 2)
+    assert not cache.put(key("a"), state(2000), instead_of=cache.find("a").state), "it is larger than the budget"
+    now[0] = 300
+    assert (cache.stats().users, cache.stats().expired) == (0, 2), "and is not waited for"
+
+
 users, sizes, versions = st.integers(0, 4), st.integers(0, 6), st.integers(0, 2)
 steps = st.one_of(
     st.tuples(st.just("put"), users, versions, sizes),

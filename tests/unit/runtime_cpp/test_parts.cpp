@@ -459,6 +459,53 @@ TEST(cache_takes_a_finished_state_for_as_old_as_it_was) {
   CHECK_EQUAL(cache.stats().appends, 1u);
 }
 
+TEST(cache_drops_a_finished_state_when_it_would_have_gone) {
+  double now = 100;
+  StateCache cache(within(1 << 20, 0, 50), [&] { return now; });
+  const StateCache::State first = state_of(1), second = state_of(2);
+  cache.put(key_of("ann"), first);
+  now = 110;
+  cache.put(key_of("bob"), state_of(1));
+  now = 120;
+  CHECK(cache.put(key_of("ann"), second, first));
+  now = 155;
+  CHECK_EQUAL(cache.stats().users, 1u);  // whoever was put after it has longer
+  const auto bob = cache.find("bob");
+  CHECK(bob && !cache.put(key_of("bob"), state_of(1 << 20), bob->second));
+  CHECK_EQUAL(cache.stats().users, 0u);
+  now = 200;
+  CHECK_EQUAL(cache.stats().expired, 1u);
+}
+
+TEST(cache_lets_one_finish_for_all) {
+  StateCache cache(within(1 << 20));
+  const auto late_of = [](std::int64_t tokens) {
+    auto state = std::make_shared<UserState>(*state_of(tokens));
+    state->waiting = std::make_shared<Row>();
+    return StateCache::State(state);
+  };
+  const StateCache::State late = late_of(1), whole = state_of(2);
+  cache.put(key_of("ann"), late);
+  CHECK(cache.begin(key_of("ann"), true).state == late);  // to a request it is there
+  const StateCache::Found first = cache.begin(key_of("ann"), true, 0, late);
+  const StateCache::Found second = cache.begin(key_of("ann"), true, 0, late);
+  CHECK(first.ours && !second.ours && second.flight == first.flight);
+  CHECK(cache.land(first.flight, whole) && StateCache::wait(second.flight) == whole);
+  CHECK(cache.begin(key_of("ann"), true, 0, late).state == whole);
+  // One that is forgotten meanwhile is not kept, and one that cannot be finished goes, but no other in its place.
+  cache.put(key_of("bob"), late);
+  const StateCache::Found forgotten = cache.begin(key_of("bob"), true, 0, late);
+  cache.forget("bob");
+  CHECK(!cache.land(forgotten.flight, whole) && !cache.find("bob"));
+  cache.put(key_of("bob"), late);
+  const StateCache::Found failed = cache.begin(key_of("bob"), true, 0, late);
+  CHECK(!cache.land(failed.flight, nullptr) && !cache.find("bob"));
+  cache.put(key_of("bob"), late);
+  const StateCache::Found again = cache.begin(key_of("bob"), true, 0, late);
+  cache.put(key_of("bob", "v2"), whole);
+  CHECK(!cache.land(again.flight, nullptr) && cache.find("bob")->second == whole);
+}
+
 TEST(cache_remembers_why_a_state_is_not_kept) {
   StateCache cache(within(1 << 20, 1));
   cache.serve(kind);

@@ -229,8 +229,8 @@ typedef struct stca_cache_stats {
   uint64_t file_expired, file_skipped, file_discarded, file_failed, file_waiting;
   double file_read_seconds; /* what all reads took together */
   uint64_t room_bytes;      /* the memory that `state_bytes` lie in, with the room that appends left for rows to come */
-  uint64_t appended_bytes;  /* what `appends` wrote: new rows and those that moved into a larger room, or all rows of a
-                             * corrected history */
+  uint64_t appended_bytes;  /* what `appends` wrote: inputs that wait, new rows, those that moved into a larger room, what
+                             * follows from sums once it is computed, and all rows of a corrected history */
 } stca_cache_stats;
 
 /* Defaults: 1 GiB of states, 64 CUDA graphs, 1048576 targets, everything else off. `size` is the caller's
@@ -277,7 +277,8 @@ STCA_API void stca_scores_release(stca_scores* scores);
  * call with the version that is kept already changes nothing. `after` is that of the history they follow: nothing is
  * added to another one, so no event lost on the way goes unnoticed; NULL adds to whichever is kept.
  * `kept` says whether the longer state is kept: not when there was none to add to, it went or changed meanwhile, or the
- * new one is over the budget. Then the next request brings the history. */
+ * new one is over the budget. Then the next request brings the history. Where states are sums over events, these may wait
+ * for the next request, a hit that takes longer then. */
 STCA_API int32_t stca_session_append(stca_session* session, const char* user, const stca_tensor* events,
                                      size_t event_count, const char* version, const char* after, int32_t* kept);
 /* Puts corrected events in the place of kept ones, as when a label arrives late; exact, as an append, and with its
