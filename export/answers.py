@@ -35,6 +35,7 @@ def answers(
     *,
     config: bool,
     apart: Mapping[str, Array],
+    least: int | None = None,
 ) -> tuple[Accepted, Found]:
     """What the request graph takes, and how its histories are padded, found by asking it.
 
@@ -48,10 +49,11 @@ def answers(
         progress: told when it is asked.
         config: whether it comes of a checkpoint, whose config says what it takes.
         apart: contents of the tables that have stand-ins in the graphs: limits are those of the tables.
+        least: events of the shortest history that the module takes which it was made from; None where there is none.
     """
     takes, histories = Accepted(tuple(specs), None, max_history), unpacked(specs)
     if config and not histories and pad == PadOptions():
-        return takes, Found(None, takes.inputs)
+        return dataclasses.replace(takes, min_history=least or None), Found(None, takes.inputs)
     known = marks(graph) if histories else {}
     with askable(graph, before, work, apart) as (served, asked):
         if not config:
@@ -59,6 +61,7 @@ def answers(
             sizes = [n for table in position_tables(before).values() for n in table]
             takes = ask(asked, specs, max_history, {**known, **pad.values}, sizes)
         found = padding_of(served, known, takes, pad, read_at_last(graph) if histories else ())
-    shortest = max(takes.min_history or 0, least_events(found.inputs)) or None
+    needs = found.needs if least is None else ()  # a module says itself what no events are
+    shortest = max(takes.min_history or 0, least_events(found.inputs), least or 0, min(len(needs), 1)) or None
     ties = (_TIES,) if any(n.op_type == "TopK" for n in graph.graph.node) else ()
-    return dataclasses.replace(takes, min_history=shortest, told=(*takes.told, *ties)), found
+    return dataclasses.replace(takes, min_history=shortest, told=(*takes.told, *needs, *ties)), found

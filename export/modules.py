@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -13,13 +14,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import stca
+from stca import probe
 from stca.errors import ExportError, told
 from stca.export.to_onnx import RequestModel, check_inputs, example_inputs, quietly
 from stca.specs import TensorSpec
+
+# Histories asked for are shorter.
+_FEW = 6
 
 
 def resolve(name: str) -> RequestModel:
@@ -146,6 +152,26 @@ def adapted(model: RequestModel) -> RequestModel:
             f"the model returns {', '.join(outputs)}, RequestModel.outputs names {', '.join(called)}; name each of them"
         )
     return dataclasses.replace(model, module=module if plain else ask, outputs=called)
+
+
+def least_history(model: RequestModel) -> int:
+    """Events of the shortest history that an adapted model takes: 0 where that is an empty one, or nothing tells."""
+    small = [
+        dataclasses.replace(s, limit=2) if "int" in s.dtype and not (s.limit or s.low) else s for s in model.inputs
+    ]
+    ints = {s.name for s in model.inputs if s.scope == "user" and "int" in s.dtype and not s.is_offsets}
+
+    def takes(events: int) -> bool:
+        feeds = probe.pack(small, [probe.single(small, events, 3, np.random.default_rng(0))])
+        # Of 0 too, for an integer may be a length.
+        for zeros in (set(), ints):
+            given = {n: torch.from_numpy(np.zeros_like(x) if n in zeros else x) for n, x in feeds.items()}
+            with contextlib.suppress(Exception), quietly(model.module), torch.no_grad():
+                model.module(given)
+                return True
+        return False
+
+    return next((n for n in range(_FEW) if takes(n)), 0)
 
 
 def _bare(module: nn.Module) -> nn.Module:

@@ -49,11 +49,13 @@ class Found:
         padding: its histories that are not packed; None where there are none.
         inputs: of the request graph, with the ranges of lengths.
         told: a line on each history that the model does not take in any length as it is.
+        needs: a line on each of a free length that needs an event: none is scored otherwise than padding alone.
     """
 
     padding: tuple[Padding, ...] | None
     inputs: tuple[TensorSpec, ...]
     told: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
 
 def padding_of(
@@ -103,6 +105,7 @@ def find_padding(
         raise SplitError("--pad, --pad-value: the model has no history of a fixed length to pad")
     found: list[Padding] = []
     told: list[str] = []
+    needs: list[str] = []
     specs = {s.name: s for s in inputs}
     for events in groups:
         asked = _Asked(run, inputs, events, options, known, least)
@@ -110,9 +113,15 @@ def find_padding(
         found.append(history)
         made = history.lengths or any(e.event is not None for e in history.inputs)
         told += [_said(history, asked)] if events in fixed or made else []
+        if least == 0 and asked.scores_none_otherwise(history):
+            places = ", ".join(f"{e.value} in {e.name}" for e in history.inputs)
+            needs.append(
+                f"{asked.names()}: at least 1 event, as the graph scores none otherwise than padding alone; for a user "
+                f"without any, send one of padding ({places})"
+            )
         if history.lengths:
             specs[history.lengths] = asked.length_spec(history.lengths)
-    return Found(tuple(found) or None, tuple(specs.values()), tuple(told))
+    return Found(tuple(found) or None, tuple(specs.values()), tuple(told), tuple(needs))
 
 
 class _Asked:
@@ -156,7 +165,7 @@ class _Asked:
         other = self.options.side and found is not None and found.side not in (None, self.options.side)
         if found is not None and other and not self._either_side(found):
             raise SplitError(
-                f"--pad {self.options.side}: the model ignores {self._names()} where padding on the {found.side} "
+                f"--pad {self.options.side}: the model ignores {self.names()} where padding on the {found.side} "
                 "would be, and not there; leave --pad out"
             )
         side = self.options.side or (found.side if found else None)
@@ -237,6 +246,28 @@ class _Asked:
             if left is None or right is None or not _same(left, right):
                 return False
         return True
+
+    def scores_none_otherwise(self, history: Padding) -> bool:
+        """Whether a history of a free length that may have padding has another score without places than of padding."""
+        if not self.free or history.lengths or not self._drops_padding(history):
+            return False
+        none, padding = (self._scores(self._first_places(self._padded(history, "right", 0), n)) for n in (0, 1))
+        return none is not None and padding is not None and not _same(none, padding)
+
+    def _drops_padding(self, history: Padding) -> bool:
+        """Whether events have the same scores with padding on either side as without."""
+        for k in self.kept:
+            alone = self._scores(self._first_places(self.first, k))
+            for side in _SIDES:
+                padded = self._scores(self._padded(history, side, k))
+                if alone is None or padded is None or not _same(alone, padded):
+                    return False
+        return bool(self.kept)
+
+    def _first_places(self, request: Mapping[str, Array], count: int) -> dict[str, Array]:
+        """A request with the first `count` places of this history."""
+        places = {e.name: request[e.name][(*self._all(e), slice(0, count))] for e in self.events}
+        return {**request, **places}
 
     def _padded(
         self, history: Padding, side: Side, count: int, request: Mapping[str, Array] | None = None
@@ -326,7 +357,7 @@ class _Asked:
                 request[e.name] = np.where(request[e.name] == e.value, other, request[e.name]).astype(spec.dtype)
         return request
 
-    def _names(self) -> str:
+    def names(self) -> str:
         return ", ".join(e.name for e in self.events)
 
     @staticmethod

@@ -37,7 +37,7 @@ from stca.export.appending import Appending, appending, counts_all
 from stca.export.files import finish, spec_of
 from stca.export.freeing import RULES, freed_and_proven
 from stca.export.lifting import lifted_and_proven
-from stca.export.modules import adapted
+from stca.export.modules import adapted, least_history
 from stca.export.one_batch import of_one_request, with_one_batch
 from stca.export.outputs import lay_out_by_target, name_rows, score_axes
 from stca.export.padding import PadOptions
@@ -171,7 +171,8 @@ def export_module(
     large = Large(cut.tables_above)
     graph = to_request_graph(model, progress, large)
     proof = lambda bundle: prove(bundle, model.module)  # noqa: E731
-    return _write(graph, model.inputs, large, out, proof, source, attention, max_history, cut, progress)
+    least = least_history(model)
+    return _write(graph, model.inputs, large, out, proof, source, attention, max_history, cut, progress, least)
 
 
 def split_onnx(
@@ -309,6 +310,7 @@ def _write(
     max_history: int | None,
     cut: CutOptions,
     progress: Progress,
+    least: int | None = None,
 ) -> Bundle:
     with writing(out) as (work, commit):
         request = _request_graph(graph, specs, large, work, cut, progress)
@@ -316,7 +318,7 @@ def _write(
         asked = (request.ruleless or request).graph if request.pointwise is not None else request.graph
         takes, padded = answers(
             request.graph, asked, request.specs, max_history, cut.pad, work, progress,
-            config=source["kind"] == "stca", apart=request.left.apart,
+            config=source["kind"] == "stca", apart=request.left.apart, least=least,
         )  # fmt: skip
         progress("splitting by dataflow")
         free = _halves(request, cut, takes.max_history)

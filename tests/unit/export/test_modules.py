@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stca.checks.verify import run_torch
 from stca.errors import ExportError
 from stca.export import RequestModel, TensorSpec
-from stca.export.modules import adapted
+from stca.export.modules import adapted, least_history
 from stca.export.to_onnx import example_inputs, to_request_graph
 from stca.export.untraceable import plain_bags
 
@@ -280,3 +280,30 @@ def test_offsets_of_bags_that_are_none_are_told_the_layout_that_works():
     inputs = (INPUTS[0], TensorSpec("begins", "int64", ("bags",), "user"), INPUTS[1])
     with one_line(ExportError, "[batch, ids] without offsets", "padding_idx"):
         adapted(RequestModel(Flat(), inputs))
+
+
+@pytest.mark.parametrize(("pooled", "least"), [("sum", 0), ("amax", 1), ("third", 3), ("newest", 0), ("none", 0)])
+def test_the_shortest_history_is_asked_of_the_module(pooled, least):
+    """torch raises where it is to find the largest of nothing; of one that always fails nothing is said."""
+    length = TensorSpec("length", "int64", (1,), "user")
+
+    class Pools(Net):
+        def forward(self, hist, item, length):
+            events, rows = self.table(hist), self.table(item)
+            if pooled == "none":
+                raise ValueError
+            if pooled == "newest":
+                return (rows * torch.cat([events.new_zeros(1, 4), events]).narrow(0, int(length), 1)).sum(-1)
+            return (rows * (events[2] if pooled == "third" else getattr(events, pooled)(0))).sum(-1)
+
+    module = Pools()
+    assert least_history(RequestModel(_OneDict(module), (*INPUTS, length))) == least
+
+
+class _OneDict(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs):
+        return self.module(**inputs)

@@ -216,3 +216,25 @@ def test_graphs_that_tell_which_id_is_none(op: str | None, constant: int, first_
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     assert marks(model) == ({} if mark is None else {"ids": mark})
+
+
+def test_no_events_of_a_free_length_are_padding_or_need_an_event() -> None:
+    """A softmax written by hand weighs padding as events where there is nothing else; over nothing it is 0."""
+    free = TensorSpec("items", "int64", (1, "N_h"), "user", 100)
+
+    def pooled(feeds: Feeds) -> float:
+        ids = feeds["items"][0]
+        logits = np.where(ids != 0, WEIGHTS[ids], -1e9)
+        weights = np.exp(logits - logits.max(initial=-1e9))
+        return float(weights @ WEIGHTS[ids] / weights.sum()) if len(ids) else 0.0
+
+    def summed(feeds: Feeds) -> float:
+        return float(WEIGHTS[feeds["items"][0]] @ (feeds["items"][0] != 0))
+
+    def mean(feeds: Feeds) -> float:
+        return float(WEIGHTS[feeds["items"][0]].sum() / max(1, feeds["items"].size))
+
+    (line,) = asked(pooled, free).needs
+    assert "at least 1 event" in line
+    assert "send one of padding (0 in items)" in line
+    assert asked(summed, free).needs == () == asked(mean, free).needs, "the same as padding alone, or no padding"
