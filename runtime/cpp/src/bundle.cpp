@@ -302,6 +302,7 @@ Manifest Manifest::parse(std::string text) {
   for (const char* name : {"model", "split", "parity"}) fields.sub(name);
   const Fields producer = fields.sub("producer");
   producer.members([&](const std::string& name, const Json&, const std::string&) { producer.string(name.c_str()); });
+  if (fields.has("quantization") && !fields.get("quantization").is_null()) fields.sub("quantization");
   manifest.weights = fields.string("weights");
   manifest.precision = fields.string("precision");
   fields.get("attention"), fields.optional_string("attention");

@@ -13,7 +13,7 @@ from stca.errors import StcaError
 from stca.serve.errors import INTERNAL, INTERNAL_MESSAGE, ServeError, status_of
 from stca.serve.grpc_body import decoded, encoded, parsed
 from stca.serve.http_app import SERVER, Serving
-from stca.serve.log import LOG, told
+from stca.serve.log import LOG, write
 from stca.serve.messages import SERVICE, message
 from stca.serve.models import Served
 from stca.serve.work import Call
@@ -104,7 +104,7 @@ class _Infer:
         finally:  # a call that the client cancels ends here, too
             seconds = time.monotonic() - call.arrived
             self._serving.metrics.answered(found[0] if found else None, "grpc", code, seconds)
-            told("request", logging.DEBUG, protocol="grpc", code=code, ms=round(1e3 * seconds, 3))
+            write("request", logging.DEBUG, protocol="grpc", code=code, ms=round(1e3 * seconds, 3))
         return made
 
 

@@ -29,7 +29,7 @@ from stca.serve.errors import (
     status_of,
 )
 from stca.serve.http_body import HEADER_LENGTH, decoded, encoded, plain
-from stca.serve.log import LOG, told
+from stca.serve.log import LOG, write
 from stca.serve.metrics import CONTENT_TYPE, Metrics
 from stca.serve.models import CHANGES, Models, Served
 from stca.serve.work import Call, Work
@@ -223,7 +223,7 @@ class _Endpoints:
         finally:
             seconds = time.monotonic() - call.arrived
             self._serving.metrics.answered(served, "http", code, seconds)
-            told("request", logging.DEBUG, protocol="http", code=code, ms=round(1e3 * seconds, 3))
+            write("request", logging.DEBUG, protocol="http", code=code, ms=round(1e3 * seconds, 3))
         return response
 
     async def _scored(self, request: Request, served: Served, body: _Body, call: Call) -> Response:

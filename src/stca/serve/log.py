@@ -70,6 +70,6 @@ def logs_on_stderr(level: str) -> Iterator[None]:
             logger.setLevel(was)
 
 
-def told(event: str, level: int = logging.INFO, **fields: object) -> None:
+def write(event: str, level: int = logging.INFO, **fields: object) -> None:
     """Log an event with fields that are the server's own."""
     LOG.log(level, event, extra={"fields": fields})

@@ -20,7 +20,7 @@ from stca.runtime import Session
 from stca.serve.connections import Connection, most_connections
 from stca.serve.grpc_service import grpc_server
 from stca.serve.http_app import Serving, admin_app, clients_app
-from stca.serve.log import told
+from stca.serve.log import write
 from stca.serve.metrics import Metrics
 from stca.serve.models import Models
 from stca.serve.settings import Settings
@@ -83,7 +83,7 @@ class Server:
             self.ports[name] = bound.getsockname()[1]
             self._http.append(self._run(bound, app))
         await self._grpc.start()
-        told("listening", host=s.host, **self.ports)
+        write("listening", host=s.host, **self.ports)
         await self.load()
 
     async def load(self) -> None:
@@ -96,7 +96,7 @@ class Server:
             label = f"{served.name}/{served.version}"
             served.loaded = await asyncio.to_thread(Session.load, served.bundle, **self.settings.of_session(label))
         self.serving.work.open = self.serving.changes.open = True
-        told("ready", models=[f"{m.name}/{m.version}" for m in self.serving.models], workers=self.settings.jobs)
+        write("ready", models=[f"{m.name}/{m.version}" for m in self.serving.models], workers=self.settings.jobs)
 
     def _run(self, bound: socket.socket, app: Starlette) -> tuple[_Uvicorn, asyncio.Task[None]]:
         config = uvicorn.Config(
@@ -130,7 +130,7 @@ class Server:
         running, hurry = (self.serving.work, self.serving.changes), hurry or asyncio.Event()
         for work in running:
             work.open = False
-        told("draining", running=sum(work.admitted_now for work in running), at_most=self.settings.drain_seconds)
+        write("draining", running=sum(work.admitted_now for work in running), at_most=self.settings.drain_seconds)
         idle = asyncio.gather(*(work.idle(self.settings.drain_seconds) for work in running))
         finished = await _first(idle, hurry) and all(idle.result())
         for work in running:
@@ -144,9 +144,9 @@ class Server:
         if hurry.is_set():
             left = sum(work.admitted_now for work in running)
             finished = not left
-            told("ended", finished=finished, unanswered=left, why="a second signal came before the drain was over")
+            write("ended", finished=finished, unanswered=left, why="a second signal came before the drain was over")
         else:
-            told("ended", finished=finished)
+            write("ended", finished=finished)
         if all_closed:
             closed.result()
         return finished

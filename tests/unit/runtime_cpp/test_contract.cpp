@@ -201,6 +201,12 @@ TEST(contract_of_int8_matrices) {
   CHECK_THROWS(parsed(), stca::core::Error, "calibrate the float32 bundle again");
   weights["zero_points"] = true;
   parsed();
+  for (const Tree& other : {Tree(5), Tree(false), Tree("int8"), Tree(Tree::List{weights})}) {
+    copy.manifest["quantization"] = other;
+    CHECK_THROWS(Manifest::parse(resealed::sealed(copy.manifest)), stca::core::Error, "quantization must be an object");
+  }
+  copy.manifest["quantization"] = Tree();
+  Manifest::parse(resealed::sealed(copy.manifest));
 }
 
 TEST(contract_of_built_engines) {
