@@ -63,7 +63,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Callable[[type[nn.Modul
         torch.manual_seed(0)
         inputs = TensorSpec("hist", "int64", ("B", EVENTS), "user"), TensorSpec("item", "int64", ("B",), "target")
         model = RequestModel(kind().eval(), inputs)
-        return export_module(model, root / kind.__name__, prove=tiny.no_proof, source={"kind": "module"})
+        return export_module(model, root / kind.__name__, prove=tiny.no_proof, source={"kind": "callable"})
 
     return export
 
