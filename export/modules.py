@@ -156,18 +156,14 @@ def adapted(model: RequestModel) -> RequestModel:
 
 def least_history(model: RequestModel) -> int:
     """Events of the shortest history that an adapted model takes: 0 where that is an empty one, or nothing tells."""
-    small = [
-        dataclasses.replace(s, limit=2) if "int" in s.dtype and not (s.limit or s.low) else s for s in model.inputs
-    ]
-    ints = {s.name for s in model.inputs if s.scope == "user" and "int" in s.dtype and not s.is_offsets}
+    least = {s.name: s.low or 0 for s in model.inputs if "int" in s.dtype and not s.is_offsets}
 
     def takes(events: int) -> bool:
-        feeds = probe.pack(small, [probe.single(small, events, 3, np.random.default_rng(0))])
-        # Of 0 too, for an integer may be a length.
-        for zeros in (set(), ints):
-            given = {n: torch.from_numpy(np.zeros_like(x) if n in zeros else x) for n, x in feeds.items()}
+        feeds = probe.pack(model.inputs, [probe.single(model.inputs, events, 3, np.random.default_rng(0))])
+        for value in (1, 0):  # one may be a length
+            whole = {n: np.full_like(feeds[n], max(value, low)) for n, low in least.items()}
             with contextlib.suppress(Exception), quietly(model.module), torch.no_grad():
-                model.module(given)
+                model.module({n: torch.from_numpy(x) for n, x in {**feeds, **whole}.items()})
                 return True
         return False
 

@@ -82,7 +82,7 @@ def test_a_history_that_meets_the_target_at_once_is_shared_as_it_came(tmp_path):
     with Session.load(bundle.path) as session:
         for sent in (given, {"item": given["item"]}):
             np.testing.assert_allclose(session.score(Request(sent, "u", 1)), wanted, atol=1e-6)
-    with one_line(SplitError, "cache: 'ids' (Concat) reads 'hist' together with 'one'; check"):
+    with one_line(SplitError, "cache: 'ids' (Concat) reads 'hist' together with 'one'; encode the history"):
         split_onnx(tmp_path / "m.onnx", SCOPES, tmp_path / "b", prove=prove, cut=CutOptions(lift=False))
 
 

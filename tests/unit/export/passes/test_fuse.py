@@ -339,7 +339,7 @@ def test_a_fused_model_is_served(tmp_path: Path) -> None:
     module = Spelled("heads_by_view", "where -inf", "over").eval()
     inputs = tuple(replace(s, limit=6) if s.name == "lengths" else s for s in INPUTS)
     model = RequestModel(module, inputs)
-    bundle = export_module(model, tmp_path / "bundle", prove=prove, source={"kind": "module"})
+    bundle = export_module(model, tmp_path / "bundle", prove=prove, source={"kind": "callable"})
     assert [(r["rule"], r["why"]) for r in bundle.manifest.split["rules"]] == [("attention", None)]
     assert OP_NAME in operators(onnx.load(bundle.file("target_scorer"), load_external_data=False))
     session, rng = Session.load(bundle.path), np.random.default_rng(0)
