@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -326,13 +325,8 @@ def _write(
         if appends.sums and (counts := next((p.lengths for p in padded.padding or () if p.lengths), None)):
             appends = Appending(free, counts_all(counts))
         halves = appends.halves
-        facts, notes = dict(request.facts), [*halves.report.notes, *request.notes]
-        if request.ruleless is not None:
-            with contextlib.suppress(SplitError):  # rules may have made it one that can be cut
-                plain, freed = (h.report.hit_work for h in (_halves(request.ruleless, cut, takes.max_history), free))
-                facts["hit_work_without_rules"] = plain
-                if freed < plain:  # attention as one operator may count more and yet move less
-                    notes.append(f"rules took a hit's work from {plain / 1e9:.3g} to {freed / 1e9:.3g} GFLOP")
+        found, freed = _by_rules(request, free, cut, takes.max_history)
+        facts, notes = {**request.facts, **found}, [*halves.report.notes, *request.notes, *freed]
         if appends.why_not is not None:
             notes.append(f"new events cannot be appended to a state: {appends.why_not}")
         progress("writing the bundle")
@@ -360,6 +354,22 @@ def _write(
         )
         parity = prove(seal(work, manifest))
         return commit(dataclasses.replace(manifest, parity=parity))
+
+
+def _by_rules(
+    request: _Request, freed: Split, cut: CutOptions, max_history: int | None
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """What rules took off a hit's work, as a fact for the split's report and a note; nothing where they did nothing."""
+    if request.ruleless is None:
+        return {}, ()
+    try:
+        before = _halves(request.ruleless, cut, max_history).report.hit_work
+    except SplitError:  # rules made it one that can be cut
+        return {}, ()
+    facts, after = {"hit_work_without_rules": before}, freed.report.hit_work
+    if after >= before:  # attention as one operator may count more and yet move less
+        return facts, ()
+    return facts, (f"rules took a hit's work from {before / 1e9:.3g} to {after / 1e9:.3g} GFLOP",)
 
 
 def _halves(request: _Request, cut: CutOptions, max_history: int | None) -> Split:
