@@ -32,9 +32,10 @@ def without_sequences(model: onnx.ModelProto) -> None:
 
 def _part(model: onnx.ModelProto) -> None:
     graph = model.graph
-    made = {n.output[0]: n for n in graph.node if n.op_type in _MAKERS and not n.domain}
-    if not made:
+    makers = {n.output[0]: n for n in graph.node if n.op_type in _MAKERS and not n.domain}
+    if not makers:
         return
+    splits = {name: n for name, n in makers.items() if n.op_type == "SplitToSequence"}
     known, new = integers_of(model), NewNodes(names_in(graph))
     listed: dict[str, list[str]] = {}
     for node in graph.node:
@@ -52,13 +53,13 @@ def _part(model: onnx.ModelProto) -> None:
         if node.op_type == "ConcatFromSequence" and (parts := listed.get(node.input[0])):
             _joined(new, node, parts)
             continue
-        split = made.get(node.input[0]) if taken else None
+        split = splits.get(node.input[0]) if taken else None
         if split is None or not _taken(new, split, node, known):
             new.nodes.append(node)
     nodes = onnx.GraphProto(node=new.nodes)
     live, _ = Dataflow(nodes).needed(o.name for o in graph.output)
     del graph.node[:]
-    graph.node.extend(node for i, node in enumerate(nodes.node) if i in live or node.output[0] not in made)
+    graph.node.extend(node for i, node in enumerate(nodes.node) if i in live or node.output[0] not in makers)
     graph.initializer.extend(new.weights)
 
 
@@ -79,8 +80,6 @@ def _joined(new: NewNodes, node: onnx.NodeProto, parts: Sequence[str]) -> None:
 
 def _taken(new: NewNodes, split: onnx.NodeProto, at: onnx.NodeProto, known: Mapping[str, Array]) -> bool:
     """Make what `at` takes from what `split` splits; False where its place is no constant."""
-    if split.op_type != "SplitToSequence":
-        return False
     x, axis, out = split.input[0], attribute(split, "axis", 0), at.output[0]
     place = known.get(at.input[1])
     if place is None or (number := int(place)) < 0:
