@@ -41,6 +41,7 @@ from stca.export.one_batch import of_one_request, with_one_batch
 from stca.export.outputs import lay_out_by_target, name_rows, score_axes
 from stca.export.padding import PadOptions
 from stca.export.passes.bags import without_loops_of_bags
+from stca.export.passes.by_hand import drop_idle_guards
 from stca.export.passes.rules import View
 from stca.export.passes.sequences import without_sequences
 from stca.export.passes.spelled_out import spell_out
@@ -252,6 +253,7 @@ def _request_graph(
     without_loops_of_bags(graph)
     drop_whole_slices(graph)
     notes = spell_out(graph)
+    drop_idle_guards(graph)
     name_zero_points(graph)
     drop_unused(graph)
     specs = with_ranges(graph, specs, cut.ids)

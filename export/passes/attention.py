@@ -15,7 +15,7 @@ import onnx
 from stca.export.analysis.layout import Atom, Layout, Places, Product, Tried, atoms, before, places, product, trace
 from stca.export.analysis.scope import Scope, attribute, explain, label
 from stca.export.passes.rules import View
-from stca.export.passes.softmax import BINARY, DEEPEST, Weights, weights_of
+from stca.export.passes.softmax import BINARY, DEEPEST, Weights, weights_of, why_not_weights
 
 QUERY, KEY, VALUE, OUT, WEIGHTS = "query", "key", "value", "out", "weights"
 
@@ -147,6 +147,9 @@ class _Reader:
             (weights, labels), (value, value_labels) = (value, value_labels), (weights, labels)
             found = weights_of(self.view, self.run, weights)
         if found is None:
+            if (nearly := why_not_weights(self.view, node)) is not None:
+                why, of = nearly
+                raise self._no(mix.left if of == mix.right else mix.right, why)
             raise NotFused("its weights are changed between the softmax and the values")
         softmax = found.softmax
         if (other := self._other_reader(softmax.output[0], weights)) is not None:

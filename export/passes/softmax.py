@@ -5,7 +5,7 @@ A factor of the user's between the two is as well taken to the values: `Σ (w m)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -15,6 +15,7 @@ import onnx
 from stca.export.analysis.layout import Places, Tried, before, places, trace
 from stca.export.analysis.operators import VIEWS
 from stca.export.analysis.scope import Scope, attribute, label
+from stca.export.passes.by_hand import softmax_by_hand, why_no_softmax
 from stca.export.passes.rules import View
 
 BINARY: Final = frozenset(("Add", "Sub", "Mul", "Div"))
@@ -139,61 +140,60 @@ class _Reader:
 
 
 def mixes(view: View, node: onnx.NodeProto) -> bool:
-    """Whether a softmax is among the operands of a product, by operators alone."""
+    """Whether a softmax, or what nearly is one, is among the operands of a product, by operators alone."""
+    return any(True for _ in _operands(view, node))
+
+
+def why_not_weights(view: View, node: onnx.NodeProto) -> tuple[str, str] | None:
+    """Why exponentials among the operands of a product are no softmax, and which operand has them; None where none."""
+    return next(((why, name) for name, why in _operands(view, node) if why), None)
+
+
+def _operands(view: View, node: onnx.NodeProto) -> Iterator[tuple[str, str]]:
+    """The operands of a product that come from a softmax; or nearly so, with the reason why it is none."""
     if node.domain or node.op_type not in ("MatMul", "Gemm", "Einsum", "ReduceSum"):
-        return False
+        return
     names = list(node.input[:2])
     if node.op_type == "ReduceSum":
         inner = view.writer(node.input[0])
         names = list(inner.input) if inner is not None and inner.op_type == "Mul" else []
-    return any(_softmax_above(view, name) for name in names)
+    for name in names:
+        if (why := _softmax_above(view, name)) is not None:
+            yield name, why
 
 
-def _softmax_above(view: View, name: str) -> bool:
-    """Whether a softmax is among the nearest values that `name` is arranged, scaled or masked from."""
+def _softmax_above(view: View, name: str) -> str | None:
+    """Of the softmax among the nearest values that `name` is arranged, scaled or masked from, why it is none; empty
+    where it is one, None where there is nothing like it.
+    """
     pending, seen = [name], {name}
     while pending and len(seen) < _MOST:
         node = view.writer(name := pending.pop())
         if node is None or node.domain:
             continue
         if _spelled(view, node) is not None:
-            return True
+            return ""
+        if (why := why_no_softmax(view, node)) is not None:
+            return why
         sums = node.op_type == "Where" or node.op_type in BINARY
         above = [n for n in node.input if view.scopes[n] == view.scopes[name]] if sums else node.input[:1]
         if sums or node.op_type in _PASSING:
             pending += [n for n in above if n not in seen]
             seen.update(above)
-    return False
+    return None
 
 
 def _spelled(view: View, node: onnx.NodeProto) -> onnx.NodeProto | None:
     """The Softmax that makes `node`'s result, whether it is one or is spelled in exponentials."""
     if node.domain or node.op_type == "Softmax":
         return None if node.domain else node
-    above = view.writer(node.input[0]) if node.op_type in ("Exp", "Div") else None
-    if above is None:
+    if (found := softmax_by_hand(view, node)) is not None:
+        return _as_softmax(found[0], node, found[1])
+    above = view.writer(node.input[0]) if node.op_type == "Exp" else None
+    if above is None or above.op_type != "LogSoftmax":
         return None
-    if node.op_type == "Exp" and above.op_type == "LogSoftmax":
-        return _as_softmax(above.input[0], node, attribute(above, "axis", -1))
-    total = view.writer(node.input[1]) if node.op_type == "Div" else None
-    if total is None or (above.op_type, total.op_type) != ("Exp", "ReduceSum") or total.input[0] != node.input[0]:
-        return None
-    if (axis := _only_axis(view, total)) is None:
-        return None
-    logits, shifted = above.input[0], view.writer(above.input[0])
-    if shifted is not None and shifted.op_type == "Sub":  # by the largest, which changes nothing but the range
-        largest = view.writer(shifted.input[1])
-        if largest is not None and largest.op_type == "ReduceMax" and largest.input[0] == shifted.input[0]:
-            logits = shifted.input[0] if _only_axis(view, largest) == axis else logits
-    return _as_softmax(logits, node, axis)
+    return _as_softmax(above.input[0], node, attribute(above, "axis", -1))
 
 
 def _as_softmax(logits: str, node: onnx.NodeProto, axis: int) -> onnx.NodeProto:
     return onnx.helper.make_node("Softmax", [logits], node.output, label(node), axis=axis)
-
-
-def _only_axis(view: View, node: onnx.NodeProto) -> int | None:
-    axes = attribute(node, "axes", None)
-    if axes is None and len(node.input) > 1 and (given := view.constant(node.input[1])) is not None:
-        axes = given.ravel().tolist()
-    return int(axes[0]) if axes is not None and len(axes) == 1 and attribute(node, "keepdims", 1) else None

@@ -187,6 +187,22 @@ class Spelled(nn.Module):
         raised = torch.exp(logits - logits.max(-1, keepdim=True).values)
         return torch.bmm(raised / raised.sum(-1, keepdim=True), v).squeeze(1)
 
+    def guarded(self, q: Tensor, k: Tensor, v: Tensor, facts: Facts) -> Tensor:
+        logits = torch.bmm(q.unsqueeze(1), k.transpose(1, 2))
+        logits = MASKS["where -1e9"](logits, facts)
+        raised = torch.exp(logits - logits.max(-1, keepdim=True)[0])
+        return torch.bmm(raised / (raised.sum(-1, keepdim=True) + 1e-9), v).squeeze(1)
+
+    def guarded_apart(self, q: Tensor, k: Tensor, v: Tensor, facts: Facts) -> Tensor:
+        logits = MASKS["where -inf"](torch.bmm(q.unsqueeze(1), k.transpose(1, 2)), facts)
+        raised = torch.exp(logits - logits.amax(2).unsqueeze(2))
+        return torch.bmm(raised / (1e-12 + raised.sum(2)[..., None]), v).squeeze(1)
+
+    def clamped(self, q: Tensor, k: Tensor, v: Tensor, facts: Facts) -> Tensor:
+        logits = torch.bmm(k, q.unsqueeze(2))
+        raised = torch.exp(logits - logits.max(1, keepdim=True)[0])
+        return torch.bmm((raised / raised.sum(1, keepdim=True).clamp(min=1e-6)).transpose(1, 2), v).squeeze(1)
+
     def log_softmax(self, q: Tensor, k: Tensor, v: Tensor, facts: Facts) -> Tensor:
         logits = MASKS["bias"](torch.bmm(q.unsqueeze(1), k.transpose(1, 2)), facts)
         return torch.bmm(torch.log_softmax(logits, -1).exp(), v).squeeze(1)

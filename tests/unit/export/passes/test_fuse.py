@@ -22,6 +22,7 @@ from stca.export.accept import drop_unused
 from stca.export.analysis.cost import NominalSizes, any_sizes
 from stca.export.analysis.rows import Rows
 from stca.export.freeing import Freed, freed_and_proven
+from stca.export.passes.by_hand import drop_idle_guards
 from stca.export.passes.fuse import FuseAttention
 from stca.export.passes.lift import lift
 from stca.export.passes.lower import for_one_request
@@ -52,6 +53,7 @@ from tests.support.spellings import (
 
 def fused(model: onnx.ModelProto, inputs: Sequence[TensorSpec] = INPUTS, rule: Rule | None = None) -> Freed:
     drop_whole_slices(model)
+    drop_idle_guards(model)
     drop_unused(model)
     lifted = lift(inlined(model), inputs)
     assert lifted is not None
@@ -77,9 +79,13 @@ def test_every_spelling_is_fused_and_proven(i: int) -> None:
     assert "Softmax" not in operators(freed.model)
 
 
-@pytest.mark.parametrize("layout", ["exponentials", "log_softmax"])
-def test_a_softmax_that_is_spelled_is_fused(layout: str) -> None:
-    freed = fused(to_onnx(Spelled(layout, "none", "none"), "legacy"))
+BY_HAND = [("legacy", of) for of in ("exponentials", "guarded", "guarded_apart", "clamped", "log_softmax")]
+BY_HAND += [("dynamo", "guarded_apart"), ("dynamo", "clamped")]
+
+
+@pytest.mark.parametrize(("exporter", "layout"), BY_HAND)
+def test_a_softmax_that_is_spelled_is_fused(exporter: Exporter, layout: str) -> None:
+    freed = fused(to_onnx(Spelled(layout, "none", "none"), exporter))
     assert [v.why for v in freed.verdicts] == [None]
     assert OP_NAME in operators(freed.model)
 
@@ -143,8 +149,44 @@ class Other(Spelled):
         weights = torch.softmax((q.unsqueeze(1) * k).sum(-1), -1).unsqueeze(1)
         return torch.bmm(weights, v).squeeze(1) + weights.max(-1).values
 
+    def by_hand(self, q: Tensor, k: Tensor, v: Tensor, e: float = 0.0, less: str = "", keep: Tensor | None = None):
+        logits = torch.bmm(q.unsqueeze(1), k.transpose(1, 2))
+        logits = logits - {"": 0.0, "all": logits.max(), "each": logits.amax(-1, keepdim=True)}[less]
+        raised = torch.exp(logits) if keep is None else torch.exp(logits) * keep.unsqueeze(1)
+        return torch.bmm(raised / (raised.sum(-1, keepdim=True) + e), v).squeeze(1)
 
+    def guarded_without_the_largest(self, q: Tensor, k: Tensor, v: Tensor, facts: Facts) -> Tensor:
+        return self.by_hand(q, k, v, 1e-9)
+
+    def guarded_below_the_largest_of_all(self, q: Tensor, k: Tensor, v: Tensor, facts: Facts) -> Tensor:
+        return self.by_hand(q, k, v, 1e-9, "all")
+
+    def guarded_by_much(self, q: Tensor, k: Tensor, v: Tensor, facts: Facts) -> Tensor:
+        return self.by_hand(q, k, v, 1e-6, "each")
+
+    def masked_after_the_exponentials(self, q: Tensor, k: Tensor, v: Tensor, facts: Facts) -> Tensor:
+        return self.by_hand(q, k, v, 1e-9, "each", facts.kept)
+
+    def divided_after_the_mix(self, q: Tensor, k: Tensor, v: Tensor, facts: Facts) -> Tensor:
+        raised = torch.exp(torch.bmm(q.unsqueeze(1), k.transpose(1, 2)))
+        return (torch.bmm(raised, v) / raised.sum(-1, keepdim=True)).squeeze(1)
+
+    def divided_by_all(self, q: Tensor, k: Tensor, v: Tensor, facts: Facts) -> Tensor:
+        raised = torch.exp(torch.bmm(q.unsqueeze(1), k.transpose(1, 2)))
+        return torch.bmm(raised / raised.sum((1, 2), keepdim=True), v).squeeze(1)
+
+
+_ADVICE = "write torch.softmax, with -inf as the logits of what is masked"
+_WHERE = "which changes scores where the sum is small"
+_GUARDED = rf"its sum of exponentials is guarded by '.*' \(Add\), {_WHERE}; {_ADVICE}"
+_CHANGED = rf"its exponentials are changed before they are summed, by '.*' \(Mul\); {_ADVICE}"
 REASONS = {
+    "guarded_without_the_largest": _GUARDED,
+    "guarded_below_the_largest_of_all": _GUARDED,
+    "guarded_by_much": _GUARDED,
+    "masked_after_the_exponentials": _CHANGED,
+    "divided_after_the_mix": "its exponentials '.*' meet the values before their sum divides them",
+    "divided_by_all": f"its exponentials are divided by a sum over more, or other, than one axis; {_ADVICE}",
     "its_own_mask": r"its mask '.*' depends on the target",
     "target_in_the_history": r"its value '.*' depends on target input 'target'|its key '.*' depends on target input",
     "history_reads_itself": "its query is the user's own: it is computed once for all targets, in the user encoder",
@@ -219,7 +261,7 @@ def test_what_is_left_says_why(layout: str) -> None:
     freed = fused(to_onnx(Other(layout), "legacy"))
     (verdict,) = freed.verdicts
     assert re.match(REASONS[layout], verdict.why or ""), verdict.why
-    assert "Softmax" in operators(freed.model)
+    assert OP_NAME not in operators(freed.model)
 
 
 @pytest.mark.parametrize("mixed", ["MatMul (x60, W)", "MatMul (p, W)"])
