@@ -7,7 +7,8 @@ With `--apart`, the server has the first processor to itself, and the clients ha
 Latencies count from the moment each request was due, and users are known when a run begins. `steady` runs at 80 % of
 the capacity that was measured first, with the memory at a third of the time and at its end; `overload` at three
 times the capacity, with a deadline; `swaps` at half of it, while the bundle is replaced by itself every 5 seconds;
-`ending` is told to end by SIGTERM.
+`ending` is told to end by SIGTERM. Events make histories longer, and hits dearer, up to the bundle's limit: a long
+steady run wants `--history N,N` and a bundle of `stca export --max-history N`, whose histories stay as long.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Served:
 def main() -> None:
     args = _arguments()
     traffic = Traffic(users=args.users, history=args.history, targets=args.targets, events=1.0)
-    options = ["--queue", str(args.queue), "--cache-mib", str(args.cache_mib)]
+    options = ["--queue", str(args.queue), "--cache-mib", str(args.cache_mib), "--truncate"]
     served = Served(args.bundle, options, {min(os.sched_getaffinity(0))} if args.apart else None)
     try:
         found = _measured(args, served, traffic)
