@@ -63,8 +63,7 @@ def calibrate(
     place_for(out)
     progress("float32 on the trace")
     labels = [r.labels for r in trace()] if budget.auc is not None else []
-    if budget.auc is not None and all(x is None for x in labels):
-        raise UsageError("--budget: auc needs labels, and the trace has none; add labels, or bound top10 alone")
+    budget.check_labels(labels)
     exact = list(run.scores(bundle, trace()))
     measure(exact, exact, labels, tasks, budget)  # what the trace lacks is said before the long work
     formats = dict(weights)

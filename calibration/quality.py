@@ -7,7 +7,7 @@ requests (for AUC, Obuchowski's for clustered data, Biometrics 53, 1997), at 95 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -65,6 +65,11 @@ class Budget:
             else:
                 raise UsageError(f"--budget: {part!r:.60} is no bound; write auc=0.0005,top10=0.99, or one of them")
         return cls(auc, top)
+
+    def check_labels(self, labels: Iterable[Array | None]) -> None:
+        """Raises UsageError when an AUC is bounded, and no request has labels."""
+        if self.auc is not None and all(x is None for x in labels):
+            raise UsageError("--budget: auc needs labels, and the trace has none; add labels, or bound top10 alone")
 
 
 @dataclass(frozen=True)

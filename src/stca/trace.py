@@ -171,7 +171,9 @@ class Trace:
         except OSError as e:
             raise UsageError(f"{self.folder}: cannot be read as a trace ({e.strerror}); name a folder of shards") from e
         if not self._files:
-            raise UsageError(f"{self.folder}: has no shards (000000.safetensors, …); this is not a trace")
+            below = sorted({str(f.parent) for f in self.folder.glob("*/**/*.safetensors") if _SHARD.fullmatch(f.name)})
+            lies = f"traces lie in {', '.join(below):.600}" if below else "name the folder that a session recorded into"
+            raise UsageError(f"{self.folder}: is not a trace, it has no shards (000000.safetensors, …); {lies}")
 
     def __iter__(self) -> Iterator[Traced]:
         """The requests in their order.

@@ -140,6 +140,10 @@ def test_a_folder_without_a_trace_and_one_that_cannot_be_written(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(UsageError, match="trace"):
             Trace(folder)
+    with TraceWriter(tmp_path / "ranker" / "1") as writer:
+        writer.add(Traced({"x": np.ones(3)}))
+    with pytest.raises(UsageError, match=r"traces lie in .*/ranker/1$"):
+        Trace(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         TraceWriter(tmp_path / "file")

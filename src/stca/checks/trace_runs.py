@@ -18,7 +18,22 @@ from stca.manifest import Manifest
 from stca.runtime import Request, Session
 from stca.runtime.request import Door
 from stca.runtime.scoring import column_names
-from stca.trace import Traced
+from stca.trace import Trace, Traced
+
+
+def check_trace(trace: Trace, manifest: Manifest) -> None:
+    """Raises UsageError when a trace has no requests, or its first one is not this model's."""
+    first, door = next(iter(trace), None), Door(manifest)
+    if first is None:
+        raise UsageError(f"{trace.folder}: holds no request whole; record more")
+    known = door.names("user", "request", "target")
+    if not first.inputs.keys() <= set(known):
+        has = f"its requests have {', '.join(first.inputs):.300}, and this bundle takes {', '.join(known):.300}"
+        raise UsageError(f"{trace.folder}: is the trace of another model; {has}")
+    try:
+        door.admit(dict(first.inputs), "user", "request", "target")
+    except RequestError as e:
+        raise UsageError(f"the trace's request 0: {e}; is the trace this model's?") from e
 
 
 class TraceRuns:

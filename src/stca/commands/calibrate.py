@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from stca.bundle import Bundle, place_for
@@ -11,7 +12,9 @@ from stca.commands.progress import progress_on_stderr
 from stca.errors import UsageError
 
 if TYPE_CHECKING:
+    from stca.calibration.quality import Budget
     from stca.calibration.search import Found, Tried
+    from stca.trace import Trace, Traced
 
 HELP = "keep the user state and weights in 8 bits, as far as a trace proves that the ranking stays"
 EXAMPLES = (
@@ -64,8 +67,7 @@ def run(args: argparse.Namespace) -> int:
     budget = Budget.parse(args.budget)
     place_for(args.out)
     bundle = Bundle.load(args.bundle)
-    if args.trace != DEMO:
-        require_file(args.trace, "folder of a trace")
+    trace = _recorded(args, bundle, budget) if args.trace != DEMO else None
     progress = progress_on_stderr("torch and onnx")
     import functools
 
@@ -75,10 +77,10 @@ def run(args: argparse.Namespace) -> int:
     from stca.checks.trace_runs import TraceRuns, speed, tasks_of
     from stca.checks.verify import prove
 
-    trace = _trace(args, bundle)
+    begun = _demo(args, bundle) if trace is None else lambda: trace
     made, found = calibrate(
         bundle,
-        trace,
+        begun,
         options=Options(args.precision, args.granularity, args.method, args.tables, args.weights, args.activations),
         budget=budget,
         out=args.out,
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         progress=progress,
     )
     progress("speed")
-    request = next(iter(trace()))
+    request = next(iter(begun()))
     new = args.precision or args.tables or args.weights
     times = speed({"float32": bundle, new: made}, request, args.threads, args.seconds)
     shown = {n: shape for n, shape in times["inputs"].items() if shape}
@@ -112,13 +114,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _trace(args: argparse.Namespace, bundle: Bundle) -> Any:
-    """What begins the trace anew."""
-    if args.trace != DEMO:
-        from stca.trace import Trace
+def _recorded(args: argparse.Namespace, bundle: Bundle, budget: Budget) -> Trace:
+    """The trace, looked at before libraries are loaded for it."""
+    from stca.trace import Trace
 
-        trace = Trace(args.trace)
-        return lambda: trace
+    require_file(args.trace, "folder of a trace")
+    trace = Trace(args.trace)
+    from stca.checks.trace_runs import check_trace
+
+    check_trace(trace, bundle.manifest)
+    budget.check_labels(request.labels for request in trace)
+    return trace
+
+
+def _demo(args: argparse.Namespace, bundle: Bundle) -> Callable[[], Iterable[Traced]]:
+    """What begins the generated log's trace anew."""
     from stca.examples.train.traced import demo_trace
 
     names = {s.name for s in bundle.manifest.graphs["request"].inputs if not s.name.endswith("_offsets")}

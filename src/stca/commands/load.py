@@ -28,9 +28,14 @@ EXAMPLES = (
 _MEASURED, _MEASURED_SECONDS = 0.2, 60.0
 
 
-def range_(text: str) -> tuple[int, int]:
+def range_(text: str, least: int = 1) -> tuple[int, int]:
     low, _, high = text.partition(",")
-    return count(low), count(high or low)
+    fewest, most = (0 if n == "0" and not least else count(n) for n in (low, high or low))
+    return fewest, most
+
+
+def histories(text: str) -> tuple[int, int]:
+    return range_(text, 0)
 
 
 def spike(text: str) -> tuple[float, float, float]:
@@ -66,7 +71,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--admin", metavar="URL", help="the server's admin port, where new events are appended")
     p.add_argument("--users", type=count, default=1000, metavar="N", help="how many there are")
     p.add_argument("--zipf", type=float, default=1.0, metavar="S", help="how much oftener frequent users return")
-    p.add_argument("--history", type=range_, default=(100, 2000), metavar="A,B", help="events of a user at first")
+    p.add_argument("--history", type=histories, default=(100, 2000), metavar="A,B", help="events of a user at first")
     p.add_argument("--targets", type=range_, default=(100, 300), metavar="A,B", help="targets of a request")
     p.add_argument("--events", type=float, default=1.0, metavar="X", help="new events of a user between two requests")
     p.add_argument("--items", type=count, default=0, metavar="N", help="items that targets are (default: all)")
@@ -117,7 +122,9 @@ def run(args: argparse.Namespace) -> int:
     reports: dict[str, LoadReport] = {}
     trace = _trace(args, traffic, client, told)
     told(f"{len(trace)} arrivals")
-    for line in _inputs(args, client, trace).unmet(max((a.items for a in trace), default=0)):
+    tokens = [a.tokens for a in trace] if args.trace is not None else args.history
+    sizes = (min(tokens), max(tokens)) if tokens else None
+    for line in _inputs(args, client, trace).unmet(max((a.items for a in trace), default=0), sizes):
         told(line)
     reports["load"] = _run(args, client, trace)
     data: dict[str, Any] = {"target": args.target, "traffic": dataclasses.asdict(traffic)}

@@ -34,11 +34,13 @@ class Inputs:
         self._rest = [s for s in specs if s.scope != "user"]
         self._growing = {s.name: s.shape.index(TOKENS) for s in self._user if TOKENS in s.shape}
         self._whole = any(s.append == SUM for s in manifest.state)  # then an append brings the other inputs too
-        self._most, self._window, self._least = most, manifest.max_history, max(1, manifest.min_history or 0)
+        self._window, self._least = manifest.max_history, manifest.min_history or 0
+        self._most = max(most, self._least)
         self._seed = seed
         self._kept: OrderedDict[tuple[int, int], dict[str, Array]] = OrderedDict()
         self._lock = threading.Lock()
         self.appendable = manifest.appendable
+        self._fixed = probe.history_of(manifest.graphs["request"].inputs, 0)
         self.has_history = probe.history_of(manifest.graphs["request"].inputs, 1) > 0
 
     def user(self, user: int, tokens: int) -> dict[str, Array]:
@@ -73,14 +75,24 @@ class Inputs:
                 made[spec.name] = np.where(ids == spec.blank, drawn, ids).astype(drawn.dtype)
         return made
 
-    def unmet(self, items: int) -> list[str]:
-        """What of a wish for so many items the targets' inputs do not meet, in lines."""
+    def unmet(self, items: int, histories: tuple[int, int] | None = None) -> list[str]:
+        """What of a wish for so many items, and for histories of so many events, the inputs do not meet, in lines."""
         whole = [s for s in self._rest if items and s.scope == "target" and np.dtype(s.dtype).kind in "iu"]
         told = [
             f"{s.name}: the bundle does not tell its ids, so that items change nothing" for s in whole if not s.limit
         ]
         most = max((s.limit - int(s.low or 0) for s in whole if s.limit), default=items)
+        told += self._cut(*histories) if histories and self.has_history else []
         return told + ([f"the targets have {most} ids at most, fewer than {items} items"] if most < items else [])
+
+    def _cut(self, fewest: int, most: int) -> list[str]:
+        """What becomes of histories of so many events."""
+        if self._fixed:
+            asked = (fewest, most) != (self._fixed, self._fixed)
+            return [f"the model's histories have {self._fixed} events, and every request brings so many"] * asked
+        window = f"the model takes {self._window} events at most: of longer histories the most recent are sent"
+        least = f"the model takes {self._least} events at least: shorter histories are sent with so many"
+        return [window] * (self._window is not None and most > self._window) + [least] * (fewest < self._least)
 
     def _drawn(self, user: int, version: int) -> dict[str, Array]:
         with self._lock:

@@ -77,10 +77,10 @@ class Traffic:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("history", "targets"):
+        for name, least in (("history", 0), ("targets", 1)):
             low, high = getattr(self, name)
-            if not 1 <= low <= high:
-                raise UsageError(f"{name}: is {low},{high}, expected the fewest, from 1 on, and the most")
+            if not least <= low <= high:
+                raise UsageError(f"{name}: is {low},{high}, expected the fewest, from {least} on, and the most")
         if not 0 <= self.events <= 1e6:
             raise UsageError("events must be from 0 to a million")
         if self.workload not in WORKLOADS:
@@ -110,8 +110,9 @@ class Traffic:
         rng = np.random.default_rng(self.seed)
         of = self.crowds()
         most = max(crowd.users for crowd in of)
-        low, high = np.log(self.history)
-        tokens = np.exp(rng.uniform(low, high, most)).round().astype(int)
+        shift = int(self.history[0] == 0)  # which has no logarithm
+        low, high = np.log(np.add(self.history, shift))
+        tokens = np.exp(rng.uniform(low, high, most)).round().astype(int) - shift
         last = np.full(most, -1.0)
         made: list[Arrival] = []
         times = list(self._times(rate, seconds, rng))

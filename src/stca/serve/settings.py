@@ -107,14 +107,19 @@ class Settings:
         if self.batch_tokens:
             made |= {"batch_tokens": self.batch_tokens, "batch_seconds": self.batch_seconds}
         if self.state_folder is not None:
-            made["state_folder"] = str(Path(self.state_folder, quote(label, safe="")))
+            made["state_folder"] = str(_folder(self.state_folder, label))
             made["state_folder_bytes"] = self.state_folder_mib << 20
         if self.record is not None:
             from stca.runtime.recording import Recording
 
-            folder = Path(self.record, quote(label, safe=""))
-            made["record"] = Recording(folder, self.record_share, self.record_mib << 20)
+            made["record"] = Recording(_folder(self.record, label), self.record_share, self.record_mib << 20)
         return made
+
+
+def _folder(root: str, label: str) -> Path:
+    """A bundle's own below `root`, NAME/VERSION: no name leads out of there."""
+    parts = (quote(part, safe="") for part in label.split("/", 1))
+    return Path(root, *(part if part.strip(".") else part.replace(".", "%2E") for part in parts))
 
 
 def _processors() -> int:

@@ -222,5 +222,26 @@ def test_the_command_from_a_trace_to_a_bundle(tmp_path, own, requests, capsys):
     assert "holds" in capsys.readouterr().out
     assert commands.main([*argv, "--budget", "speed=1"]) == 2
     assert commands.main([*argv, "--trace", str(tmp_path)]) == 2
-    assert "not a trace" in capsys.readouterr().err
+    assert "is not a trace" in capsys.readouterr().err
     assert commands.main([*argv, "--trace", "demo", "--demo-users", "8"]) == 2  # the generated log has other ids
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: dataclasses.replace(r, labels=None), "--budget: auc needs labels, and the trace has none"),
+        (lambda r: dataclasses.replace(r, inputs={"hist": np.ones(3)}), "another model; its requests have hist, and"),
+        (
+            lambda r: dataclasses.replace(r, inputs={**r.inputs, "target_item": np.ones(2)}),
+            "request 0: target_item: has dtype float64, expected int64; is the trace this model's?",
+        ),
+    ],
+)
+def test_what_the_trace_lacks_is_said_before_the_long_work(tmp_path, own, requests, capsys, change, said):
+    with TraceWriter(tmp_path / "trace") as writer:
+        assert all(map(writer.add, map(change, requests)))
+    argv = ["calibrate", str(own.path), "--trace", str(tmp_path / "trace"), "--precision", "int8"]
+    assert commands.main([*argv, "--out", str(tmp_path / "q")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()  # and so no library was loaded
+    assert said in line
+    assert "did you mean" not in line

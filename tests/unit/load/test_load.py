@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from support.serving import running
 
 from stca import commands, probe
 from stca.bundle import Bundle
-from stca.commands.load import _compared
+from stca.commands.load import _compared, histories, range_
 from stca.errors import UsageError
 from stca.load.clients import Answered, Behind, InProcess
 from stca.load.inputs import Inputs
@@ -25,6 +27,7 @@ from stca.load.run import capacity, run
 from stca.load.traffic import Arrival, Traffic, read_trace, recorded, write_trace
 from stca.load.workloads import Crowd
 from stca.runtime import Session
+from stca.specs import TensorSpec
 from stca.trace import Trace, Traced, TraceWriter
 
 
@@ -86,6 +89,41 @@ def test_targets_are_the_items_of_a_crowd(exported):
     inputs._rest = [dataclasses.replace(s, limit=None) for s in inputs._rest]
     assert all("does not tell its ids" in line for line in inputs.unmet(3))
     assert inputs.unmet(3)
+
+
+def test_histories_that_the_model_does_not_take_are_told(exported):
+    manifest = Bundle.load(exported("log", "projected")).manifest
+    window = manifest.max_history
+    assert Inputs(manifest, 10, 0).unmet(0, (0, window)) == []
+    (cut,) = Inputs(manifest, 10, 0).unmet(0, (0, window + 1))
+    assert f"{window} events at most" in cut
+    (more,) = Inputs(dataclasses.replace(manifest, min_history=2), 10, 0).unmet(0, (1, 5))
+    assert "2 events at least" in more
+    assert len(Inputs(manifest, 10, 0).user(0, 0)["history_item"]) == 0
+    assert len(Inputs(dataclasses.replace(manifest, min_history=2), 1, 0).user(0, 0)["history_item"]) == 2
+
+
+def test_a_model_of_a_fixed_length_tells_that_its_histories_have_it():
+    inputs = (TensorSpec("hist", "int64", (1, 50), "user", 9), TensorSpec("item", "int64", ("N_t",), "target", 9))
+    manifest = SimpleNamespace(
+        graphs={"request": SimpleNamespace(inputs=inputs)},
+        max_history=None,
+        min_history=None,
+        state=(),
+        appendable=False,
+    )
+    (told,) = Inputs(manifest, 10, 0).unmet(0, (100, 2000))
+    assert "have 50 events" in told
+    assert Inputs(manifest, 10, 0).unmet(0, (50, 50)) == []
+
+
+def test_histories_may_be_empty_at_first():
+    tokens = [a.tokens for a in Traffic(users=500, zipf=0.0, history=(0, 10), events=0.0).trace(1000.0, 2.0)]
+    assert {min(tokens), max(tokens)} == {0, 10}
+    assert range_("3,5") == (3, 5)
+    assert histories("0,10") == (0, 10)
+    with pytest.raises(argparse.ArgumentTypeError):
+        range_("0,10")
 
 
 def test_the_same_items_lead_in_every_request(exported):

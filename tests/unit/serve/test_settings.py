@@ -60,9 +60,10 @@ def test_wrong_settings_are_named(tmp_path, text, environment, flags, word):
 
 def test_each_bundle_has_a_folder_of_states_of_its_own(bundle_dir, tmp_path):
     made = Settings(state_folder=str(tmp_path), state_folder_mib=1)
-    folders = {made.of_session(label)["state_folder"] for label in ("a/1", "a/2", "../b/1")}
-    assert len(folders) == 3
-    assert all(Path(f).parent == tmp_path for f in folders)
+    folders = {made.of_session(label)["state_folder"] for label in ("a/1", "a/2", "../b/1", "../1", "a/..")}
+    assert len(folders) == 5
+    assert all(Path(f).resolve().parent.parent == tmp_path.resolve() for f in folders)
+    assert str(tmp_path / "a" / "1") in folders
     assert "state_folder" not in Settings().of_session("a/1")
     with running(bundle_dir, state_folder=str(tmp_path)) as server:
         assert server.http("/v2/health/ready")[0] == 200
