@@ -18,6 +18,9 @@ speed, and measures the forms of the operator that a CPU runs: time and peak mem
 against `attention_static.json` (`--write` makes that anew), and prints what the counts allow beside the goals. It fails
 when wide products or bulk copies are lost, a kernel spills, or a step grew. `--sm 90` takes one SM.
 
+`--races` needs no GPU either: it runs a block of each of these kernels' PTX as far as addresses and barriers go, fails
+on accesses to shared memory that nothing orders, or outside of tensors, and takes out each barrier in turn.
+
 The JSON goes to stdout and, after each row, to `--out`; progress to stderr.
 """
 
@@ -47,6 +50,10 @@ def main() -> None:
         import attention_static
 
         bodies = attention_static.run(args)
+    elif args.races:
+        import attention_races
+
+        bodies = attention_races.run(args)
     elif args.device == "cuda":
         import attention_cuda
 
@@ -80,15 +87,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--limit-seconds", type=float, default=540.0, help="stop measuring after this and say so")
     parser.add_argument("--tune", type=Path, metavar="FILE", help="only put the fastest measured plans into this table")
     parser.add_argument("--static", action="store_true", help="count compiled kernels; no GPU")
+    parser.add_argument("--races", action="store_true", help="order of accesses to shared memory; no GPU, minutes")
     parser.add_argument("--write", action="store_true", help="with --static: keep these counts as the table")
-    parser.add_argument("--sm", type=int, action="append", help="with --static: only this one; may be repeated")
+    parser.add_argument("--sm", type=int, action="append", help="with --static or --races: only this; may be repeated")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device == "cpu" and (args.tune or args.only == "ptx"):
         parser.error("--tune and --only ptx need a CUDA GPU that torch can use")
-    if (args.write or args.sm) and (not args.static or (args.write and args.sm)):
-        parser.error("--write and --sm are of --static, one of them: the table has every SM")
+    if (args.write and not args.static) or (args.sm and not (args.static or args.races)) or (args.write and args.sm):
+        parser.error("--write is of --static, whose table has every SM; --sm is of --static or --races")
     if args.skip and not args.only:
         parser.error("--skip goes with --only: say of what")
     return args
