@@ -37,7 +37,7 @@ def opened(
         Exception: what `use` raises on a bundle that stays as it is.
     """
     require_path(path)
-    last: Exception | None = None
+    last = ""
     for turn in range(tries):
         settled: Exception | None = None
         source = _identity(path)  # of before the copy, which may be made of a bundle that is being removed
@@ -59,7 +59,9 @@ def opened(
         except Exception as e:
             if e is settled:
                 raise
-            last = e
+            last = str(e)
+        finally:
+            settled = None  # an error that its own frame holds keeps what was opened until the collector comes by
     why = f" (the last try: {last})" if last else ""
     raise BundleError(f"{path}: is replaced faster than it can be read{why}; load it when its writer has finished")
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,34 @@ def test_a_copy_that_is_written_to_is_read_again(root):
 
     assert opening.opened(root, use) == 6
     assert calls[5].parent != root.parent
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["opens at last", "never opens"])
+def test_what_was_opened_goes_when_its_last_holder_lets_go(root, fails):
+    class Opened:
+        pass
+
+    alive = weakref.WeakSet()
+
+    def use(found):
+        made = Opened()
+        alive.add(made)
+        if len(turns) < 2:
+            turns.append(touched(root))
+            raise BuildError("replaced meanwhile")
+        if fails:
+            raise BuildError("the engine does not fit")
+        return made
+
+    turns = []
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(BuildError):
+            opening.opened(root, use)
+        assert not alive, "errors of earlier tries hold what they met"
+    finally:
+        gc.enable()
 
 
 def test_a_copy_of_a_bundle_that_was_being_removed_is_made_again(root, monkeypatch):
