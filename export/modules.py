@@ -195,9 +195,11 @@ def _takes_names(module: nn.Module, names: list[str]) -> bool:
     unknown = [n for n in names if n not in takes and not open_ended]
     missing = [n for n in needed if n not in names]
     if unknown or missing:
+        alone = [f"{', '.join(unknown)} is no parameter"] * bool(unknown)
+        alone += [f"{', '.join(missing)} is no input"] * bool(missing)
         raise ExportError(
-            f"forward takes {', '.join(takes)}, RequestModel.inputs names {', '.join(names)}; "
-            f"{unknown[0] if unknown else missing[0]!s} is in one of them alone: call both the same, or take one dict"
+            f"forward takes {', '.join(takes)}, RequestModel.inputs names {', '.join(names)}: {', and '.join(alone)}; "
+            "call both the same, or take one dict"
         )
     return True
 

@@ -109,12 +109,12 @@ def _changed(
 
 def _check_call(call: str, model: Model, user: Hashable, version: Hashable) -> None:
     if user is None:
-        done = {"append": "appended", "amend": "amended"}[call]
-        raise RequestError(f"user: is None; events are {done} to the state of one user, say whose")
+        done = {"append": "appended to", "amend": "amended in"}[call]
+        raise RequestError(f"user: is None; events are {done} the state of one user, say whose")
     if version is None:
-        raise RequestError("version: is None; name the history with the new events, or no request will find it")
+        raise RequestError("version: is None; name the history as it is then, or no request will find it")
     if not model.manifest.appendable:
-        raise RequestError(f"{model.door.why_not_appendable()}; send the whole history with a new version")
+        raise RequestError(f"{model.door.why_not_changeable(call)}; send the whole history with a new version")
     if model.sums and call == "amend":
         raise RequestError(
             "amend: this bundle's states are sums over all events, and what one of them gave is not known any "

@@ -145,6 +145,14 @@ def mapping_of(what: str, value: Any) -> dict[str, Any]:
     return found
 
 
+def no_request(value: Any) -> str:
+    """What to say of something that is to be scored and is no request."""
+    takes = f"score takes a Request or a RequestBatch, got {type(value).__name__:.40}"
+    if isinstance(value, list | tuple):
+        return f"{takes}; score its requests one by one, or join their rows in a RequestBatch, with offsets"
+    return f"{takes}; write Request(inputs, user=…, version=…)" if isinstance(value, Mapping) else takes
+
+
 def _dict_of(what: str, value: Any) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
         several = isinstance(value, list | tuple)
@@ -154,6 +162,16 @@ def _dict_of(what: str, value: Any) -> dict[Any, Any]:
         return dict(value)
     except Exception as e:  # whatever the code of a client's object raises
         raise RequestError(f"{what}: {type(value).__name__:.40} cannot be read; send a dict") from e
+
+
+def whose_of(users: Any, versions: Any, requests: int) -> list[tuple[Hashable, Hashable]]:
+    """The user and version of each request of a batch; of a request without a user, no version counts.
+
+    Raises:
+        RequestError: as `labels_of`.
+    """
+    of_users, of_versions = labels_of("users", users, requests), labels_of("versions", versions, requests)
+    return [(u, None if u is None else v) for u, v in zip(of_users, of_versions, strict=True)]
 
 
 def labels_of(what: str, labels: Any, requests: int) -> Sequence[Hashable]:

@@ -24,6 +24,17 @@ def processors(root: Path = Path("/")) -> int:
     return max(1, min([bound, *(n for n in quotas if n is not None)]))
 
 
+def memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process may use: the machine's, and no more than a container's limit."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            whole = min(whole, int((root / file).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return whole
+
+
 def _quota_files(root: Path) -> Iterator[tuple[Path, ...]]:
     """Files that may hold a quota: of the groups this process is in, and of those around them.
 

@@ -156,15 +156,17 @@ def _with_all_axes(spec: TensorSpec, event: EventInput, raw: Array) -> Array:
     Raises:
         RequestError: naming the shape that was expected.
     """
-    rank = len(spec.shape)
+    rank, sent = len(spec.shape), raw.shape
     if raw.size == 0 and raw.ndim < rank:  # an empty list does not say what its entries would be
         shape = [n if isinstance(n, int) else 1 for n in spec.shape]
         shape[event.axis] = 0
         return np.zeros(shape, raw.dtype if raw.dtype != np.float64 else spec.dtype)
     if event.axis == 1 and raw.ndim == rank - 1:
         raw = raw[np.newaxis]
-    if raw.ndim != rank or (event.axis == 1 and len(raw) != 1):
-        raise RequestError(f"{spec.name}: has shape {list(raw.shape)}, expected {_events_shape(spec, event)}")
+    fits = raw.ndim == rank and (event.axis == 0 or len(raw) == 1)
+    behind = zip(spec.shape[event.axis + 1 :], raw.shape[event.axis + 1 :], strict=False)
+    if not fits or any(isinstance(n, int) and n != has for n, has in behind):
+        raise RequestError(f"{spec.name}: has shape {list(sent)}, expected {_events_shape(spec, event)}")
     return raw
 
 

@@ -15,7 +15,7 @@ from stca.arrays import Array
 from stca.errors import RequestError
 from stca.manifest import Manifest
 from stca.near import did_you_mean
-from stca.runtime.client_values import TEXT, array_of, labels_of, mapping_of, quoted
+from stca.runtime.client_values import TEXT, array_of, mapping_of, quoted, whose_of
 from stca.runtime.input_check import Agreed, InputCheck, Limits, Plain, ready
 from stca.runtime.padding import History
 from stca.specs import OFFSETS, TARGETS, TOKENS, USERS, TensorSpec, packable
@@ -56,7 +56,8 @@ class RequestBatch:
         inputs: the model's inputs, all requests' rows one after the other; `history_offsets` and `target_offsets`
             `(requests + 1,)` integers say where each one's begin.
             A lifted model's user and request inputs are stacked, `(requests, …)`, and have no offsets.
-        users, versions: as in `Request`, one for each request; empty when no state is to be kept.
+        users, versions: as in `Request`, one for each request; empty when no state is to be kept. A version counts
+            where there is a user.
     """
 
     inputs: Mapping[str, ArrayLike]
@@ -232,14 +233,14 @@ class Door:
             raise RequestError(f"neighbours: {missing[0]} is missing; the model needs it of each neighbour's history")
         return {n: self._checks[n].array(self._checks[n].of_kind(inputs[n]), {}) for n in self.of_tokens}
 
-    def why_not_appendable(self) -> str:
-        """Why new events are not appended, of a bundle whose states cannot be."""
-        padded = [h.size for h in self.histories if h.size is not None]
-        if padded:
-            return f"the model's history is padded to {padded[0]} events, so none can be appended"
+    def why_not_changeable(self, call: str) -> str:
+        """Why `append` or `amend` does nothing to the states of a bundle that cannot be appended to."""
+        done, states = {"append": ("appended", "appended to"), "amend": ("amended", "amended")}[call]
+        if padded := next((h.size for h in self.histories if h.size is not None), None):
+            return f"the model's history is padded to {padded} events, so none can be {done}"
         if other := next((s.name for s in self.inputs.values() if s.scope == "user" and TOKENS in s.shape[1:]), None):
-            return f"the model has the events of {other} on another axis than the first, so none can be appended"
-        return "this bundle's states cannot be appended to: their events depend on each other or on other inputs"
+            return f"the model has the events of {other} on another axis than the first, so none can be {done}"
+        return f"this bundle's states cannot be {states}: their events depend on each other or on other inputs"
 
     def placeholder(self, name: str) -> Array:
         """One valid row of an input, for a run whose result does not depend on it."""
@@ -269,7 +270,7 @@ class Door:
             )
         requests = counts.pop()
         bounds[USERS] = list(range(requests + 1))
-        users, versions = (labels_of(n, getattr(batch, n), requests) for n in ("users", "versions"))
+        whose = whose_of(batch.users, batch.versions, requests)
         rows: dict[str, Array] = {}
         for name, value in batch.inputs.items():
             if name in self.offsets:
@@ -291,8 +292,7 @@ class Door:
                     name: x[slice(*bounds[self.inputs[name].shape[0]][i : i + 2])] if name in self.inputs else x
                     for name, x in rows.items()
                 },
-                users[i],
-                versions[i],
+                *whose[i],
             )
             for i in range(requests)
         ]
@@ -301,7 +301,7 @@ class Door:
         """A batch of users stacked `[requests, …]` and their targets, which `target_offsets` tell apart."""
         bounds = _offsets(TARGET_OFFSETS, batch)
         requests = len(bounds) - 1
-        users, versions = (labels_of(n, getattr(batch, n), requests) for n in ("users", "versions"))
+        whose = whose_of(batch.users, batch.versions, requests)
         parts: list[dict[str, ArrayLike]] = [{} for _ in range(requests)]
         for name, value in batch.inputs.items():
             if name == TARGET_OFFSETS:
@@ -318,7 +318,7 @@ class Door:
                 )
             for i, part in enumerate(parts):
                 part[name] = rows[bounds[i] : bounds[i + 1]] if of_targets else rows[i : i + 1]
-        return [Request(part, users[i], versions[i]) for i, part in enumerate(parts)]
+        return [Request(part, *whose[i]) for i, part in enumerate(parts)]
 
     def digest(self, arrays: Mapping[str, Array]) -> str:
         """A version for a history that has none: SHA-1 of its user inputs (speed matters here, not secrecy)."""

@@ -18,7 +18,7 @@ from stca.manifest import Manifest
 from stca.opening import opened
 from stca.runtime.batching import ALONE, Batcher, Runs
 from stca.runtime.changing import change, checked_place
-from stca.runtime.client_values import key_of, mapping_of
+from stca.runtime.client_values import key_of, mapping_of, no_request
 from stca.runtime.deadline import Deadline, Wanted
 from stca.runtime.engine import Engine
 from stca.runtime.machine import mark_after_fork
@@ -200,7 +200,7 @@ class Session:
         wanted = Deadline.of(deadline)
         wanted.check()
         if not isinstance(request, (Request, RequestBatch)):
-            raise RequestError(f"score takes a Request or a RequestBatch, got {type(request).__name__}")
+            raise RequestError(no_request(request))
         requests = model.door.unpack(request) if isinstance(request, RequestBatch) else (request,)
         asked = self._scoring.asked(model, requests, self._recorder)
         checked = time.perf_counter() - began

@@ -73,6 +73,10 @@ class UserStates:
         """
         user, version = key_of("user", user), key_of("version", version)
         if user is None:
+            if version is not None:
+                raise RequestError(
+                    f"version: is {quoted(version)} of no user; say whose history it is, or leave it out"
+                )
             return Found(None, None, model.door.admit(inputs, "user"))
         if version is None:
             arrays = model.door.admit(inputs, "user")

@@ -53,7 +53,7 @@ std::vector<CutRequest> requests_of(const stca_request_batch& batch, std::size_t
   std::vector<CutRequest> requests(count);
   for (std::size_t r = 0; r < count; ++r) {
     if (batch.user_count != 0) requests[r].user = batch.users[r];
-    if (batch.version_count != 0) requests[r].version = batch.versions[r];
+    if (batch.version_count != 0 && requests[r].user != nullptr) requests[r].version = batch.versions[r];
   }
   return requests;
 }

@@ -174,6 +174,7 @@ void History::complete(Sent& sent) const {
 
 Array History::with_all_axes(const Entry& entry, Array raw) const {
   const int rank = static_cast<int>(entry.spec->shape.size()), axis = entry.event->axis;
+  const Shape sent_as = raw.shape;
   if (raw.shape.elements() == 0 && raw.shape.rank < rank) {  // an empty list does not say what its entries would be
     raw.shape = shape_of(*entry.spec);
     raw.shape[axis] = 0;
@@ -184,13 +185,18 @@ Array History::with_all_axes(const Entry& entry, Array raw) const {
     for (int i = 0; i < raw.shape.rank; ++i) shape[shape.rank++] = raw.shape[i];
     raw.shape = shape;
   }
-  if (raw.shape.rank != rank || (axis == 1 && raw.shape[0] != 1)) {
+  bool fits = raw.shape.rank == rank && (axis == 0 || raw.shape[0] == 1);
+  for (int i = axis + 1; fits && i < rank; ++i) {
+    const Axis& size = entry.spec->shape[static_cast<std::size_t>(i)];
+    fits = !size.symbol.empty() || raw.shape[i] == size.size;
+  }
+  if (!fits) {
     std::string expected = "[events";
     for (std::size_t i = static_cast<std::size_t>(axis) + 1; i < entry.spec->shape.size(); ++i) {
       const Axis& size = entry.spec->shape[i];
       expected += ", " + (size.symbol.empty() ? std::to_string(size.size) : size.symbol);
     }
-    request_error(entry.spec->name, ": has shape ", raw.shape.text(), ", expected ", expected, "]");
+    request_error(entry.spec->name, ": has shape ", sent_as.text(), ", expected ", expected, "]");
   }
   return raw;
 }

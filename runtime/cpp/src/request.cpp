@@ -250,19 +250,20 @@ History::Sent Door::complete(const Given& given) const {
   return sent;
 }
 
-std::string Door::why_not_appendable() const {
+std::string Door::why_not_changeable(bool amend) const {
+  const std::string done = amend ? "amended" : "appended";
   for (const History& history : histories_) {
     if (history.size() >= 0) {
-      return "the model's history is padded to " + std::to_string(history.size()) +
-             " events, so none can be appended";
+      return "the model's history is padded to " + std::to_string(history.size()) + " events, so none can be " + done;
     }
   }
   for (const TensorSpec& spec : inputs_) {
     if (spec.scope == STCA_USER && spec.counts(tokens_symbol) && !spec.rows_are(tokens_symbol)) {
-      return "the model has the events of " + spec.name + " on another axis than the first, so none can be appended";
+      return "the model has the events of " + spec.name + " on another axis than the first, so none can be " + done;
     }
   }
-  return "this bundle's states cannot be appended to: their events depend on each other or on other inputs";
+  return "this bundle's states cannot be " + (amend ? done : "appended to") +
+         ": their events depend on each other or on other inputs";
 }
 
 Array Door::of_kind(std::size_t index, const stca_tensor& value) const {

@@ -102,8 +102,8 @@ class Door {
   /// depend on them.
   void make_up(std::int64_t tokens, Row& row) const;
 
-  /// Why new events are not appended, of a bundle whose states cannot be.
-  std::string why_not_appendable() const;
+  /// Why events are not appended, or amended, of a bundle whose states cannot be.
+  std::string why_not_changeable(bool amend) const;
 
   /// Checks a batch's offsets and cuts it into its requests, without copying.
   std::vector<CutRequest> unpack(const stca_request_batch& batch) const;

@@ -150,14 +150,16 @@ void Session::look_up(const Model& model, Pending& one) {
     door.admit(request.inputs, STCA_USER, STCA_REQUEST | STCA_TARGET, one.row);
     one.has_history = true;
   };
+  if (request.user == nullptr && request.version != nullptr) {
+    request_error("version: is ", in_quotes(request.version), " of no user; say whose history it is, or leave it out");
+  }
   const bool named = request.user != nullptr && request.version != nullptr;
   if (!named) admit_history();
   if (request.user == nullptr) return;
   one.key = model.key(request.user, named ? request.version : door.digest(one.row));
   StateCache::LookedUp found = store_->look_up(*one.key);
   one.state = std::move(found.state);
-  one.came = found.came;
-  one.call = found.call;
+  one.came = found.came, one.call = found.call;
   one.hit = one.state != nullptr;
   if (one.hit && named) check_version(model, one);
   if (one.hit || !named) return;
@@ -302,11 +304,9 @@ bool Session::change(const std::string& user, Inputs events, const char* version
                      std::optional<std::int64_t> at) {
   const char* const call = at ? "amend" : "append";
   const ModelPtr model = this->model();
-  if (version == nullptr) {
-    request_error("version: is null; name the history with the new events, or no request will find it");
-  }
+  if (version == nullptr) request_error("version: is null; name the history as it is then, or no request will find it");
   if (!model->manifest().appendable) {
-    request_error(model->door().why_not_appendable(), "; send the whole history with a new version");
+    request_error(model->door().why_not_changeable(at.has_value()), "; send the whole history with a new version");
   }
   const bool grows = model->manifest().grows();
   if (grows && at) {

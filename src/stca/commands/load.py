@@ -54,7 +54,11 @@ def crowd(text: str) -> tuple[int, float, int, float]:
 
 def options(p: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    p.add_argument("target", metavar="BUNDLE|URL", help="directory of a bundle, or http://HOST:PORT of stca serve")
+    p.add_argument(
+        "target",
+        metavar="BUNDLE|URL",
+        help="directory of a bundle, or http://HOST:PORT of stca serve, with /v2/models/NAME where that serves several",
+    )
     p.add_argument("--seconds", type=positive, default=20.0, metavar="N", help="length of the traffic")
     p.add_argument(
         "--scenario",

@@ -22,7 +22,7 @@ HELP = "users that fit, predicted latency and throughput on a machine, what help
 EXAMPLES = (
     "stca plan bundle --gpu h100",
     "stca plan bundle --workload users=5000000,history=10000,targets=300,rate=2000 --gpu l40s --memory 48G",
-    "stca plan bundle --gpu cpu --memory 64G",
+    "stca plan bundle --gpu cpu",
 )
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -43,7 +43,7 @@ def options(p: argparse.ArgumentParser) -> None:
         help="users, history, targets, zipf, rate (default: a million users, 10,000 events, 300 targets, zipf 1)",
     )
     p.add_argument("--gpu", default="h100", metavar="NAME", help="a100, l40s, h100, h200, b200, rtx5090; cpu: this one")
-    p.add_argument("--memory", type=bytes_, metavar="SIZE", help="for weights and states (default: the GPU's)")
+    p.add_argument("--memory", type=bytes_, metavar="SIZE", help="for weights and states (default: what it has)")
     p.add_argument("--threads", type=count, help="with --gpu cpu: threads of one request (default: every core)")
 
 
@@ -84,11 +84,10 @@ def _machine(args: argparse.Namespace, bundle: Bundle, progress: Progress) -> tu
 
     if args.gpu == "cpu":
         from stca.checks.bench import cpu_rates
+        from stca.runtime.machine import memory
 
-        if args.memory is None:
-            raise UsageError("--gpu cpu: say with --memory how much of it there is for weights and states")
         progress("this CPU's rates")
-        return cpu_rates(bundle, args.threads), args.memory, "float32"
+        return cpu_rates(bundle, args.threads), args.memory or memory(), "float32"
     if (gpu := GPUS.get(args.gpu)) is None:
         raise UsageError(f"--gpu {args.gpu}: not known; there are {', '.join(GPUS)} and cpu")
     return GpuRates(gpu.device), args.memory or gpu.memory, "bfloat16"

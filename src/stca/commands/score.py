@@ -58,16 +58,23 @@ def run(args: argparse.Namespace) -> int:
         native_code=args.native_code,
     )
     found: list[dict[str, Any]] = []
-    lines = []
+    lines: list[str] = []
+    refused: list[RequestError] = []
     for i, request in enumerate(requests):
         try:
             scores = session.score(request).tolist()
         except RequestError as e:
-            raise RequestError(f"request {i}: {e}") from e
+            refused.append(RequestError(f"request {i}: {e}"))
+            found.append({"user": request.user, "error": str(e)})
+            continue
         found.append({"user": request.user, "scores": scores})
         lines += [f"request {i}, target {t}: {_shown(session.tasks, row)}" for t, row in enumerate(scores)]
+    if len(refused) == len(requests):
+        raise refused[0]
     emit(args, {"tasks": session.tasks, "requests": found}, "\n".join(lines))
-    return 0
+    for error in refused:
+        print(f"stca: {error}", file=sys.stderr)
+    return RequestError.exit_code if refused else 0
 
 
 def _text(name: str) -> str:

@@ -152,12 +152,14 @@ class Served:
     def metadata(self) -> dict[str, Any]:
         """The model as the protocol describes it; offsets are made by the runtime, so no client sends them."""
         graph = self.session.manifest.graphs["request"]
+        padded = [p for p in self.session.manifest.padding or () if p.side is not None]
+        events = {e.name: e.axis for p in padded for e in p.inputs}  # of any number: the session pads them
         inputs = [s for s in graph.inputs if not s.is_offsets]
         return {
             "name": self.name,
             "versions": [self.version],
             "platform": "stca",
-            "inputs": [_told(s) for s in inputs],
+            "inputs": [_told(s, events.get(s.name)) for s in inputs],
             "outputs": [_told(s) for s in graph.outputs],
         }
 
@@ -200,8 +202,8 @@ class Served:
             }
 
 
-def _told(spec: TensorSpec) -> dict[str, Any]:
-    shape = [n if isinstance(n, int) else -1 for n in spec.shape]
+def _told(spec: TensorSpec, events: int | None = None) -> dict[str, Any]:
+    shape = [n if isinstance(n, int) and axis != events else -1 for axis, n in enumerate(spec.shape)]
     return {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": shape}
 
 

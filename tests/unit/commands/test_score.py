@@ -85,6 +85,22 @@ def test_bad_requests_are_one_line(bundle, tmp_path, capsys, text, expected):
     assert "unexpected" not in said.err
 
 
+def test_good_requests_are_scored_beside_a_bad_one(bundle, requests, tmp_path, capsys):
+    file = tmp_path / "requests.json"
+    bad = {"user": "bob", "inputs": {"nothing": [1]}}
+    file.write_text(json.dumps([requests[0], bad, requests[1]]))
+    assert commands.main(["score", str(bundle), str(file), "--json"]) == 2
+    said = capsys.readouterr()
+    first, second, third = json.loads(said.out)["requests"]
+    assert first["scores"] == third["scores"]
+    assert "no such input" in second["error"]
+    assert "scores" not in second
+    (line,) = said.err.splitlines()
+    assert line.startswith("stca: request 1: 'nothing'")
+    assert commands.main(["score", str(bundle), str(file)]) == 2
+    assert "request 2, target 0" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("place", ["", "missing.json"])
 def test_a_file_that_cannot_be_read(bundle, tmp_path, capsys, place):
     assert commands.main(["score", str(bundle), str(tmp_path / place)]) == 2

@@ -190,7 +190,7 @@ class Bag(nn.Module):
         (Dropout, ("asked the same again", "dropout")),
         (BatchStatistics, ("norm (BatchNorm1d)", "track_running_stats=True")),
         (Raises, ("RuntimeError", "test_modules.py:", "RequestModel.inputs")),
-        (WrongName, ("forward takes history, item", "names hist, item")),
+        (WrongName, ("forward takes history, item", "hist is no parameter, and history is no input")),
         (Nothing, ("NoneType", "scores are one tensor")),
     ],
 )

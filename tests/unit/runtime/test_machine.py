@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stca.runtime import machine
-from stca.runtime.machine import processors
+from stca.runtime.machine import memory, processors
 
 
 @pytest.fixture
@@ -35,6 +35,16 @@ def write(root, files):
 )
 def test_processors(four, tmp_path, quota, expected):
     assert processors(write(tmp_path, {"sys/fs/cgroup/cpu.max": quota})) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "limit"), [("memory.max", "4096"), ("memory.max", "max"), ("memory/memory.limit_in_bytes", "4096\n")]
+)
+def test_memory_is_the_machines_or_a_containers(tmp_path, file, limit):
+    whole = memory(tmp_path / "none")
+    assert whole > 1 << 20
+    limited = memory(write(tmp_path, {f"sys/fs/cgroup/{file}": limit}))
+    assert limited == (whole if limit == "max" else 4096)
 
 
 V1 = "4:memory:/a/b\n3:cpu,cpuacct:/a/b\n1:name=systemd:/\n"

@@ -124,7 +124,7 @@ def test_the_most_recent_events_are_kept_where_the_caller_allows_it() -> None:
         ({"items": [1, 2, 3], "vectors": np.ones((2, 2))}, ("vectors", "2", "items", "3")),
         ({"items": [1, 2, 100], "vectors": VECTORS}, ("items", "100", "[2]", "[0, 99]")),
         ({"items": [1.5, 2.5], "vectors": VECTORS[:2]}, ("items", "float64", "int64")),
-        ({"items": [4, 5, 6], "vectors": [[1.0], [2.0], [3.0]]}, ("vectors", "[1, 5, 1]", "2")),
+        ({"items": [4, 5, 6], "vectors": [[1.0], [2.0], [3.0]]}, ("vectors", "[3, 1]", "[events, 2]")),
         ({"items": [[[4, 5]]], "vectors": VECTORS}, ("items", "[1, 1, 2]", "[events]")),
         ({"items": [[4, 5], [6, 7]], "vectors": VECTORS}, ("items", "[2, 2]", "[events]")),
         ({"vectors": VECTORS}, ("items", "missing")),

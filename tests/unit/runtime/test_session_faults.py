@@ -161,6 +161,18 @@ def test_events_are_of_someone(log_session):
         log_session.append(None, {}, 2)
 
 
+@pytest.mark.parametrize(("what", "says"), [([1], "one by one"), ({"hist": [1]}, "write Request(inputs"), (3, "int")])
+def test_what_is_no_request_says_what_is_one(log_session, what, says):
+    with one_line(RequestError, "score takes a Request or a RequestBatch", says):
+        log_session.score(what)
+
+
+def test_a_version_is_somebodys(log_session):
+    inputs = ask(log_session)
+    with one_line(RequestError, "version: is 3 of no user", "leave it out"):
+        log_session.score(Request(inputs, version=3))
+
+
 def test_scores_that_are_not_finite_are_an_error(tmp_path, bundle_dir):
     shutil.copytree(bundle_dir, tmp_path / "B")
     model = onnx.load(tmp_path / "B" / "target_scorer.onnx")

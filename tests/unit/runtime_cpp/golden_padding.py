@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from golden_changes import amend
 from make_golden import append, case, refused, score, tensor, write_bundle
 from onnx import TensorProto, helper
 
@@ -152,7 +153,7 @@ def _refusals() -> list[Any]:
         ),
         ("a bad item among events", request([1, 2, 100]), "items", "100", "[2]", "[0, 99]"),
         ("items of floats", request(items=tensor("float32", [1.0, 2.0, 3.0])), "items", "float32", "int64"),
-        ("narrow vectors", request(vectors=tensor("float32", [[1.0]] * 3)), "vectors", "[1, 5, 1]", "[1, 5, 2]"),
+        ("narrow vectors", request(vectors=tensor("float32", [[1.0]] * 3)), "vectors", "[3, 1]", "[events, 2]"),
         ("two users", request(items=tensor("int64", [ITEMS, ITEMS])), "items", "[2, 3]", "[events]"),
         ("no items", request(items=None), "items", "missing"),
         ("another length", request(count=tensor("int32", [2])), "count", "says 2", "3 events", "leave it out"),
@@ -165,6 +166,11 @@ def _refusals() -> list[Any]:
         case(
             "padded: no event can be appended",
             append("ann", {"items": tensor("int64", [1])}, "v2", refused("padded to 5 events", "whole history")),
+            bundle="padded_right",
+        ),
+        case(
+            "padded: no event can be amended",
+            amend("ann", {"items": tensor("int64", [1])}, "v2", -1, refused("so none can be amended", "whole history")),
             bundle="padded_right",
         ),
         case(

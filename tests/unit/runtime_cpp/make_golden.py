@@ -743,6 +743,7 @@ def bad_cases() -> list[Any]:
     names = ("user_segment", "user_profile")
     return [
         *(case(name, score(inputs, refused(*says)), stats(users=0)) for name, inputs, *says in bad),
+        case("a version of no user", score(a.inputs(), refused("version: is 'v1' of no user", "whose"), None, "v1")),
         *(case(name, batch(inputs, refused(*says)), stats(users=0)) for name, inputs, *says in offsets),
         *(case(name, score(inputs, refused(*says)), bundle="plain") for name, inputs, *says in plain),
         case(

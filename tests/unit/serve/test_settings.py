@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from support.serving import running
 from stca import commands
 from stca.errors import UsageError
 from stca.serve.log import LOG, JsonLines
+from stca.serve.models import Served
 from stca.serve.settings import Settings, named, settings
+from stca.specs import EventInput, Padding, TensorSpec
 
 
 def test_flags_go_before_the_environment_and_that_before_the_file(tmp_path):
@@ -169,3 +172,13 @@ def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     for name in Settings.__dataclass_fields__:
         assert name == "models" or f"--{name.replace('_', '-')}" in said
+
+
+@pytest.mark.parametrize(("side", "events"), [("left", -1), (None, 50)])
+def test_metadata_tells_that_a_padded_history_has_any_length(side, events):
+    inputs = (TensorSpec("hist", "int64", (1, 50), "user", 9), TensorSpec("item", "int64", ("N_t",), "target", 9))
+    padding = (Padding((EventInput("hist", 1, 0),), side, None),)
+    served = Served("m", "1", "bundle")
+    graphs = {"request": SimpleNamespace(inputs=inputs, outputs=())}
+    served.loaded = SimpleNamespace(manifest=SimpleNamespace(graphs=graphs, padding=padding))  # type: ignore[assignment]
+    assert [told["shape"] for told in served.metadata()["inputs"]] == [[1, events], [-1]]
