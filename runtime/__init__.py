@@ -11,7 +11,7 @@ from stca.runtime.scoring import Answer
 from stca.runtime.session import Session
 from stca.runtime.split_file import Recorded, Replayed
 from stca.runtime.state import UserState
-from stca.runtime.store import StoreStats
+from stca.runtime.store import Residence, StoreStats
 from stca.runtime.tables import RowSource
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Replayed",
     "Request",
     "RequestBatch",
+    "Residence",
     "RowSource",
     "Session",
     "SplitPolicy",

@@ -168,10 +168,13 @@ class FileTier:
                 self._done.skipped += 1
             self._changed.notify_all()
 
-    def has(self, user: Hashable) -> bool:
-        """Whether there is a state of the user, of whatever version."""
+    def bytes_of(self, user: Hashable, version: Hashable = None) -> int | None:
+        """Bytes of the user's record, of whatever version where that is None; None where there is none."""
+        name = self._names.of(user)
         with self._changed:
-            return self._names.of(user) in self._records
+            self._expire(name)
+            held = self._records.get(name)
+            return held.bytes if held and (version is None or held.version == self._names.of(version)) else None
 
     def read(self, key: StateKey, keep: Callable[..., object]) -> tuple[UserState | None, bool]:
         """The state with exactly this key, and whether there was one that was damaged.

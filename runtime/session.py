@@ -29,7 +29,7 @@ from stca.runtime.recording import Recorder, Recording
 from stca.runtime.request import MOST_TARGETS, Request, RequestBatch
 from stca.runtime.scoring import Answer, Asked, Scoring, column_names, joined
 from stca.runtime.state import LOG
-from stca.runtime.store import StateStore, StoreStats
+from stca.runtime.store import Residence, StateStore, StoreStats
 from stca.runtime.swap import check_swap
 from stca.runtime.tables import RowSource, on_cpu
 from stca.runtime.turns import Turns
@@ -293,6 +293,16 @@ class Session:
             return self._states.make_ahead(model, found, wanted)
         finally:
             self._turns.leave()
+
+    def residence(self, user: Hashable, version: Hashable = None) -> Residence | None:
+        """Where the user's state is kept, for a router; None where a request would be a miss. It counts as no use.
+
+        Args:
+            user: whose state.
+            version: only of this history; None for whichever is kept.
+        """
+        self._running()
+        return self._store.residence(key_of("user", user), key_of("version", version))
 
     def forget(self, user: Hashable) -> bool:
         """Drop what is kept of a user, and what is being encoded of them; False when nothing was."""

@@ -64,6 +64,19 @@ class StoreStats:
     file: FileStats | None = None
 
 
+@dataclass(frozen=True)
+class Residence:
+    """Where a user's state is.
+
+    Attributes:
+        tier: `memory` or `file`.
+        bytes: what it takes there.
+    """
+
+    tier: str
+    bytes: int
+
+
 # A state and where it was, or None and why it is not kept; and the number of the call that asked, for what it makes.
 LookedUp: TypeAlias = tuple[UserState | None, str, int]
 
@@ -131,7 +144,7 @@ class StateStore:
         state, damaged = self.file.read(key, self.memory.put)
         if state is not None:
             return state, FILE
-        other = why in (NEW, EVICTED) and self.file.has(key.user)
+        other = why in (NEW, EVICTED) and self.file.bytes_of(key.user) is not None
         return None, DAMAGED if damaged else VERSION if other else why
 
     def find(self, user: Hashable, *wanted: StateKey) -> Kept | None:
@@ -141,6 +154,14 @@ class StateStore:
             any(self._beyond_memory(key)[0] is not None for key in wanted)  # the first that is there is put in memory
             held = self.memory.find(user)
         return held
+
+    def residence(self, user: Hashable, version: Hashable = None) -> Residence | None:
+        """As `Session.residence`."""
+        held = self.memory.find(user)
+        if held is not None and version in (None, held.key.version):
+            return Residence(MEMORY, held.bytes)
+        on_file = None if self.file is None else self.file.bytes_of(user, version)
+        return None if on_file is None else Residence(FILE, on_file)
 
     def put(self, key: StateKey, state: UserState, call: int, *, instead_of: UserState | None = None) -> bool:
         """As `StateCache.put`."""

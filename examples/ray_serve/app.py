@@ -22,7 +22,7 @@ from stca.serve.server import Server
 from stca.serve.settings import Settings, from_text
 
 # Changes of one user's state, which go to the replica that keeps it.
-_CHANGES: Final = ("append", "amend", "forget", "warm")
+_CHANGES: Final = ("append", "amend", "forget", "residence", "warm")
 
 
 class Replica:

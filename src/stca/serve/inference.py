@@ -70,6 +70,14 @@ class ForgetParameters:
 
 
 @dataclass(frozen=True)
+class ResidenceParameters:
+    """Of `residence`."""
+
+    user: typed_json.Label = None
+    version: typed_json.Label = None
+
+
+@dataclass(frozen=True)
 class WarmParameters:
     """Of `warm`; the deadline is as a request's."""
 

@@ -23,6 +23,7 @@ from stca.serve.inference import (
     ForgetParameters,
     InferRequest,
     InferResponse,
+    ResidenceParameters,
     ScoreParameters,
     SwapParameters,
     WarmParameters,
@@ -238,6 +239,12 @@ def _forget(served: Served, request: InferRequest, _: Call) -> dict[str, Any]:
     return {"forgotten": served.session.forget(given.user)}
 
 
+def _residence(served: Served, request: InferRequest, _: Call) -> dict[str, Any]:
+    given = parameters(ResidenceParameters, request.parameters)
+    found = served.session.residence(given.user, given.version)
+    return {"tier": None, "bytes": 0} if found is None else {"tier": found.tier, "bytes": found.bytes}
+
+
 def _warm(served: Served, request: InferRequest, call: Call) -> dict[str, Any]:
     given = parameters(WarmParameters, request.parameters)
     call.expire_in(None if given.deadline_ms is None else given.deadline_ms / 1e3)
@@ -253,11 +260,12 @@ def _swap(served: Served, request: InferRequest, _: Call) -> dict[str, Any]:
     return {"weights": served.session.manifest.weights}
 
 
-# What the admin port changes, by the last part of the path.
+# What the admin port changes, or tells of one user, by the last part of the path.
 CHANGES: Mapping[str, Callable[[Served, InferRequest, Call], dict[str, Any]]] = {
     "append": _append,
     "amend": _amend,
     "forget": _forget,
+    "residence": _residence,
     "warm": _warm,
     "swap": _swap,
 }

@@ -135,6 +135,17 @@ def test_what_is_forgotten_while_it_is_written_is_not_kept(loaded, asked, tmp_pa
         session.score(asked[0][1])
 
 
+def test_where_a_state_is(loaded, asked, tmp_path):
+    session = loaded()
+    fill(session, asked)
+    assert [session.residence(f"user {i}", 1).tier for i in range(6)] == ["file"] * 5 + ["memory"]
+    sizes = {p.stat().st_size for p in files(tmp_path)}
+    found = session.residence("user 0")
+    assert found.bytes in sizes
+    assert session.residence("user 0", 2) is None
+    assert session.residence("user 0") == found, "to ask moves nothing"
+
+
 def test_nothing_in_the_folder_names_a_user(loaded, asked, tmp_path):
     session = loaded()
     inputs = asked[0][0].inputs

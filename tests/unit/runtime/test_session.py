@@ -21,7 +21,7 @@ from stca.export.pipeline import export_module
 from stca.export.reference.module import request_inputs
 from stca.export.to_onnx import RequestModel
 from stca.manifest import WEIGHTS, EngineEntry
-from stca.runtime import Deadline, OnnxRuntimeEngine, Request, RequestBatch, Session
+from stca.runtime import Deadline, OnnxRuntimeEngine, Request, RequestBatch, Residence, Session
 from stca.runtime.model import Model
 from stca.runtime.state import cost_of
 from stca.runtime.swap import check_swap
@@ -531,6 +531,19 @@ def test_forget(session):
     assert (session.stats().users, session.stats().bytes) == (0, 0)
     with one_line(HistoryNeededError, "'u'"):
         session.score(Request(without_user(inputs), user="u", version=1))
+
+
+def test_where_a_state_is(session):
+    assert session.residence("u") is None
+    session.score(Request(ask(session), user="u", version=1))
+    stats = session.stats()
+    assert session.residence("u") == session.residence("u", 1) == Residence("memory", stats.bytes)
+    assert session.residence("u", 2) is None, "a request of that version would be a miss"
+    assert session.stats() == stats, "to ask is no use"
+    with one_line(RequestError, "version 1.5"):
+        session.residence("u", 1.5)
+    session.forget("u")
+    assert session.residence("u", 1) is None
 
 
 def state_bytes(session, tokens, version=None):

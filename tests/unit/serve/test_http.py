@@ -76,6 +76,10 @@ def test_states_are_changed_on_the_admin_port_alone(server, asked):
     status, _, told = server.http("/v2/models/ranker/amend", body_of(events, user="bob", version=4), port="admin")
     assert (status, told["error"][:28]) == (400, "parameters: misses 'at', the")
     gone = {"parameters": {"user": "bob"}}
+    where = server.http("/v2/models/ranker/residence", {"parameters": {"user": "bob", "version": 3}}, port="admin")[2]
+    assert where == {"tier": "memory", "bytes": server.served.session.stats().bytes}
+    where = server.http("/v2/models/ranker/residence", {"parameters": {"user": "bob", "version": 2}}, port="admin")[2]
+    assert where == {"tier": None, "bytes": 0}
     assert server.http("/v2/models/ranker/forget", gone, port="admin")[2] == {"forgotten": True}
     assert server.http("/v2/models/ranker/forget", gone, port="admin")[2] == {"forgotten": False}
     once = {n: x for n, x in inputs.items() if n not in targets_alone(server, inputs)}
