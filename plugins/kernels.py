@@ -168,7 +168,7 @@ def _attend_tokens(
             q = _load_tile(query_base, KEY_HEADS * D, rows_left, chunk, BLOCK_M, BLOCK_D, D, True, UPCAST)
         k = _load_tile(key_base, KEY_HEADS * D, tokens_left, chunk, BLOCK_N, BLOCK_D, D, LAST, UPCAST)
         logits = tl.dot(q, tl.trans(k), logits, input_precision="ieee")
-    (acc, row_max, row_sum), weights = _fold(state, logits, tokens_left, bias, SCALE, BLOCK_N, BIASED, LAST)
+    state, weights = _fold(state, logits, tokens_left, bias, SCALE, BLOCK_N, BIASED, LAST)
     if TIED:
         v = k
     else:
@@ -178,7 +178,7 @@ def _attend_tokens(
     weights = weights.to(value_base.dtype.element_ty)
     if UPCAST:
         weights = weights.to(tl.float32)
-    return tl.dot(weights, v, acc, input_precision="ieee"), row_max, row_sum
+    return tl.dot(weights, v, state[0], input_precision="ieee"), state[1], state[2]
 
 
 @triton.jit

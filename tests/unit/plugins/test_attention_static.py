@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from types import ModuleType
@@ -112,3 +113,13 @@ def test_the_kernel_that_joins_waits_for_the_parts_before_it_reads_them(static: 
     for part in ("[finish_kernel_param_6]", "[finish_kernel_param_7]"):  # the addresses of the parts
         assert part not in before
         assert part in after
+
+
+@pytest.mark.parametrize("module", ["kernels", "kernels_bulk"])
+def test_kernels_take_no_tuple_apart_inside_another(module: str) -> None:
+    """Triton 3.6 fails on one when a process compiles the kernel for the first time: "unhashable type: 'list'"."""
+    tree = ast.parse((BENCHMARKS.parent / "plugins" / f"{module}.py").read_text())
+    targets = [t for node in ast.walk(tree) if isinstance(node, ast.Assign) for t in node.targets]
+    tuples = [t for t in targets if isinstance(t, ast.Tuple)]
+    assert tuples
+    assert [t.lineno for t in tuples if any(isinstance(x, ast.Tuple) for x in t.elts)] == []
