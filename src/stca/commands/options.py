@@ -224,7 +224,8 @@ def exported(args: argparse.Namespace, bundle: Bundle, triton_model: Path | None
     lines = [
         f"{bundle.path}: verified, weights {m.weights[:12]}",
         f"user state: {m.split['bytes_per_token']} bytes per history token, {m.split['state_bytes']:,} bytes in all; "
-        f"cached {100 * m.cached:.1f} % of the work"
+        + ("new events can be appended; " if m.appendable else "")  # else a note says why not
+        + f"cached {100 * m.cached:.1f} % of the work"
         + (", of what is left when all targets share one history" if m.split.get("lifted") else ""),
         *_fixed_targets(m),
         *(d["text"] for d in m.split["request_dependencies"]),
