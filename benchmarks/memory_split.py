@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 from outcome import command, tell
 
 from stca.arrays import Array
-from stca.load.workloads import WORKLOADS, Crowd, crowds, ranks, which
+from stca.load.workloads import BURST, STEADY, TREND, WORKLOADS, Crowd, crowds, ranks, which
 from stca.runtime.cache import StateCache
 from stca.runtime.memory_pool import MarginalUtility, MemoryPool, SplitPolicy, StatePages, Static
 from stca.runtime.row_cache import RowCache
@@ -35,6 +35,8 @@ STATE_BYTES, WIDTH, TARGETS, HISTORY = 1 << 16, 480, 40, 28
 # What things take, in seconds: a hit; to encode a user, three times that, as measured (README); to read a row that is
 # not in memory.
 HIT, ENCODE, READ = 10e-3, 30e-3, 600e-6
+# Parts of a trace whose best split the foreseen run has.
+PARTS = {STEADY: 1, TREND: 10, BURST: 4}
 MANY_USERS, MANY_ITEMS = Crowd(75, 0.5, 320, 1.2), Crowd(12, 0.8, 1680, 0.5)
 
 
@@ -50,6 +52,24 @@ class Reads:
     def rows(self, ids: Array) -> Array:
         self.now += READ * len(ids)
         return np.zeros((len(ids), WIDTH), np.float32)
+
+
+class Foreseen:
+    """What no controller can know: the share for rows that is best in each part of a trace, as the part begins.
+
+    Args:
+        shares: of the parts, which are alike long.
+        decisions: in the whole trace.
+    """
+
+    def __init__(self, shares: list[float], decisions: int) -> None:
+        self._shares, self._decisions, self._made = shares, decisions, 0
+
+    def wanted(self, pages: Mapping[str, int], saved: Mapping[str, Array]) -> Mapping[str, int]:
+        """See `SplitPolicy`; the pool decides once before the trace."""
+        part = max(0, self._made - 1) * len(self._shares) // self._decisions
+        self._made += 1
+        return Static(self._shares[part]).wanted(pages, saved)
 
 
 class Drawn:
@@ -94,6 +114,9 @@ def main() -> None:
         jobs = {(w, p): pool.submit(served, w, policies[p], args) for w in args.workloads for p in policies}
         for workload in args.workloads:
             runs = {p: jobs[workload, p].result() for p in policies}
+            seen = foreseen([runs[share][0] for share in grid], grid, PARTS[workload])
+            decisions = -(-args.requests // args.every)
+            work, counts = pool.submit(served, workload, Foreseen(seen, decisions), args).result()
             rate = args.load / min(work_of(runs[share][0], args.busiest) for share in grid)
             told = {p: {**latencies(work, rate, args.seed), **counts} for p, (work, counts) in runs.items()}
             best, adaptive = min(grid, key=lambda share: told[share]["p99_ms"]), told.pop(None)
@@ -102,6 +125,7 @@ def main() -> None:
                 "best_static_rows_share": best,
                 "best_static": told[best],
                 "adaptive": adaptive,
+                "foreseen": {"shares": seen, **latencies(work, rate, args.seed), **counts},
                 "p99_less": 1 - adaptive["p99_ms"] / told[best]["p99_ms"],
                 "mean_less": 1 - adaptive["mean_ms"] / told[best]["mean_ms"],
                 "statics_p99_ms": {share: one["p99_ms"] for share, one in told.items()},
@@ -127,6 +151,12 @@ def _arguments() -> argparse.Namespace:
 def work_of(work: Array, busiest: bool) -> float:
     """Seconds of a request: on average, or in the tenth of a trace that takes most, at whose rate no queue grows."""
     return float(max(part.mean() for part in np.array_split(work, 10)) if busiest else work.mean())
+
+
+def foreseen(works: list[Array], grid: list[float], parts: int) -> list[float]:
+    """Of each part of a trace, the share of the grid with the least work in it."""
+    means = [[part.mean() for part in np.array_split(work, parts)] for work in works]
+    return [grid[best] for best in np.argmin(means, axis=0).tolist()]
 
 
 def latencies(work: Array, rate: float, seed: int) -> dict[str, float]:
