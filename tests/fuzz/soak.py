@@ -194,7 +194,9 @@ def growth(resident: Sequence[int]) -> dict[str, Any]:
     """Memory after the warm-up, a fifth of the time, and at the end, each the median over a fifth."""
     part = max(1, len(resident) // 5)
     after, end = (int(statistics.median(x)) for x in (resident[part : 2 * part] or resident, resident[-part:]))
-    return {"after_warm_up": after, "at_end": end, "flat": end <= after * (1 + GROWTH) + NOISE}
+    curve = [round(statistics.median(resident[i : i + part]) / 2**20, 1) for i in range(0, len(resident), part)[:5]]
+    flat = end <= after * (1 + GROWTH) + NOISE
+    return {"after_warm_up": after, "at_end": end, "mib_by_fifth": curve, "flat": flat}
 
 
 def other_weights(folder: Path) -> Path:

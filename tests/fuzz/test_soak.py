@@ -41,3 +41,8 @@ def test_growth_after_the_warm_up_is_seen():
     grows, warms = np.linspace(1e8, 2e8, 100), np.minimum(np.linspace(1e8, 1e9, 100), 2e8)
     assert not soak.growth(grows.astype(int).tolist())["flat"]
     assert soak.growth(warms.astype(int).tolist())["flat"]
+
+
+def test_memory_is_told_by_fifths():
+    resident = [mib << 20 for mib in (1, 2, 3, 10, 10, 10, 20, 20, 20, 30, 30, 30, 40, 41, 42)]
+    assert soak.growth(resident)["mib_by_fifth"] == [2.0, 10.0, 20.0, 30.0, 41.0]
