@@ -27,9 +27,20 @@ RETRY_AFTER: Final = "retry-after"
 _IDLE_MS: Final = 600_000
 
 
-def grpc_server(serving: Serving) -> Any:
-    """A `grpc.aio.Server` without a port yet."""
+# Calls at a time of one connection; a client opens another one for more, and connections are bounded.
+_STREAMS: Final = 1024
+
+
+def grpc_server(serving: Serving, most: int) -> Any:
+    """A `grpc.aio.Server` without a port yet.
+
+    Args:
+        serving: what is served.
+        most: connections at a time; what comes beyond is closed at once, and clients try again by themselves.
+    """
     options = [
+        ("grpc.max_allowed_incoming_connections", most),
+        ("grpc.max_concurrent_streams", _STREAMS),
         ("grpc.max_receive_message_length", serving.body_limit),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),  # or a second server would take half of the requests

@@ -57,7 +57,8 @@ class Server:
         self.ports: dict[str, int] = {}
         self._http: list[tuple[_Uvicorn, asyncio.Task[None]]] = []
         self._grpc: Any = None
-        self._connection = partial(Connection, seconds=settings.body_seconds, most=most_connections())
+        self._most = most_connections()
+        self._connection = partial(Connection, seconds=settings.body_seconds, most=self._most)
 
     async def start(self) -> None:
         """Listen, so that health can be asked; then load the bundles and be ready.
@@ -67,7 +68,7 @@ class Server:
             BundleError, BuildError: when a bundle cannot be loaded.
         """
         s = self.settings
-        self._grpc = grpc_server(self.serving)  # before what can fail: the end stops it
+        self._grpc = grpc_server(self.serving, self._most)  # before what can fail: the end stops it
         http, admin = _bound(s.host, s.http_port, "http-port"), _bound(s.admin_host, s.admin_port, "admin-port")
         clients = f"{_bracketed(s.host)}:{http.getsockname()[1]}"
         sockets = {

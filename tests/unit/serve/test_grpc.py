@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import grpc
@@ -177,3 +178,23 @@ def test_large_messages_are_refused_packed_or_not(bundle_dir):
                 method(large, timeout=20, compression=grpc.Compression.Gzip)
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert call(small, "ServerReady", b"") == b"\x08\x01"
+
+
+def test_more_connections_than_there_may_be_are_closed_and_one_that_ends_makes_room(bundle_dir, monkeypatch):
+    monkeypatch.setattr("stca.serve.server.most_connections", lambda: 2)
+    method = f"/{SERVICE}/ServerLive"
+    with running(bundle_dir) as server, contextlib.ExitStack() as kept:
+        # Channels to one address share a connection unless their options differ.
+        made = [
+            grpc.insecure_channel(f"127.0.0.1:{server.ports['grpc']}", [("grpc.use_local_subchannel_pool", 1)])
+            for _ in range(3)
+        ]
+        for channel in made[1:]:
+            kept.callback(channel.close)
+            assert channel.unary_unary(method)(b"", timeout=20)
+        with pytest.raises(grpc.RpcError) as caught:
+            made[0].unary_unary(method)(b"", timeout=20)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        made[1].close()
+        assert made[0].unary_unary(method)(b"", timeout=20, wait_for_ready=True)
+        made[0].close()
