@@ -184,7 +184,7 @@ def test_more_connections_than_there_may_be_are_closed_and_one_that_ends_makes_r
     monkeypatch.setattr("stca.serve.server.most_connections", lambda: 2)
     method = f"/{SERVICE}/ServerLive"
     with running(bundle_dir) as server, contextlib.ExitStack() as kept:
-        # Channels to one address share a connection unless their options differ.
+        # Channels to one address share a connection unless each has a pool of its own.
         made = [
             grpc.insecure_channel(f"127.0.0.1:{server.ports['grpc']}", [("grpc.use_local_subchannel_pool", 1)])
             for _ in range(3)
