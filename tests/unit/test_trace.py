@@ -155,7 +155,7 @@ def ask(session: Session, user: str | None, seed: int, *, history: bool = True) 
     specs = session.manifest.graphs["request"].inputs
     request = probe.single(specs, 6, 3, np.random.default_rng(seed))
     users = {s.name for s in specs if s.scope == "user"}
-    session.score(Request({n: x for n, x in request.items() if history or n not in users}, user, 1))
+    session.score(Request({n: x for n, x in request.items() if history or n not in users}, user, user and 1))
 
 
 def test_a_session_records_requests_that_bring_their_history(tmp_path, bundle_dir):

@@ -104,9 +104,10 @@ def test_users_of_a_batch_are_stacked(lifted):
 def test_a_batch_axis_that_stays_is_compared_between_user_and_targets(as_it_stands):
     session = Session.load(as_it_stands.path)
     assert len(session.score(Request(request(0, 4, users=4), "u", 1))) == 4
-    for given in ({"item": request(0, 3)["item"]}, request(1, 3, users=4)):  # a hit, and a miss
+    hit, miss = Request({"item": request(0, 3)["item"]}, "u", 1), Request(request(1, 3, users=4))
+    for given in (hit, miss):
         with one_line(RequestError, "item: has shape [3], with B = 3; the user's inputs had 4"):
-            session.score(Request(given, "u" if len(given) == 1 else None, 1))
+            session.score(given)
 
 
 def test_checks_run_the_targets_they_are_told(as_it_stands, lifted):

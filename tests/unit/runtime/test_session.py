@@ -171,7 +171,7 @@ def test_a_hit_needs_no_user_inputs_when_the_version_is_known(session):
 
 
 def test_without_a_user_nothing_is_kept(session):
-    session.score(Request(ask(session), version="v"))
+    session.score(Request(ask(session)))
     assert (session.stats().users, session.stats().bytes, counts(session)) == (0, 0, (0, 0))
 
 
