@@ -29,8 +29,8 @@ _WIDTH = 512  # of a matrix as products without a constant side have it
 _MOVED: Final = 1 << 21  # elements of an array, beyond the caches of one core
 # Targets and tokens of the attentions that are measured: none to speak of, many tokens, and as many logits of fewer.
 _ATTENTIONS: Final = ((1, 16), (32, 8192), (256, 4096))
-# Rows of products: few, and many, as far as multiply-adds allow, because their results should leave the caches.
-_FEW, _MANY, _MOST = 32, 8192, 1 << 29
+# Rows of products: few; some, whose results stay in the caches; and many, as far as multiply-adds allow, to leave them.
+_FEW, _SOME, _MANY, _MOST = 32, 512, 8192, 1 << 29
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class CpuCeilings:
         functions: elements/s through a sigmoid.
         bandwidth: byte/s of a product of two arrays, element by element.
         requests: seconds of each stage of `bench` for the smallest request: what is spent around the arithmetic.
-        weights: for each `(K, N)` seconds of a product's row more.
+        weights: for each `(K, N)` seconds of few rows, of a row more up to some, and of one beyond.
         attentions: for each shape seconds of a token more, and of a logit more.
     """
 
@@ -50,7 +50,7 @@ class CpuCeilings:
     functions: float
     bandwidth: float
     requests: Mapping[str, float]
-    weights: Mapping[tuple[int, int], tuple[float, float]]
+    weights: Mapping[tuple[int, int], tuple[float, float, float]]
     attentions: Mapping[Shape, tuple[float, float]]
 
     def least(self, stage: str) -> float:
@@ -63,8 +63,9 @@ class CpuCeilings:
             token, logit = self.attentions[item.shape]
             return item.sizes.tokens * (token + item.sizes.targets * item.shape.heads * logit)
         if item.weight is not None:
-            few, more = self.weights[item.weight]
-            return few * min(item.rows, _FEW) / _FEW + more * max(0, item.rows - _FEW)
+            few, more, beyond = self.weights[item.weight]
+            most = few * min(item.rows, _FEW) / _FEW + more * max(0, min(item.rows, _SOME) - _FEW)
+            return most + beyond * max(0, item.rows - _SOME)
         if item.kind == "product":
             return item.operations / self.products
         return item.operations / self.functions if item.kind == "function" else item.bytes / self.bandwidth
@@ -109,9 +110,11 @@ def measure_ceilings(
         has = [item for half in HALVES for item in items(bundle, half, 1, 1)]
         weights = {}
         for weight in {item.weight for item in has if item.weight is not None}:
-            rows = max(2 * _FEW, min(_MANY, _MOST // math.prod(weight)))
-            few, many = product(_FEW, weight), product(rows, weight)
-            weights[weight] = few, max(0.0, many - few) / (rows - _FEW)
+            many = max(2 * _FEW, min(_MANY, _MOST // math.prod(weight)))
+            sizes = (_FEW, *([_SOME] if many > _SOME else []), many)
+            times = [product(rows, weight) for rows in sizes]
+            rates = np.maximum(0, np.diff(times) / np.diff(sizes))
+            weights[weight] = times[0], float(rates[0]), float(rates[-1])
         attentions = {}
         for shape in {item.shape for item in has if item.shape is not None}:
             feeds = [_attention_feeds(shape, *sizes, rng) for sizes in _ATTENTIONS]

@@ -54,11 +54,12 @@ def test_attentions_and_constant_matrices_are_told_from_other_work(bundle_dir: P
 
 def test_rates_of_a_cpu() -> None:
     shape = Shape(2, 1, 16, 16, "float32")
-    rates = CpuCeilings(100.0, 10.0, 4.0, {"hit": 1.0}, {(2, 3): (32.0, 0.5)}, {shape: (0.1, 0.01)})
+    rates = CpuCeilings(100.0, 10.0, 4.0, {"hit": 1.0}, {(2, 3): (32.0, 0.5, 0.25)}, {shape: (0.1, 0.01)})
     assert rates.least("hit") == 1.0
     assert rates.seconds(Item("product", 200)) == 2
     assert rates.seconds(Item("product", 1, 8, (2, 3))) == 8  # a quarter of 32 rows
     assert rates.seconds(Item("product", 1, 132, (2, 3))) == 32 + 50
+    assert rates.seconds(Item("product", 1, 1032, (2, 3))) == 32 + 240 + 130  # a quarter for each row beyond 512
     assert rates.seconds(Item("function", 30, bytes=99)) == 3
     assert rates.seconds(Item("move", bytes=8, between=8)) == 2
     assert rates.seconds(Item("attention", shape=shape, sizes=Sizes(5, 10, 1))) == pytest.approx(1 + 1)

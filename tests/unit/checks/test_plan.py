@@ -62,7 +62,7 @@ def test_tables_in_files_count_where_they_lie_in_the_same_memory(tmp_path: Path)
     bundle = tables.split(tables.model(), tmp_path)
     size = tables.ROWS * tables.WIDTH * 4
     assert table_bytes(bundle) == size
-    weights = {i.weight: (1.0, 0.0) for half in HALVES for i in items(bundle, half, 8, 8) if i.weight}
+    weights = {i.weight: (1.0, 0.0, 0.0) for half in HALVES for i in items(bundle, half, 8, 8) if i.weight}
     cpu = CpuCeilings(1e9, 1e9, 1e9, dict.fromkeys(("user_encoder", "target_scorer", "miss", "hit"), 1e-3), weights, {})
     demand = Demand(users=10**6, history=32, targets=8)
     on_gpu, on_cpu = (plan(bundle, m, demand, 10**6, "float32") for m in (H100, cpu))
