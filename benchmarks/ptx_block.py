@@ -125,9 +125,8 @@ class Block:
         if words.size and not 0 <= words.min() <= words.max() < self.written.size:
             raise Wrong(f"outside of shared memory: {what}")
         seen, kind, writer = self.clocks[warp], agent // self.warps, self.writer[words]
-        plain = np.isin(
-            writer // self.warps, (WARP, COPIES)
-        )  # what copies in bulk and products see after a fence alone
+        # What copies in bulk and products see after a fence alone.
+        plain = np.isin(writer // self.warps, (WARP, COPIES))
         shown = seen if kind in (WARP, COPIES) else self.proxied[warp]
         unseen = self.written[words] > np.where(plain, shown[writer], seen[writer])
         if (unseen & (self.wrote[words] != what.at)).any():  # what many threads hold, many store

@@ -34,6 +34,10 @@ class Choice:
     why: str
     passed_over: tuple[str, ...] = ()
 
+    def told(self) -> dict[str, str]:
+        """The `precision`, `why` these engines, and why no others."""
+        return {"precision": self.precision, "why": self.why, "passed_over": "; ".join(self.passed_over)}
+
 
 def best_engine(
     manifest: Manifest,

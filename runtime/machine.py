@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import weakref
@@ -20,39 +21,48 @@ def processors(root: Path = Path("/")) -> int:
         root: of the files in which Linux tells of quotas, of control groups of both versions.
     """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = (_quota(files) for files in _quota_files(root))
+    files = _group_files(root, "cpu", ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+    quotas = map(_quota, files)
     return max(1, min([bound, *(n for n in quotas if n is not None)]))
 
 
 def memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process may use: the machine's, and no more than a container's limit."""
+    """Bytes of memory that this process may use: the machine's, and no more than a container's limit.
+
+    Args:
+        root: as of `processors`.
+    """
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            whole = min(whole, int((root / file).read_text(encoding="ascii")))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
+    for (file,) in _group_files(root, "memory", ("memory.max",), ("memory.limit_in_bytes",)):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            whole = min(whole, int(file.read_text(encoding="ascii")))
     return whole
 
 
-def _quota_files(root: Path) -> Iterator[tuple[Path, ...]]:
-    """Files that may hold a quota: of the groups this process is in, and of those around them.
+def _group_files(
+    root: Path, controller: str, names: tuple[str, ...], names_before: tuple[str, ...]
+) -> Iterator[tuple[Path, ...]]:
+    """Files that may hold a limit: of the groups this process is in, and of those around them.
 
     In a container the paths may be the host's; its own group is then at the root of what is mounted, as without paths.
+
+    Args:
+        root: of the files.
+        controller: what is limited.
+        names, names_before: of the files in a group's folder, of version 2 and of version 1.
     """
     try:
         groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         groups = []
-    for line in ["0::/", *groups]:
+    for line in ["0::/", f"1:{controller}:/", *groups]:
         number, kinds, path = [*line.split(":", 2), "", ""][:3]
         group = Path(path.lstrip("/"))
         for place in (group, *group.parents):
             if number == "0":
-                yield (root / "sys/fs/cgroup" / place / "cpu.max",)
-            elif "cpu" in kinds.split(","):
-                folder = root / "sys/fs/cgroup/cpu" / place
-                yield folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"
+                yield tuple(root / "sys/fs/cgroup" / place / name for name in names)
+            elif controller in kinds.split(","):
+                yield tuple(root / "sys/fs/cgroup" / controller / place / name for name in names_before)
 
 
 def _quota(files: Sequence[Path]) -> int | None:

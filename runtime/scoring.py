@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from stca.arrays import Array
 from stca.errors import HistoryNeededError, RequestError
@@ -197,6 +198,21 @@ class Scoring:
             )
             for one, of_request, state in zip(asked, scores, read, strict=True)
         ]
+
+    def warm(
+        self, model: Model, user: Hashable, history: Mapping[str, ArrayLike], version: Hashable, wanted: Deadline
+    ) -> bool:
+        """As `Session.warm`."""
+        if user is None:
+            raise RequestError("user: is None; a state is made ahead for the requests of one user, say which")
+        found = self._states.find(model, mapping_of("history", history), user, version)
+        if found.state is not None and found.state.waiting is None:
+            return True
+        self._turns.enter_when_free(wanted)
+        try:
+            return self._states.make_ahead(model, found, wanted)
+        finally:
+            self._turns.leave()
 
     def answers(self, asked: Sequence[Asked], wanted: Deadline) -> list[Answer]:
         """As `answer`, of several: of callers who came together, some before and some after a swap, perhaps."""

@@ -18,7 +18,7 @@ from stca.manifest import Manifest
 from stca.opening import opened
 from stca.runtime.batching import ALONE, Batcher, Runs
 from stca.runtime.changing import change, checked_place
-from stca.runtime.client_values import key_of, mapping_of, no_request
+from stca.runtime.client_values import key_of, no_request
 from stca.runtime.deadline import Deadline, Wanted
 from stca.runtime.engine import Engine
 from stca.runtime.machine import mark_after_fork
@@ -283,16 +283,7 @@ class Session:
         wanted = Deadline.of(deadline)
         wanted.check()
         model = self._running()
-        if user is None:
-            raise RequestError("user: is None; a state is made ahead for the requests of one user, say which")
-        found = self._states.find(model, mapping_of("history", history), user, version)
-        if found.state is not None and found.state.waiting is None:
-            return True
-        self._turns.enter_when_free(wanted)
-        try:
-            return self._states.make_ahead(model, found, wanted)
-        finally:
-            self._turns.leave()
+        return self._scoring.warm(model, user, history, version, wanted)
 
     def residence(self, user: Hashable, version: Hashable = None) -> Residence | None:
         """Where the user's state is kept, for a router; None where a request would be a miss. It counts as no use.
@@ -345,13 +336,7 @@ class Session:
     def engines(self) -> Mapping[str, str]:
         """Which engine runs each half, in which `precision`, `why` that one, and why no other (`passed_over`)."""
         model = self._model
-        return {
-            "user_encoder": model.encoder.name,
-            "target_scorer": model.scorer.name,
-            "precision": model.choice.precision,
-            "why": model.choice.why,
-            "passed_over": "; ".join(model.choice.passed_over),
-        }
+        return {"user_encoder": model.encoder.name, "target_scorer": model.scorer.name, **model.choice.told()}
 
     def close(self) -> None:
         """Give back the kept states; the session takes no more requests. A `with` block closes it at its end."""

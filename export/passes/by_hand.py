@@ -41,15 +41,29 @@ class _Reduced:
     guards: tuple[onnx.NodeProto, ...]
 
 
+@dataclass(frozen=True)
+class _Share:
+    """Exponentials over their sum along one axis.
+
+    Attributes:
+        exponents: what was raised.
+        axis: of the sum, counted from the first.
+        guards: of the sum, as in `_Reduced`.
+        logits: what the exponents are below the largest of along that axis; None where they are not.
+    """
+
+    exponents: str
+    axis: int
+    guards: tuple[onnx.NodeProto, ...]
+    logits: str | None
+
+
 def softmax_by_hand(view: View, node: onnx.NodeProto) -> tuple[str, int] | None:
     """The logits and the axis of the softmax that a Div computes; None where it is none, or only nearly."""
-    if node.domain or node.op_type != "Div":
+    share = _share(view, node)
+    if share is None or share.guards:
         return None
-    raised, total = _writer(view, node.input[0], "Exp"), _reduced(view, node.input[1], "ReduceSum")
-    if raised is None or total is None or total.of != node.input[0] or total.axis is None or total.guards:
-        return None
-    largest = _largest(view, raised)
-    return raised.input[0] if largest is None or largest.axis != total.axis else largest.of, total.axis
+    return share.logits or share.exponents, share.axis
 
 
 def why_no_softmax(view: View, node: onnx.NodeProto) -> str | None:
@@ -83,22 +97,17 @@ def drop_idle_guards(model: onnx.ModelProto) -> None:
         return
     view, idle = View(model, {}, any_sizes(model.graph)), dict[str, str]()
     for node in model.graph.node:
-        if (node.op_type, node.domain) != ("Div", ""):
+        share = _share(view, node)
+        if share is None or share.logits is None:
             continue
-        raised, total = _writer(view, node.input[0], "Exp"), _reduced(view, node.input[1], "ReduceSum")
-        largest = None if raised is None else _largest(view, raised)
-        if total is None or largest is None or total.of != node.input[0]:
-            continue
-        if total.axis is None or largest.axis != total.axis:
-            continue
-        kind = helper.tensor_dtype_to_np_dtype(view.sizes.element_type(total.of))
-        if all(_is_idle(view, guard, kind) for guard in total.guards):
-            idle |= {guard.output[0]: _guarded(view, guard) for guard in total.guards}
+        kind = helper.tensor_dtype_to_np_dtype(view.sizes.element_type(node.input[0]))
+        if all(_is_idle(view, guard, kind) for guard in share.guards):
+            idle |= {guard.output[0]: _guarded(view, guard) for guard in share.guards}
     if not idle:
         return
-    kept = []
+    bare, kept = {guard: _last(idle, guard) for guard in idle}, []
     for node in model.graph.node:
-        rename(node, {a: _last(idle, b) for a, b in idle.items()})
+        rename(node, bare)
         if node.output[0] not in idle or view.is_output(node.output[0]):
             kept.append(node)
     del model.graph.node[:]
@@ -124,6 +133,18 @@ def _is_idle(view: View, guard: onnx.NodeProto, kind: np.dtype[Any]) -> bool:
 
 def _guarded(view: View, guard: onnx.NodeProto) -> str:
     return str(next(n for n in guard.input if view.constant(n) is None))
+
+
+def _share(view: View, node: onnx.NodeProto) -> _Share | None:
+    """The shares that a Div computes; None where it does not, or over more than one axis."""
+    if node.domain or node.op_type != "Div":
+        return None
+    raised, total = _writer(view, node.input[0], "Exp"), _reduced(view, node.input[1], "ReduceSum")
+    if raised is None or total is None or total.of != node.input[0] or total.axis is None:
+        return None
+    largest = _largest(view, raised)
+    logits = largest.of if largest is not None and largest.axis == total.axis else None
+    return _Share(raised.input[0], total.axis, total.guards, logits)
 
 
 def _largest(view: View, raised: onnx.NodeProto) -> _Reduced | None:

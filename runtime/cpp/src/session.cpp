@@ -159,7 +159,8 @@ void Session::look_up(const Model& model, Pending& one) {
   one.key = model.key(request.user, named ? request.version : door.digest(one.row));
   StateCache::LookedUp found = store_->look_up(*one.key);
   one.state = std::move(found.state);
-  one.came = found.came, one.call = found.call;
+  one.came = found.came;
+  one.call = found.call;
   one.hit = one.state != nullptr;
   if (one.hit && named) check_version(model, one);
   if (one.hit || !named) return;
@@ -290,14 +291,6 @@ void Session::finish(const Model& model, Pending& one, const Deadline& deadline)
       one.state = StateCache::wait(one.flight, deadline);
     }
   }
-}
-
-bool Session::append(const std::string& user, Inputs events, const char* version, const char* after) {
-  return change(user, events, version, after, std::nullopt);
-}
-
-bool Session::amend(const std::string& user, Inputs events, const char* version, std::int64_t at, const char* after) {
-  return change(user, events, version, after, at);
 }
 
 bool Session::change(const std::string& user, Inputs events, const char* version, const char* after,

@@ -32,9 +32,13 @@ class Session {
   Scored score(const std::vector<RequestView>& requests, const Deadline& deadline);
   Scored score(const stca_request_batch& batch, const Deadline& deadline);
   /// `version` must not be null; `after` may.
-  bool append(const std::string& user, Inputs events, const char* version, const char* after);
+  bool append(const std::string& user, Inputs events, const char* version, const char* after) {
+    return change(user, events, version, after, std::nullopt);
+  }
   /// The same with corrected events, in the place of the kept ones from `at` on.
-  bool amend(const std::string& user, Inputs events, const char* version, std::int64_t at, const char* after);
+  bool amend(const std::string& user, Inputs events, const char* version, std::int64_t at, const char* after) {
+    return change(user, events, version, after, at);
+  }
   /// Makes and keeps a state ahead of its request, once a processor is free; whether it is kept. `version` may be null.
   bool warm(const std::string& user, Inputs history, const char* version, const Deadline& deadline);
   bool forget(const std::string& user);

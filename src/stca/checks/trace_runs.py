@@ -30,10 +30,17 @@ def check_trace(trace: Trace, manifest: Manifest) -> None:
     if not first.inputs.keys() <= set(known):
         has = f"its requests have {', '.join(first.inputs):.300}, and this bundle takes {', '.join(known):.300}"
         raise UsageError(f"{trace.folder}: is the trace of another model; {has}")
-    try:
+    with _of_request(0):
         door.admit(dict(first.inputs), "user", "request", "target")
+
+
+@contextlib.contextmanager
+def _of_request(number: int) -> Iterator[None]:
+    """What is refused of a request of the trace is said with its number."""
+    try:
+        yield
     except RequestError as e:
-        raise UsageError(f"the trace's request 0: {e}; is the trace this model's?") from e
+        raise UsageError(f"the trace's request {number}: {e}; is the trace this model's?") from e
 
 
 class TraceRuns:
@@ -54,10 +61,8 @@ class TraceRuns:
         """
         with self._session(bundle.path) as session:
             for number, traced in enumerate(requests):
-                try:
+                with _of_request(number):
                     scores = session.score(Request(traced.inputs))
-                except RequestError as e:
-                    raise UsageError(f"the trace's request {number}: {e}; is the trace this model's?") from e
                 if traced.labels is not None and traced.labels.shape != scores.shape:
                     raise UsageError(
                         f"the trace's request {number}: labels have shape {list(traced.labels.shape)}, expected "
@@ -75,12 +80,10 @@ class TraceRuns:
             encoder, door = session.loaded_engines()[0], Door(bundle.manifest)
             wanted = [s.name for s in bundle.manifest.graphs["user_encoder"].inputs]
             for number, traced in enumerate(requests):
-                try:
+                with _of_request(number):
                     history = door.admit(
                         {n: traced.inputs[n] for n in door.names("user") if n in traced.inputs}, "user"
                     )
-                except RequestError as e:
-                    raise UsageError(f"the trace's request {number}: {e}; is the trace this model's?") from e
                 yield encoder.run({n: history[n] for n in wanted})
 
     def watched(self, bundle: Bundle, requests: Iterable[Traced]) -> Iterator[Mapping[str, Array]]:
@@ -93,10 +96,8 @@ class TraceRuns:
             encoder, scorer = session.loaded_engines()
             door = Door(bundle.manifest)
             for number, traced in enumerate(requests):
-                try:
+                with _of_request(number):
                     given = door.admit(dict(traced.inputs), "user", "request", "target")
-                except RequestError as e:
-                    raise UsageError(f"the trace's request {number}: {e}; is the trace this model's?") from e
                 made = encoder.run({s.name: given[s.name] for s in bundle.manifest.graphs["user_encoder"].inputs})
                 names = [s.name for s in bundle.manifest.graphs["target_scorer"].inputs]
                 yield {**made, **scorer.run({n: made[n] if n in made else given[n] for n in names})}
