@@ -20,12 +20,18 @@ from torch import Tensor, nn
 
 import stca
 from stca import probe
+from stca.arrays import Array
 from stca.errors import ExportError, told
 from stca.export.to_onnx import RequestModel, check_inputs, example_inputs, quietly
-from stca.specs import TensorSpec
+from stca.specs import Padding, TensorSpec
 
 # Histories asked for are shorter.
 _FEW = 6
+_OTHER_IN_EVAL = (
+    "torch scores short histories otherwise in eval mode without gradients: its fast path sets padded places to 0, and "
+    "the model reads them. The bundle scores as in training; so does torch after "
+    "torch.backends.mha.set_fastpath_enabled(False)"
+)
 
 
 def resolve(name: str) -> RequestModel:
@@ -94,6 +100,7 @@ class _Adapted(nn.Module):
     def __init__(self, module: nn.Module, by_name: bool) -> None:
         super().__init__()
         self.module, self.by_name = module, by_name
+        self.training = module.training
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Scores, by the dict of inputs."""
@@ -168,6 +175,59 @@ def least_history(model: RequestModel) -> int:
         return False
 
     return next((n for n in range(_FEW) if takes(n)), 0)
+
+
+def other_in_eval(model: RequestModel, histories: Sequence[Padding]) -> tuple[str, ...]:
+    """A line where torch, in eval mode and without gradients, gives an adapted model other scores than in training.
+
+    Its fast path for `nn.TransformerEncoder` sets padded places to 0 where they are the last ones, which some models
+    read. So the model is asked for short histories, with it and without.
+
+    Args:
+        model: as `adapted` gives it.
+        histories: how they are padded, as far as that is known.
+    """
+    if not any(isinstance(part, nn.MultiheadAttention) for part in model.module.modules()):
+        return ()
+    values = {e.name: e.value for h in histories for e in h.inputs}
+    left = {e.name for h in histories for e in h.inputs if h.side == "left"}
+    request = probe.single(model.inputs, _FEW, 3, np.random.default_rng(0))
+    for events in probe.events_by_size(model.inputs).values():
+        whole = [(n, axis) for n, axis in events if request[n].dtype.kind in "biu" and n not in left]
+        for other in (None, 0, 1) if whole else ():  # of a mask, nothing may show which says that there is no event
+            short = dict(request)
+            for name, axis in whole:
+                none = values.get(name, 0) if other is None else other
+                x = short[name] = request[name].copy()
+                x[x == none] = none == 0
+                x[(*(slice(None),) * axis, slice(x.shape[axis] // 2, None))] = none
+            if _other_in_eval({**short, **_lengths(model, short, whole[0])}, model.module):
+                return (_OTHER_IN_EVAL,)
+    return ()
+
+
+def _lengths(model: RequestModel, request: Mapping[str, Array], events: tuple[str, int]) -> dict[str, Array]:
+    """Every integer that a user has once, as half as many as there are places for `events`: one may be their number."""
+    half = max(1, request[events[0]].shape[events[1]] // 2)
+    once = [s for s in model.inputs if s.scope == "user" and np.dtype(s.dtype).kind in "iu" and not s.is_offsets]
+    return {
+        s.name: np.full_like(request[s.name], half)
+        for s in once
+        if all(n == 1 or isinstance(n, str) for n in s.shape[:1]) and len(s.shape) < 2 and (s.limit or half + 1) > half
+    }
+
+
+def _other_in_eval(request: Mapping[str, Array], module: nn.Module) -> bool:
+    """Whether torch's fast path gives other scores than training; not where it raises."""
+    tensors = {n: torch.from_numpy(x) for n, x in request.items()}
+    with contextlib.suppress(Exception), quietly(module), torch.no_grad():
+        found = []
+        for fast in (False, True):
+            torch.backends.mha.set_fastpath_enabled(fast)
+            found.append(torch.cat([x.flatten() for x in _outputs(module(tensors)).values()]))
+        plain, eager = found
+        return not torch.allclose(plain, eager, rtol=1e-3, atol=1e-4 * float(plain.abs().max()), equal_nan=True)
+    return False
 
 
 def _bare(module: nn.Module) -> nn.Module:

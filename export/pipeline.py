@@ -36,7 +36,7 @@ from stca.export.appending import Appending, appending, counts_all
 from stca.export.files import finish, spec_of
 from stca.export.freeing import RULES, freed_and_proven
 from stca.export.lifting import lifted_and_proven
-from stca.export.modules import adapted, least_history
+from stca.export.modules import adapted, least_history, other_in_eval
 from stca.export.one_batch import of_one_request, with_one_batch
 from stca.export.outputs import lay_out_by_target, name_rows, score_axes
 from stca.export.padding import PadOptions
@@ -170,9 +170,7 @@ def export_module(
     require_known(model.inputs, cut.ids, cut.workload)
     large = Large(cut.tables_above)
     graph = to_request_graph(model, progress, large)
-    proof = lambda bundle: prove(bundle, model.module)  # noqa: E731
-    least = least_history(model)
-    return _write(graph, model.inputs, large, out, proof, source, attention, max_history, cut, progress, least)
+    return _write(graph, model.inputs, large, out, prove, source, attention, max_history, cut, progress, model)
 
 
 def split_onnx(
@@ -210,8 +208,7 @@ def split_onnx(
     specs = tuple(dataclasses.replace(s, scope=scopes.get(s.name)) for s in given)
     if any((n.domain, n.op_type) == (DOMAIN, OP_NAME) for n in graph.graph.node):
         onnx_function.attach(graph)
-    proof = lambda bundle: prove(bundle, None)  # noqa: E731
-    return _write(graph, specs, large, out, proof, {"kind": "onnx"}, None, max_history, cut, progress)
+    return _write(graph, specs, large, out, prove, {"kind": "onnx"}, None, max_history, cut, progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,13 +302,13 @@ def _write(
     specs: tuple[TensorSpec, ...],
     large: Large,
     out: str | os.PathLike[str],
-    prove: Callable[[Bundle], Mapping[str, Any]],
+    prove: Prover,
     source: Mapping[str, Any],
     attention: str | None,
     max_history: int | None,
     cut: CutOptions,
     progress: Progress,
-    least: int | None = None,
+    model: RequestModel | None = None,
 ) -> Bundle:
     with writing(out) as (work, commit):
         request = _request_graph(graph, specs, large, work, cut, progress)
@@ -319,8 +316,9 @@ def _write(
         asked = (request.ruleless or request).graph if request.pointwise is not None else request.graph
         takes, padded = answers(
             request.graph, asked, request.specs, max_history, cut.pad, work, progress,
-            config=source["kind"] == "stca", apart=request.left.apart, least=least,
+            config=source["kind"] == "stca", apart=request.left.apart, least=least_history(model) if model else None,
         )  # fmt: skip
+        eager = other_in_eval(model, padded.padding or ()) if model else ()
         progress("splitting by dataflow")
         free = _halves(request, cut, takes.max_history)
         appends = appending(free, request.specs)
@@ -349,12 +347,12 @@ def _write(
             max_history=takes.max_history,
             min_history=takes.min_history,
             padding=padded.padding,
-            split={**halves.report.as_dict(), **facts, "notes": [*notes, *takes.told, *padded.told]},
+            split={**halves.report.as_dict(), **facts, "notes": [*notes, *takes.told, *padded.told, *eager]},
             parity={},
             producer={"stca": stca.__version__, "onnx": onnx.__version__},
             tables=request.left.tables or None,
         )
-        parity = prove(seal(work, manifest))
+        parity = prove(seal(work, manifest), model.module if model else None)
         return commit(dataclasses.replace(manifest, parity=parity))
 
 

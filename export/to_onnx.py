@@ -27,7 +27,7 @@ from stca.arrays import Progress
 from stca.errors import ExportError
 from stca.export.one_name import inline
 from stca.export.tables import Large
-from stca.export.untraceable import batch_attention, by_older_exporter, plain_bags, why_untraceable
+from stca.export.untraceable import as_in_training, batch_attention, by_older_exporter, plain_bags, why_untraceable
 from stca.plugins import onnx_function, torch_op  # noqa: F401  # which registers the op in torch
 from stca.plugins.spec import DOMAIN, OP_NAME, OP_VERSION
 from stca.specs import OFFSETS, SCOPES, TARGETS, TOKENS, USERS, TensorSpec
@@ -140,8 +140,8 @@ def quietly(module: nn.Module) -> Iterator[None]:
     """Without the exporter's chatter, and with the module in eval mode; both are afterwards as they were."""
     loggers, training = [logging.getLogger(n) for n in ("torch.onnx", "torch.fx")], module.training
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # where torch prints whole graphs
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(), as_in_training(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")  # and stderr gets whole graphs
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
         module.eval()

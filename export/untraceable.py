@@ -62,6 +62,18 @@ def plain_bags() -> Iterator[None]:
         functional.embedding_bag = whole
 
 
+@contextlib.contextmanager
+def as_in_training() -> Iterator[None]:
+    """Without torch's fast path for attention layers in eval mode: exporters lack its operators, and where padding is
+    at the end, its nested tensors come back with zeros there, whatever the layers make of padding in training."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def batch_attention(traced: torch.export.ExportedProgram) -> None:
     """Give attention over two or three axes, in place, the four that its ONNX operator has: leading axes of size 1."""
     attention = torch.ops.aten.scaled_dot_product_attention.default
@@ -134,11 +146,10 @@ def by_older_exporter(model: RequestModel, feeds: Mapping[str, Tensor], error: B
         return None
     names = [s.name for s in model.inputs]
     sizes = {s.name: {axis: n for axis, n in enumerate(s.shape) if isinstance(n, str)} for s in model.inputs}
-    file, fast = io.BytesIO(), torch.backends.mha.get_fastpath_enabled()
+    file = io.BytesIO()
     log, torch._C._jit_onnx_log = torch._C._jit_onnx_log, lambda *_: None  # which prints whole graphs on stdout
-    torch.backends.mha.set_fastpath_enabled(False)  # fused layers that it has no operator for
     try:
-        with warnings.catch_warnings(record=True) as warned, torch.no_grad():
+        with warnings.catch_warnings(record=True) as warned, torch.no_grad(), as_in_training():
             warnings.simplefilter("always")
             torch.onnx.export(
                 _Positional(model.module, names).eval(),
@@ -154,7 +165,6 @@ def by_older_exporter(model: RequestModel, feeds: Mapping[str, Tensor], error: B
     except Exception:  # torch raises many types here; the newer exporter's reason is the one told
         return None
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         torch._C._jit_onnx_log = log
     traced = [w.filename for w in warned if issubclass(w.category, torch.jit.TracerWarning)]  # type: ignore[attr-defined]
     if any(_theirs(name) for name in traced):

@@ -303,12 +303,13 @@ def run_torch(module: nn.Module, feeds: Sequence[Mapping[str, Array]], dtype: st
 
     from stca.checks.in_double import InDouble, LargeRows, converted, copied
     from stca.export.modules import place_in_their_code
+    from stca.export.untraceable import as_in_training
 
     model = copied(module)
     to = getattr(torch, dtype) if dtype else None
     model = converted(model, to) if to else model
     out = []
-    with torch.no_grad(), InDouble() if to == torch.float64 else LargeRows(to):
+    with torch.no_grad(), as_in_training(), InDouble() if to == torch.float64 else LargeRows(to):
         for f in feeds:
             tensors = {n: torch.from_numpy(np.ascontiguousarray(x)) for n, x in f.items()}
             if to:

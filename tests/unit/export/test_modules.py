@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from stca.checks.verify import run_torch
 from stca.errors import ExportError
 from stca.export import RequestModel, TensorSpec
-from stca.export.modules import adapted, least_history
+from stca.export.modules import adapted, least_history, other_in_eval
 from stca.export.to_onnx import example_inputs, to_request_graph
 from stca.export.untraceable import plain_bags
+from stca.specs import EventInput, Padding
 
 INPUTS = (
     TensorSpec("hist", "int64", ("N_h",), "user", limit=9),
@@ -298,6 +299,69 @@ def test_the_shortest_history_is_asked_of_the_module(pooled, least):
 
     module = Pools()
     assert least_history(RequestModel(_OneDict(module), (*INPUTS, length))) == least
+
+
+PLACES = 8
+OF_HISTORY = (
+    TensorSpec("hist", "int64", ("batch", PLACES), "user", limit=9),
+    TensorSpec("item", "int64", ("batch",), "target", limit=9),
+)
+LENGTH, MASK = (
+    TensorSpec("length", "int64", ("batch",), "user"),
+    TensorSpec("mask", "bool", ("batch", PLACES), "user"),
+)
+
+
+class Encoded(Net):
+    """A history through torch's own encoder, with its padding masked there and, unless pooled, read afterwards."""
+
+    def __init__(self, read: str) -> None:
+        super().__init__()
+        self.read = read
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, hist, item, length=None, mask=None):
+        none = hist == 0 if mask is None else ~mask
+        none = none if length is None else torch.arange(hist.shape[1]) >= length[:, None]
+        x = self.encoder(self.table(hist), src_key_padding_mask=none)
+        read = {
+            "mean": lambda: x.mean(1),
+            "last": lambda: x[:, -1],
+            "flat": lambda: x.flatten(1)[:, :4] + x.flatten(1)[:, -4:],
+            "pooled": lambda: (x * ~none[..., None]).sum(1) / (~none).sum(1, keepdim=True),
+        }
+        return (read[self.read]() * self.table(item)).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("read", "inputs", "side", "told"),
+    [
+        ("mean", (), None, True),
+        ("mean", (LENGTH,), "right", True),
+        ("mean", (MASK,), None, True),
+        ("last", (), None, True),
+        ("last", (), "left", False),  # where there is no nested tensor
+        ("flat", (), "right", True),
+        ("pooled", (), None, False),
+    ],
+)
+def test_what_torchs_fast_path_scores_otherwise_is_told_and_scored_as_in_training(read, inputs, side, told):
+    torch.manual_seed(0)
+    model = adapted(RequestModel(Encoded(read).eval(), (*OF_HISTORY, *inputs)))
+    histories = [Padding((EventInput("hist", 1),), side)]
+    assert len(other_in_eval(model, histories)) == told
+
+    short = {"hist": np.array([[1, 2, 3, 4, 5, 0, 0, 0]] * 2), "item": np.array([1, 2])}
+    short |= {"length": np.array([5, 5]), "mask": short["hist"] != 0}
+    short = {s.name: short[s.name] for s in model.inputs}
+    tensors = {n: torch.from_numpy(x) for n, x in short.items()}
+    plain = model.module(tensors)[0].detach()  # with gradients, as in training, torch takes no fast path
+    with torch.no_grad():
+        eager = model.module(tensors)[0]
+    assert torch.allclose(plain, eager, atol=1e-4) == (read == "pooled")
+    for dtype in (None, "float64"):
+        np.testing.assert_allclose(run_torch(model.module, [short], dtype)[0].ravel(), plain, atol=1e-6)
 
 
 class _OneDict(nn.Module):
