@@ -17,7 +17,7 @@ from stca.errors import StcaError, UsageError
 from stca.load.connection import Connection, SpeaksOtherwiseError
 from stca.manifest import Manifest
 from stca.runtime import Deadline, Request, Session
-from stca.serve.http_body import HEADER_LENGTH
+from stca.serve.http_body import DEADLINE, HEADER_LENGTH
 from stca.serve.tensors import DATATYPES
 
 
@@ -104,8 +104,10 @@ class Behind:
     def score(self, user: str, version: int, inputs: Mapping[str, Array], deadline_ms: float | None) -> Answered:
         """See `Client.score`."""
         parameters = {"user": user, "version": version, "binary_data_output": True}
-        parameters |= {} if deadline_ms is None else {"deadline_ms": deadline_ms}
-        status, told = self._post(self._at, f"{self._path}/infer", inputs, parameters)
+        headers = {}
+        if deadline_ms is not None:
+            parameters["deadline_ms"], headers[DEADLINE] = deadline_ms, f"{deadline_ms:.3f}"
+        status, told = self._post(self._at, f"{self._path}/infer", inputs, parameters, headers)
         return Answered("ok", bool(told["parameters"]["hit"])) if status == 200 else Answered(_code(told))
 
     def append(self, user: str, version: int, after: int, events: Mapping[str, Array]) -> str:
@@ -156,7 +158,12 @@ class Behind:
         raise UsageError(f"http://{self._at[0]}:{self._at[1]}{path}: {_why(told)}; {fix}")
 
     def _post(
-        self, at: tuple[str, int], path: str, inputs: Mapping[str, Array], parameters: Mapping[str, Any]
+        self,
+        at: tuple[str, int],
+        path: str,
+        inputs: Mapping[str, Array],
+        parameters: Mapping[str, Any],
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[int, Any]:
         head, data = [], []
         for name, x in inputs.items():
@@ -170,7 +177,7 @@ class Behind:
                 }
             )
         text = json.dumps({"inputs": head, "parameters": parameters}).encode()
-        return self._sent(at, "POST", path, b"".join([text, *data]), {HEADER_LENGTH: str(len(text))})
+        return self._sent(at, "POST", path, b"".join([text, *data]), {HEADER_LENGTH: str(len(text)), **(headers or {})})
 
     def _sent(
         self, at: tuple[str, int], method: str, path: str, body: bytes | None, headers: dict[str, str]

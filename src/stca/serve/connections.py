@@ -74,8 +74,8 @@ class Connection(H11Protocol):
 
     @property
     def _waits(self) -> bool:
-        """Whether no request is under way."""
-        return self.conn.their_state is h11.IDLE
+        """Whether no request is under way; of one that was answered before its body came, only that is."""
+        return self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE
 
     def _watch(self) -> None:
         if not self._waits:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeAlias
 
@@ -13,7 +11,7 @@ from stca.errors import StcaError
 from stca.serve.errors import INTERNAL, INTERNAL_MESSAGE, ServeError, status_of
 from stca.serve.grpc_body import decoded, encoded, parsed
 from stca.serve.http_app import SERVER, Serving
-from stca.serve.log import LOG, write
+from stca.serve.log import LOG
 from stca.serve.messages import SERVICE, message
 from stca.serve.models import Served
 from stca.serve.work import Call
@@ -103,7 +101,7 @@ class _Infer:
             return encoded(found[0].infer(request, call))
 
         try:
-            with self._serving.work.admitted() as ticket:
+            with self._serving.work.admitted(call) as ticket:
                 made = await self._serving.work.run(ticket, call, job, None)
             code = "ok"
         except StcaError as e:
@@ -113,9 +111,7 @@ class _Infer:
             code = "internal"
             raise
         finally:  # a call that the client cancels ends here, too
-            seconds = time.monotonic() - call.arrived
-            self._serving.metrics.answered(found[0] if found else None, "grpc", code, seconds)
-            write("request", logging.DEBUG, protocol="grpc", code=code, ms=round(1e3 * seconds, 3))
+            self._serving.answered(found[0] if found else None, "grpc", code, call)
         return made
 
 

@@ -7,18 +7,22 @@ import contextlib
 import functools
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stca.errors import CancelledError, StcaError
+from stca.errors import CancelledError, RequestError, StcaError
 from stca.serve.errors import (
     INTERNAL,
     INTERNAL_MESSAGE,
@@ -28,7 +32,7 @@ from stca.serve.errors import (
     TooLargeError,
     status_of,
 )
-from stca.serve.http_body import HEADER_LENGTH, decoded, encoded, plain
+from stca.serve.http_body import DEADLINE, HEADER_LENGTH, decoded, encoded, plain, seconds_left
 from stca.serve.log import LOG, write
 from stca.serve.metrics import CONTENT_TYPE, Metrics
 from stca.serve.models import CHANGES, Models, Served
@@ -41,6 +45,7 @@ SERVER: Final[Mapping[str, Any]] = {
     "version": installed()["stca"],
     "extensions": ["binary_tensor_data", "statistics", "model_configuration", "model_repository", "parameters"],
 }
+_INFER: Final = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 # How long a refused client may go on sending: it reads no answer before its body is out.
 _SECONDS_REFUSED: Final = 5.0
 
@@ -64,6 +69,50 @@ class Serving:
     metrics: Metrics
     body_limit: int
     body_seconds: float
+
+    def answered(self, served: Served | None, protocol: str, code: str, call: Call) -> None:
+        """Count a request for scores, as `Metrics.answered` does, and log it."""
+        seconds = time.monotonic() - call.arrived
+        self.metrics.answered(served, protocol, code, seconds)
+        write("request", logging.DEBUG, protocol=protocol, code=code, ms=round(1e3 * seconds, 3))
+
+
+class Refusing:
+    """Refuses a request for scores that will not be computed, before it is routed and before its body is read: most
+    requests to an overloaded server are such. What cannot be told at once is left to the app.
+
+    uvicorn drops a body that comes after its answer, so the connection serves the next request. One that would end
+    with this answer has to be read first, or the client may lose it; one whose client waits to be told to go on would
+    take the next request for this body.
+
+    Args:
+        app: what answers.
+        serving: what is served.
+    """
+
+    def __init__(self, app: ASGIApp, serving: Serving) -> None:
+        self._app, self._serving = app, serving
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        answer = self._refused(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
+        await (self._app(scope, receive, send) if answer is None else answer(scope, receive, send))
+
+    def _refused(self, scope: Scope) -> Response | None:
+        headers, work, call = Headers(scope=scope), self._serving.work, Call()
+        if (asked := _INFER.fullmatch(scope["path"])) is None or scope["http_version"] != "1.1":
+            return None
+        if "expect" in headers or "close" in headers.get("connection", "").lower():
+            return None
+        try:
+            served = self._serving.models.find(asked[1], asked[2] or "")
+            error = work.refusal(seconds_left(headers.get(DEADLINE)))
+        except (NotFoundError, RequestError):
+            return None
+        if error is None:
+            return None
+        self._serving.answered(served, "http", error.code, call)
+        return _told(error)
 
 
 class _Body:
@@ -148,7 +197,8 @@ def clients_app(serving: Serving, admin: str | None = None) -> Starlette:
         ]
         for change in CHANGES if admin else ():
             routes += _elsewhere(f"{at}/{change}", f"the admin port, http://{admin}")
-    return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
+    refusing = [Middleware(Refusing, serving=serving)]
+    return Starlette(routes=routes, middleware=refusing, exception_handlers={HTTPException: _no_route})
 
 
 def admin_app(serving: Serving, clients: str | None = None) -> Starlette:
@@ -214,6 +264,7 @@ class _Endpoints:
         body, call, code = self._body(request), Call(), "internal"
         try:
             served = self._model(request)
+            call.expire_in(seconds_left(request.headers.get(DEADLINE)))
             response = await self._scored(request, served, body, call)
             code = "ok"
         except StcaError as e:
@@ -221,13 +272,11 @@ class _Endpoints:
             await body.discard()
             raise
         finally:
-            seconds = time.monotonic() - call.arrived
-            self._serving.metrics.answered(served, "http", code, seconds)
-            write("request", logging.DEBUG, protocol="http", code=code, ms=round(1e3 * seconds, 3))
+            self._serving.answered(served, "http", code, call)
         return response
 
     async def _scored(self, request: Request, served: Served, body: _Body, call: Call) -> Response:
-        with self._serving.work.admitted() as ticket:
+        with self._serving.work.admitted(call) as ticket:
             data = await body.read()
             read = self._reader(request, data)
 
@@ -246,7 +295,7 @@ class _Endpoints:
         body, code, call = self._body(request), "internal", Call()
         try:
             served = of = self._model(request)
-            with self._serving.changes.admitted() as ticket:
+            with self._serving.changes.admitted(call) as ticket:
                 read = self._reader(request, await body.read())
 
                 def job() -> dict[str, Any]:
@@ -284,7 +333,7 @@ def _routes(path: str, endpoint: Endpoint, methods: tuple[str, ...] = ("GET",)) 
         try:
             return await endpoint(request)
         except StcaError as e:
-            return _error(str(e), e.code, status_of(e).http, e.retry_after if isinstance(e, ServeError) else None)
+            return _told(e)
         except Exception:
             LOG.exception("failed")
             return _error(INTERNAL_MESSAGE, "internal", INTERNAL.http)
@@ -311,6 +360,10 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 def _json(value: object, status: int = 200) -> Response:
     return Response(json.dumps(value), status, media_type="application/json")
+
+
+def _told(e: StcaError) -> Response:
+    return _error(str(e), e.code, status_of(e).http, e.retry_after if isinstance(e, ServeError) else None)
 
 
 def _error(message: str, code: str, status: int, retry_after: int | None = None) -> Response:

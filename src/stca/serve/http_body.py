@@ -1,8 +1,9 @@
-"""Bodies of HTTP requests and answers: JSON, with tensors as numbers or as bytes behind it."""
+"""Bodies of HTTP requests and answers: JSON, with tensors as numbers or as bytes behind it; and what headers tell."""
 
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Any, Final
@@ -17,6 +18,9 @@ from stca.serve.tensors import DATATYPES, from_bytes, from_values
 
 # The length of the JSON in a body that goes on with bytes.
 HEADER_LENGTH: Final = "Inference-Header-Content-Length"
+# Milliseconds in which an answer is of use, told before the body is read.
+DEADLINE: Final = "stca-deadline-ms"
+_MILLISECONDS: Final = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")
 # JSON takes up to some twenty times its length in memory, and bytes none of it.
 JSON_SHARE: Final = 4
 MOST_TENSORS: Final = 1024
@@ -27,6 +31,19 @@ MOST_TENSORS: Final = 1024
 _BODY: Final = {"inputs": list, "outputs": list, "parameters": dict, "id": str}
 _INPUT: Final = {"name": str, "shape": list, "datatype": str, "data": object, "parameters": dict}
 _OUTPUT: Final = {"name": str, "parameters": dict}
+
+
+def seconds_left(given: str | None) -> float | None:
+    """What the header `DEADLINE` says, in seconds; None where it is not sent.
+
+    Raises:
+        RequestError: when it is no such number.
+    """
+    if given is None:
+        return None
+    if not _MILLISECONDS.fullmatch(given):
+        raise RequestError(f"{DEADLINE}: is {quoted(given)}, expected milliseconds, 0 or more")
+    return float(given) / 1e3
 
 
 def plain(body: bytes, encoding: str, limit: int) -> bytes:

@@ -58,10 +58,11 @@ class Metrics:
         for name, told, read in (
             ("stca_admitted_requests", "Requests that are computed or wait.", lambda: work.admitted_now),
             ("stca_admitted_requests_limit", "Most of them; more are refused.", lambda: work.limit),
+            ("stca_expected_wait_seconds", "How long a request would wait that came now.", lambda: work.wait),
             ("stca_ready", "Whether the server takes requests.", lambda: int(work.open)),
         ):
             Gauge(name, told, registry=self._registry).set_function(read)
-        self._registry.register(_Stores(models))
+        self._registry.register(_Collected(models, work))
 
     def answered(self, served: Served | None, protocol: str, code: str, seconds: float) -> None:
         """Count a request for scores.
@@ -89,12 +90,14 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class _Stores(Collector):
-    def __init__(self, models: Models) -> None:
-        self._models = models
+class _Collected(Collector):
+    def __init__(self, models: Models, work: Work) -> None:
+        self._models, self._work = models, work
 
     def collect(self) -> Iterator[Metric]:
-        """How many requests each session computes together; what its store holds and did, field by field."""
+        """How many requests each session computes together; what its store holds and did, field by field; and how many
+        were refused for their deadlines.
+        """
         batches = HistogramMetricFamily("stca_batch_requests", "Requests of a run.", labels=_LABELS)
         families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
         for served in self._models:
@@ -109,7 +112,9 @@ class _Stores(Collector):
                     labels = (*_LABELS, "kind") if kind else _LABELS
                     families[name] = made(name, f"The state store's {field.replace('_', ' ')}.", labels=labels)
                 families[name].add_metric((served.name, served.version, *([kind] if kind else [])), value)
-        return iter([batches, *families.values()])
+        told = "Requests refused as overloaded, whose deadlines were sooner than their turns."
+        early = CounterMetricFamily("stca_refused_early", told, value=self._work.refused_early)
+        return iter([batches, early, *families.values()])
 
     def describe(self) -> list[Metric]:
         """Nothing: what there is depends on what is loaded."""

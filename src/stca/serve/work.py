@@ -10,13 +10,13 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
-from stca.errors import CancelledError
+from stca.errors import CancelledError, DeadlineError, StcaError
 from stca.runtime import Deadline
 from stca.serve.errors import OverloadedError, UnavailableError
 
 T = TypeVar("T")
-# Of the running mean of how long a request is computed, the newest one's part.
-_NEWEST: Final = 0.05
+# How far back the mean time between two ends of jobs reaches, in seconds of work.
+_MEAN_SECONDS: Final = 5.0
 # Threads on which jobs wait to be gathered. A run takes no more than a few; a longer queue waits before the threads.
 _MOST_THREADS: Final = 256
 
@@ -66,28 +66,56 @@ class Work:
 
     def __init__(self, workers: int, queue: int, *, gathered: bool = False) -> None:
         self.limit = workers + queue
-        self._threads = max(workers, min(self.limit, _MOST_THREADS)) if gathered else workers
-        self.admitted_now = 0
+        self._workers = workers
+        self.admitted_now = self.refused_early = 0
         self.open = self._closed = False
-        self._mean = 0.0
+        # Jobs that did not end, since when they run or the last one ended; and of late, seconds of work and its ends.
+        self._jobs, self._since, self._worked, self._ends = 0, 0.0, 0.0, 0.0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._pool = ThreadPoolExecutor(self._threads, "stca-score")
+        threads = max(workers, min(self.limit, _MOST_THREADS)) if gathered else workers
+        self._pool = ThreadPoolExecutor(threads, "stca-score")
+
+    @property
+    def wait(self) -> float:
+        """Seconds until a request that comes now is computed, as far as can be told: the mean time between two ends of
+        jobs, for each request that is here; 0 while a worker is free.
+        """
+        busy = self.admitted_now >= self._workers and self._ends > 0
+        return self.admitted_now * self._worked / self._ends if busy else 0.0
+
+    def refusal(self, seconds: float | None) -> StcaError | None:
+        """Why a request that comes now is not computed, of what is known without a look at it; None where it may be.
+
+        Args:
+            seconds: in which its answer is of use; None for any time.
+
+        Returns:
+            UnavailableError: when the server is not ready, or ends.
+            DeadlineError: when no time is left.
+            OverloadedError: when all places are taken, or the wait to expect is longer than `seconds`.
+        """
+        if not self.open:
+            return UnavailableError("the server takes no requests now: it loads its bundles, or ends; try another one")
+        if seconds is not None and seconds <= 0:
+            return DeadlineError("the deadline passed before the request came; allow more time")
+        wait, full = self.wait, self.admitted_now >= self.limit
+        if not full and (seconds is None or seconds >= wait):
+            return None
+        told = "" if full else f", for {wait:.2g} s, and the deadline is in {seconds:.2g} s"
+        error = OverloadedError(f"{self.admitted_now} requests are being computed or wait{told}; try again later")
+        error.retry_after = max(1, math.ceil(wait))
+        self.refused_early += not full
+        return error
 
     @contextlib.contextmanager
-    def admitted(self) -> Iterator[Ticket]:
+    def admitted(self, call: Call) -> Iterator[Ticket]:
         """A place for one request, until its job ends.
 
         Raises:
-            UnavailableError: when the server is not ready, or ends.
-            OverloadedError: when all places are taken.
+            UnavailableError, DeadlineError, OverloadedError: as `refusal` has them.
         """
-        if not self.open:
-            raise UnavailableError("the server takes no requests now: it loads its bundles, or ends; try another one")
-        if self.admitted_now >= self.limit:
-            wait = self._mean * self.admitted_now / self._threads
-            error = OverloadedError(f"{self.admitted_now} requests are being computed or wait; try again later")
-            error.retry_after = max(1, math.ceil(wait))
+        if (error := self.refusal(call.deadline.remaining())) is not None:
             raise error
         self.admitted_now += 1
         self._idle.clear()
@@ -118,9 +146,11 @@ class Work:
             if gone is not None:
                 gone.close()
             raise UnavailableError("the server ends; try another one")
-        submitted = self._pool.submit(self._timed, call, job)
+        submitted = self._pool.submit(_begun, call, job)
         ticket.handed_over = True
-        submitted.add_done_callback(lambda _: loop.call_soon_threadsafe(ticket.release))
+        self._since = self._since if self._jobs else time.monotonic()
+        self._jobs += 1
+        submitted.add_done_callback(lambda _: loop.call_soon_threadsafe(self._ended, ticket))
         future = asyncio.wrap_future(submitted)
         watch = None if gone is None else asyncio.ensure_future(gone)
         try:
@@ -151,11 +181,17 @@ class Work:
         if not self.admitted_now:
             self._idle.set()
 
-    def _timed(self, call: Call, job: Callable[[], T]) -> T:
-        call.begun = time.monotonic()
-        call.deadline.check()
-        try:
-            return job()
-        finally:
-            took = time.monotonic() - call.begun
-            self._mean += (took - self._mean) * (_NEWEST if self._mean else 1.0)
+    def _ended(self, ticket: Ticket) -> None:
+        now = time.monotonic()
+        took, self._since = now - self._since, now
+        # By time and not by ends: jobs of one run end at once, and would stand for all there was.
+        kept = math.exp(-took / _MEAN_SECONDS)
+        self._worked, self._ends = kept * self._worked + took, kept * self._ends + 1
+        self._jobs -= 1
+        ticket.release()
+
+
+def _begun(call: Call, job: Callable[[], T]) -> T:
+    call.begun = time.monotonic()
+    call.deadline.check()
+    return job()

@@ -7,10 +7,12 @@ import contextlib
 import http.client
 import json
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -19,13 +21,15 @@ import pytest
 from support.serving import DATATYPES, Held, Running, body_of, running
 
 from stca import probe
-from stca.errors import EngineError
+from stca.errors import DeadlineError, EngineError
 from stca.runtime import Request
-from stca.serve.errors import UnavailableError
+from stca.serve.errors import OverloadedError, UnavailableError
 from stca.serve.messages import SERVICE, message
 from stca.serve.server import Server, serve
 from stca.serve.settings import Settings
 from stca.serve.work import Call, Work
+
+INFER = "/v2/models/ranker/infer"
 
 
 @pytest.fixture
@@ -50,13 +54,57 @@ def test_a_job_that_comes_after_the_end_is_told_so():
     async def late() -> None:
         work = Work(1, 1)
         work.open = True
-        with work.admitted() as ticket:
+        with work.admitted(Call()) as ticket:
             work.close()
             with pytest.raises(UnavailableError, match="the server ends"):
                 await work.run(ticket, Call(), lambda: None, asyncio.sleep(0))
         assert work.admitted_now == 0
 
     asyncio.run(late())
+
+
+def test_the_wait_to_expect_is_the_time_between_ends_for_each_request_that_is_here(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("stca.serve.work.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def some_work() -> None:
+        work = Work(2, 6, gathered=True)
+        work.open = True
+
+        async def run(together: int, seconds: float) -> None:
+            """Jobs of one run, which end at once."""
+            go = threading.Event()
+            with contextlib.ExitStack() as places:
+                made = [
+                    asyncio.ensure_future(work.run(places.enter_context(work.admitted(Call())), Call(), go.wait, None))
+                    for _ in range(together)
+                ]
+                await asyncio.sleep(0)
+                now[0] += seconds
+                go.set()
+                await asyncio.gather(*made)
+            while work._jobs:
+                await asyncio.sleep(0)
+
+        await run(1, 0.5)
+        now[0] += 100.0  # nothing came
+        with work.admitted(Call()):
+            assert work.wait == 0.0, "a worker is free"
+            with work.admitted(Call()):
+                assert work.wait == pytest.approx(2 * 0.5)
+                for _ in range(20):
+                    await run(4, 2.0)
+                assert work.wait == pytest.approx(2 * 2.0 / 4, rel=0.01), "not of the last one that ended"
+                assert work.refusal(None) is work.refusal(2.0) is None
+                refused = work.refusal(0.5)
+                assert isinstance(refused, OverloadedError)
+                assert (refused.retry_after, work.refused_early) == (1, 1)
+                assert isinstance(work.refusal(0.0), DeadlineError)
+                work.open = False
+                assert isinstance(work.refusal(0.0), UnavailableError)
+        work.close()
+
+    asyncio.run(some_work())
 
 
 def some(server: Running) -> dict[str, Any]:
@@ -101,6 +149,117 @@ def test_more_than_the_queue_takes_is_refused_at_once_and_the_rest_served(held):
         assert [w.result()[0] for w in waiting] == [200, 200, 200]
     until(lambda: work.admitted_now == 0)
     assert server.infer(inputs)[0] == 200
+
+
+def test_a_request_whose_deadline_is_sooner_than_its_turn_is_refused_at_once(held):
+    server, session = held
+    inputs, work = some(server), server.server.serving.work
+    with ThreadPoolExecutor(1) as clients:
+        first = clients.submit(server.infer, inputs)
+        assert session.began.acquire(timeout=10)
+        work._worked, work._ends = 100.0, 1.0
+        for told, code, said in ((b"50", 429, "the deadline is in 0.05 s"), (b"0", 504, "deadline passed before the")):
+            status, headers, text = server.http(INFER, b"no JSON", stca_deadline_ms=told.decode())
+            assert (status, said in text["error"]) == (code, True)
+            assert headers["Retry-After"] == ("100" if code == 429 else None)
+        with (
+            grpc.insecure_channel(f"127.0.0.1:{server.ports['grpc']}") as channel,
+            pytest.raises(grpc.RpcError) as caught,
+        ):
+            channel.unary_unary(f"/{SERVICE}/ModelInfer")(b"no message", timeout=20)
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        text = server.http("/metrics")[2].decode()
+        assert "stca_refused_early_total 2.0" in text
+        assert "stca_expected_wait_seconds 100.0" in text
+        assert 'stca_requests_total{code="overloaded",model="ranker",protocol="http",version="1"} 1.0' in text
+        session.go.set()
+        assert first.result()[0] == 200
+    until(lambda: work.admitted_now == 0)
+    body = json.dumps(body_of(inputs)).encode()
+    assert server.http(INFER, body, stca_deadline_ms="20000.5")[0] == 200, "nobody is before it"
+    assert server.http(INFER, body, stca_deadline_ms="0")[0] == 504
+    for wrong in ("-1", "nan", "1e3", "", "٣", "9" * 13):
+        status, _, told = server.http(INFER, body, stca_deadline_ms=wrong.encode().decode("latin-1"))
+        assert (status, told["code"], "stca-deadline-ms" in told["error"]) == (400, "bad_request", True)
+
+
+@contextlib.contextmanager
+def full(server: Running) -> Iterator[None]:
+    """All places are taken."""
+    work, places = server.server.serving.work, contextlib.ExitStack()
+
+    async def take() -> None:
+        for _ in range(work.limit):
+            places.enter_context(work.admitted(Call()))
+
+    async def give_back() -> None:
+        places.close()
+
+    server.call(take())
+    try:
+        yield
+    finally:
+        server.call(give_back())
+
+
+HEAD = f"POST {INFER} HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n%s\r\n"
+
+
+def head_of(answer: Any) -> bytes:
+    """The head of an answer, whose body is read."""
+    head = b"".join(iter(answer.readline, b"\r\n"))
+    answer.read(next(int(line[15:]) for line in head.lower().splitlines() if line.startswith(b"content-length:")))
+    return head
+
+
+def test_a_refusal_reads_no_body_and_leaves_the_connection(bundle_dir, monkeypatch):
+    monkeypatch.setattr("stca.serve.http_app._SECONDS_REFUSED", 1000.0)  # whoever waits for a body fails here
+    with running(bundle_dir, workers=1, queue=0) as server:
+        body, size = json.dumps(body_of(some(server))).encode(), 1 << 24
+        with socket.create_connection(("127.0.0.1", server.ports["http"]), timeout=20) as s, s.makefile("rb") as answer:
+            with full(server):
+                for _ in range(2):
+                    s.sendall((HEAD % (size, "")).encode())
+                    assert head_of(answer).startswith(b"HTTP/1.1 429 ")
+                    s.sendall(b" " * size)
+                s.sendall((HEAD % (size, "")).replace(f"Content-Length: {size}", "Transfer-Encoding: chunked").encode())
+                assert head_of(answer).startswith(b"HTTP/1.1 429 ")
+                s.sendall(b"4\r\nabcd\r\n0\r\n\r\n")
+            s.sendall((HEAD % (len(body), "")).encode() + body)
+            assert head_of(answer).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("more", ["Connection: keep-alive, Close\r\n", "Expect: 100-continue\r\n"])
+def test_a_refusal_that_ends_its_connection_is_read_by_the_client(bundle_dir, more):
+    with running(bundle_dir, workers=1, queue=0) as server, full(server):
+        size = 1 << 24
+        with socket.create_connection(("127.0.0.1", server.ports["http"]), timeout=20) as s, s.makefile("rb") as answer:
+            s.sendall((HEAD % (size, more)).encode())
+            if "Expect" not in more:
+                s.sendall(b" " * size)
+            assert head_of(answer).startswith(b"HTTP/1.1 429 "), "and not 100"
+            if "Expect" not in more:
+                assert answer.read() == b""
+
+
+def test_a_refused_body_that_does_not_come_is_not_waited_for(bundle_dir):
+    with (
+        running(bundle_dir, workers=1, queue=0, body_seconds=0.1) as server,
+        full(server),
+        socket.create_connection(("127.0.0.1", server.ports["http"]), timeout=20) as s,
+        s.makefile("rb") as answer,
+    ):
+        s.sendall((HEAD % (100, "")).encode())
+        assert head_of(answer).startswith(b"HTTP/1.1 429 ")
+        s.sendall(b" ")
+        assert answer.read() == b"", "the end of the connection, which the server makes"
+
+
+def test_a_model_that_is_not_there_is_told_so_by_a_full_server(bundle_dir):
+    with running(bundle_dir, workers=1, queue=0) as server, full(server):
+        assert server.http("/v2/models/other/infer", b"{}")[0] == 404
+        assert server.http(f"{INFER}/", b"{}", stca_deadline_ms="x")[0] in (404, 307)
+        assert server.http("/v2/models/ranker/versions/1/infer", b"{}")[0] == 429
 
 
 def test_a_request_whose_deadline_passed_is_not_computed(held):
@@ -191,7 +350,7 @@ def test_a_server_says_that_not_all_was_finished_and_leaves_the_process_alone(bu
     places = contextlib.ExitStack()
 
     def ready(server: Server) -> None:
-        places.enter_context(server.serving.work.admitted())
+        places.enter_context(server.serving.work.admitted(Call()))
         signal.raise_signal(signal.SIGTERM)
 
     made = Settings(models={"m": str(bundle_dir)}, threads=1, drain_seconds=0.05, **ports)
