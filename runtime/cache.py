@@ -251,11 +251,11 @@ class StateCache:
         with self._lock:
             self._reuse = Reuse(page_bytes, pages)
 
-    def hits(self, memory: float) -> Array:
+    def hits(self) -> Array:
         """Look-ups that so many pages would have made hits, as `Reuse.hits`; of a cache that is watched."""
         with self._lock:
             assert self._reuse is not None
-            return self._reuse.hits(memory)
+            return self._reuse.hits()
 
     def _ask(self, reuse: Reuse, user: Hashable, held: Kept | None) -> None:
         """A state that is not there is thought to be as large as the others."""

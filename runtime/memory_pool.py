@@ -13,22 +13,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-import numpy as np
-
 from stca.arrays import Array
 from stca.errors import told
 from stca.runtime.cache import StateCache
+from stca.runtime.lately import BETTER, Lately, best_split
 from stca.runtime.options import POOL_PAGES
 from stca.runtime.state import LOG
 from stca.runtime.store import StateStore
 
 # What user states are called beside the tables.
 STATES: Final = "states"
-# How much of what was seen before counts at a decision: so little that a split follows within some ten of them.
-_MEMORY: Final = 0.9
-_COUNTS: Final = np.arange(1, 1 << 16)
 # From one decision to the next.
-_SECONDS: Final = 1.0
+_SECONDS: Final = 0.25
 
 
 class Consumer(Protocol):
@@ -45,12 +41,9 @@ class Consumer(Protocol):
         """Have so many; raises MemoryError where there is no memory for more."""
         ...
 
-    def saved(self, memory: float) -> Array:
-        """Seconds of work that 0, 1, … pages would have saved in the past, `(all pages + 1,)`; below 0 where they cost
-        more than they save.
-
-        Args:
-            memory: in [0, 1], how much of this counts when it is asked for again.
+    def saved(self) -> Array:
+        """Seconds of work that 0, 1, … pages would have saved since this was asked for last, `(all pages + 1,)`; below
+        0 where they cost more than they save.
         """
         ...
 
@@ -63,8 +56,8 @@ class SplitPolicy(Protocol):
 
         Args:
             pages: that each has, by name: `states` or a table's.
-            saved: seconds that 0, 1, … pages would have saved each in the last few decisions' time; below 0 where they
-                cost more than they save.
+            saved: seconds that 0, 1, … pages would have saved each since the load changed last (`stca.runtime.lately`);
+                below 0 where they cost more than they save.
         """
         ...
 
@@ -88,32 +81,18 @@ class Static:
 
 @dataclass(frozen=True)
 class MarginalUtility:
-    """Hands out pages one after the other, each to whom it would have saved most.
-
-    Where a few pages save nothing by themselves and many do, they are handed out together, by what they save each.
+    """Takes the split that would have saved most (`stca.runtime.lately.best_split`).
 
     Attributes:
         better: how much more a split must have saved than the present one, as a share of it, to be taken instead: a
             page that moves is empty at first.
     """
 
-    better: float = 0.05
+    better: float = BETTER
 
     def wanted(self, pages: Mapping[str, int], saved: Mapping[str, Array]) -> Mapping[str, int]:
         """See `SplitPolicy`."""
-        left, made = sum(pages.values()), dict.fromkeys(pages, 0)
-        while left:
-            best, name, count = 0.0, "", 0
-            for one, curve in saved.items():
-                each = (curve[made[one] + 1 : made[one] + left + 1] - curve[made[one]]) / _COUNTS[:left]
-                if (most := float(each.max(initial=0.0))) > best:
-                    best, name, count = most, one, int(each.argmax()) + 1
-            if not name:  # more pages would have saved nobody anything
-                break
-            made[name], left = made[name] + count, left - count
-        if left:  # to whom they cost least: of those alike, to whom would lose most
-            costs = {n: float(saved[n][made[n]] - saved[n][made[n] + left]) for n in pages}
-            made[min(pages, key=lambda n: (costs[n], made[n] - pages[n]))] += left
+        made = best_split(pages, saved)
         before, after = (sum(float(saved[n][split[n]]) for n in pages) for split in (pages, made))
         return made if after > before + self.better * abs(before) else dict(pages)
 
@@ -143,9 +122,9 @@ class StatePages:
         self._cache.resize(pages * self._page_bytes)
         self._pages = pages
 
-    def saved(self, memory: float) -> Array:
+    def saved(self) -> Array:
         """See `Consumer`."""
-        return self._cache.hits(memory) * self._seconds_each()
+        return self._cache.hits() * self._seconds_each()
 
 
 class MemoryPool:
@@ -168,10 +147,11 @@ class MemoryPool:
         self._lock, self._end = threading.Lock(), threading.Event()
         self.moves = self.refused = 0
         self.split: Mapping[str, int] = {}
+        self._lately = Lately([STATES])
 
     @classmethod
     def of(cls, policy: SplitPolicy, budget: int, store: StateStore) -> MemoryPool:
-        """The pool of a session, which decides every second until it is closed.
+        """The pool of a session, which decides four times a second until it is closed.
 
         Args:
             policy: decides.
@@ -187,6 +167,7 @@ class MemoryPool:
         """Share the pages with the rows of these tables from now on, half of them at first."""
         with self._lock:
             self._consumers = {STATES: self._consumers[STATES], **tables}
+            self._lately = Lately(list(self._consumers))
             each = self._pages // (2 * len(tables)) if tables else 0
             self._move({STATES: self._pages - each * len(tables), **dict.fromkeys(tables, each)})
         self.step()
@@ -198,7 +179,7 @@ class MemoryPool:
     def step(self) -> None:
         """Decide once, and move pages."""
         with self._lock:
-            saved = {n: one.saved(_MEMORY) for n, one in self._consumers.items()}
+            saved = self._lately.add({n: one.saved() for n, one in self._consumers.items()}, self.split)
             try:  # a policy may be the caller's own, and do anything
                 said = self._policy.wanted(dict(self.split), saved)
                 wanted = {name: operator.index(pages) for name, pages in dict(said).items()}

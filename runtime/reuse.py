@@ -89,12 +89,11 @@ class Reuse:
             self._last[slot] = self._size[slot] = 0
             self._free.append(slot)
 
-    def hits(self, memory: float) -> Array:
-        """Hits with so many pages, `(pages + 1,)`: in the past, of which `memory` is what counts from here on."""
+    def hits(self) -> Array:
+        """Hits with so many pages since this was asked for last, `(pages + 1,)`."""
         hits = np.cumsum(self._hits)
         # A few keys are asked for so often that with or without them the sample is not like the rest. These hit always.
         hits[1:] += self._asked - self._stood_for
-        self._hits *= memory
-        self._asked, self._stood_for = self._asked * memory, self._stood_for * memory
+        self._hits[:] = self._asked = self._stood_for = 0.0
         found: Array = np.maximum.accumulate(np.maximum(hits, 0.0))
         return found

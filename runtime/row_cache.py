@@ -22,6 +22,8 @@ _BITS: Final = np.uint64(32)
 _NONE: Final = -1
 # Places that are looked at together: many, for numpy's sake, and few, for what that takes besides.
 _TOGETHER: Final = 1024
+# How much of what rows took still counts at the next decision.
+_REMEMBERED: Final = 0.9
 
 
 class RowCache:
@@ -165,14 +167,14 @@ class RowCache:
             ids[at, gap], used[at, gap] = ids[at, last], used[at, last]
         self._ids[:, pages:], self._used[:, pages:] = _NONE, 0
 
-    def saved(self, memory: float) -> Array:
+    def saved(self) -> Array:
         """Seconds that so many pages would have saved, see `stca.runtime.memory_pool.Consumer`: what it took to read
         rows, less what it took to find them here. Below 0 where the source is the faster one.
         """
         with self._lock:
-            saved: Array = self._reuse.hits(memory) * (self._read.one_more() - self._found.each())
-            self._read.forget(memory)
-            self._found.forget(memory)
+            saved: Array = self._reuse.hits() * (self._read.one_more() - self._found.each())
+            self._read.forget()
+            self._found.forget()
             return saved
 
 
@@ -185,9 +187,10 @@ class _Pace:
     def add(self, seconds: float, rows: int) -> None:
         self._sums += (1, rows, seconds, rows * rows, rows * seconds)
 
-    def forget(self, memory: float) -> None:
-        """So much counts from here on."""
-        self._sums *= memory
+    def forget(self) -> None:
+        """Some of it, but never the last calls: where all rows are kept none is read for long."""
+        if self._sums[0] > 1:
+            self._sums *= _REMEMBERED
 
     def each(self) -> float:
         """Seconds of a row; 0 where there was none."""

@@ -29,7 +29,7 @@ class Part:
             raise MemoryError
         self.pages = pages
 
-    def saved(self, memory):
+    def saved(self):
         return np.array([float(self.curve(n)) for n in range(17)])
 
 
@@ -152,7 +152,7 @@ def test_what_pages_of_states_would_have_saved():
     for user in "abcabc":
         if cache.get(state_of(user)[0]) is None:
             cache.put(*state_of(user))
-    np.testing.assert_array_equal(states.saved(0.0), [0, 0, 0, 6, 6])
+    np.testing.assert_array_equal(states.saved(), [0, 0, 0, 6, 6])
 
 
 def test_states_go_when_their_pages_do():
@@ -203,9 +203,9 @@ def test_users_who_come_once_save_nothing(bundle_dir):
             session.score(Request(inputs, f"scored {i}", 1))
             session.warm(f"warmed {i}", history, 1)
         memory = session._store.memory
-        assert not memory.hits(1.0).any()
+        assert not memory.hits().any()
         session.score(Request(inputs, "warmed 0", 1))
-        assert memory.hits(1.0)[-1] > 0
+        assert memory.hits()[-1] > 0
 
 
 def test_an_append_that_looks_in_files_asks_for_nobody(bundle_dir, tmp_path):
@@ -215,7 +215,7 @@ def test_an_append_that_looks_in_files_asks_for_nobody(bundle_dir, tmp_path):
         events = {s.name: inputs[s.name] for s in tokens}
         for _ in range(3):
             assert not session.append("ann", events, version=2, after=1)
-        assert not session._store.memory.hits(1.0).any()
+        assert not session._store.memory.hits().any()
 
 
 def test_decisions_are_replayed_from_a_file(tmp_path):

@@ -25,7 +25,7 @@ def told(keys, page, followed=2048):
     reuse = Reuse(page, PAGES, followed)
     for key in keys:
         reuse.ask(np.array([key]), 1)
-    return reuse.hits(1.0)
+    return reuse.hits()
 
 
 def zipf(count):
@@ -45,19 +45,20 @@ def test_a_sample_stands_for_all():
     assert (np.diff(hits) >= 0).all()
 
 
-def test_what_is_remembered():
+def test_hits_are_told_once_and_keys_remembered():
     reuse = Reuse(10, 3)
+    reuse.ask(np.array([1]), 10)
+    assert not reuse.hits().any()
     for _ in range(2):
         reuse.ask(np.array([1]), 10)
-    assert reuse.hits(0.5).tolist() == [0, 1, 1, 1]
-    assert reuse.hits(0.5).tolist() == [0, 0.5, 0.5, 0.5]
+        assert reuse.hits().tolist() == [0, 1, 1, 1]
 
 
 def test_larger_things_take_more_pages():
     reuse = Reuse(10, 8)
     for key, size in ((1, 20), (2, 35), (1, 20)):
         reuse.ask(np.array([key]), size)
-    assert reuse.hits(1.0).tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1]
+    assert reuse.hits().tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1]
 
 
 def test_keys_together_are_keys_one_after_the_other():
@@ -67,15 +68,15 @@ def test_keys_together_are_keys_one_after_the_other():
         together.ask(keys, size)
         for key in keys:
             alone.ask(np.array([key]), size)
-    hits = together.hits(1.0)
+    hits = together.hits()
     assert hits[-1] > 1000
-    assert hits.tolist() == alone.hits(1.0).tolist()
+    assert hits.tolist() == alone.hits().tolist()
 
 
 def test_more_new_keys_at_once_than_are_followed():
     reuse = Reuse(1000, PAGES, followed=64)
     for _ in range(4):
         reuse.ask(np.arange(3000), 1)
-    hits = reuse.hits(1.0)
+    hits = reuse.hits()
     assert hits[1] < 0.3 * hits[4]
     assert abs(hits[4] - 9000) < 2000

@@ -93,8 +93,8 @@ def test_what_pages_would_have_saved(source):
     cache = cache_of(source, 1, 1)
     for one in (1, 2, 3, 1, 2, 3):
         cache.rows(np.array([one]))
-    np.testing.assert_array_equal(cache.saved(0.0), [0, 0, 0, 3, 3])
-    assert not cache.saved(0.0).any(), "told once, where nothing is remembered"
+    np.testing.assert_array_equal(cache.saved(), [0, 0, 0, 3, 3])
+    assert not cache.saved().any(), "told once, where nothing is remembered"
 
 
 def test_many_pages_go_and_come_at_once(source):
@@ -124,7 +124,7 @@ def test_hits_that_cost_more_than_reading_save_nothing():
     ids = np.arange(10)
     for some in (ids, *ids.reshape(10, 1)):
         cache.rows(some)
-    saved = {"states": np.zeros(5), "items": cache.saved(1.0)}
+    saved = {"states": np.zeros(5), "items": cache.saved()}
     assert saved["items"][0] == 0
     assert (saved["items"][1:] < 0).all()
     assert MarginalUtility().wanted({"states": 2, "items": 2}, saved) == {"states": 4, "items": 0}
@@ -142,7 +142,7 @@ def test_a_call_for_few_rows_says_little_of_many():
     cache = cache_of(source, 4096, 1)
     for first, count in ((0, 100), (100, 1), (200, 50), (300, 1), (0, 100)):
         cache.rows(np.arange(first, first + count))
-    np.testing.assert_allclose(cache.saved(1.0), [0, 100, 100, 100, 100])
+    np.testing.assert_allclose(cache.saved(), [0, 100, 100, 100, 100])
 
 
 @pytest.mark.parametrize("page_bytes", [0, 1, 4 * WIDTH + 15])
@@ -152,7 +152,7 @@ def test_pages_without_room_for_a_row_keep_none(source, page_bytes):
     for _ in range(2):
         np.testing.assert_array_equal(cache.rows(np.array([3, 3])), TABLE[[3, 3]])
     assert source.read == [3, 3, 3, 3]
-    assert not cache.saved(1.0).any()
+    assert not cache.saved().any()
 
 
 @pytest.mark.parametrize("allocates", ["zeros", "full", "concatenate"])
@@ -203,3 +203,13 @@ assert cache.counts == (500, 500)
 cache.resize(3)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_a_row_took_is_not_forgotten_while_none_is_read(source):
+    """All of them are kept, for as many decisions as there are."""
+    cache, ids = cache_of(source, 64, 1), np.arange(10)
+    cache.rows(ids)
+    for _ in range(10_000):
+        cache.saved()
+    cache.rows(ids)
+    np.testing.assert_allclose(cache.saved()[1:], 10)
