@@ -71,10 +71,12 @@ class Residence:
     Attributes:
         tier: `memory` or `file`.
         bytes: what it takes there.
+        version: of its history. Files hold a digest of it: there it is the one that was asked for, or None.
     """
 
     tier: str
     bytes: int
+    version: Hashable = None
 
 
 # A state and where it was, or None and why it is not kept; and the number of the call that asked, for what it makes.
@@ -159,9 +161,9 @@ class StateStore:
         """As `Session.residence`."""
         held = self.memory.find(user)
         if held is not None and version in (None, held.key.version):
-            return Residence(MEMORY, held.bytes)
+            return Residence(MEMORY, held.bytes, held.key.version)
         on_file = None if self.file is None else self.file.bytes_of(user, version)
-        return None if on_file is None else Residence(FILE, on_file)
+        return None if on_file is None else Residence(FILE, on_file, version)
 
     def put(self, key: StateKey, state: UserState, call: int, *, instead_of: UserState | None = None) -> bool:
         """As `StateCache.put`."""

@@ -321,6 +321,20 @@ int32_t stca_session_forget(stca_session* session, const char* user, int32_t* ke
   });
 }
 
+int32_t stca_session_residence(const stca_session* session, const char* user, const char* version,
+                               stca_residence* found, char* text, size_t size) {
+  return guarded([&] {
+    given(session, "session"), given(user, "user"), given(found, "found");
+    if (size > 0) given(text, "text");
+    const auto where = session->session.residence(user, version);
+    *found = stca_residence{};
+    if (size > 0) *text = 0;
+    if (!where) return;
+    *found = {where->tier, where->version ? 1 : 0, where->bytes, where->version ? where->version->size() : 0};
+    if (where->version) copy_text(*where->version, text, size);
+  });
+}
+
 int32_t stca_session_swap(stca_session* session, const char* bundle) {
   return guarded([&] { given(session, "session").session.swap(&given(bundle, "bundle")); });
 }

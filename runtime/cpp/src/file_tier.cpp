@@ -144,9 +144,14 @@ void FileTier::offer(const std::string& user) {
   changed_.notify_all();
 }
 
-bool FileTier::has(const std::string& user) {
+std::optional<std::uint64_t> FileTier::bytes_of(const std::string& user, const char* version) {
+  const std::string name = name_of(user);
   const std::lock_guard lock(mutex_);
-  return by_name_.count(name_of(user)) > 0;
+  expire(&name);
+  const auto held = by_name_.find(name);
+  if (held == by_name_.end()) return std::nullopt;
+  if (version != nullptr && held->second->version != names_.of({"version", version})) return std::nullopt;
+  return held->second->bytes;
 }
 
 std::pair<FileTier::State, bool> FileTier::read(const StateKey& key,

@@ -48,8 +48,8 @@ class FileTier {
   void serve(const StateKind& kind);
   /// Writes the user's state, when there is time.
   void offer(const std::string& user);
-  /// Whether there is a state of the user, of whatever version.
-  bool has(const std::string& user);
+  /// Bytes of the user's record, of whatever version where that is null; nothing where there is none.
+  std::optional<std::uint64_t> bytes_of(const std::string& user, const char* version = nullptr);
   /// The state with exactly this key, and whether there was one that was damaged. `keep` is told of the state and the
   /// seconds since it was made, and of the call that made it, unless its user was forgotten meanwhile.
   std::pair<State, bool> read(const StateKey& key,

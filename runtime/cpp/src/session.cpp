@@ -73,6 +73,11 @@ bool Session::forget(const std::string& user) {
   return store_->forget(user);
 }
 
+std::optional<Residence> Session::residence(const std::string& user, const char* version) const {
+  check_process();
+  return store_->residence(user, version);
+}
+
 stca_cache_stats Session::stats() const {
   check_process();
   return store_->stats();

@@ -42,6 +42,8 @@ class Session {
   /// Makes and keeps a state ahead of its request, once a processor is free; whether it is kept. `version` may be null.
   bool warm(const std::string& user, Inputs history, const char* version, const Deadline& deadline);
   bool forget(const std::string& user);
+  /// As StateStore's.
+  std::optional<Residence> residence(const std::string& user, const char* version) const;
   void swap(const std::string& path);
 
   stca_cache_stats stats() const;

@@ -16,7 +16,7 @@ StateCache::LookedUp StateStore::look_up(const StateKey& key) {
   if (state != nullptr) return {std::move(state), Came::file, call};
   if (damaged) return {nullptr, Came::damaged, call};
   const bool unknown = found.came == Came::new_user || found.came == Came::evicted;
-  return {nullptr, unknown && file_->has(key.user) ? Came::version : found.came, call};
+  return {nullptr, unknown && file_->bytes_of(key.user) ? Came::version : found.came, call};
 }
 
 std::optional<std::pair<StateKey, StateStore::State>> StateStore::find(const std::string& user,
@@ -27,6 +27,15 @@ std::optional<std::pair<StateKey, StateStore::State>> StateStore::find(const std
     if (look_up(key).state != nullptr) held = memory_.find(user);
   }
   return held;
+}
+
+std::optional<Residence> StateStore::residence(const std::string& user, const char* version) {
+  if (const auto held = memory_.find(user); held && (version == nullptr || held->first.version == version)) {
+    return Residence{STCA_IN_MEMORY, cost_of(held->first, *held->second), held->first.version};
+  }
+  const auto on_file = file_ == nullptr ? std::nullopt : file_->bytes_of(user, version);
+  if (!on_file) return std::nullopt;
+  return Residence{STCA_IN_FILE, *on_file, version == nullptr ? std::nullopt : std::optional<std::string>(version)};
 }
 
 bool StateStore::put(StateKey key, State state, const State& instead_of, std::uint64_t call) {

@@ -12,6 +12,13 @@
 
 namespace stca::core {
 
+/// Where a user's state is, what it takes there, and the version of its history: nothing where a file alone knows it.
+struct Residence {
+  stca_tier tier;
+  std::uint64_t bytes;
+  std::optional<std::string> version;
+};
+
 /// Keeps states by user, history version, weights and format. Safe to share between threads. What it does not say here
 /// is as of StateCache.
 class StateStore {
@@ -31,6 +38,8 @@ class StateStore {
   bool at_hand(const StateKey& key) { return memory_.get(key).state != nullptr; }
   /// Whatever is kept of `user` in memory, or else in a file under one of the keys `wanted`, for an append.
   std::optional<std::pair<StateKey, State>> find(const std::string& user, const std::vector<StateKey>& wanted);
+  /// Where the user's state is, of this version where it is not null; nothing where there is none. It counts as no use.
+  std::optional<Residence> residence(const std::string& user, const char* version);
   /// Whether states are kept in files, too.
   bool on_file() const { return file_ != nullptr; }
   bool put(StateKey key, State state, const State& instead_of, std::uint64_t call);

@@ -242,7 +242,7 @@ def _forget(served: Served, request: InferRequest, _: Call) -> dict[str, Any]:
 def _residence(served: Served, request: InferRequest, _: Call) -> dict[str, Any]:
     given = parameters(ResidenceParameters, request.parameters)
     found = served.session.residence(given.user, given.version)
-    return {"tier": None, "bytes": 0} if found is None else dataclasses.asdict(found)
+    return {"tier": None, "bytes": 0, "version": None} if found is None else dataclasses.asdict(found)
 
 
 def _warm(served: Served, request: InferRequest, call: Call) -> dict[str, Any]:

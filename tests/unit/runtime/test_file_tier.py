@@ -144,6 +144,7 @@ def test_where_a_state_is(loaded, asked, tmp_path):
     assert found.bytes in sizes
     assert session.residence("user 0", 2) is None
     assert session.residence("user 0") == found, "to ask moves nothing"
+    assert [session.residence("user 0", of).version for of in (None, 1)] == [None, 1], "a file has its digest"
 
 
 def test_nothing_in_the_folder_names_a_user(loaded, asked, tmp_path):

@@ -537,7 +537,7 @@ def test_where_a_state_is(session):
     assert session.residence("u") is None
     session.score(Request(ask(session), user="u", version=1))
     stats = session.stats()
-    assert session.residence("u") == session.residence("u", 1) == Residence("memory", stats.bytes)
+    assert session.residence("u") == session.residence("u", 1) == Residence("memory", stats.bytes, 1)
     assert session.residence("u", 2) is None, "a request of that version would be a miss"
     assert session.stats() == stats, "to ask is no use"
     with one_line(RequestError, "version 1.5"):

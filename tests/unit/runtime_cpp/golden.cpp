@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "check.hpp"
+#include "counters.hpp"
 #include "json.hpp"
 #include "toy_engine.hpp"
 #include "visit.hpp"
@@ -263,6 +264,8 @@ class Runner {
               step);
     } else if (call == "forget") {
       compare(session.forget(text_of(step, "user")), step);
+    } else if (call == "residence") {
+      compare(session.residence(text_of(step, "user"), name_of(*step.find("version"))), step);
     } else if (call == "swap") {
       session.swap((folder_ / text_of(step, "bundle")).string());
     } else if (call == "stats") {
@@ -306,32 +309,14 @@ class Runner {
     if (expected != nullptr && kept != *expected->boolean()) wrong(kept ? "kept" : "not kept");
   }
 
+  void compare(const std::optional<stca::Residence>& found, const Json& step) const {
+    const std::optional<std::string> tier = name_of(*step.find("tier"));
+    if ((found ? std::optional(found->tier) : std::nullopt) != tier) return wrong("is elsewhere than in ", tier.value_or("nothing"));
+    if (found && found->version != name_of(*step.find("kept_version"))) wrong("is of version ", found->version.value_or("?"));
+  }
+
   void compare(const stca::CacheStats& stats, const Json& step) const {
-    const std::map<std::string, std::uint64_t> values = {
-        {"hits", stats.hits},
-        {"misses", stats.misses},
-        {"evictions", stats.evictions},
-        {"refused", stats.refused},
-        {"users", stats.users},
-        {"bytes", stats.bytes},
-        {"budget", stats.budget},
-        {"expired", stats.expired},
-        {"state_bytes", stats.state_bytes},
-        {"warmed", stats.warmed},
-        {"appends", stats.appends},
-        {"appended_bytes", stats.appended_bytes},
-        {"hits_memory", stats.hits_memory},
-        {"hits_joined", stats.hits_joined},
-        {"misses_new_user", stats.misses_new_user},
-        {"misses_version", stats.misses_version},
-        {"misses_expired", stats.misses_expired},
-        {"misses_evicted", stats.misses_evicted},
-        {"misses_weights", stats.misses_weights},
-        {"misses_too_large", stats.misses_too_large},
-        {"hits_file", stats.hits_file},
-        {"misses_damaged", stats.misses_damaged},
-        {"file_users", stats.file_users},
-        {"file_discarded", stats.file_discarded}};
+    const auto values = check::counters(stats);
     for (const Json::Member& m : *step.find("stats")->object()) {
       const auto expected = static_cast<std::uint64_t>(*m.value.integer());
       if (values.at(m.name) != expected) wrong(m.name, " is ", values.at(m.name), ", not ", expected);

@@ -324,6 +324,10 @@ def forget(user: str, expected: bool) -> dict[str, Any]:
     return {"call": "forget", "user": user, "kept": expected}
 
 
+def residence(user: str, tier: str | None, kept: str | None = None, version: str | None = None) -> dict[str, Any]:
+    return {"call": "residence", "user": user, "version": version, "tier": tier, "kept_version": kept}
+
+
 def swap(bundle: str, expected: Any = None) -> dict[str, Any]:
     return {"call": "swap", "bundle": bundle, **_outcome(expected)}
 
@@ -499,6 +503,20 @@ def good_cases() -> list[Any]:
             forget("ann", False),
             score(a.rest(), refused("ann", "v1"), "ann", "v1"),
             stats(users=0, bytes=0),
+        ),
+        case(
+            "where a state is",
+            residence("ann", None),
+            score(a.inputs(), a.scores(), "ann", "v1"),
+            residence("ann", "memory", "v1"),
+            residence("ann", "memory", "v1", version="v1"),
+            residence("ann", None, version="v2"),
+            append("ann", events([40, 50], [2, 2]), "v2", True, after="v1"),
+            residence("ann", "memory", "v2"),
+            residence("ann", None, version="v1"),
+            swap("log_other_weights"),
+            residence("ann", None),
+            stats(hits=0, misses=1, appends=1),
         ),
         case("the window, exactly", score(full.inputs(**events(full.items[2:], full.actions[2:])), full.scores())),
         case(

@@ -71,6 +71,9 @@ def perform(session: Session, step: dict[str, Any]) -> dict[str, Any]:
             return {"kept": session.warm(step["user"], history, step["version"], deadline=deadline_of(step))}
         case "forget":
             return {"kept": session.forget(step["user"])}
+        case "residence":
+            found = session.residence(step["user"], step["version"])
+            return {"tier": found and found.tier, "kept_version": found and found.version}
         case "swap":
             session.swap(GOLDEN / step["bundle"])
             return {}
@@ -101,7 +104,7 @@ def test_requests(case: dict[str, Any]) -> None:
                 perform(session, step)
             assert_error(caught.value, step["error"])
         else:
-            expected = {k: step[k] for k in ("scores", "kept", "stats") if k in step}
+            expected = {k: step[k] for k in ("scores", "kept", "stats", "tier", "kept_version") if k in step}
             assert perform(session, step) == expected, f"step {number}"
 
 

@@ -51,7 +51,9 @@ def test_installed_package_is_found_from_c(installed: Path, tmp_path: Path) -> N
         *(spec["name"] for spec in manifest["graphs"]["request"]["inputs"]),
     ]
     headers = {str(p.relative_to(installed)) for p in installed.rglob("*.h*")}
-    assert headers == {f"include/stca/{name}" for name in ("deadline.hpp", "errors.hpp", "runtime.h", "runtime.hpp")}
+    assert headers == {
+        f"include/stca/{name}" for name in ("deadline.hpp", "errors.hpp", "runtime.h", "runtime.hpp", "tensor.hpp")
+    }
 
 
 def test_only_the_c_abi_is_exported(build: Path) -> None:

@@ -67,9 +67,15 @@ TEST(files_outlive_memory_and_the_session) {
   stca::Session session(golden("log"), in_files(states));
   CHECK_EQUAL(session.stats().users, 0u);
   CHECK_EQUAL(session.stats().file_users, 3u);
+  const auto bob = session.residence("bob");
+  CHECK(bob && bob->tier == "file" && bob->bytes > 0 && !bob->version);  // the file has a digest of it
+  CHECK(session.residence("bob", "v2")->version == "v2");
+  CHECK(!session.residence("bob", "v1") && !session.residence("dan"));
+  CHECK_EQUAL(session.stats().file_reads, 0u);
   CHECK_EQUAL(session.score(stca::Request{log.rest(), "bob", "v2"})(0, 0), log.first_score(9));
   CHECK_EQUAL(session.score(stca::Request{log.rest(), "ann", "v1"})(0, 0), log.first_score());
   CHECK_THROWS(session.score(stca::Request{log.rest(), "cid", "v2"}), stca::HistoryNeededError, "no state of version");
+  CHECK(session.residence("bob")->tier == "memory");  // it was read
   session.score(stca::Request{log.all(), "cid", "v2"});
   const stca::CacheStats stats = session.stats();
   CHECK_EQUAL(stats.hits, 2u);

@@ -355,6 +355,8 @@ TEST(session_c_abi_answers_null_pointers) {
   CHECK_EQUAL(stca_session_score_batch(nullptr, nullptr, &scores), STCA_USAGE_ERROR);
   CHECK_EQUAL(stca_session_append(nullptr, "a", nullptr, 0, "v", nullptr, nullptr), STCA_USAGE_ERROR);
   CHECK_EQUAL(stca_session_forget(nullptr, "a", nullptr), STCA_USAGE_ERROR);
+  stca_residence found;
+  CHECK_EQUAL(stca_session_residence(nullptr, "a", nullptr, &found, nullptr, 0), STCA_USAGE_ERROR);
   CHECK_EQUAL(stca_session_swap(nullptr, "a"), STCA_USAGE_ERROR);
   CHECK_EQUAL(stca_session_stats(nullptr, &stats), STCA_USAGE_ERROR);
   CHECK_EQUAL(stca_session_bundle(nullptr, &bundle), STCA_USAGE_ERROR);

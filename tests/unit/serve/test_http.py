@@ -79,9 +79,9 @@ def test_states_are_changed_on_the_admin_port_alone(server, asked):
     gone = {"parameters": {"user": "bob"}}
     where = server.http("/v2/models/ranker/residence", {"parameters": {"user": "bob", "version": 3}}, port="admin")[2]
     assert where == dataclasses.asdict(server.served.session.residence("bob", 3))
-    assert where["tier"] == "memory"
+    assert (where["tier"], where["version"]) == ("memory", 3)
     where = server.http("/v2/models/ranker/residence", {"parameters": {"user": "bob", "version": 2}}, port="admin")[2]
-    assert where == {"tier": None, "bytes": 0}
+    assert where == {"tier": None, "bytes": 0, "version": None}
     assert server.http("/v2/models/ranker/forget", gone, port="admin")[2] == {"forgotten": True}
     assert server.http("/v2/models/ranker/forget", gone, port="admin")[2] == {"forgotten": False}
     once = {n: x for n, x in inputs.items() if n not in targets_alone(server, inputs)}

@@ -299,6 +299,18 @@ STCA_API int32_t stca_session_warm_by(stca_session* session, const char* user, c
                                       int32_t* kept);
 /* Drops what is kept of a user, and of an encoding under way when it is done; `kept` says whether anything was kept. */
 STCA_API int32_t stca_session_forget(stca_session* session, const char* user, int32_t* kept);
+/* Where a user's state is kept, for a router; it counts as no use. */
+typedef enum stca_tier { STCA_NOWHERE = 0, STCA_IN_MEMORY = 1, STCA_IN_FILE = 2 } stca_tier;
+typedef struct stca_residence {
+  int32_t tier;          /* stca_tier; STCA_NOWHERE where a request would be a miss */
+  int32_t known;         /* not 0: the version of its history is known; of a file only the one that was asked for is */
+  uint64_t bytes;        /* what it takes there */
+  size_t version_length; /* of the whole version */
+} stca_residence;
+/* `version`: only of this history; NULL for whichever is kept. The version of what is found is copied into `text` and cut
+ * to `size` bytes with the final NUL. */
+STCA_API int32_t stca_session_residence(const stca_session* session, const char* user, const char* version,
+                                        stca_residence* found, char* text, size_t size);
 /* Serves another bundle from the next request on; running ones finish on the old. On failure nothing changes. */
 STCA_API int32_t stca_session_swap(stca_session* session, const char* bundle);
 

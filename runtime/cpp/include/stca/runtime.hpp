@@ -8,18 +8,17 @@
 
 #include <cstring>
 #include <functional>
-#include <initializer_list>
 #include <map>
 #include <memory>
 #include <optional>
 #include <string>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "stca/deadline.hpp"
 #include "stca/errors.hpp"
 #include "stca/runtime.h"
+#include "stca/tensor.hpp"
 
 namespace stca {
 
@@ -49,48 +48,7 @@ inline const char* c_str(const std::optional<std::string>& text, const char* wha
   return text->c_str();
 }
 
-template <class T>
-constexpr stca_dtype dtype_of() {
-  if constexpr (std::is_same_v<T, bool>) return STCA_BOOL;
-  if constexpr (std::is_same_v<T, std::int8_t>) return STCA_INT8;
-  if constexpr (std::is_same_v<T, std::uint8_t>) return STCA_UINT8;
-  if constexpr (std::is_same_v<T, std::int16_t>) return STCA_INT16;
-  if constexpr (std::is_same_v<T, std::uint16_t>) return STCA_UINT16;
-  if constexpr (std::is_same_v<T, std::int32_t>) return STCA_INT32;
-  if constexpr (std::is_same_v<T, std::uint32_t>) return STCA_UINT32;
-  if constexpr (std::is_same_v<T, std::int64_t>) return STCA_INT64;
-  if constexpr (std::is_same_v<T, std::uint64_t>) return STCA_UINT64;
-  if constexpr (std::is_same_v<T, float>) return STCA_FLOAT32;
-  if constexpr (std::is_same_v<T, double>) return STCA_FLOAT64;
-}
-template <class T>
-struct DTypeOf {
-  static constexpr stca_dtype value = dtype_of<T>();
-};
-
 }  // namespace detail
-
-/// A named array that someone else owns and keeps alive during the call it is passed to.
-struct Tensor : stca_tensor {
-  /// Any element type and shape; `data` is row-major.
-  Tensor(const char* tensor_name, stca_dtype element, const void* values, const std::vector<std::int64_t>& sizes)
-      : stca_tensor{tensor_name, values, element, static_cast<std::int32_t>(sizes.size()), {}} {
-    if (sizes.size() > STCA_MAX_RANK) {
-      throw RequestError(STCA_REQUEST_ERROR, std::string(tensor_name) + ": has too many axes");
-    }
-    std::copy(sizes.begin(), sizes.end(), shape);
-  }
-  template <class T>
-  Tensor(const char* tensor_name, const T* values, std::initializer_list<std::int64_t> sizes)
-      : Tensor(tensor_name, detail::DTypeOf<T>::value, values, sizes) {}
-  /// One axis, as long as the vector.
-  template <class T>
-  Tensor(const char* tensor_name, const std::vector<T>& values)
-      : Tensor(tensor_name, values.data(), {static_cast<std::int64_t>(values.size())}) {}
-  template <class T>
-  Tensor(const char* tensor_name, const std::vector<T>&& values) = delete;  // it would be gone before the call
-};
-static_assert(sizeof(Tensor) == sizeof(stca_tensor), "arrays of one must be arrays of the other");
 
 /// One user and the targets to score for them.
 struct Request {
@@ -225,6 +183,13 @@ struct Options {
 
 using CacheStats = stca_cache_stats;
 
+/// Where a user's state is kept.
+struct Residence {
+  std::string tier;                    ///< "memory" or "file"
+  std::uint64_t bytes;                 ///< what it takes there
+  std::optional<std::string> version;  ///< of its history; a file knows only the one that was asked for
+};
+
 /// Scores targets for users. One session serves many threads.
 class Session {
  public:
@@ -316,6 +281,21 @@ class Session {
     std::int32_t kept = 0;
     detail::check(stca_session_forget(session_.get(), detail::c_str(user, "user"), &kept));
     return kept != 0;
+  }
+  /// Where the user's state is kept, for a router; nothing where a request would be a miss. It counts as no use.
+  /// `version`: only of this history.
+  std::optional<Residence> residence(const std::string& user, const std::optional<std::string>& version = {}) const {
+    const char *name = detail::c_str(user, "user"), *wanted = detail::c_str(version, "version");
+    stca_residence found{};
+    std::string text;
+    do {  // until it is whole: another state may have come in between
+      text.resize(found.version_length);
+      detail::check(stca_session_residence(session_.get(), name, wanted, &found, text.data(), text.size() + 1));
+    } while (found.version_length > text.size());
+    text.resize(found.version_length);
+    if (found.tier == STCA_NOWHERE) return std::nullopt;
+    return Residence{found.tier == STCA_IN_FILE ? "file" : "memory", found.bytes,
+                     found.known ? std::optional(text) : std::nullopt};
   }
   /// Serves another bundle from the next request on; running ones finish on the old. Throws BundleError, BuildError,
   /// and then goes on with the bundle it has.
