@@ -10,7 +10,7 @@ import torch
 
 from stca.bundle import Bundle
 from stca.checks.verify import prove
-from stca.export.pipeline import export_checkpoint
+from stca.export.pipeline import CutOptions, export_checkpoint
 from stca.export.reference.checkpoint import Checkpoint
 from stca.export.reference.config import Field, StcaConfig
 from stca.export.reference.module import Stca
@@ -43,9 +43,11 @@ def config_of(args: argparse.Namespace, max_history: int, **more: Any) -> StcaCo
     )
 
 
-def random_bundle(args: argparse.Namespace, folder: Path, max_history: int) -> Bundle:
-    """Exported, in the form that `args` say, the same weights each time."""
+def random_bundle(args: argparse.Namespace, folder: Path, max_history: int, pieces: int = 1) -> Bundle:
+    """Exported, in the form that `args` say, the same weights each time; `pieces` of a history are read in place."""
     torch.manual_seed(0)
     config = config_of(args, max_history)
     checkpoint = Checkpoint(config, Stca(config).state_dict())
-    return export_checkpoint(checkpoint, folder / "bundle", form=args.form, prove=prove)
+    return export_checkpoint(
+        checkpoint, folder / f"bundle-{pieces}", form=args.form, prove=prove, cut=CutOptions(pieces=pieces)
+    )

@@ -15,9 +15,11 @@ from stca.bundle import Bundle, seal, sha256_of
 from stca.calibration.quantized_products import ProductFormat, factors, quantize_products, watch
 from stca.calibration.quantized_state import StateFormat, quantize
 from stca.calibration.quantized_weights import RowFormat, quantize_tables, write_rows
+from stca.export.pieces import in_pieces
 from stca.export.weights import externalize
 from stca.manifest import WEIGHTS, Manifest
-from stca.specs import HALVES, ITEM_BYTES, POINTWISE, TOKENS, GraphSpec, TableSpec, TensorSpec
+from stca.pieces import PIECES, inputs_in_pieces, pieces_of
+from stca.specs import HALVES, ITEM_BYTES, OFFSETS, POINTWISE, TOKENS, GraphSpec, TableSpec, TensorSpec
 
 # Of tensors of the state and of weights, by name.
 Formats: TypeAlias = Mapping[str, StateFormat | RowFormat | ProductFormat]
@@ -48,7 +50,10 @@ def write_files(bundle: Bundle, formats: Formats, folder: Path) -> Manifest:
     Returns:
         The manifest, without digests.
     """
-    manifest, state = bundle.manifest, {n: f for n, f in formats.items() if isinstance(f, StateFormat)}
+    pieces, whole = len(pieces_of(bundle.manifest)), dict(bundle.manifest.graphs)
+    in_place = whole.pop(PIECES, None)  # which is made anew of the changed scorer
+    manifest = dataclasses.replace(bundle.manifest, graphs=whole)
+    state = {n: f for n, f in formats.items() if isinstance(f, StateFormat)}
     tables = tuple(_table(bundle, t, formats, folder) for t in manifest.tables or ()) or None
     inside = formats.keys() - state.keys() - {t.name for t in tables or ()}
     changed = tuple(manifest.graphs) if inside else HALVES
@@ -59,6 +64,12 @@ def write_files(bundle: Bundle, formats: Formats, folder: Path) -> Manifest:
             quantize_tables(model, inside - products.keys())
             quantize_products(model, products, half=name not in _WHOLE)
     kept = quantize(models["user_encoder"], models["target_scorer"], manifest.state, state)
+    graphs = _with_state(manifest, [TensorSpec(s.name, s.dtype, s.shape) for s in kept])
+    if in_place is not None:
+        scorer, offsets = graphs["target_scorer"], {s.name for s in kept if s.shape == (OFFSETS,)}
+        models[PIECES] = in_pieces(models["target_scorer"], offsets, pieces + 1)
+        graphs[PIECES] = dataclasses.replace(in_place, inputs=inputs_in_pieces(scorer, in_place, pieces + 1))
+        manifest = dataclasses.replace(manifest, graphs=graphs)
     weights = manifest.weights
     if inside:
         externalize(models.values(), folder)
@@ -66,7 +77,6 @@ def write_files(bundle: Bundle, formats: Formats, folder: Path) -> Manifest:
     _save(bundle, models, folder)
     for name in models:
         onnx.checker.check_model(str(folder / manifest.graphs[name].file), full_check=True)
-    graphs = _with_state(manifest, [TensorSpec(s.name, s.dtype, s.shape) for s in kept])
     return dataclasses.replace(
         manifest, weights=weights, graphs=graphs, state=kept, tables=tables, engines=(),
         quantization=formats_told(formats),

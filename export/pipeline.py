@@ -48,6 +48,7 @@ from stca.export.passes.spelled_out import spell_out
 from stca.export.passes.squeezes import name_squeezed_axes
 from stca.export.passes.whole_slices import drop_whole_slices
 from stca.export.passes.zero_points import name_zero_points
+from stca.export.pieces import add_pieces
 from stca.export.reference.checkpoint import Checkpoint
 from stca.export.reference.config import StcaConfig
 from stca.export.reference.module import AttentionForm, request_inputs
@@ -59,7 +60,7 @@ from stca.manifest import WEIGHTS, Manifest
 from stca.near import did_you_mean
 from stca.plugins import onnx_function
 from stca.plugins.spec import DOMAIN, OP_NAME
-from stca.specs import GROWER, POINTWISE, SUM, TARGETS, TOKENS, GraphSpec, ScopeName, StateSpec, TensorSpec
+from stca.specs import GROWER, POINTWISE, SUM, TARGETS, TOKENS, ScopeName, StateSpec, TensorSpec
 
 # What proves a finished bundle before it gets its name, against the module it was made from (None for an ONNX file):
 # returns the parity report to record, raises when it fails.
@@ -79,6 +80,7 @@ class CutOptions:
         free: whether rules rewrite the graph to free user work.
         tables_above: embedding tables of more bytes leave the graphs; None for none.
         flops_per_row: work in whose time a row of such a table is looked up.
+        pieces: of a history that a graph of the bundle reads where they lie; 1 for no such graph.
     """
 
     workload: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict(DEFAULT_WORKLOAD))
@@ -89,6 +91,7 @@ class CutOptions:
     free: bool = True
     tables_above: int | None = DEFAULT_ABOVE
     flops_per_row: float = DEFAULT_FLOPS_PER_ROW
+    pieces: int = 1
 
 
 def choose_form(config: StcaConfig, targets: int) -> AttentionForm:
@@ -335,11 +338,12 @@ def _write(
             models[POINTWISE] = request.pointwise
         if appends.grower is not None:
             models[GROWER] = appends.grower
+        notes += add_pieces(models, appends, cut.pieces)
         graphs = finish(models, request.left, padded.inputs, work)
         manifest = Manifest(
             model=source,
             weights=sha256_of(work / WEIGHTS),
-            precision=_precision(graphs["request"]),
+            precision=graphs["request"].outputs[0].dtype,
             attention=attention,
             graphs=graphs,
             state=tuple(_state_spec(t, appends.sums) for t in halves.state),
@@ -392,7 +396,3 @@ def _halves(request: _Request, cut: CutOptions, max_history: int | None) -> Spli
 def _state_spec(t: StateTensor, sums: Collection[str]) -> StateSpec:
     append: Literal["sum"] | None = SUM if t.name in sums else None
     return StateSpec(t.name, t.dtype, t.shape, t.bytes_per_token, t.value if t.verbatim else None, append)
-
-
-def _precision(graph: GraphSpec) -> str:
-    return graph.outputs[0].dtype

@@ -16,6 +16,7 @@ from stca.bundle import Bundle
 from stca.contract import as_built, check_engine, kept_sums
 from stca.errors import EngineError, RequestError
 from stca.manifest import Manifest
+from stca.pieces import PIECES, pieces_of
 from stca.runtime.deadline import NEVER, Deadline
 from stca.runtime.engine import Engine, scores_of
 from stca.runtime.engine_choice import Choice, best_engine, open_engines, open_own, own_graphs
@@ -50,6 +51,7 @@ class Model:
     check_finite: bool = True
     threads: int | None = None
     grower: Engine | None = None
+    pieces_scorer: Engine | None = None
     row_caches: Mapping[str, RowCache] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -69,11 +71,13 @@ class Model:
         )
         if GROWER in manifest.graphs:
             engines[GROWER] = open_own(bundle, GROWER, threads=options.threads, onnxruntime=options.onnxruntime)
+        if PIECES in manifest.graphs and on_cpu(engines["target_scorer"]) and choice.precision == "fp32":
+            engines[PIECES] = open_own(bundle, PIECES, threads=options.threads, onnxruntime=options.onnxruntime)
         rows = sources(bundle, options.tables, options.page_bytes)
         engines = {half: with_tables(bundle, half, engine, rows) for half, engine in engines.items()}
         for half, engine in engines.items():
             entry = choice.entries.get(half)
-            precision = "fp32" if half == GROWER else choice.precision
+            precision = "fp32" if half not in HALVES else choice.precision
             promised = as_built(manifest, half, precision, requests=entry.requests if entry else None)
             check_engine(half, promised, *engine.signature(), may_leave_out=engine.may_leave_out)
         layout = ";".join(f"{s.name}:{s.dtype}:{','.join(map(str, s.shape))}" for s in manifest.state)
@@ -100,6 +104,7 @@ class Model:
             options.check_finite,
             options.threads,
             engines.get(GROWER),
+            engines.get(PIECES),
             {name: kept for name, kept in rows.items() if isinstance(kept, RowCache)},
         )
 
@@ -136,7 +141,7 @@ class Model:
             yield from self._encode(users[run], tokens[run])
 
     def _encode(self, users: Sequence[Mapping[str, Array]], tokens: Sequence[int]) -> list[UserState]:
-        out = self.encoder.run(_fed(self._pack(users), self._encoded))
+        out = self.encoder.run(_fed(self._pack(users), self._takes["user_encoder"]))
         self._check_rows(out, sum(tokens), len(users))
         if len(users) == 1:
             # A copy: ONNX Runtime keeps the memory of its outputs for later runs, even that of states that went.
@@ -200,7 +205,7 @@ class Model:
         if len(states) == 1:
             deadline.check()
             return [self.score_one(states[0], rows[0])]
-        if self.door.stacked:
+        if self.door.stacked or any(state.in_pieces for state in states):
             runs: Iterator[slice] = (slice(i, i + 1) for i in range(len(states)))
         else:
             runs = parted(self._sizes(states, rows), limits_of(self.choice, "target_scorer"))
@@ -225,7 +230,7 @@ class Model:
         """As `score`, of one user."""
         if self._shared:
             self._check_shared(state, row)
-        return self._scores({**row, **state.tensors}, (row,))
+        return self._scores({**row, **state.tensors}, (row,), state.in_pieces)
 
     def gives_finite(self, state: UserState) -> bool:
         """Whether the scores of a state are finite, by those of one made-up target."""
@@ -233,7 +238,7 @@ class Model:
         row = self.door.admit({n: self.door.placeholder(n) for n in names}, "request", "target")
         of_tokens = {n: along(n, row[n], state) for n in self.door.of_tokens}
         feeds = {**row, **of_tokens, **state.tensors}
-        outputs = self.scorer.run(_fed(feeds, self._taken))
+        outputs = self.scorer.run(_fed(feeds, self._takes["target_scorer"]))
         return all(all_finite(x) for x in outputs.values())
 
     def _score(self, states: Sequence[UserState], rows: Sequence[Mapping[str, Array]]) -> list[Array]:
@@ -243,8 +248,10 @@ class Model:
         targets = next(n for n, s in self.door.offsets.items() if s.scope == "target")
         return np.split(scores, np.cumsum([r[targets][-1] for r in rows])[:-1])
 
-    def _scores(self, feeds: dict[str, Any], rows: Sequence[Mapping[str, Array]]) -> Array:
-        outputs = self.scorer.run(_fed(feeds, self._taken))
+    def _scores(self, feeds: dict[str, Any], rows: Sequence[Mapping[str, Array]], in_pieces: bool = False) -> Array:
+        scorer, graph = (self.pieces_scorer, PIECES) if in_pieces else (self.scorer, "target_scorer")
+        assert scorer is not None
+        outputs = scorer.run(_fed(feeds, self._takes[graph]))
         scores = scores_of(tuple(map(outputs.__getitem__, self._given)))
         if (counted := self._counted) is not None:
             name, axis = counted
@@ -290,9 +297,9 @@ class Model:
         return kept_sums(self.manifest)
 
     @cached_property
-    def _encoded(self) -> frozenset[str]:
-        """Inputs of the user encoder."""
-        return frozenset(s.name for s in self.manifest.graphs["user_encoder"].inputs)
+    def _takes(self) -> Mapping[str, frozenset[str]]:
+        """Inputs of each graph."""
+        return {name: frozenset(s.name for s in graph.inputs) for name, graph in self.manifest.graphs.items()}
 
     @cached_property
     def _rows_of(self) -> Mapping[str, str]:
@@ -302,9 +309,9 @@ class Model:
         return {s.name: str(s.shape[0]) for s in self.manifest.state if s.shape[:1] and s.shape[0] in sizes}
 
     @cached_property
-    def _taken(self) -> frozenset[str]:
-        """Inputs of the target scorer."""
-        return frozenset(s.name for s in self.manifest.graphs["target_scorer"].inputs)
+    def pieces(self) -> tuple[Mapping[str, str], ...]:
+        """Of each piece behind the first that is read where it lies: its inputs, by the target scorer's."""
+        return pieces_of(self.manifest) if self.pieces_scorer is not None else ()
 
     @cached_property
     def _given(self) -> tuple[str, ...]:

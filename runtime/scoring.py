@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,7 +18,7 @@ from stca.runtime.deadline import NEVER, Deadline
 from stca.runtime.model import Model
 from stca.runtime.recording import Recorder
 from stca.runtime.request import Request
-from stca.runtime.state import UserState, along, join
+from stca.runtime.state import StateArray, UserState, along, join
 from stca.runtime.turns import Turns
 from stca.runtime.user_states import Found, UserStates
 from stca.specs import TOKENS
@@ -32,8 +32,8 @@ class Answer(NamedTuple):
         hits: for each request whether its user's state was kept, or being made for another request already.
         seconds: of the stages `check`, `encode` and `score`, those that ran.
         neighbours: for each request, what became of its neighbours: `hit`, `miss` or `left_out`.
-        copied: bytes of states that were copied behind each other, where neighbours were read: engines take each tensor
-            as one piece of memory.
+        copied: bytes of states that were copied behind each other, where neighbours were read by a graph that takes
+            each tensor as one piece of memory.
     """
 
     scores: Array
@@ -194,7 +194,7 @@ class Scoring:
                 (next(told),),
                 {**seconds},
                 (tuple("left_out" if n is None else "hit" if next(told) else "miss" for n in one.neighbours),),
-                state.row_bytes if len(one.read) > 1 else 0,
+                state.row_bytes if len(one.read) > 1 and not state.in_pieces else 0,
             )
             for one, of_request, state in zip(asked, scores, read, strict=True)
         ]
@@ -265,16 +265,20 @@ def _read_together(
         own, *others = (next(came) for _ in one.read)
         parts = [one.row, *(near[1] for near in one.neighbours if near is not None)]
         per_token = {
-            name: np.concatenate([along(name, row[name], s) for row, s in zip(parts, (own, *others), strict=True)])
+            name: [along(name, row[name], s) for row, s in zip(parts, (own, *others), strict=True)]
             for name in model.door.of_tokens
         }
-        read.append(_behind(model, own, others) if others else own)
-        rows.append({**one.row, **per_token})
+        if in_pieces := 0 < len(others) <= len(model.pieces):
+            rows.append({**one.row, **_apart(model, per_token)})
+        else:
+            rows.append({**one.row, **{name: np.concatenate(values) for name, values in per_token.items()}})
+        read.append(_several(model, own, others, in_pieces) if others else own)
     return read, rows
 
 
-def _behind(model: Model, own: UserState, others: Sequence[UserState]) -> UserState:
-    """The state of several users' histories, one behind the other: what there is once per user is `own`'s.
+def _several(model: Model, own: UserState, others: Sequence[UserState], in_pieces: bool) -> UserState:
+    """The state of several users' histories: what there is once per user is `own`'s, and rows are each user's own, as
+    the graph for pieces takes them, or copied one behind the other.
 
     Raises:
         RequestError: when they are longer together than the bundle and its engines take.
@@ -285,12 +289,23 @@ def _behind(model: Model, own: UserState, others: Sequence[UserState]) -> UserSt
         raise RequestError(
             f"neighbours: the histories have {tokens} tokens together, the limit is {model.window}; name fewer"
         )
+    rows: dict[str, list[StateArray]] = {}
     for spec in model.manifest.state:
         if model.is_offsets(spec):
             tensors[spec.name] = np.array([0, tokens], spec.dtype)
         elif spec.shape[:1] == (TOKENS,):
-            tensors[spec.name] = join([one.tensors[spec.name] for one in states])
-    return UserState(tensors, tokens)
+            rows[spec.name] = [one.tensors[spec.name] for one in states]
+    laid = _apart(model, rows) if in_pieces else {name: join(values) for name, values in rows.items()}
+    return UserState({**tensors, **laid}, tokens, in_pieces=in_pieces)
+
+
+def _apart(model: Model, rows: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Rows of each user as the graph for pieces takes them: none of users that there are not."""
+    feeds = {name: values[0] for name, values in rows.items()}
+    for piece, inputs in enumerate(model.pieces, 1):
+        for name, values in rows.items():
+            feeds[inputs[name]] = values[piece] if piece < len(values) else values[0][:0]
+    return feeds
 
 
 def column_names(manifest: Manifest) -> tuple[str, ...]:

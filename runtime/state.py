@@ -52,6 +52,8 @@ class UserState:
     Nothing of a state changes any more once it is kept.
 
     Attributes:
+        in_pieces: whether it is several states, each in tensors of its own as the manifest's graph for pieces takes
+            them; such a state is made for one request, and not kept.
         row_bytes: of all tensors.
         nbytes: of the memory that they lie in, with what is free behind their rows and what waits.
     """
@@ -62,6 +64,7 @@ class UserState:
     room: Room | None = None
     end: int = 0
     waiting: Mapping[str, Array] | None = None
+    in_pieces: bool = False
     row_bytes: int = field(init=False)
     nbytes: int = field(init=False)
 

@@ -17,6 +17,7 @@ from typing import Final
 
 from stca.errors import BundleError
 from stca.manifest import EngineEntry, Manifest
+from stca.pieces import PIECES, pieces_of
 from stca.specs import (
     FLOAT8,
     GROWER,
@@ -71,7 +72,7 @@ def check_contract(manifest: Manifest) -> None:
             for what, value in (("a least value", spec.low), ("a blank", spec.blank)):
                 if value is not None and not -(1 << 63) <= value < 1 << 63:
                     raise ValueError(f"{spec.name!r} in graphs.{name} has {what} of more than 64 bits")
-            if spec.dtype == FLOAT8 and not any(spec.name == s.name for s in manifest.state):
+            if spec.dtype == FLOAT8 and name != PIECES and not any(spec.name == s.name for s in manifest.state):
                 raise ValueError(f"{spec.name!r} in graphs.{name} is {_said(spec)}; that type is for states alone")
     for state in manifest.state:
         _check_tensor(state, "state")
@@ -91,6 +92,7 @@ def check_contract(manifest: Manifest) -> None:
         raise ValueError(f"state {twice!r} comes twice")
     _check_states(manifest)
     _check_grower(manifest)
+    pieces_of(manifest)
     for half in ("request", "target_scorer"):
         for spec in manifest.graphs[half].outputs:
             if not spec.shape or not spec.dtype.startswith(("float", "bfloat")) or TARGETS in spec.shape[1:]:

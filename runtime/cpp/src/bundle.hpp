@@ -123,6 +123,8 @@ struct EngineEntry {
 
 /// The graph that makes a longer history's state of new events and kept sums.
 inline constexpr const char* user_grower = "user_grower";
+/// The target scorer for a history in several pieces, which Python alone opens.
+inline constexpr const char* pieces_scorer = "pieces_scorer";
 
 struct Manifest {
   std::string text;  ///< the file as it is

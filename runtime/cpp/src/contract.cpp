@@ -333,7 +333,8 @@ void check_contract(const Manifest& manifest) {
       check_once(*specs, where);
       for (const TensorSpec& spec : *specs) {
         check_tensor(spec, where);
-        if (spec.dtype == STCA_FLOAT8_E4M3 && find(by_name(manifest.state), spec.name) == nullptr) {
+        if (spec.dtype == STCA_FLOAT8_E4M3 && name != pieces_scorer &&
+            find(by_name(manifest.state), spec.name) == nullptr) {
           broken(in_quotes(spec.name) + " in " + where + " is " + described(spec) + "; that type is for states alone");
         }
       }

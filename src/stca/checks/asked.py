@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from stca.arrays import Array
 from stca.checks.row_by_row import with_fewer_copies
 from stca.checks.tolerance import judged
 from stca.manifest import Manifest
-from stca.runtime.request import Door
+from stca.runtime.request import Door, Request
+from stca.specs import TOKENS
 
 # (history tokens, targets); a list of several is one ragged batch.
 PROBES: tuple[tuple[tuple[int, int], ...], ...] = (
@@ -122,3 +124,24 @@ class Asked:
 def without(of: Sequence[Any], i: int) -> list[Any]:
     """What there is of each batch, but for that of the batch `i`."""
     return [one for at, one in enumerate(of) if at != i % len(of)]
+
+
+def in_neighbours(manifest: Manifest, inputs: Mapping[str, Array], most: int) -> Request:
+    """A request as one of a user with the first piece of its history, whose neighbours have the others.
+
+    Args:
+        manifest: of a bundle whose states are rows of tokens.
+        inputs: of the request.
+        most: neighbours; fewer where pieces would be shorter than the model takes.
+    """
+    specs = {s.name: s for s in manifest.graphs["request"].inputs}
+    apart = [n for n in inputs if specs[n].shape[:1] == (TOKENS,)]
+    tokens = len(inputs[apart[0]])
+    if manifest.min_history:
+        most = min(most, tokens // manifest.min_history - 1)
+    ends = np.linspace(0, tokens, most + 2).astype(int)
+    pieces = [
+        {n: x[begin:end] if n in apart else x for n, x in inputs.items()} for begin, end in itertools.pairwise(ends)
+    ]
+    of_users = [n for n in inputs if n in apart or specs[n].scope == "user"]
+    return Request(pieces[0], neighbours=[Request({n: piece[n] for n in of_users}) for piece in pieces[1:]])

@@ -20,11 +20,12 @@ import numpy as np
 from stca import probe
 from stca.arrays import Array, Progress
 from stca.bundle import Bundle
-from stca.checks.asked import PROBES, Asked, without
+from stca.checks.asked import PROBES, Asked, in_neighbours, without
 from stca.checks.row_by_row import in_pieces, pointwise_feeds, require_alone, some_targets
 from stca.checks.tolerance import TOP_K, StageParity, judged
 from stca.errors import BundleError, ExportError, ParityError, told
 from stca.manifest import WEIGHTS, Manifest
+from stca.pieces import pieces_of
 from stca.runtime import Engine, OnnxRuntimeEngine, Request, RequestBatch, Session
 from stca.runtime.engine import scores_of
 from stca.runtime.tables import Lookups, RowSource, sources, with_tables
@@ -108,7 +109,7 @@ def verify(
     asked = Asked.of(manifest, probes, seed, few_copies=POINTWISE in manifest.graphs and module is not None)
     rows = sources(bundle)  # once for all stages: each checks the blocks that it looks into
     name, reference, outcomes = _reference(bundle, module, asked, rows, progress)
-    outcomes += _served(bundle, asked, rows, progress)
+    outcomes += (served := _served(bundle, asked, rows, progress))
     left_out: list[str] = []
     for i, why in asked.optional:
         if asked.beyond(i, outcomes[0][1], reference, manifest.precision):
@@ -117,7 +118,7 @@ def verify(
             asked, reference = asked.without(i), without(reference, i)
     _require_finite(asked, reference)
 
-    quantized = [] if manifest.rounding is None else outcomes[-2:]  # the halves and the session
+    quantized = [] if manifest.rounding is None else outcomes[1 - len(served) :]  # all but the request graph
     exact = outcomes[: len(outcomes) - len(quantized)]
     judge = functools.partial(judged, exact, name, reference, asked.targets, manifest.precision)
     results = judge()
@@ -166,7 +167,7 @@ def _reference(
 
 
 def _served(bundle: Bundle, asked: Asked, rows: Mapping[str, RowSource], progress: Progress) -> Outcomes:
-    """Scores of the bundle's own stages: its request graph, its halves joined, a session."""
+    """Scores of the bundle's own stages: its request graph, its halves joined, a session, histories in pieces."""
     progress("request graph")
     # Each stage's engines are let go before the next one's map the same weights.
     outcomes = [("request_graph", _of_request_graph(bundle, asked, rows))]
@@ -175,6 +176,10 @@ def _served(bundle: Bundle, asked: Asked, rows: Mapping[str, RowSource], progres
     progress("session")
     session = Session.load(bundle.path, engine="graphs", check_finite=False, tables=rows)
     outcomes.append(("session", [_run_session(session, batch) for batch in asked.batches]))
+    if further := len(pieces_of(bundle.manifest)):
+        progress("pieces")
+        batches = [[in_neighbours(bundle.manifest, one, further) for one in batch] for batch in asked.batches]
+        outcomes.append(("pieces", [np.concatenate([session.score(one) for one in batch]) for batch in batches]))
     return outcomes
 
 

@@ -189,6 +189,13 @@ def cut_options(p: argparse.ArgumentParser) -> None:
         metavar="F",
         help="work in whose time a row of such a table is looked up; more where its source is slow (default: 1000)",
     )
+    p.add_argument(
+        "--neighbours",
+        type=count,
+        default=0,
+        metavar="K",
+        help="add a graph that reads so many users' states beside the user's own without copying them",
+    )
     p.add_argument("--no-lift", action="store_true", help="leave a batch axis that users and targets share as it is")
 
 
@@ -207,6 +214,7 @@ def cut(args: argparse.Namespace) -> Any:
         not args.no_lift,
         tables_above=args.tables_above,
         flops_per_row=args.flops_per_row or DEFAULT_FLOPS_PER_ROW,
+        pieces=1 + args.neighbours,
     )
 
 

@@ -33,6 +33,7 @@ STAGES: Mapping[str, tuple[str, str]] = {
     "request_graph": ("request graph", "the whole model as one ONNX file"),
     "joined_halves": ("joined halves", "user encoder, then target scorer"),
     "session": ("session", "the way production calls it, computed anew and from a kept state"),
+    "pieces": ("pieces", "a session that reads the history as several users' states, each where it lies"),
 }
 REFERENCES: Mapping[str, tuple[str, str]] = {
     "best": ("best possible", "the true probability of each outcome, given this much history: no model can do better"),

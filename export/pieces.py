@@ -1,0 +1,162 @@
+"""A target scorer that reads a history in several pieces, each where it lies: no rows of keys or values are joined.
+
+What there is per history token comes as so many inputs, one for each piece, and stays apart up to the attention, which
+goes from piece to piece (`stca.plugins.onnx_pieces`). So a request that reads several users' kept states copies none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import onnx
+from onnx import helper
+
+from stca.export.analysis.scope import Dataflow, attribute, label, opset_of, reads
+from stca.export.analysis.tokenwise import Tokenwise
+from stca.export.appending import Appending
+from stca.pieces import PIECES, piece_of
+from stca.plugins import onnx_pieces
+from stca.plugins.spec import DOMAIN, OP_NAME, PLAIN
+from stca.specs import OFFSETS, TOKENS
+
+_KEY, _VALUE = 1, 2
+# What goes from piece to piece.
+_FOUND = ("mixed", "most", "total")
+
+
+def add_pieces(models: dict[str, onnx.ModelProto], appends: Appending, pieces: int) -> tuple[str, ...]:
+    """Add to a bundle's graphs the scorer that reads so many pieces where they lie; a note where there is none.
+
+    Args:
+        models: by name.
+        appends: how the state is appended to.
+        pieces: how many; 1 for no such graph.
+    """
+    if pieces == 1:
+        return ()
+    why_not = appends.why_not or ("states hold sums over their events" if appends.sums else None)
+    if why_not is None:
+        offsets = {t.name for t in appends.halves.state if t.shape == (OFFSETS,)}
+        why_not = why_joined(models["target_scorer"], offsets)
+        if why_not is None:
+            models[PIECES] = in_pieces(models["target_scorer"], offsets, pieces)
+            return ()
+    return (f"neighbours' states are not read where they lie: {why_not}",)
+
+
+def in_pieces(scorer: onnx.ModelProto, offsets: Collection[str], pieces: int) -> onnx.ModelProto:
+    """The target scorer for a history in `pieces` pieces, any of which may be without rows.
+
+    The first piece has the scorer's own inputs, the others have inputs of their own behind all of them, piece after
+    piece (`stca.pieces.piece_of`). Offsets of the history are those of all pieces together, if anything but attention
+    reads them. Only for one request.
+
+    Args:
+        scorer: with its functions but the operator's inlined, for which there is no `why_joined`; not changed.
+        offsets: its inputs that say where each request's history begins.
+        pieces: how many, at least 1.
+    """
+    graph = scorer.graph
+    apart = [i for i in graph.input if _dims(i)[:1] == [TOKENS]]
+    made = onnx.ModelProto()
+    made.CopyFrom(scorer)
+    made.graph.name = PIECES
+    del made.graph.node[:], made.graph.value_info[:]
+    inputs = {i.name for i in apart}
+    names: list[dict[str, str]] = [{} for _ in range(pieces)]
+    for piece in range(1, pieces):
+        for value in apart:
+            own = made.graph.input.add()
+            own.CopyFrom(value)
+            own.name = names[piece][value.name] = piece_of(value.name, piece)
+            own.type.tensor_type.shape.dim[0].dim_param = piece_of(TOKENS, piece)
+    for node in graph.node:
+        if _attends(node) and node.input[_KEY] in inputs:
+            made.graph.node.extend(_piece_by_piece(node, names))
+        elif inputs.isdisjoint(reads(node)):
+            made.graph.node.append(node)
+        else:
+            inputs.update(node.output)
+            made.graph.node.extend(_copy(node, own, piece) for piece, own in enumerate(names))
+    needed, _ = Dataflow(made.graph).needed(o.name for o in made.graph.output)
+    kept = [made.graph.node[i] for i in sorted(needed)]
+    del made.graph.node[:]
+    made.graph.node.extend(kept)
+    read = {name for node in kept for name in reads(node)}
+    unread = [i for i in made.graph.input if i.name in offsets and i.name not in read]
+    for one in unread:
+        made.graph.input.remove(one)
+    made.functions.extend(onnx_pieces.functions(opset_of(scorer)))
+    return made
+
+
+def why_joined(scorer: onnx.ModelProto, offsets: Collection[str]) -> str | None:
+    """Why a history must be one piece: rows of tokens do not stay apart up to an attention over all of each piece.
+
+    Args:
+        scorer, offsets: as of `in_pieces`.
+    """
+    if opset_of(scorer) < onnx_pieces.OLDEST_OPSET:
+        return f"the model is of ONNX's opset {opset_of(scorer)}; save it in {onnx_pieces.OLDEST_OPSET} or newer"
+    apart = {i.name for i in scorer.graph.input if _dims(i)[:1] == [TOKENS]}
+    shown, given = Tokenwise(scorer, dict.fromkeys(apart, 0)), {i.name for i in scorer.graph.input}
+    of_tokens, of_offsets = set(apart), set(offsets)
+    attends = False
+    for node in scorer.graph.node:
+        names = reads(node)
+        if _attends(node) and node.input[_KEY] in of_tokens:
+            attends = True
+            key, value, structure = node.input[_KEY], node.input[_VALUE], set(node.input[4 : len(PLAIN)])
+            if any(node.input[len(PLAIN) :]):
+                return f"node {label(node)!r} reads lists of segments"
+            if not shown.rows.issuperset((key, value)) or not of_tokens.isdisjoint((node.input[0], node.input[3])):
+                return f"node {label(node)!r} reads what is not a row of one token's own"
+            if structure & given - of_offsets or not structure <= of_offsets | shown.fixed | shown.sizes:
+                return f"node {label(node)!r} does not read the whole history"
+        elif not of_tokens.isdisjoint(names):
+            of_tokens.update(node.output)
+        elif not of_offsets.isdisjoint(names) and of_offsets.issuperset(set(names) - shown.fixed - shown.sizes):
+            of_offsets.update(node.output)
+    if found := of_tokens.intersection(o.name for o in scorer.graph.output):
+        return f"output {min(found)!r} depends on history tokens without attention"
+    return None if attends else "no attention reads the history"
+
+
+def _attends(node: onnx.NodeProto) -> bool:
+    return (node.domain, node.op_type) == (DOMAIN, OP_NAME)
+
+
+def _dims(value: onnx.ValueInfoProto) -> list[str]:
+    return [d.dim_param for d in value.type.tensor_type.shape.dim]
+
+
+def _copy(node: onnx.NodeProto, own: dict[str, str], piece: int) -> onnx.NodeProto:
+    """A node for one piece, whose values have names of their own; the first piece keeps the node's."""
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    if piece:
+        own.update({name: piece_of(name, piece) for name in node.output if name})
+        copy.name = piece_of(label(node), piece)
+        for names in (copy.input, copy.output):
+            names[:] = [own.get(name, name) for name in names]
+    return copy
+
+
+def _piece_by_piece(node: onnx.NodeProto, names: Sequence[Mapping[str, str]]) -> list[onnx.NodeProto]:
+    """An attention node as one that begins, one for each piece, and one that ends."""
+    query, key, value = node.input[0], node.input[_KEY], node.input[_VALUE]
+    (out,), name = node.output, label(node)
+    stacked, *state = (f"{out}_{part}" for part in ("stacked", *_FOUND))
+    begin = helper.make_node(
+        onnx_pieces.BEGIN, [query, key, value], [stacked, *state], f"{name}_begin", domain=DOMAIN,
+        scale=attribute(node, "scale", 1.0),
+    )  # fmt: skip
+    made = [begin]
+    for piece, own in enumerate(names):
+        after = [piece_of(f"{out}_{part}", piece + 1) for part in _FOUND]
+        given = [stacked, own.get(key, key), own.get(value, value), *state]
+        made.append(helper.make_node(onnx_pieces.ATTEND, given, after, piece_of(name, piece), domain=DOMAIN))
+        state = after
+    mixed, _, total = state
+    made.append(helper.make_node(onnx_pieces.END, [query, mixed, total], [out], f"{name}_end", domain=DOMAIN))
+    return made

@@ -1,0 +1,228 @@
+"""Neighbours' states are read where they lie: the scores of one history, and nothing that copies a key or a value."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from support import tiny
+
+from stca import probe
+from stca.bundle import seal
+from stca.calibration.quantized_bundle import write_quantized
+from stca.calibration.quantized_state import StateFormat
+from stca.checks.verify import prove
+from stca.errors import ParityError
+from stca.export.analysis.scope import walk
+from stca.export.pipeline import CutOptions, export_checkpoint, export_module
+from stca.export.reference.checkpoint import load_checkpoint
+from stca.export.to_onnx import RequestModel
+from stca.pieces import PIECES, piece_of, pieces_of
+from stca.runtime import Request, Session
+from stca.runtime.deadline import NEVER
+from stca.specs import OFFSETS, TARGETS, TOKENS, TensorSpec
+
+NEIGHBOURS = 8
+ROUNDING = {"rtol": 0, "atol": 2e-6}
+HISTORY = [
+    TensorSpec("events", "int64", (TOKENS,), "user", 50),
+    TensorSpec("history_offsets", "int32", (OFFSETS,), "user"),
+]
+TARGET = [
+    TensorSpec("items", "int64", (TARGETS,), "target", 50),
+    TensorSpec("target_offsets", "int32", (OFFSETS,), "target"),
+]
+
+
+@pytest.fixture(scope="module", params=["projected", "absorbed"])
+def bundle(request, tmp_path_factory, checkpoint_file):
+    checkpoint, out = load_checkpoint(checkpoint_file("log")), tmp_path_factory.mktemp("pieces") / "bundle"
+    cut = CutOptions(pieces=NEIGHBOURS + 1)
+    return export_checkpoint(checkpoint, out, prove=tiny.no_proof, form=request.param, cut=cut)
+
+
+@pytest.fixture
+def session(bundle):
+    return Session.load(bundle.path, threads=1)
+
+
+def cut(session, *tokens):
+    """A request for a history, and the same as one of a user with its first piece and neighbours with the others."""
+    specs = session.manifest.graphs["request"].inputs
+    whole = probe.single(specs, sum(tokens), 4, np.random.default_rng(0))
+    events = [s.name for s in specs if s.scope == "user" and s.shape[:1] == (TOKENS,)]
+    user = {s.name: whole[s.name] for s in specs if s.scope == "user" and s.name in whole}
+    ends = np.cumsum([0, *tokens])
+    pieces = [{n: x[a:b] if n in events else x for n, x in user.items()} for a, b in itertools.pairwise(ends)]
+    near = [Request(one, f"n{i}", 1) for i, one in enumerate(pieces[1:])]
+    return Request(whole), Request({**whole, **pieces[0]}, "ann", 1, near)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [(5,), (5, 3), (5, 0, 3), (0, 4), (0, 0), (1,) * 9, (0, 0, 7, 0, 0, 0, 0, 2, 0)],
+    ids=lambda t: ",".join(map(str, t)),
+)
+def test_pieces_are_one_history(session, tokens):
+    whole, apart = cut(session, *tokens)
+    for _ in ("missed", "kept"):
+        found = session.answer(apart)
+        np.testing.assert_allclose(found.scores, session.score(whole), **ROUNDING)
+        assert found.copied == 0
+
+
+def test_more_pieces_than_the_graph_takes_are_joined(session):
+    whole, apart = cut(session, *(1,) * 10)
+    found = session.answer(apart)
+    np.testing.assert_allclose(found.scores, session.score(whole), **ROUNDING)
+    assert found.copied > 0
+
+
+def test_a_neighbour_who_is_left_out(session):
+    whole, apart = cut(session, 5, 3)
+    gone = Request({}, "gone", 1)
+    asked = dataclasses.replace(apart, neighbours=[gone, *apart.neighbours, gone], leave_out=True)
+    found = session.answer(asked)
+    np.testing.assert_allclose(found.scores, session.score(whole), **ROUNDING)
+    assert (found.neighbours, found.copied) == ((("left_out", "miss", "left_out"),), 0)
+
+
+def executed(model, folder):
+    """A graph as ONNX Runtime executes it."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(folder / "executed.onnx")
+    ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    return onnx.load(folder / "executed.onnx", load_external_data=False).graph
+
+
+def readers(graph, names):
+    return {n.op_type for n in walk(graph.node) if names.intersection(n.input)}
+
+
+def test_no_node_copies_a_state(bundle, tmp_path):
+    kept = [s.name for s in bundle.manifest.state if s.bytes_per_token]
+    names = {piece_of(n, i) for n in kept for i in range(NEIGHBOURS + 1)}
+    graph = executed(bundle.file(PIECES), tmp_path)
+    assert names <= {i.name for i in graph.input}
+    assert readers(graph, names) == {"FusedMatMul", "Shape"}  # products read it in place, transposed or not
+
+
+def test_the_arrays_that_are_kept_are_those_that_are_read(session):
+    _, apart = cut(session, 5, 3)
+    session.score(apart)
+    engine, seen = session._model.pieces_scorer, {}
+
+    class Watched:
+        def run(self, inputs):
+            seen.update(inputs)
+            return engine.run(inputs)
+
+    object.__setattr__(session._model, "pieces_scorer", Watched())
+    session.score(apart)
+    states = [session._states.at_hand(session._model, user, 1) for user in ("ann", "n0")]
+    for i, state in enumerate(states):
+        rows = [s.name for s in session.manifest.state if s.bytes_per_token]
+        assert rows
+        assert all(seen[piece_of(n, i)] is state.tensors[n] for n in rows)
+
+
+def test_one_of_a_batch_with_neighbours(session):
+    whole, apart = cut(session, 5, 3)
+    asked = [session._scoring.asked(session._model, [one], None)[0] for one in (whole, apart, whole)]
+    expected = session.score(whole)
+    for found in session._scoring.answers(asked, NEVER):
+        np.testing.assert_allclose(found.scores, expected, **ROUNDING)
+
+
+class Sharp(torch.nn.Module):
+    """Logits far apart, so that nearly all weight may be on any token, of any piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events, self.items = torch.nn.Embedding(50, 8), torch.nn.Embedding(50, 8)
+
+    def forward(self, inputs):
+        key, history = self.events(inputs["events"])[:, None], inputs["history_offsets"]
+        query, lengths = self.items(inputs["items"])[:, None], history[1:] - history[:-1]
+        attend = torch.ops.stca.target_history_attention
+        return attend(query, key, key, inputs["target_offsets"], history, lengths, 60.0)[:, 0]
+
+
+def module_bundle(module, folder, inputs, pieces, **kwargs):
+    torch.manual_seed(0)
+    source = {"kind": "callable", "name": "made"}
+    return export_module(
+        RequestModel(module(), tuple(inputs)), folder, source=source, cut=CutOptions(pieces=pieces), **kwargs
+    )
+
+
+def test_weight_that_is_nearly_all_on_one_token(tmp_path):
+    bundle = module_bundle(Sharp, tmp_path / "bundle", [*HISTORY, *TARGET], 3, prove=prove)
+    assert [s["name"] for s in bundle.manifest.parity["stages"]][-2:] == ["session", "pieces"]
+    session = Session.load(bundle.path, threads=1)
+    rng = np.random.default_rng(0)
+    events, items = rng.integers(0, 50, 300), np.arange(20)
+    whole = session.score(Request({"events": events, "items": items}))
+    near = [Request({"events": events[100:170]}), Request({"events": events[170:]})]
+    found = session.answer(Request({"events": events[:100], "items": items}, neighbours=near))
+    assert found.copied == 0
+    np.testing.assert_allclose(found.scores, whole, rtol=0, atol=2e-4)  # logits of some hundreds have so many digits
+
+
+def test_a_model_that_must_have_one_piece_says_so(tmp_path):
+    device = TensorSpec("device", "float32", (1,), "request")
+    single = [TensorSpec("events", "int64", (TOKENS,), "user", 50), device, TARGET[0]]
+
+    class Pooled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.events, self.items = torch.nn.Embedding(50, 8), torch.nn.Embedding(50, 8)
+
+        def forward(self, inputs):
+            mixed = (self.events(inputs["events"]) * inputs["device"]).amax(0)
+            return self.items(inputs["items"]) * mixed
+
+    bundle = module_bundle(Pooled, tmp_path / "bundle", single, 3, prove=tiny.no_proof)
+    assert PIECES not in bundle.manifest.graphs
+    assert any("neighbours' states are not read where they lie" in n for n in bundle.manifest.split["notes"])
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_states_in_eight_bits(bundle, tmp_path, kind):
+    ranges = np.full((1, 1, 1), 4.0, np.float32)
+    formats = {s.name: StateFormat(kind, "token", ranges) for s in bundle.manifest.state if s.dtype == "float32"}
+    session = Session.load(write_quantized(bundle, formats, tmp_path / "q").path, threads=1)
+    whole, apart = cut(session, 5, 3)
+    found = session.answer(apart)
+    np.testing.assert_allclose(found.scores, session.score(whole), **ROUNDING)
+    assert found.copied == 0
+
+
+def test_a_graph_for_pieces_that_is_wrong_does_not_pass(bundle, tmp_path):
+    shutil.copytree(bundle.path, tmp_path / "wrong")
+    model = onnx.load(bundle.file(PIECES), load_external_data=False)
+    attend = next(n for n in model.graph.node if n.op_type == "AttendPiece" and piece_of("x", 1)[1:] in n.input[1])
+    attend.input[1:3] = [name.split("@")[0] for name in attend.input[1:3]]  # the first piece once more
+    onnx.save(model, tmp_path / "wrong" / f"{PIECES}.onnx")
+    wrong = seal(tmp_path / "wrong", bundle.manifest)
+    with pytest.raises(ParityError, match="stage pieces differs"):
+        prove(wrong)
+
+
+def test_a_manifest_whose_pieces_are_others(bundle):
+    manifest = bundle.manifest
+    graph = manifest.graphs[PIECES]
+    assert len(pieces_of(manifest)) == NEIGHBOURS
+    for wrong in (graph.inputs[:-1], (*graph.inputs[1:], graph.inputs[0])):
+        graphs = {**manifest.graphs, PIECES: dataclasses.replace(graph, inputs=wrong)}
+        with pytest.raises(ValueError, match=f"graphs.{PIECES}: inputs: .* is not what the target scorer takes"):
+            pieces_of(dataclasses.replace(manifest, graphs=graphs))
+    with pytest.raises(ValueError, match="there are no pieces"):
+        pieces_of(dataclasses.replace(manifest, appendable=False))
