@@ -15,6 +15,8 @@ def test_the_short_form():
     assert wrong == []
     ways = ("score", "hit", "append", "amend", "warm", "forget", "swap", "restart", "crash", "damage", "together")
     assert [way for way in ways if not counts[way]] == []
+    done = ("hits from memory", "hits from a file", "evictions from memory", "evictions from files", "expired")
+    assert [what for what in (*done, "records discarded") if not counts[f"store: {what}"]] == []
 
 
 @pytest.mark.parametrize("left_out", ["version", "weights"])

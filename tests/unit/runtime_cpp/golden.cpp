@@ -311,8 +311,11 @@ class Runner {
 
   void compare(const std::optional<stca::Residence>& found, const Json& step) const {
     const std::optional<std::string> tier = name_of(*step.find("tier"));
-    if ((found ? std::optional(found->tier) : std::nullopt) != tier) return wrong("is elsewhere than in ", tier.value_or("nothing"));
-    if (found && found->version != name_of(*step.find("kept_version"))) wrong("is of version ", found->version.value_or("?"));
+    if ((found ? std::optional(found->tier) : std::nullopt) != tier) {
+      wrong("is elsewhere than in ", tier.value_or("nothing"));
+    } else if (found && found->version != name_of(*step.find("kept_version"))) {
+      wrong("is of version ", found->version.value_or("?"));
+    }
   }
 
   void compare(const stca::CacheStats& stats, const Json& step) const {
