@@ -101,6 +101,12 @@ def options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--record", metavar="FILE", help="keep the arrivals, as JSON lines")
     p.add_argument("--cache-mib", type=int, default=1024, metavar="N", help="of a bundle: most MiB of user states")
+    p.add_argument(
+        "--split",
+        metavar="SHARE|adaptive|FILE",
+        help="of a bundle: share these MiB with rows of its table files: that part of them, as the load has it, or as "
+        "`Recorded` wrote it (default: states alone)",
+    )
     p.add_argument("--threads", type=count, metavar="N", help="of a bundle: threads of one request (default: 1)")
     p.add_argument("--report", metavar="FILE", help="write a page with pictures of it, in HTML")
     p.add_argument("--compare", action="store_true", help="of a bundle: without a store, too, by its own capacity")
@@ -122,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         towards=Crowd(*args.towards) if args.towards else None, spike=args.spike, seed=args.seed,
     )  # fmt: skip
     remote = _remote(args)
-    client = Behind(args.target, args.admin) if remote else _session(args, args.cache_mib)
+    client = Behind(args.target, args.admin) if remote else _session(args, args.cache_mib, _split(args.split))
     reports: dict[str, LoadReport] = {}
     trace = _trace(args, traffic, client, told)
     told(f"{len(trace)} arrivals")
@@ -162,6 +168,8 @@ def _check_target(args: argparse.Namespace) -> None:
         raise UsageError("--admin: is of a server; leave it out, a bundle in this process takes events as it is")
     if remote and args.threads:
         raise UsageError("--threads: is of a bundle in this process; give it to `stca serve`")
+    if remote and args.split:
+        raise UsageError("--split: is of a bundle in this process; leave it out, a server has what it was started with")
     if remote and args.compare:
         raise UsageError("--compare: is of a bundle in this process; start a server with --cache-mib 0 and load that")
     if not remote:
@@ -183,11 +191,32 @@ def _write_page(args: argparse.Namespace, data: dict[str, Any]) -> Path:
     )
 
 
-def _session(args: argparse.Namespace, cache_mib: int) -> Any:
+def _session(args: argparse.Namespace, cache_mib: int, split: Any = None) -> Any:
     from stca.load.clients import InProcess
     from stca.runtime import Session
 
-    return InProcess(Session.load(args.target, threads=args.threads or 1, cache_bytes=cache_mib << 20))
+    return InProcess(Session.load(args.target, threads=args.threads or 1, cache_bytes=cache_mib << 20, split=split))
+
+
+def _split(text: str | None) -> Any:
+    """The policy that is asked for.
+
+    Raises:
+        UsageError: when there is none such.
+    """
+    from stca.runtime import MarginalUtility, Replayed, Static
+
+    if text is None or text == "adaptive":
+        return None if text is None else MarginalUtility()
+    try:
+        share = float(text)
+    except ValueError:
+        if not Path(text).is_file():
+            raise UsageError(f"--split: {text!r:.80} is no file; give one, a share from 0 to 1, or adaptive") from None
+        return Replayed(text)
+    if not 0 <= share <= 1:
+        raise UsageError(f"--split: is {text}, expected a share from 0 to 1")
+    return Static(share)
 
 
 def _trace(args: argparse.Namespace, traffic: Traffic, client: Any, told: Any, record: bool = True) -> list[Arrival]:

@@ -43,7 +43,7 @@ class Client(Protocol):
         ...
 
     def store(self) -> dict[str, Any]:
-        """What the state store counted; empty where it cannot be asked."""
+        """What the state store counted, and bytes by who has them; empty where it cannot be asked."""
         ...
 
 
@@ -70,7 +70,7 @@ class InProcess:
 
     def store(self) -> dict[str, Any]:
         """See `Client.store`."""
-        return dataclasses.asdict(self._session.stats())
+        return {**dataclasses.asdict(self._session.stats()), "memory": dict(self._session.memory())}
 
 
 class Behind:

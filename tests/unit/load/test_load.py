@@ -326,6 +326,21 @@ def test_the_command_reports(bundle_dir, tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_the_command_splits_memory(bundle_dir, tmp_path, capsys):
+    command = ["load", str(bundle_dir), "--seconds", "0.2", "--rate", "20", "--history", "3,20", "--cache-mib", "1"]
+    file = tmp_path / "splits.jsonl"
+    file.write_text('{"states": 128}\n')
+    for split in ("adaptive", "0.3", str(file)):
+        assert commands.main([*command, "--split", split, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["load"]["store"]["memory"] == {"states": 1 << 20}  # this bundle has no tables in files
+    for split, said in (("1.5", "from 0 to 1"), ("nan", "from 0 to 1"), ("none.jsonl", "adaptive")):
+        assert commands.main([*command, "--split", split]) == 2
+        assert said in capsys.readouterr().err
+    assert commands.main(["load", "http://127.0.0.1:1", "--split", "0.3"]) == 2
+    assert "--split" in capsys.readouterr().err
+
+
 def test_each_of_two_is_compared_at_a_share_of_its_own_capacity(bundle_dir, monkeypatch, capsys):
     capacities = iter((100.0, 40.0))
     monkeypatch.setattr("stca.load.run.capacity", lambda *_: next(capacities))
