@@ -7,10 +7,12 @@ goes from piece to piece (`stca.plugins.onnx_pieces`). So a request that reads s
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx
 from onnx import helper
 
+from stca.export.analysis.cost import NominalSizes, any_sizes
 from stca.export.analysis.scope import Dataflow, attribute, label, opset_of, reads
 from stca.export.analysis.tokenwise import Tokenwise
 from stca.export.appending import Appending
@@ -64,6 +66,7 @@ def in_pieces(scorer: onnx.ModelProto, offsets: Collection[str], pieces: int) ->
     del made.graph.node[:], made.graph.value_info[:]
     inputs = {i.name for i in apart}
     names: list[dict[str, str]] = [{} for _ in range(pieces)]
+    columns = _parted_keys(scorer)
     for piece in range(1, pieces):
         for value in apart:
             own = made.graph.input.add()
@@ -72,7 +75,11 @@ def in_pieces(scorer: onnx.ModelProto, offsets: Collection[str], pieces: int) ->
             own.type.tensor_type.shape.dim[0].dim_param = piece_of(TOKENS, piece)
     for node in graph.node:
         if _attends(node) and node.input[_KEY] in inputs:
-            made.graph.node.extend(_piece_by_piece(node, names))
+            apart_columns = columns.get(node.input[_KEY], ())
+            for view in (v for part in apart_columns for v in part.views):
+                inputs.update(view.output)
+                made.graph.node.extend(_copy(view, own, piece) for piece, own in enumerate(names))
+            made.graph.node.extend(_piece_by_piece(node, names, apart_columns))
         elif inputs.isdisjoint(reads(node)):
             made.graph.node.append(node)
         else:
@@ -142,20 +149,78 @@ def _copy(node: onnx.NodeProto, own: dict[str, str], piece: int) -> onnx.NodePro
     return copy
 
 
-def _piece_by_piece(node: onnx.NodeProto, names: Sequence[Mapping[str, str]]) -> list[onnx.NodeProto]:
-    """An attention node as one that begins, one for each piece, and one that ends."""
-    query, key, value = node.input[0], node.input[_KEY], node.input[_VALUE]
+@dataclass(frozen=True)
+class _Columns:
+    """Some columns of a key: how many, the value that they are, and the views that make it of what was concatenated."""
+
+    width: int
+    value: str
+    views: tuple[onnx.NodeProto, ...]
+
+
+def _parted_keys(scorer: onnx.ModelProto) -> dict[str, tuple[_Columns, ...]]:
+    """Keys that are put together of two ranges of columns, a state's and a bias perhaps, and these ranges."""
+    flow, sizes = Dataflow(scorer.graph), NominalSizes(scorer, any_sizes(scorer.graph))
+    found: dict[str, tuple[_Columns, ...]] = {}
+    for key in {n.input[_KEY] for n in scorer.graph.node if _attends(n)}:
+        source, views = key, list[onnx.NodeProto]()
+        while (at := flow.writer.get(source)) is not None and scorer.graph.node[at].op_type == "Unsqueeze":
+            views.insert(0, scorer.graph.node[at])
+            source = views[0].input[0]
+        concat = None if at is None else scorer.graph.node[at]
+        if concat is None or concat.op_type != "Concat" or len(concat.input) != 2:
+            continue
+        widths = [(sizes.dims(name) or (None,))[-1] for name in (*concat.input, source, key)]
+        rank = len(sizes.dims(source) or ())
+        last = attribute(concat, "axis", 0) % max(rank, 1) == rank - 1
+        if last and all(isinstance(n, int) for n in widths) and widths[2] == widths[3]:
+            found[key] = tuple(_columns(n, int(w or 0), views) for n, w in zip(concat.input, widths, strict=False))
+    return found
+
+
+def _columns(source: str, width: int, views: Sequence[onnx.NodeProto]) -> _Columns:
+    made: list[onnx.NodeProto] = []
+    for view in views:
+        own = onnx.NodeProto()
+        own.CopyFrom(view)
+        own.input[0], own.output[0], own.name = source, f"{view.output[0]}_{source}", f"{label(view)}_{source}"
+        made.append(own)
+        source = own.output[0]
+    return _Columns(width, source, tuple(made))
+
+
+def _piece_by_piece(
+    node: onnx.NodeProto, names: Sequence[Mapping[str, str]], columns: Sequence[_Columns]
+) -> list[onnx.NodeProto]:
+    """An attention node as one that begins, one for each piece, and one that ends.
+
+    Args:
+        node: the attention.
+        names: values of each piece, by those of the scorer.
+        columns: of the key, where they come apart.
+    """
+    query, value = node.input[0], node.input[_VALUE]
     (out,), name = node.output, label(node)
     stacked, *state = (f"{out}_{part}" for part in ("stacked", *_FOUND))
+    op, keys, queries = onnx_pieces.ATTEND, [node.input[_KEY]], [stacked]
+    made: list[onnx.NodeProto] = []
+    if columns:
+        op, keys = onnx_pieces.ATTEND_BIASED, [c.value for c in columns]
+        queries = [f"{stacked}_{i}" for i in range(len(columns))]
+        widths = helper.make_tensor("value", onnx.TensorProto.INT64, [len(columns)], [c.width for c in columns])
+        made.append(helper.make_node("Constant", [], [f"{stacked}_widths"], f"{name}_widths", value=widths))
+        made.append(helper.make_node("Split", [stacked, f"{stacked}_widths"], queries, f"{name}_split", axis=2))
+        if columns[0].width < columns[1].width:
+            queries, keys = queries[::-1], keys[::-1]
     begin = helper.make_node(
-        onnx_pieces.BEGIN, [query, key, value], [stacked, *state], f"{name}_begin", domain=DOMAIN,
+        onnx_pieces.BEGIN, [query, keys[0], value], [stacked, *state], f"{name}_begin", domain=DOMAIN,
         scale=attribute(node, "scale", 1.0),
     )  # fmt: skip
-    made = [begin]
+    made.insert(0, begin)
     for piece, own in enumerate(names):
         after = [piece_of(f"{out}_{part}", piece + 1) for part in _FOUND]
-        given = [stacked, own.get(key, key), own.get(value, value), *state]
-        made.append(helper.make_node(onnx_pieces.ATTEND, given, after, piece_of(name, piece), domain=DOMAIN))
+        given = [*queries, *(own.get(one, one) for one in (*keys, value)), *state]
+        made.append(helper.make_node(op, given, after, piece_of(name, piece), domain=DOMAIN))
         state = after
     mixed, _, total = state
     made.append(helper.make_node(onnx_pieces.END, [query, mixed, total], [out], f"{name}_end", domain=DOMAIN))

@@ -15,7 +15,7 @@ import functools
 import onnx
 from onnx import parser
 
-BEGIN, ATTEND, END = "BeginPieces", "AttendPiece", "EndPieces"
+BEGIN, ATTEND, ATTEND_BIASED, END = "BeginPieces", "AttendPiece", "AttendBiasedPiece", "EndPieces"
 # ReduceMax takes its axes as an input since then.
 OLDEST_OPSET = 18
 
@@ -104,6 +104,46 @@ AttendPiece (stacked, key, value, mixed, most, total) => (mixed_after, most_afte
 }
 """
 
+# Some columns of the key, `more`, are apart, as a bias is that joins it in a column of its own. Where all rows of a
+# piece have the same there, as of a neighbour's similarity, they add one number to all logits of a target: the logit
+# that sums are relative to is lowered by it, and raised afterwards. Otherwise the key's columns are put together.
+_ATTEND_BIASED = """
+<domain: "stca", opset_import: ["" : 18, "stca" : 1]>
+AttendBiasedPiece (stacked, stacked_more, key, more, value, mixed, most, total)
+    => (mixed_after, most_after, total_after)
+{
+    zero = Constant <value: tensor = int64 {0}> ()
+    rows = Shape <start: int = 0, end: int = 1> (more)
+    count = Squeeze (rows)
+    begin = Constant <value: tensor = int64[1] {0}> ()
+    one = Constant <value: tensor = int64[1] {1}> ()
+    more32 = Cast <to: int = 1> (more)
+    first = Slice (more32, begin, one, begin)
+    differs = Sub (more32, first)
+    distance = Abs (differs)
+    farthest = ReduceSum <keepdims: int = 0> (distance)
+    none = Constant <value_float: float = 0.0> ()
+    same = Equal (farthest, none)
+    some = Greater (count, zero)
+    shared = And (same, some)
+    mixed_after, most_after, total_after = If (shared) <
+        then_branch = shift () => (float[g, r, d] mixed_more, float[g, r, i] most_more, float[g, r, i] total_more) {
+            first_by_head = Transpose <perm: ints = [1, 2, 0]> (first)
+            bias = MatMul (stacked_more, first_by_head)
+            lowered = Sub (most, bias)
+            mixed_more, highest, total_more = stca.AttendPiece (stacked, key, value, mixed, lowered, total)
+            most_more = Add (highest, bias)
+        },
+        else_branch = join () => (float[g, r, d] mixed_all, float[g, r, i] most_all, float[g, r, i] total_all) {
+            key32 = Cast <to: int = 1> (key)
+            key_all = Concat <axis: int = 2> (key32, more32)
+            stacked_all = Concat <axis: int = 2> (stacked, stacked_more)
+            mixed_all, most_all, total_all = stca.AttendPiece (stacked_all, key_all, value, mixed, most, total)
+        }
+    >
+}
+"""
+
 # The sum is at least 1, for the largest term is exp(0), or 0 where no piece had rows.
 _END = """
 <domain: "stca", opset_import: ["" : 18]>
@@ -125,8 +165,8 @@ EndPieces (query, mixed, total) => (out)
 
 @functools.cache
 def functions(opset: int = OLDEST_OPSET) -> tuple[onnx.FunctionProto, ...]:
-    """The three bodies, for a model of that opset."""
-    parsed = tuple(parser.parse_function(text) for text in (_BEGIN, _ATTEND, _END))
+    """The bodies, for a model of that opset."""
+    parsed = tuple(parser.parse_function(text) for text in (_BEGIN, _ATTEND, _ATTEND_BIASED, _END))
     for function in parsed:
         function.opset_import[0].version = opset
     return parsed

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -29,6 +31,8 @@ from stca.runtime.deadline import NEVER
 from stca.specs import OFFSETS, TARGETS, TOKENS, TensorSpec
 
 NEIGHBOURS = 8
+# Operators that copy; Reshape, Squeeze and Unsqueeze give another shape to the same memory.
+MOVES = frozenset(("Cast", "Concat", "Expand", "Gather", "Identity", "Slice", "Split", "Tile", "Transpose"))
 ROUNDING = {"rtol": 0, "atol": 2e-6}
 HISTORY = [
     TensorSpec("events", "int64", (TOKENS,), "user", 50),
@@ -114,9 +118,8 @@ def test_no_node_copies_a_state(bundle, tmp_path):
     assert readers(graph, names) == {"FusedMatMul", "Shape"}  # products read it in place, transposed or not
 
 
-def test_the_arrays_that_are_kept_are_those_that_are_read(session):
-    _, apart = cut(session, 5, 3)
-    session.score(apart)
+def fed(session, request):
+    """What the graph for pieces is given for a request."""
     engine, seen = session._model.pieces_scorer, {}
 
     class Watched:
@@ -125,7 +128,29 @@ def test_the_arrays_that_are_kept_are_those_that_are_read(session):
             return engine.run(inputs)
 
     object.__setattr__(session._model, "pieces_scorer", Watched())
+    session.score(request)
+    object.__setattr__(session._model, "pieces_scorer", engine)
+    return seen
+
+
+def copied_bytes(model, feeds, folder):
+    """Bytes that nodes wrote which do nothing but move values, in one run as ONNX Runtime tells of it."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.enable_profiling, options.profile_file_prefix = True, str(folder / "run")
+    profiled = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    profiled.run(None, feeds)
+    ran = [
+        e["args"] for e in json.loads(Path(profiled.end_profiling()).read_text()) if "output_size" in e.get("args", {})
+    ]
+    assert ran
+    return sum(int(one["output_size"]) for one in ran if one["op_name"] in MOVES)
+
+
+def test_the_arrays_that_are_kept_are_those_that_are_read(session):
+    _, apart = cut(session, 5, 3)
     session.score(apart)
+    seen = fed(session, apart)
     states = [session._states.at_hand(session._model, user, 1) for user in ("ann", "n0")]
     for i, state in enumerate(states):
         rows = [s.name for s in session.manifest.state if s.bytes_per_token]
@@ -159,7 +184,11 @@ def module_bundle(module, folder, inputs, pieces, **kwargs):
     torch.manual_seed(0)
     source = {"kind": "callable", "name": "made"}
     return export_module(
-        RequestModel(module(), tuple(inputs)), folder, source=source, cut=CutOptions(pieces=pieces), **kwargs
+        RequestModel(module(), tuple(inputs)),
+        folder,
+        source=source,
+        cut=CutOptions(pieces=pieces, flops_per_byte=0.01),  # so that keys are kept
+        **kwargs,
     )
 
 
@@ -226,3 +255,44 @@ def test_a_manifest_whose_pieces_are_others(bundle):
             pieces_of(dataclasses.replace(manifest, graphs=graphs))
     with pytest.raises(ValueError, match="there are no pieces"):
         pieces_of(dataclasses.replace(manifest, appendable=False))
+
+
+class Similar(torch.nn.Module):
+    """SUIN's bias: β · similarity on the logits of a user's events, as one more column of the key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events, self.items = torch.nn.Embedding(50, 8), torch.nn.Embedding(50, 8)
+        self.wide = torch.nn.Linear(8, 64)
+
+    def forward(self, inputs):
+        key, history = self.wide(self.events(inputs["events"])), inputs["history_offsets"]
+        biased = torch.cat([key, 0.7 * inputs["similarity"][:, None]], dim=1)[:, None]
+        query = self.wide(self.items(inputs["items"]))
+        query = torch.cat([query, torch.ones_like(query[:, :1])], dim=1)[:, None]
+        attend, lengths = torch.ops.stca.target_history_attention, history[1:] - history[:-1]
+        return attend(query, biased, key[:, None], inputs["target_offsets"], history, lengths, 1.0)[:, 0, :2]
+
+
+def test_a_similarity_for_each_user_copies_no_key(tmp_path):
+    similarity = TensorSpec("similarity", "float32", (TOKENS,), "request")
+    bundle = module_bundle(Similar, tmp_path / "bundle", [*HISTORY, similarity, *TARGET], 4, prove=prove)
+    session = Session.load(bundle.path, threads=1)
+    rng, items = np.random.default_rng(0), np.arange(5)
+    events = rng.integers(0, 50, 900)
+
+    ends = ((0, 300), (300, 700), (700, 900))
+    for similar in ((1.0, 0.5, -3.0), tuple(rng.random(b - a, np.float32) for a, b in ends)):
+        each = [np.broadcast_to(np.float32(x), b - a) for x, (a, b) in zip(similar, ends, strict=True)]
+        rows = np.concatenate(each)
+        whole = session.score(Request({"events": events, "similarity": rows, "items": items}))
+        users = [{"events": events[a:b], "similarity": x} for x, (a, b) in zip(similar, ends, strict=True)]
+        apart = Request({**users[0], "items": items}, neighbours=[Request(one) for one in users[1:]])
+        np.testing.assert_allclose(session.score(apart), whole, rtol=0, atol=1e-5)
+        feeds = fed(session, apart)
+        kept = sum(x.nbytes for n, x in feeds.items() if "events" in n or "linear" in n)
+        copied = copied_bytes(bundle.file(PIECES), feeds, tmp_path)
+        if np.ndim(similar[0]):
+            assert copied > 0.5 * kept  # where a bias is of each event, its column joins those of the key
+        else:
+            assert copied < 0.1 * kept  # of logits and of queries, for five targets
