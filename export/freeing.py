@@ -24,6 +24,7 @@ from stca.export.passes.layer_norm import LayerBeforeNorm
 from stca.export.passes.rules import Rule, Verdict, View, apply
 from stca.export.passes.slopes import SlopeApart
 from stca.export.passes.spectra import SpectrumAsProduct
+from stca.export.passes.spread_sums import SumAsProduct
 from stca.export.passes.sums import SumOfProducts
 from stca.export.passes.to_double import distance, in_double
 from stca.specs import TensorSpec
@@ -32,6 +33,7 @@ from stca.specs import TensorSpec
 RULES: Final[tuple[Rule, ...]] = (
     SpectrumAsProduct(),
     FuseAttention(),
+    SumAsProduct(),
     FlatApart(),
     ConvAsLayer(),
     NormInLayer(),

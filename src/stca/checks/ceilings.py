@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from stca.arrays import Array
 from stca.bundle import Bundle, scratch
-from stca.checks.forecast import Item, items
+from stca.checks.forecast import Item, Kind, items
 from stca.plugins import onnx_function
 from stca.plugins.spec import DOMAIN, OP_NAME, OP_VERSION
 from stca.plugins.tiling import Shape
@@ -27,6 +27,10 @@ from stca.specs import HALVES
 
 _WIDTH = 512  # of a matrix as products without a constant side have it
 _MOVED: Final = 1 << 21  # elements of an array, beyond the caches of one core
+_ROW = 32  # elements of a softmax's rows
+# Pieces that change places: of as many axes as heads of tokens have, in an array that stays in the caches.
+_TARGETS, _TOKENS, _HEAD = 1200, 21, 8
+_PAIRS, _SIDE = 2048, 16  # of small matrices, multiplied in one product
 # Targets and tokens of the attentions that are measured: none to speak of, many tokens, and as many logits of fewer.
 _ATTENTIONS: Final = ((1, 16), (32, 8192), (256, 4096))
 # Rows of products: few; some, whose results stay in the caches; and many, as far as multiply-adds allow, to leave them.
@@ -38,17 +42,16 @@ class CpuCeilings:
     """Rates of this CPU, and of each attention and each constant matrix of a bundle.
 
     Attributes:
-        products: operations/s of a matrix product.
-        functions: elements/s through a sigmoid.
-        bandwidth: byte/s of a product of two arrays, element by element.
+        rates: of each kind of node: operations/s of a matrix product, elements/s through a sigmoid and a softmax,
+            byte/s of two arrays multiplied element by element, pieces/s of axes that change places.
+        matrix: seconds of a pair of matrices among many in one product, besides its operations.
         requests: seconds of each stage of `bench` for the smallest request: what is spent around the arithmetic.
         weights: for each `(K, N)` seconds of few rows, of a row more up to some, and of one beyond.
         attentions: for each shape seconds of a token more, and of a logit more.
     """
 
-    products: float
-    functions: float
-    bandwidth: float
+    rates: Mapping[Kind, float]
+    matrix: float
     requests: Mapping[str, float]
     weights: Mapping[tuple[int, int], tuple[float, float, float]]
     attentions: Mapping[Shape, tuple[float, float]]
@@ -67,8 +70,12 @@ class CpuCeilings:
             most = few * min(item.rows, _FEW) / _FEW + more * max(0, min(item.rows, _SOME) - _FEW)
             return most + beyond * max(0, item.rows - _SOME)
         if item.kind == "product":
-            return item.operations / self.products
-        return item.operations / self.functions if item.kind == "function" else item.bytes / self.bandwidth
+            return self.matrix * (item.matrices - 1) + item.operations / self.rates["product"]
+        moved = item.bytes / self.rates["move"]
+        if item.kind == "move":
+            return moved
+        spent = item.operations / self.rates[item.kind]
+        return max(spent, moved) if item.kind == "transpose" else spent
 
 
 def measure_ceilings(
@@ -105,22 +112,31 @@ def measure_ceilings(
             return spent(_one("MatMul", {"x": x}, {"w": normal(*weight)}), {"x": x})
 
         large = {"x": normal(_MOVED), "y": normal(_MOVED)}
-        moved = spent(_one("Mul", large), large)
-        function = spent(_one("Sigmoid", {"x": large["x"]}), {"x": large["x"]})
+        rows = {"x": normal(_MOVED // _ROW, _ROW)}
+        heads = {"x": normal(_TOKENS, _TARGETS, _HEAD)}
+        pairs = {"x": normal(_PAIRS, _SIDE, _SIDE), "y": normal(_PAIRS, _SIDE, _SIDE)}
+        best = 2 * _WIDTH**3 / product(_WIDTH, (_WIDTH, _WIDTH))
+        rates: dict[Kind, float] = {
+            "product": best,
+            "function": _MOVED / spent(_one("Sigmoid", {"x": large["x"]}), {"x": large["x"]}),
+            "along axis": _MOVED / spent(_one("Softmax", rows), rows),
+            "transpose": _TOKENS * _TARGETS / spent(_one("Transpose", heads, perm=[1, 0, 2]), heads),
+            "move": 3 * 4 * _MOVED / spent(_one("Mul", large), large),
+        }
+        matrix = max(0.0, spent(_one("MatMul", pairs), pairs) / _PAIRS - 2 * _SIDE**3 / best)
         has = [item for half in HALVES for item in items(bundle, half, 1, 1)]
         weights = {}
         for weight in {item.weight for item in has if item.weight is not None}:
             many = max(2 * _FEW, min(_MANY, _MOST // math.prod(weight)))
             sizes = (_FEW, *([_SOME] if many > _SOME else []), many)
             times = [product(rows, weight) for rows in sizes]
-            rates = np.maximum(0, np.diff(times) / np.diff(sizes))
-            weights[weight] = times[0], float(rates[0]), float(rates[-1])
+            more = np.maximum(0, np.diff(times) / np.diff(sizes))
+            weights[weight] = times[0], float(more[0]), float(more[-1])
         attentions = {}
         for shape in {item.shape for item in has if item.shape is not None}:
             feeds = [_attention_feeds(shape, *sizes, rng) for sizes in _ATTENTIONS]
             attentions[shape] = _fit(shape, [spent(_attention(shape), one) for one in feeds])
-        best = 2 * _WIDTH**3 / product(_WIDTH, (_WIDTH, _WIDTH))
-    return CpuCeilings(best, _MOVED / function, 3 * 4 * _MOVED / moved, requests, weights, attentions)
+    return CpuCeilings(rates, matrix, requests, weights, attentions)
 
 
 def _median(run: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
@@ -142,10 +158,12 @@ def _fit(shape: Shape, times: Sequence[float]) -> tuple[float, float]:
     return max(0.0, float(token)), max(0.0, float(logit))
 
 
-def _one(op: str, inputs: Mapping[str, Array], weights: Mapping[str, Array] | None = None) -> onnx.ModelProto:
+def _one(
+    op: str, inputs: Mapping[str, Array], weights: Mapping[str, Array] | None = None, **attributes: Any
+) -> onnx.ModelProto:
     """A graph of one node, whose inputs are these, and then the weights."""
     names = [*inputs, *(weights or {})]
-    return _model([helper.make_node(op, names, ["out"])], inputs, weights or {})
+    return _model([helper.make_node(op, names, ["out"], **attributes)], inputs, weights or {})
 
 
 def _attention(shape: Shape) -> onnx.ModelProto:

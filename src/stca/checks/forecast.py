@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,7 +19,7 @@ from stca.bundle import Bundle
 from stca.plugins.tiling import Shape, Sizes
 from stca.specs import HALVES, OFFSETS, USERS
 
-Kind = Literal["product", "function", "move", "attention"]
+Kind = Literal["product", "function", "along axis", "transpose", "move", "attention"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class Item:
 
     Attributes:
         kind: the rate that it runs at.
-        operations: of a product; elements of a function.
+        operations: of a product; elements of a function, or of what is done along an axis; pieces that change places.
         rows, weight: of a product with a constant matrix, `(rows, K)` by `weight`, `(K, N)`.
+        matrices: how many pairs of matrices a product without a constant one multiplies.
         bytes: read and written, in the graph's own types.
         between: how many of them are only handed from one pointwise node to the next, which GPU engines fuse.
         shape, sizes: of an attention.
@@ -38,6 +40,7 @@ class Item:
     operations: int = 0
     rows: int = 0
     weight: tuple[int, int] | None = None
+    matrices: int = 1
     bytes: int = 0
     between: int = 0
     shape: Shape | None = None
@@ -86,28 +89,54 @@ def items(bundle: Bundle, half: str, history: int, targets: int) -> list[Item]:
 
     sizes = probe.row_sizes(bundle.manifest.graphs["request"].inputs, history, targets)
     model, at = counted(bundle, half, {**bundle.manifest.split.get("workload", {}), **sizes})
-    weights = {t.name for t in model.graph.initializer}
+    constant = {t.name for t in model.graph.initializer}
     fused = _fused(model.graph)
     outputs = {value.name for value in model.graph.output}
     found = []
     for node in model.graph.node:
-        names = [n for n in (*node.input, *node.output) if n and n not in weights]
+        if node.op_type not in operators.RANDOM and constant.issuperset(filter(None, node.input)):
+            constant.update(node.output)  # an engine computes it when it opens
+            continue
+        names = [n for n in (*node.input, *node.output) if n and n not in constant]
         moved, between = (sum(at.bytes(n) or 0 for n in some) for some in (names, [n for n in names if n in fused]))
         if is_operator(node):
             query, key, value = (at.shape(n) or (1, 1, 1) for n in node.input[:3])
             shape = _shape(query[1], key[1], key[2], value[2], node.input[1] == node.input[2])
-            item = Item("attention", at.work(node), 0, None, moved, 0, shape, Sizes(query[0], key[0], 1))
+            asked = Sizes(query[0], key[0], 1)
+            item = Item("attention", at.work(node), bytes=moved, shape=shape, sizes=asked)
             # What no kernel takes counts as products.
             found.append(item if shape else dataclasses.replace(item, kind="product", sizes=None))
         elif node.op_type in operators.PRODUCTS | operators.RECURRENT | {"Attention"}:
-            weight = _weight(node, at.shape(node.input[1])) if node.input[1] in weights else None
-            rows = at.elements(node.output[0]) // max(1, weight[1]) if weight else 0
-            found.append(Item("product", at.work(node), rows, weight, moved))
+            found.append(_product(node, at, constant, moved))
         elif node.op_type in operators.FUNCTIONS | operators.ALONG_AXIS:
-            found.append(Item("function", sum(map(at.elements, filter(None, node.output))), 0, None, moved, between))
+            kind: Kind = "function" if node.op_type in operators.FUNCTIONS else "along axis"
+            work = sum(map(at.elements, filter(None, node.output)))
+            found.append(Item(kind, work, bytes=moved, between=between))
         elif node.op_type not in operators.COSTS_NOTHING or outputs & {*node.output}:
-            found.append(Item("move", bytes=moved, between=between))
+            pieces = _pieces(node, at.shape(node.output[0])) if node.op_type == "Transpose" else 0
+            found.append(Item("transpose" if pieces else "move", pieces, bytes=moved, between=between))
     return found
+
+
+def _product(node: Any, at: Any, constant: Container[str], moved: int) -> Item:
+    """Of a product node, by the sizes `at` this workload."""
+    if node.input[1] in constant:
+        weight = _weight(node, at.shape(node.input[1]))
+        rows = at.elements(node.output[0]) // max(1, weight[1]) if weight else 0
+        return Item("product", at.work(node), rows, weight, bytes=moved)
+    second = at.shape(node.input[1]) or ()
+    many = node.op_type == "MatMul" and math.prod(second[:-2]) > 1
+    matrices = math.prod((at.shape(node.output[0]) or (1,))[:-2]) if many else 1
+    return Item("product", at.work(node), matrices=matrices, bytes=moved)
+
+
+def _pieces(node: Any, shape: tuple[int, ...] | None) -> int:
+    """Runs of elements that stay together while their axes change places; 0 where the last axis moves, too."""
+    from stca.export.analysis.scope import attribute
+
+    order = attribute(node, "perm", ())
+    stay = next((n for n, axis in enumerate(reversed(order)) if axis != len(order) - 1 - n), len(order))
+    return math.prod(shape[: len(order) - stay]) if shape and 0 < stay < len(order) else 0
 
 
 def _weight(node: Any, shape: tuple[int, ...] | None) -> tuple[int, int] | None:

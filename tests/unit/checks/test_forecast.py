@@ -14,7 +14,7 @@ from stca import commands
 from stca.bundle import Bundle
 from stca.checks import bench, ceilings
 from stca.checks.ceilings import CpuCeilings
-from stca.checks.forecast import Item, forecast, items
+from stca.checks.forecast import Item, Kind, forecast, items
 from stca.checks.plan import GPUS, Demand, GpuRates, next_steps, plan
 from stca.errors import UsageError
 from stca.plugins.tiling import Shape, Sizes
@@ -54,14 +54,19 @@ def test_attentions_and_constant_matrices_are_told_from_other_work(bundle_dir: P
 
 def test_rates_of_a_cpu() -> None:
     shape = Shape(2, 1, 16, 16, "float32")
-    rates = CpuCeilings(100.0, 10.0, 4.0, {"hit": 1.0}, {(2, 3): (32.0, 0.5, 0.25)}, {shape: (0.1, 0.01)})
+    of_kinds: dict[Kind, float] = {"product": 100.0, "function": 10.0, "along axis": 5.0, "transpose": 2.0, "move": 4.0}
+    rates = CpuCeilings(of_kinds, 0.5, {"hit": 1.0}, {(2, 3): (32.0, 0.5, 0.25)}, {shape: (0.1, 0.01)})
     assert rates.least("hit") == 1.0
     assert rates.seconds(Item("product", 200)) == 2
+    assert rates.seconds(Item("product", 200, matrices=7)) == 2 + 3
     assert rates.seconds(Item("product", 1, 8, (2, 3))) == 8  # a quarter of 32 rows
     assert rates.seconds(Item("product", 1, 132, (2, 3))) == 32 + 50
     assert rates.seconds(Item("product", 1, 1032, (2, 3))) == 32 + 240 + 130  # a quarter for each row beyond 512
     assert rates.seconds(Item("function", 30, bytes=99)) == 3
+    assert rates.seconds(Item("along axis", 30, bytes=99)) == 6
     assert rates.seconds(Item("move", bytes=8, between=8)) == 2
+    assert rates.seconds(Item("transpose", 8, bytes=8)) == 4  # two pieces a second
+    assert rates.seconds(Item("transpose", 8, bytes=80)) == 20
     assert rates.seconds(Item("attention", shape=shape, sizes=Sizes(5, 10, 1))) == pytest.approx(1 + 1)
 
 
@@ -78,7 +83,7 @@ def test_this_cpus_rates_are_those_of_the_bundles_own_shapes(bundle_dir: Path) -
     has = [item for half in HALVES for item in items(bundle, half, 5, 5)]
     assert rates.weights.keys() == {item.weight for item in has if item.weight}
     assert rates.attentions.keys() == {item.shape for item in has if item.shape}
-    assert min(rates.products, rates.functions, rates.bandwidth, *rates.requests.values()) > 0
+    assert min(*rates.rates.values(), *rates.requests.values()) > 0
     expected = forecast(bundle, rates, 30, 100)
     assert expected.miss > expected.hit > rates.least("hit")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from stca.bundle import Bundle
 from stca.calibration.choices import Options, formats_of
 from stca.calibration.quantized_bundle import state_bytes, write_quantized
 from stca.calibration.quantized_state import Kind, quantizable
+from stca.checks import forecast
 from stca.checks.ceilings import CpuCeilings
 from stca.checks.forecast import items
 from stca.checks.plan import GPUS, Demand, GpuRates, formats_for, next_steps, plan, table_bytes
@@ -63,7 +65,9 @@ def test_tables_in_files_count_where_they_lie_in_the_same_memory(tmp_path: Path)
     size = tables.ROWS * tables.WIDTH * 4
     assert table_bytes(bundle) == size
     weights = {i.weight: (1.0, 0.0, 0.0) for half in HALVES for i in items(bundle, half, 8, 8) if i.weight}
-    cpu = CpuCeilings(1e9, 1e9, 1e9, dict.fromkeys(("user_encoder", "target_scorer", "miss", "hit"), 1e-3), weights, {})
+    rates = dict.fromkeys(get_args(forecast.Kind), 1e9)
+    stages = dict.fromkeys(("user_encoder", "target_scorer", "miss", "hit"), 1e-3)
+    cpu = CpuCeilings(rates, 0.0, stages, weights, {})
     demand = Demand(users=10**6, history=32, targets=8)
     on_gpu, on_cpu = (plan(bundle, m, demand, 10**6, "float32") for m in (H100, cpu))
     assert on_cpu.weights_bytes - on_gpu.weights_bytes == size
