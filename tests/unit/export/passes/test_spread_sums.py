@@ -17,7 +17,7 @@ INPUTS = (
 )
 SHAPES = {"events": (1, 40, 24), "weights": (30, 40), "item": (30, 24)}
 AXES = {"one": [1], "last": [-1], "two": [2], "all": [0, 1], "first": [0]}
-END = "scores = ReduceMean <keepdims: int = 1> (y, last)"
+END = "scores = ReduceL1 <keepdims: int = 1> (y, last)"
 
 SPELLINGS = {
     "weights times events": "w = Unsqueeze (weights, last) p = Mul (w, events) y = ReduceSum <keepdims: int = 0> (p, one)",
