@@ -18,7 +18,7 @@ namespace {
 using F = OnnxRuntimeFunctions;
 
 /// Dtypes by ONNX Runtime's numbers.
-constexpr std::pair<int, DType> types[] = {
+constexpr std::pair<int, DType> element_types[] = {
     {F::element_bool, STCA_BOOL},       {F::element_int8, STCA_INT8},         {F::element_uint8, STCA_UINT8},
     {F::element_int16, STCA_INT16},     {F::element_int32, STCA_INT32},       {F::element_int64, STCA_INT64},
     {F::element_float16, STCA_FLOAT16}, {F::element_bfloat16, STCA_BFLOAT16}, {F::element_float, STCA_FLOAT32},
@@ -225,7 +225,7 @@ class OnnxRuntimeEngine final : public Engine {
   }
 
   static bool known(int type, DType& dtype) {
-    for (const auto& [theirs, ours] : types) {
+    for (const auto& [theirs, ours] : element_types) {
       if (theirs != type) continue;
       dtype = ours;
       return true;
@@ -263,7 +263,7 @@ class OnnxRuntimeEngine final : public Engine {
     static char nothing[8];  // an array without elements may have no address
     void* data = array.data == nullptr ? nothing : const_cast<void*>(array.data);
     int type = 0;
-    for (const auto& [theirs, ours] : types) type = ours == array.dtype ? theirs : type;
+    for (const auto& [theirs, ours] : element_types) type = ours == array.dtype ? theirs : type;
     OrtValue* value = nullptr;
     runtime_.check(
         api().create_tensor_with_data_as_ort_value(runtime_.memory, data, array.bytes(), array.shape.sizes.data(),

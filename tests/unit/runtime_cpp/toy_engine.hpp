@@ -2,6 +2,7 @@
 // for tests without an engine library.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <fstream>
 #include <iterator>
