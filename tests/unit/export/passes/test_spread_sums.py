@@ -19,15 +19,16 @@ SHAPES = {"events": (1, 40, 24), "weights": (30, 40), "item": (30, 24)}
 AXES = {"one": [1], "last": [-1], "two": [2], "all": [0, 1], "first": [0]}
 END = "scores = ReduceL1 <keepdims: int = 1> (y, last)"
 
+ONCE = "ReduceSum <keepdims: int = 0>"
 SPELLINGS = {
-    "weights times events": "w = Unsqueeze (weights, last) p = Mul (w, events) y = ReduceSum <keepdims: int = 0> (p, one)",
-    "events times weights": "w = Unsqueeze (weights, last) p = Mul (events, w) y = ReduceSum <keepdims: int = 0> (p, one)",
+    "weights times events": f"w = Unsqueeze (weights, last) p = Mul (w, events) y = {ONCE} (p, one)",
+    "events times weights": f"w = Unsqueeze (weights, last) p = Mul (events, w) y = {ONCE} (p, one)",
     "axes kept": "w = Unsqueeze (weights, last) p = Mul (w, events) z = ReduceSum (p, one) y = Squeeze (z, one)",
     "dot products": "q = Unsqueeze (item, one) p = Mul (q, events) y = ReduceSum <keepdims: int = 0> (p, last)",
-    "columns before events": """e = Transpose <perm: ints = [0, 2, 1]> (events) w = Unsqueeze (weights, one) p = Mul (e, w)
-        y = ReduceSum <keepdims: int = 0> (p, two)""",
-    "events before targets": """e = Transpose <perm: ints = [1, 0, 2]> (events) t = Transpose <perm: ints = [1, 0]> (weights)
-        w = Unsqueeze (t, last) p = Mul (w, e) y = ReduceSum <keepdims: int = 0> (p, first)""",
+    "columns before events": """e = Transpose <perm: ints = [0, 2, 1]> (events) w = Unsqueeze (weights, one)
+        p = Mul (e, w) y = ReduceSum <keepdims: int = 0> (p, two)""",
+    "events before targets": """e = Transpose <perm: ints = [1, 0, 2]> (events)
+        t = Transpose <perm: ints = [1, 0]> (weights) w = Unsqueeze (t, last) p = Mul (w, e) y = ReduceSum <keepdims: int = 0> (p, first)""",
 }
 
 
@@ -41,7 +42,8 @@ def test_a_sum_over_a_spread_product_is_a_matrix_product(spelling: str) -> None:
     after = freed(before, INPUTS, SumAsProduct())
     assert [v.why for v in after.verdicts] == [None]
     kinds = [n.op_type for n in after.model.graph.node]
-    assert kinds.count("MatMul") == 1 and "Mul" not in kinds and "ReduceSum" not in kinds
+    assert kinds.count("MatMul") == 1
+    assert not {"Mul", "ReduceSum"}.intersection(kinds)
     same(before.model, after.model, SHAPES)
     same(before.model, after.model, {**SHAPES, "events": (1, 0, 24), "weights": (30, 0)})
 
@@ -66,7 +68,7 @@ def test_a_small_sum_stays_with_its_reason() -> None:
     )
     body = "w = Unsqueeze (weights, last) p = Mul (w, events) y = ReduceSum <keepdims: int = 0> (p, one)"
     (verdict,) = freed(view_of(f"{body} {END}", inputs, AXES), inputs, SumAsProduct()).verdicts
-    assert verdict.why is not None and "would arrange" in verdict.why
+    assert "would arrange" in str(verdict.why)
 
 
 def test_other_rules_leave_it_what_it_is() -> None:
