@@ -28,7 +28,8 @@ SPELLINGS = {
     "columns before events": """e = Transpose <perm: ints = [0, 2, 1]> (events) w = Unsqueeze (weights, one)
         p = Mul (e, w) y = ReduceSum <keepdims: int = 0> (p, two)""",
     "events before targets": """e = Transpose <perm: ints = [1, 0, 2]> (events)
-        t = Transpose <perm: ints = [1, 0]> (weights) w = Unsqueeze (t, last) p = Mul (w, e) y = ReduceSum <keepdims: int = 0> (p, first)""",
+        t = Transpose <perm: ints = [1, 0]> (weights) w = Unsqueeze (t, last)
+        p = Mul (w, e) y = ReduceSum <keepdims: int = 0> (p, first)""",
 }
 
 
