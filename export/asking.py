@@ -105,8 +105,10 @@ class _Questions:
     def __init__(self, run: Callable[..., list[Array] | str], inputs: tuple[TensorSpec, ...]) -> None:
         self.run, self.inputs, self.given = run, inputs, inputs
         self.events = event_inputs(inputs)
-        self.varies = any(TOKENS in s.shape for s in inputs)
-        self.unknown = [s.name for s in inputs if (s.limit, s.low, s.length_of) == (None,) * 3 and _is_integer(s)]
+        self.varies = any(TOKENS in s.shape for s in inputs) or any(
+            isinstance(n, str) for n in probe.events_by_size(inputs)
+        )
+        self.unknown = [s.name for s in inputs if (s.limit, s.length_of) == (None,) * 2 and _is_integer(s)]
 
     def any_request(self, max_history: int | None) -> tuple[dict[str, int], int]:
         """Integers and a number of events on which the graph runs, with floats of both signs or from 0 on."""
@@ -218,9 +220,12 @@ class _Questions:
             answer = self.answer({**base, spec.name: value}, events)
             return None if answer == _LONG else not isinstance(answer, str) or answer == _NOT_FINITE
 
-        if spec.low is not None or spec.length_of is not None or (not spec.limit and takes(most)):
+        whole = spec.limit and spec.low is not None
+        if whole or spec.length_of is not None or (not spec.limit and takes(most)):
             return spec
         largest = most if spec.limit else _largest(takes, base[spec.name], most)
+        if spec.low is not None:
+            return dataclasses.replace(spec, limit=largest + 1)
         below, zero, one, but_one, last = (
             self.answer({**base, spec.name: v}, events) for v in (-1, 0, 1, largest - 1, largest)
         )

@@ -167,7 +167,8 @@ def example_inputs(inputs: Sequence[TensorSpec]) -> dict[str, Tensor]:
             made[spec.name] = torch.linspace(-1, 1, max(1, _product(shape))).reshape(shape).to(dtype)
         else:
             # From 1 on: a lone integer may be a length, and few models take one of 0.
-            low, end = max(spec.low or 0, 0 if spec.limit else 1), spec.limit or 2
+            alone = len(shape) == 1 and spec.limit not in (1, 2)
+            low, end = max(spec.low or 0, 1 if alone or not spec.limit else 0), spec.limit or 2
             values = low + torch.arange(1, 1 + _product(shape)) % max(end - low, 1)
             made[spec.name] = values.reshape(shape).to(dtype)
     return made

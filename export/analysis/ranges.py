@@ -26,6 +26,7 @@ _HANDS_ON: Final = (operators.VIEWS | operators.MOVES | {"Identity", "Cast", "Fl
 # What hands on a part of them.
 _PARTS: Final = frozenset({"Gather", "GatherElements", "GatherND", "Slice", "Split"})
 _UNBOUNDED: Final = 1 << 31
+_COMPARES: Final = frozenset({"Less", "LessOrEqual", "Greater", "GreaterOrEqual"})
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Range:
 
     @property
     def bounded(self) -> bool:
-        """Whether anything bounds it from above."""
-        return self.high < _UNBOUNDED or self.size is not None
+        """Whether anything bounds it from above, or says that it may be negative."""
+        return self.high < _UNBOUNDED or self.size is not None or -math.inf < self.low < 0
 
 
 def input_ranges(model: onnx.ModelProto) -> dict[str, Range]:
@@ -102,6 +103,8 @@ class _Walk:
 
     def _demand(self, name: str, wanted: Range) -> None:
         if name and name not in self._known:
+            if wanted.guarded:  # smaller ones may be sorted out, too
+                wanted = dataclasses.replace(wanted, low=min(wanted.low, 0))
             self.demands[name] = self.demands[name].within(wanted) if name in self.demands else wanted
 
     def _pick(self, node: onnx.NodeProto, guarded: bool) -> None:
@@ -189,9 +192,16 @@ class _Walk:
                         wanted = dataclasses.replace(
                             wanted, low=min(wanted.low, *bounds), high=max(wanted.high, *bounds)
                         )
-            if guard not in ("Less", "LessOrEqual", "Greater", "GreaterOrEqual"):
+            if guard not in _COMPARES:
                 seen = self._reads(name) & self._reads(node.input[0])
-                self._demand(name, dataclasses.replace(wanted, guarded=wanted.guarded or bool(seen)))
+                demanded = dataclasses.replace(wanted, guarded=wanted.guarded or bool(seen))
+                if seen and self._compares(node.input[0]):  # whose other part goes another way: only runs show its end
+                    demanded = Range(wanted.low, guarded=True)
+                self._demand(name, demanded)
+
+    def _compares(self, condition: str) -> bool:
+        """Whether a condition asks for more than equality."""
+        return any(n in self._writer and self._writer[n].op_type in _COMPARES for n in self._reads(condition))
 
     def _clipped(self, op: str, bounds: Sequence[tuple[int, int] | None], wanted: Range) -> Range:
         """What is left to demand of a value that a constant bounds from below, from above or from both sides."""

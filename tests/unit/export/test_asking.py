@@ -76,6 +76,29 @@ def test_the_range_of_ids_by_whatever_way_they_reach_their_table(of, nodes, limi
     assert (found.min_history, found.max_history) == (None, None)
 
 
+@pytest.mark.parametrize("low", [1, -1])
+def test_a_least_id_that_is_known_stays_and_the_largest_is_found(of, low):
+    history = TensorSpec("history", "int64", (1, "N_h"), "user", low=low)
+    nodes = [
+        ("Max", ["history", "zero"], ["ids"]),
+        ("Gather", ["table", "ids"], ["x"]),
+        ("ReduceSum", ["x"], ["score"]),
+    ]
+    found = of((history, ITEM), nodes, table=table(33), zero=np.int64(0)).inputs[0]
+    assert (found.low, found.limit) == (low, 33)
+
+
+def test_the_shortest_of_histories_of_two_lengths(of):
+    """Places counted from the end of both, as a model with few queries has them."""
+    two = [TensorSpec(n, "float32", (1, f"of_{n}", 2), "user") for n in ("click", "buy")]
+    nodes = [
+        ("Concat", ["click", "buy"], ["all"], {"axis": 1}),
+        ("Gather", ["all", "third"], ["x"], {"axis": 1}),
+        ("ReduceSum", ["x"], ["score"]),
+    ]
+    assert of((*two, ITEM), nodes, third=np.int64(-3)).min_history == 2
+
+
 @pytest.mark.parametrize("declared", [None, 13])
 def test_a_length_is_at_least_one_and_at_most_the_history(of, declared):
     history = TensorSpec("history", "float32", (1, 12, 2), "user")

@@ -301,6 +301,14 @@ def test_the_shortest_history_is_asked_of_the_module(pooled, least):
     assert least_history(RequestModel(_OneDict(module), (*INPUTS, length))) == least
 
 
+def test_a_few_lengths_to_trace_with_are_never_0():
+    lengths = TensorSpec("length", "int64", ("batch",), "user", limit=4)
+    made = example_inputs((TensorSpec("x", "float32", ("a", "b", "c"), "user"), lengths))["length"]
+    assert len(made) > 4
+    assert made.min() == 1
+    assert made.max() == 3
+
+
 PLACES = 8
 OF_HISTORY = (
     TensorSpec("hist", "int64", ("batch", PLACES), "user", limit=9),

@@ -54,11 +54,18 @@ def test_what_an_index_may_be(body, low, high):
         f"{c('k', 100)} i = Mod (ids, k) y = Gather (table, i)",
         f"{c('z', 0)} {c('m', 99)} i = Clip (ids, z, m) y = Gather (table, i)",
         f"{c('z', 0)} {c('n', 100)} e = Less (ids, n) i = Where (e, ids, z) y = Gather (table, i)",
+        # Of what a comparison sorts out, the other part goes another way.
+        f"{c('n', 50)} l = Less (ids, n) a = Sub (ids, n) i = Where (l, ids, a) y = Gather (table, i)",
         "f = Cast <to = 1> (ids) y = Mul (f, f)",
     ],
 )
 def test_what_a_model_bounds_itself_may_be_anything(body):
     assert "ids" not in ranges(body)
+
+
+def test_what_a_comparison_sorts_out_has_no_end_and_may_be_below_zero():
+    body = f"{c('k', 1)} {c('z', 0)} l = Less (ids, z) a = Add (ids, k) i = Where (l, z, a) y = Gather (table, i)"
+    assert ranges(body)["ids"] == Range(-1)
 
 
 COLUMNS = "a = Slice (ids, z, o, o) b = Slice (ids, o, t, o)"
