@@ -4,24 +4,25 @@
 
 A small reference model with random weights, its item table in a file. Rows are read past the page cache (O_DIRECT), as
 from a disk that is cold; in it, a file is faster than kept rows (`row_cache.py`). The traffic is that of `stca load
---workload`, between the crowds of `memory_split.py`, and the policies that of its `--split`. Each workload comes at
-`--load` of what the middle static split answers as fast as it can; the policies take turns on the same trace.
+--workload`, between the crowds of `memory_split.py`. The policies take turns at each request, so that other work on the
+machine is alike for all, and decide by requests. What is measured is each one's time; when requests come is drawn, and
+how they wait for each other follows from both.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import mmap
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from memory_split import MANY_ITEMS, MANY_USERS
+from memory_split import MANY_ITEMS, MANY_USERS, latencies, work_of
 from outcome import command, tell
 
 from stca.arrays import Array
@@ -32,13 +33,11 @@ from stca.export.pipeline import CutOptions, export_checkpoint
 from stca.export.reference.checkpoint import Checkpoint
 from stca.export.reference.config import StcaConfig
 from stca.export.reference.module import Stca
-from stca.load.clients import InProcess
 from stca.load.inputs import Inputs
-from stca.load.run import LoadReport, run
-from stca.load.traffic import Arrival, Traffic
-from stca.load.workloads import WORKLOADS
-from stca.runtime import MarginalUtility, Session, Static
-from stca.runtime.row_cache import RowCache
+from stca.load.traffic import Traffic
+from stca.load.workloads import TREND, WORKLOADS
+from stca.runtime import MarginalUtility, Request, Session, Static
+from stca.runtime.memory_pool import MemoryPool
 from stca.tables import TableFile
 
 HISTORY, TARGETS, BUDGET, BLOCK = 64, 20, 4 << 20, 4096
@@ -70,7 +69,7 @@ def main() -> None:
             "command": command(),
             "machine": machine(1),
             "load": args.load,
-            "seconds": args.seconds,
+            "requests_between_decisions": args.every,
             "cache_bytes": BUDGET,
             **{w: measured(bundle, w, args) for w in args.workloads},
         }
@@ -89,44 +88,59 @@ def model(folder: Path) -> Bundle:
 
 
 def measured(bundle: Bundle, workload: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Latencies of each policy on one trace."""
+    """What each policy took on one trace, all of them in turn at each request."""
     traffic = Traffic(
         users=MANY_USERS.users, zipf=MANY_USERS.zipf, items=MANY_USERS.items, items_zipf=MANY_USERS.items_zipf,
         towards=MANY_ITEMS, workload=workload, history=(HISTORY, HISTORY), targets=(TARGETS, TARGETS), events=0.0,
         seed=args.seed,
     )  # fmt: skip
-    capacity = one(bundle, Static(SHARES[1]), traffic.trace(1000.0, 1.0), offline=True)[0].answered_per_second
-    trace = traffic.trace(args.load * capacity, args.seconds)
-    found: dict[str, Any] = {"a_second": args.load * capacity, "requests": len(trace)}
-    for policy in (*map(Static, SHARES), MarginalUtility()):
-        report, rows = one(bundle, policy, trace)
-        name = f"static_{policy.rows}" if isinstance(policy, Static) else "adaptive"
-        found[name] = {
-            "latency_ms": report.latency_ms,
-            "state_hits": report.hits / (report.hits + report.misses),
-            "row_hits": rows,
-            "memory_at_the_end": report.store["memory"],
-            "timeline": [dataclasses.asdict(part) for part in report.timeline],
-        }
-        print(workload, name, found[name]["latency_ms"], report.store["memory"], file=sys.stderr, flush=True)
+    trace = traffic.trace(args.requests, 1.0)
+    policies: dict[str, Any] = {**{f"static_{share}": Static(share) for share in SHARES}, "adaptive": MarginalUtility()}
+    sessions = {name: session_of(bundle, policy) for name, policy in policies.items()}
+    inputs = Inputs(bundle.manifest, HISTORY, 0)
+    work = {name: np.empty(len(trace)) for name in policies}
+    hits, shares = dict.fromkeys(policies, 0), []
+    for i, arrival in enumerate(trace):
+        rest = inputs.targets(arrival.targets, i, arrival.items, arrival.items_zipf)
+        request = Request({**inputs.user(arrival.user, HISTORY), **rest}, arrival.user, 1)
+        for name in np.roll(list(policies), i).tolist():
+            began = time.perf_counter()
+            hits[name] += sessions[name].answer(request).hits[0]
+            work[name][i] = time.perf_counter() - began
+            if i % args.every == 0:
+                pool_of(sessions[name]).step()
+        shares.append(1 - sessions["adaptive"].memory()["states"] / BUDGET)
+    # A busiest tenth that is full would make each static split's queue grow without end.
+    rate = args.load / min(work_of(work[name], workload == TREND) for name in policies if name != "adaptive")
+    found: dict[str, Any] = {"requests": len(trace), "a_second": rate}
+    for name, session in sessions.items():
+        found[name] = {**latencies(work[name], rate, args.seed), "state_hits": hits[name] / len(trace)}
+        session.close()
+    found["adaptive"]["rows_share"] = [min(shares), float(np.mean(shares)), max(shares)]
+    print(workload, found, file=sys.stderr, flush=True)
     return found
 
 
-def one(bundle: Bundle, policy: Any, trace: list[Arrival], offline: bool = False) -> tuple[LoadReport, float]:
-    """A session of its own on a trace, and the share of rows that were kept."""
-    with Session.load(bundle.path, threads=1, cache_bytes=BUDGET, split=policy) as session:
-        (rows,) = session._model.row_caches.values()
-        assert isinstance(rows, RowCache)
-        rows.source = PastPageCache(rows.source, bundle.path)  # type: ignore[assignment]
-        report = run(InProcess(session), Inputs(session.manifest, HISTORY, 0), trace, connections=1, offline=offline)
-        hits, misses = rows.counts
-    return report, hits / (hits + misses)
+def session_of(bundle: Bundle, policy: Any) -> Session:
+    """Whose pool decides when it is told to, and whose rows come from the disk."""
+    session = Session.load(bundle.path, threads=1, cache_bytes=BUDGET, split=policy)
+    pool_of(session).close()
+    (rows,) = session._model.row_caches.values()
+    rows.source = PastPageCache(rows.source, bundle.path)  # type: ignore[assignment]
+    return session
+
+
+def pool_of(session: Session) -> MemoryPool:
+    """The session's."""
+    assert session._pool is not None
+    return session._pool
 
 
 def _arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seconds", type=float, default=30.0, help="of each run")
-    p.add_argument("--load", type=float, default=0.6, help="of what the middle static split answers")
+    p.add_argument("--requests", type=float, default=4000.0)
+    p.add_argument("--every", type=int, default=10, help="requests between two decisions")
+    p.add_argument("--load", type=float, default=0.8, help="of what the best static split could serve at most")
     p.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--folder", help="on the disk to read from (default: the system's for temporary files)")
