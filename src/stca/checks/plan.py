@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from stca import probe
 from stca.bundle import Bundle
 from stca.calibration.quantized_state import kept_as, quantizable
@@ -19,6 +21,7 @@ from stca.checks.forecast import Item, Rates, forecast
 from stca.errors import UsageError
 from stca.plugins import tiling
 from stca.plugins.devices import Device, device_for
+from stca.runtime.state import StateKey, UserState, cost_of
 from stca.specs import ITEM_BYTES, OFFSETS, TOKENS, StateSpec
 
 # What a serving process needs besides weights and states, as part of the memory: buffers, graphs, the library itself.
@@ -144,7 +147,8 @@ class Plan:
     """One way to serve.
 
     Attributes:
-        state_format: of a kept value. state_bytes: of a user.
+        state_format: of a kept value. state_bytes: of a user's tensors. user_bytes: what a session counts of a
+            user, with key and objects.
         weights_bytes: of the bundle's files, and of its tables where they lie in the same memory.
         users: whose states fit. hit_share: of the requests.
         hit_ms, miss_ms: of one request, computation alone. per_second: requests, one after the other.
@@ -152,6 +156,7 @@ class Plan:
 
     state_format: str
     state_bytes: int
+    user_bytes: int
     weights_bytes: int
     users: int
     hit_share: float
@@ -182,13 +187,14 @@ def plan(bundle: Bundle, rates: Rates, demand: Demand, memory: int, state_format
     if room < 0:
         has = f" and {tables:,} of tables, whose rows take longer than is predicted from a disk" if tables else ""
         raise UsageError(f"--memory: {memory:,} bytes do not hold the bundle's {weights:,}{has}; give more")
-    size = sum(_bytes(s, demand.history) for s in _kept(bundle.manifest.state, state_format))
+    sizes = {s.name: _bytes(s, demand.history) for s in _kept(bundle.manifest.state, state_format)}
+    each = _counted(sizes, demand.history)
     expected = forecast(bundle, rates, demand.history, demand.targets)
-    users = room // max(1, size)
+    users = room // each
     share = demand.hits(users)
     mean = share * expected.hit + (1 - share) * expected.miss
     hit, miss = (round(1e3 * seconds, 4) for seconds in (expected.hit, expected.miss))
-    return Plan(state_format, size, weights + tables, users, share, hit, miss, 1 / mean)
+    return Plan(state_format, sum(sizes.values()), each, weights + tables, users, share, hit, miss, 1 / mean)
 
 
 def table_bytes(bundle: Bundle) -> int:
@@ -216,6 +222,12 @@ def _bytes(state: StateSpec, history: int) -> int:
     known = {TOKENS: history, OFFSETS: 2}
     sizes = (n if isinstance(n, int) else known.get(n, 1) for n in state.shape)
     return math.prod(sizes) * ITEM_BYTES[state.dtype]
+
+
+def _counted(sizes: Mapping[str, int], history: int) -> int:
+    """What a session counts of a user, numbers for its id and version, whose tensors have so many bytes."""
+    tensors = {name: np.broadcast_to(np.uint8(0), size) for name, size in sizes.items()}  # which takes none of them
+    return cost_of(StateKey(1, 1, "", ""), UserState(tensors, history))
 
 
 def next_steps(bundle: Bundle, rates: Rates, demand: Demand, memory: int, state_format: str) -> dict[str, float]:

@@ -109,7 +109,7 @@ def _lines(data: Mapping[str, Any], *, held: bool) -> Iterator[str]:
     width = max(map(len, labels.values()))
     for name, made in data["plans"].items():
         yield (
-            f"{labels[name]:<{width}} {made['state_bytes']:>13,} bytes a user, {made['users']:>11,} users fit, "
+            f"{labels[name]:<{width}} {made['user_bytes']:>13,} bytes a user, {made['users']:>11,} users fit, "
             f"{100 * made['hit_share']:5.1f} % hits, {made['per_second']:,.1f} requests a second, one at a time"
         )
     if data["table_bytes"]:

@@ -119,7 +119,7 @@ def test_what_fits_and_what_helps(bundle_dir: Path) -> None:
     demand = Demand(users=10**6, history=32, targets=8)
     wide, narrow = (plan(bundle, rates, demand, 10**8, name) for name in ("float32", "bfloat16"))
     assert narrow.state_bytes < wide.state_bytes < 2 * narrow.state_bytes + 64
-    assert wide.users * wide.state_bytes < 0.9 * 10**8 < narrow.users * narrow.state_bytes * 1.2
+    assert wide.users * wide.user_bytes < 0.9 * 10**8 < narrow.users * narrow.user_bytes * 1.2
     assert narrow.hit_share > wide.hit_share
     assert wide.hit_ms < wide.miss_ms
     gains = next_steps(bundle, rates, demand, 10**8, "bfloat16")

@@ -11,7 +11,7 @@ import pytest
 from support import tables
 from support.errors import one_line
 
-from stca import commands
+from stca import commands, probe
 from stca.bundle import Bundle
 from stca.calibration.choices import Options, formats_of
 from stca.calibration.quantized_bundle import state_bytes, write_quantized
@@ -21,6 +21,7 @@ from stca.checks.ceilings import CpuCeilings
 from stca.checks.forecast import items
 from stca.checks.plan import GPUS, Demand, GpuRates, formats_for, next_steps, plan, table_bytes
 from stca.errors import UsageError
+from stca.runtime import Request, Session
 from stca.specs import HALVES
 
 H100 = GpuRates(GPUS["h100"].device)
@@ -49,6 +50,18 @@ def test_a_calibrated_state_keeps_its_bytes_in_every_precision(tmp_path: Path, e
     assert not any("8 bits" in step for step in next_steps(made, H100, DEMAND, 10**9, "bfloat16"))
 
 
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_it_counts_of_a_user_what_a_session_counts(tmp_path: Path, exported, kind: Kind | None) -> None:
+    own = Bundle.load(exported("log", "projected"))
+    made = quantized(own, tmp_path / "q", kind) if kind else own
+    session = Session.load(made.path, threads=1)
+    values = probe.single(made.manifest.graphs["request"].inputs, DEMAND.history, 1, np.random.default_rng(0))
+    session.score(Request(values, user=7, version=1))
+    found = plan(own, H100, DEMAND, 10**8, kind or "float32")
+    assert found.user_bytes == session.stats().bytes > found.state_bytes == session.stats().state_bytes
+    assert found.users == (9 * 10**7 - found.weights_bytes) // found.user_bytes
+
+
 def test_the_command_tells_of_a_calibrated_state(tmp_path: Path, exported, capsys: pytest.CaptureFixture[str]) -> None:
     made = quantized(Bundle.load(exported("log", "projected")), tmp_path / "q", "fp8")
     argv = ["plan", str(made.path), "--workload", "history=32,targets=8", "--memory", "1G"]
@@ -71,7 +84,7 @@ def test_tables_in_files_count_where_they_lie_in_the_same_memory(tmp_path: Path)
     demand = Demand(users=10**6, history=32, targets=8)
     on_gpu, on_cpu = (plan(bundle, m, demand, 10**6, "float32") for m in (H100, cpu))
     assert on_cpu.weights_bytes - on_gpu.weights_bytes == size
-    assert (on_gpu.users - on_cpu.users) * on_gpu.state_bytes == pytest.approx(size, abs=on_gpu.state_bytes)
+    assert (on_gpu.users - on_cpu.users) * on_gpu.user_bytes == pytest.approx(size, abs=on_gpu.user_bytes)
     with one_line(UsageError, "--memory: 300,000 bytes", f"and {size:,} of tables", "give more"):
         plan(bundle, cpu, demand, 300_000, "float32")
     assert plan(bundle, H100, demand, 300_000, "float32").users > 0
