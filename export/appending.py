@@ -20,7 +20,7 @@ from stca.export.analysis.cost import NominalSizes, any_sizes
 from stca.export.analysis.onnx_reference import reference_of
 from stca.export.analysis.scope import Dataflow
 from stca.export.analysis.tokenwise import Tokenwise
-from stca.export.histories import event_inputs
+from stca.export.histories import event_inputs, unpacked
 from stca.export.split import Split, StateTensor
 from stca.export.state import equal_but_for_roundings, offsets_of
 from stca.specs import ITEM_BYTES, TOKENS, TensorSpec
@@ -89,6 +89,12 @@ def _why_not_joined(halves: Split, user: Sequence[TensorSpec], shown: Tokenwise)
         return "the model has no history"
     if not offsets and (other := next((s.name for s in user if TOKENS in s.shape[1:]), None)):
         return f"input {other!r} has its events on another axis than the first"
+    if not any(TOKENS in s.shape for s in user) and (histories := unpacked(user)):
+        fixed = max(n for s in user for e in histories[0] if s.name == e.name and isinstance(n := s.shape[e.axis], int))
+        return (
+            f"the model's history is padded to {fixed} events; declare its length as a varying size (a name in place "
+            f"of {fixed}), and export again"
+        )
     if not any(t.shape[:1] == (TOKENS,) for t in halves.state):
         return "no part of it has a row per history token"
     of_events = offsets | {s.name for s in user if s.shape[:1] == (TOKENS,)}

@@ -266,3 +266,24 @@ def test_a_model_without_a_history_says_so(tmp_path):
     arrivals = [Arrival(0.0, 1, 3, 2), Arrival(0.1, 1, 0, 3, 1)]
     report = run(InProcess(Session.load(found.path, threads=1)), inputs, arrivals, connections=1, offline=True)
     assert (report.codes, report.events) == ({"ok": 1}, {})
+
+
+def test_a_history_of_a_fixed_length_says_so_and_what_to_do(tmp_path) -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.item = nn.Embedding(ITEMS, WIDTH)
+
+        def forward(self, history: Tensor, target: Tensor) -> Tensor:
+            there = (history != 0).float()[..., None]
+            pooled = (self.item(history) * there).sum(1) / there.sum(1).clamp(min=1)
+            return (pooled * self.item(target)).sum(-1)
+
+    inputs = (TensorSpec("history", "int64", ("batch", 40), "user", ITEMS), INPUTS[2])
+    told: list[str] = []
+    model = RequestModel(Mean(), inputs)
+    bundle = export_module(
+        model, tmp_path / "B", prove=tiny.no_proof, source={"kind": "callable"}, progress=told.append
+    )
+    (why,) = (note for note in bundle.manifest.split["notes"] if "appended" in note)
+    assert "the model's history is padded to 40 events; declare its length as a varying size" in why
