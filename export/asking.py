@@ -211,27 +211,32 @@ class _Questions:
     def range_of(self, spec: TensorSpec, base: Mapping[str, int], events: int) -> TensorSpec:
         """`spec` with the range of its integers: up to the largest that is taken, from 1 where 0 stands for that one.
 
+        None is the largest of what may be larger in a longer history, such as its length.
         Scores that are not finite end no range: seconds far from the request's may overflow a decay, and no table. A
         gather counts an index of -1 from the end. So a length of 0, less 1, is scored like the longest.
         """
         most = spec.limit - 1 if spec.limit else min(_LARGEST, int(np.iinfo(spec.dtype).max))
 
-        def takes(value: int) -> bool | None:
-            answer = self.answer({**base, spec.name: value}, events)
+        def takes(value: int, more: int = 0) -> bool | None:
+            answer = self.answer({**base, spec.name: value}, events + more)
             return None if answer == _LONG else not isinstance(answer, str) or answer == _NOT_FINITE
 
         whole = spec.limit and spec.low is not None
         if whole or spec.length_of is not None or (not spec.limit and takes(most)):
             return spec
         largest = most if spec.limit else _largest(takes, base[spec.name], most)
+        limit: int | None = largest + 1
+        if not spec.limit and self.varies and takes(largest + 1) is False and takes(largest + 1, more=1):
+            limit = None
+        spec = dataclasses.replace(spec, limit=limit)
         if spec.low is not None:
-            return dataclasses.replace(spec, limit=largest + 1)
+            return spec
         below, zero, one, but_one, last = (
             self.answer({**base, spec.name: v}, events) for v in (-1, 0, 1, largest - 1, largest)
         )
         wraps = _same(zero, last) and _same(below, but_one) and not _same(zero, one) and not _same(zero, below)
         refused = isinstance(zero, str) and not isinstance(one, str) and not self.refuses_only(spec, 0, base, events)
-        return dataclasses.replace(spec, limit=largest + 1, low=1 if largest > 1 and (wraps or refused) else None)
+        return dataclasses.replace(spec, low=1 if largest > 1 and (wraps or refused) else None)
 
 
 def _is_integer(spec: TensorSpec) -> bool:

@@ -137,8 +137,9 @@ def to_request_graph(
 
 @contextlib.contextmanager
 def quietly(module: nn.Module) -> Iterator[None]:
-    """Without the exporter's chatter, and with the module in eval mode; both are afterwards as they were."""
-    loggers, training = [logging.getLogger(n) for n in ("torch.onnx", "torch.fx")], module.training
+    """Without the exporter's chatter, and with all of the module in eval mode; afterwards all is as it was."""
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.fx")]
+    training = {part: part.training for part in module.modules()}
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), as_in_training(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")  # and stderr gets whole graphs
@@ -150,7 +151,8 @@ def quietly(module: nn.Module) -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-            module.train(training)
+            for part, mode in training.items():  # train() would go to the parts too, a frozen norm's among them
+                part.training = mode
 
 
 def example_inputs(inputs: Sequence[TensorSpec]) -> dict[str, Tensor]:

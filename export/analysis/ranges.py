@@ -103,7 +103,7 @@ class _Walk:
 
     def _demand(self, name: str, wanted: Range) -> None:
         if name and name not in self._known:
-            if wanted.guarded:  # smaller ones may be sorted out, too
+            if wanted.guarded and wanted.size is None:  # smaller ones may be sorted out, too
                 wanted = dataclasses.replace(wanted, low=min(wanted.low, 0))
             self.demands[name] = self.demands[name].within(wanted) if name in self.demands else wanted
 
@@ -195,7 +195,8 @@ class _Walk:
             if guard not in _COMPARES:
                 seen = self._reads(name) & self._reads(node.input[0])
                 demanded = dataclasses.replace(wanted, guarded=wanted.guarded or bool(seen))
-                if seen and self._compares(node.input[0]):  # whose other part goes another way: only runs show its end
+                # Whose other part goes another way: only runs show its end. A length's is its history's.
+                if seen and wanted.size is None and self._compares(node.input[0]):
                     demanded = Range(wanted.low, guarded=True)
                 self._demand(name, demanded)
 

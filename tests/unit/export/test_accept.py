@@ -10,9 +10,10 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
+from support.errors import one_line
 
 from stca.checks.verify import prove
-from stca.errors import SplitError, said_by_onnxruntime
+from stca.errors import RequestError, SplitError, said_by_onnxruntime
 from stca.export.accept import nominal_sizes, with_ranges
 from stca.export.pipeline import split_onnx
 from stca.runtime import Request, Session
@@ -242,3 +243,34 @@ def test_more_ids_than_the_table_they_are_looked_up_in_has(body, said):
         with_ranges(model, [too_many], {})
     with pytest.raises(SplitError, match="--ids ids=101, but"):
         with_ranges(model, [spec], {"ids": 101})
+
+
+@pytest.mark.parametrize(
+    ("guard", "low"),
+    [
+        ("w = GreaterOrEqual (length, one) i = Where (w, a, zero)", 1),
+        ("w = Greater (length, zero) i = Where (w, a, zero)", 1),
+        ("w = Less (a, zero) i = Where (w, zero, a)", 0),
+    ],
+)
+def test_a_length_that_the_graph_guards_may_be_that_of_any_history(guard, low, tmp_path):
+    """score = item · history[length - 1], a length of 0 sorted out; the longest history that is asked is no limit."""
+    numbers = "one = Constant <value = int64 {1}> () zero = Constant <value = int64 {0}> ()"
+    model = parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 20]>
+        g (float[1, N_h, 4] history, int64[1] length, float[N_t, 4] item) => (float[N_t] score) {{
+            {numbers} axes = Constant <value = int64[1] {{1}}> () both = Constant <value = int64[2] {{0, 1}}> ()
+            a = Sub (length, one) {guard} u = Gather <axis = 1> (history, i) v = Tanh (u) x = Squeeze (v, both)
+            p = Mul (x, item) score = ReduceSum <keepdims = 0> (p, axes)
+        }}"""
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    bundle = split_onnx(tmp_path / "m.onnx", {**SCOPES, "length": "user"}, tmp_path / "bundle", prove=prove)
+    length = next(s for s in bundle.manifest.graphs["request"].inputs if s.name == "length")
+    assert (length.low or 0, length.limit, length.length_of) == (low, None, "N_h")
+    session, item = Session.load(bundle.path), np.ones((1, 4), np.float32)
+    history = np.arange(40, dtype=np.float32).reshape(1, 10, 4) / 40
+    scores = session.score(Request({"history": history, "length": [10], "item": item}))
+    np.testing.assert_allclose(scores[0, 0], np.tanh(history[0, 9]).sum(), rtol=1e-5)
+    with one_line(RequestError, "length", "11"):
+        session.score(Request({"history": history, "length": [11], "item": item}))

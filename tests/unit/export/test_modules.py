@@ -108,10 +108,11 @@ def test_wrappers_are_taken_off():
 
 
 def test_a_module_in_training_mode_is_traced_in_evaluation_mode_and_left_as_it_was():
-    module = nn.Sequential(nn.Dropout(0.5))
+    module = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(4)).train()
     module.forward = lambda hist, item: nn.functional.dropout(item.float(), 0.5, module.training)  # type: ignore
-    model = adapted(RequestModel(module.train(), (INPUTS[0], INPUTS[1])[:2]))
-    assert module.training
+    module[1].eval()  # frozen, as for fine-tuning
+    model = adapted(RequestModel(module, (INPUTS[0], INPUTS[1])[:2]))
+    assert [part.training for part in module.modules()] == [True, True, False]
     assert model.outputs == ("scores",)
 
 

@@ -101,6 +101,14 @@ def test_a_length_is_at_most_the_history():
     assert (found.low, found.size, found.short) == (1, "L", 0)
 
 
+@pytest.mark.parametrize("op", ["GreaterOrEqual", "Greater"])
+def test_a_length_that_a_comparison_guards_is_one_of_the_history(op):
+    guard = f"{c('k', 1)} {c('z', 0)} {c('n', int(op != 'Greater'))} w = {op} (length, n)"
+    body = f"{guard} a = Sub (length, k) i = Where (w, a, z) y = GatherElements <axis = 1> (hidden, i)"
+    found = ranges(body, "int64[B, 1, 4] length")["length"]
+    assert (found.low, found.size, found.short) == (1, "L", 0)
+
+
 def test_a_table_need_not_be_a_weight():
     body = "t = Constant <value = float[5] {1.0, 2.0, 3.0, 4.0, 5.0}> () y = Gather (t, ids)"
     assert ranges(body)["ids"] == Range(0, 4)
