@@ -30,7 +30,7 @@ from stca.export.analysis.cost import DEFAULT_WORKLOAD, Measured
 from stca.export.analysis.cut import DEFAULT_FLOPS_PER_BYTE, DEFAULT_FLOPS_PER_ROW
 from stca.export.analysis.growth import Growth
 from stca.export.analysis.rows import dims_of
-from stca.export.analysis.scope import stand_ins
+from stca.export.analysis.scope import input_scopes, require_sides, stand_ins
 from stca.export.answers import answers
 from stca.export.appending import Appending, appending, counts_all
 from stca.export.files import finish, spec_of
@@ -313,6 +313,7 @@ def _write(
     progress: Progress,
     model: RequestModel | None = None,
 ) -> Bundle:
+    require_sides(input_scopes(graph.graph, _scopes(specs)).values())  # sizes are assumed by scope: told before those
     with writing(out) as (work, commit):
         request = _request_graph(graph, specs, large, work, cut, progress)
         # Asked what it takes is the graph before the rules: they may leave out what refuses a request.

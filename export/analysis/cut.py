@@ -31,7 +31,7 @@ import onnx
 from stca.errors import SplitError
 from stca.export.analysis import operators
 from stca.export.analysis.cost import NominalSizes
-from stca.export.analysis.scope import Dataflow, Scope, explain, label, walk
+from stca.export.analysis.scope import Dataflow, Scope, explain, label, require_sides, walk
 
 DEFAULT_FLOPS_PER_BYTE: Final = 16.0
 # The price of a row of a table outside the graphs: of a mapped file, rows of up to 70 bytes are state rather than ids.
@@ -103,11 +103,7 @@ class Cut:
         Args:
             verbatim: whether user inputs as they came are state enough, as where a lifted graph shares them.
         """
-        if Scope.USER not in self.scopes.values():
-            raise SplitError(
-                "no input has scope user, so nothing can be cached; give it to the inputs known before a request "
-                "(--user-inputs, or the scope of a TensorSpec)"
-            )
+        require_sides(self.scopes.values())
         if not any(self.scopes[name] == Scope.TARGET for name in self.outputs):
             raise SplitError(
                 "no output depends on a target input, so there is nothing to score; give the inputs that differ "

@@ -190,6 +190,21 @@ def input_scopes(graph: onnx.GraphProto, inputs: Mapping[str, Scope | str]) -> d
     return {name: Scope.of(inputs[name]) if name in inputs else Scope.CONSTANT for name in names}
 
 
+def require_sides(scopes: Iterable[Scope]) -> None:
+    """Raise SplitError where nothing is a user's, or nothing a target's."""
+    there = set(scopes)
+    if Scope.USER not in there:
+        raise SplitError(
+            "no input has scope user, so nothing can be cached; give it to the inputs known before a request "
+            "(--user-inputs, or the scope of a TensorSpec)"
+        )
+    if Scope.TARGET not in there:
+        raise SplitError(
+            "no input has scope target, so there is nothing to score; give it to the inputs that differ between the "
+            "items of one request (--target-inputs, or the scope of a TensorSpec)"
+        )
+
+
 def infer_scopes(model: onnx.ModelProto, inputs: Mapping[str, Scope | str]) -> dict[str, Scope]:
     """The scope of every value at the graph's top level.
 

@@ -24,6 +24,7 @@ EXAMPLES = (
     "stca load bundle --seconds 60 --report load.html",
     "stca load bundle --scenario offline --users 10000 --history 1000,10000 --json",
 )
+_SECONDS = 20.0
 # How much of a run's length the capacity is measured for, twice; and the most seconds of that.
 _MEASURED, _MEASURED_SECONDS = 0.2, 60.0
 
@@ -59,7 +60,9 @@ def options(p: argparse.ArgumentParser) -> None:
         metavar="BUNDLE|URL",
         help="directory of a bundle, or http://HOST:PORT of stca serve, with /v2/models/NAME where that serves several",
     )
-    p.add_argument("--seconds", type=positive, default=20.0, metavar="N", help="length of the traffic")
+    p.add_argument(
+        "--seconds", type=positive, metavar="N", help="length of the traffic (default: 20, or all of --trace)"
+    )
     p.add_argument(
         "--scenario",
         choices=("server", "offline"),
@@ -115,6 +118,8 @@ def options(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit code."""
     _check_target(args)
+    args.until = args.seconds if args.scenario == "server" else None
+    args.seconds = args.seconds or _SECONDS
     told = progress_on_stderr("onnxruntime")
     from stca.load.clients import Behind
     from stca.load.traffic import Traffic
@@ -131,7 +136,8 @@ def run(args: argparse.Namespace) -> int:
     client = Behind(args.target, args.admin) if remote else _session(args, args.cache_mib, _split(args.split))
     reports: dict[str, LoadReport] = {}
     trace = _trace(args, traffic, client, told)
-    told(f"{len(trace)} arrivals")
+    requests = sum(a.targets > 0 for a in trace)
+    told(f"{len(trace)} arrivals: {requests} requests, {len(trace) - requests} of new events")
     tokens = [a.tokens for a in trace] if args.trace is not None else args.history
     sizes = (min(tokens), max(tokens)) if tokens else None
     for line in _inputs(args, client, trace).unmet(max((a.items for a in trace), default=0), sizes):
@@ -221,13 +227,13 @@ def _split(text: str | None) -> Any:
 
 def _trace(args: argparse.Namespace, traffic: Traffic, client: Any, told: Any, record: bool = True) -> list[Arrival]:
     from stca.load.run import capacity
-    from stca.load.traffic import read_trace, recorded, write_trace
+    from stca.load.traffic import read_trace, recorded, until, write_trace
     from stca.trace import Trace
 
     if args.trace is not None:
-        if Path(args.trace).is_dir():
-            return recorded(Trace(args.trace), client.manifest)
-        return read_trace(args.trace)
+        folder = Path(args.trace).is_dir()
+        made = recorded(Trace(args.trace), client.manifest) if folder else read_trace(args.trace)
+        return made if args.until is None else until(args.trace, made, args.until)
     rate = args.rate
     if rate is None and args.scenario == "server":
         told("measuring the capacity")
@@ -277,7 +283,7 @@ def _table(reports: dict[str, LoadReport]) -> list[str]:
         rows += [
             f"{name.replace('_', ' ')}: {r.scenario} scenario, {r.requests} requests in {r.seconds:.1f} s",
             f"  offered {r.offered_per_second:,.1f}/s  answered {r.answered_per_second:,.1f}/s"
-            + (f"  in {r.deadline_ms:g} ms {r.goodput_per_second:,.1f}/s" if r.deadline_ms else ""),
+            + (f"  goodput (in {r.deadline_ms:g} ms) {r.goodput_per_second:,.1f}/s" if r.deadline_ms else ""),
             f"  {times}" if times else "  nothing was answered",
             f"  hits {r.hits} ({100 * r.hits / max(1, of):.0f} %)  misses {r.misses}  "
             f"codes {_counts(r.codes)}" + (f"  sent again with their history {r.resent}" if r.resent else ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import OrderedDict
 
@@ -11,7 +12,7 @@ from stca import probe
 from stca.arrays import Array
 from stca.load.workloads import ranks
 from stca.manifest import Manifest
-from stca.specs import SUM, TOKENS
+from stca.specs import SUM, TOKENS, TensorSpec
 
 # Drawn histories are kept for so many users; others are drawn again when they return.
 _USERS_KEPT = 512
@@ -42,6 +43,10 @@ class Inputs:
         self.appendable = manifest.appendable
         self._fixed = probe.history_of(manifest.graphs["request"].inputs, 0)
         self.has_history = probe.history_of(manifest.graphs["request"].inputs, 1) > 0
+        # Of a fixed length: those that a session pads, and may be shorter.
+        self._padded = [] if self._growing else [p for p in manifest.padding or () if p.side is not None]
+        if self._padded:
+            self._window, self._fixed = min(self._window or self._fixed, self._fixed), 0
 
     def user(self, user: int, tokens: int) -> dict[str, Array]:
         """A user's inputs, with the most recent events that the model takes of a history of so many."""
@@ -99,9 +104,24 @@ class Inputs:
             if (found := self._kept.get((user, version))) is not None:
                 self._kept.move_to_end((user, version))
                 return found
-        made = probe.single(self._user, self._most, 1, np.random.default_rng((self._seed, 0, user, version)))
+        rng = np.random.default_rng((self._seed, 0, user, version))
+        made = probe.single(self._of_user(version), self._most, 1, rng)
         with self._lock:
             self._kept[user, version] = made
             while len(self._kept) > _USERS_KEPT:
                 self._kept.popitem(last=False)
         return made
+
+    def _of_user(self, tokens: int) -> list[TensorSpec]:
+        """The user's inputs with so many events in each padded history, or as many as it has places."""
+        specs = {s.name: s for s in self._user}
+        for history in self._padded:
+            least = int(specs[history.lengths].low or 0) if history.lengths else 0
+            count = min(max(tokens, self._least, least), self._window or tokens)
+            for e in history.inputs:
+                shape = list(specs[e.name].shape)
+                shape[e.axis] = count = min(count, int(shape[e.axis]))
+                specs[e.name] = dataclasses.replace(specs[e.name], shape=tuple(shape))
+            if history.lengths:
+                specs[history.lengths] = dataclasses.replace(specs[history.lengths], low=count, limit=count + 1)
+        return list(specs.values())

@@ -166,6 +166,17 @@ def read_trace(file: str) -> list[Arrival]:
     return sorted(made, key=lambda a: a.at)
 
 
+def until(file: str, trace: Sequence[Arrival], seconds: float) -> list[Arrival]:
+    """The arrivals of a trace's first seconds.
+
+    Raises:
+        UsageError: when there are none.
+    """
+    if not (made := [a for a in trace if a.at < seconds]):
+        raise UsageError(f"{file}: has no arrivals in its first {seconds:g} s; raise --seconds, or leave it out")
+    return made
+
+
 def recorded(trace: Trace, manifest: Manifest) -> list[Arrival]:
     """The arrivals of recorded requests: their times, users and sizes; events in between are not known.
 

@@ -68,6 +68,27 @@ def test_sizes_of_any_name_are_assumed_by_scope_and_said(split):
     np.testing.assert_allclose(scores[:, 0], (p * history).sum() * np.array([1, 10]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("missing", ["user", "target"])
+def test_a_side_without_inputs_is_told_before_sizes_are_assumed(missing, tmp_path):
+    made = helper.make_graph(
+        [helper.make_node("Mul", ["age", "price"], ["score"])],
+        "dense",
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["bs", 3]) for n in ("age", "price")],
+        [helper.make_tensor_value_info("score", TensorProto.FLOAT, ["bs", 3])],
+    )
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "m.onnx")
+    scope, steps = "user" if missing == "target" else "target", []
+    with pytest.raises(SplitError, match=f"no input has scope {missing}, .*--{missing}-inputs"):
+        split_onnx(
+            tmp_path / "m.onnx",
+            {"age": scope, "price": scope},
+            tmp_path / "out",
+            prove=prove,
+            progress=steps.append,
+        )
+    assert not any("assuming" in s for s in steps)
+
+
 def test_sizes_without_a_name_and_sizes_both_sides_have():
     made = graph()
     made.graph.input[0].type.tensor_type.shape.dim[0].Clear()

@@ -331,7 +331,7 @@ def test_a_live_node_in_neither_half_is_found() -> None:
         ({"usr_x": "user"}, "no input 'usr_x'; its inputs are user_x, request_x, target_x"),
         ({"user_x": "constant"}, "'constant' is not a scope of an input"),
         ({"user_x": "request"}, "no input has scope user"),
-        ({"target_x": "request"}, "no output depends on a target input"),
+        ({"target_x": "request"}, "no input has scope target"),
         ({"user_x": "request", "request_x": "user"}, "no node depends on user inputs alone"),
     ],
 )
@@ -366,6 +366,7 @@ def test_wrong_options_are_refused(options, message: str) -> None:
             "'make_n' .* draws random numbers",
         ),
         ("h = Exp (user_y) y = Concat <axis: int = 0> (h, target_x)", "the model is not valid ONNX: .*user_y"),
+        ("h = Exp (user_x) y = Neg (h)", "no output depends on a target input"),
         ("h = Exp (user_x) y = NoSuchOp (h, target_x)", "the model is not valid ONNX: .*NoSuchOp"),
     ],
 )

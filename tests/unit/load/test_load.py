@@ -111,6 +111,7 @@ def test_a_model_of_a_fixed_length_tells_that_its_histories_have_it():
         min_history=None,
         state=(),
         appendable=False,
+        padding=None,
     )
     (told,) = Inputs(manifest, 10, 0).unmet(0, (100, 2000))
     assert "have 50 events" in told
@@ -311,7 +312,21 @@ def test_the_command_reports(bundle_dir, tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["load"]["requests"] == told["without_store"]["requests"] == len(requests(read_trace(str(record))))
     assert commands.main(["load", str(bundle_dir), "--trace", str(record), "--scenario", "offline"]) == 0
-    assert "offline scenario" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "offline scenario" in shown.out
+    every = read_trace(str(record))
+    wanted = (
+        f"{len(every)} arrivals: {len(requests(every))} requests, {len(every) - len(requests(every))} of new events"
+    )
+    assert wanted in shown.err
+    first = ["load", str(bundle_dir), "--trace", str(record), "--deadline-ms", "500", "--seconds"]
+    assert commands.main([*first, "0.2"]) == 0
+    asked = sum(a.at < 0.2 for a in requests(every))
+    shown = capsys.readouterr()
+    assert f"server scenario, {asked} requests" in shown.out
+    assert "goodput (in 500 ms)" in shown.out
+    assert commands.main([*first, "0.000001"]) == 2
+    assert "raise --seconds" in capsys.readouterr().err
     assert "same traffic" in told["compared"] or "only" in told["compared"]
     assert commands.main(["load", str(bundle_dir), *options]) == 0
     capsys.readouterr()

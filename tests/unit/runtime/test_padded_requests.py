@@ -10,6 +10,7 @@ import pytest
 from support.errors import one_line
 
 from stca.errors import RequestError
+from stca.load.inputs import Inputs
 from stca.manifest import Manifest
 from stca.runtime.request import Door
 from stca.specs import EventInput, GraphSpec, Padding, StateSpec, TensorSpec
@@ -51,6 +52,19 @@ def manifest(history: Padding = HISTORY, max_history: int | None = None, specs: 
         parity={},
         producer={},
     )
+
+
+@pytest.mark.parametrize("events", [0, 2, 5, 9])
+@pytest.mark.parametrize("limit", [None, 4])
+def test_traffic_brings_as_many_events_as_are_asked_and_fit(events: int, limit: int | None) -> None:
+    of, most = manifest(max_history=limit), limit or 5
+    inputs = Inputs(of, 10, 0)
+    sent = inputs.user(3, events)
+    assert sent["items"].shape == (1, min(events, most))
+    assert Door(of).admit({**REST, **sent}, "user", "request", "target")["count"] == min(events, most)
+    assert inputs.unmet(0, (2, most)) == []
+    (told,) = inputs.unmet(0, (2, 9))
+    assert f"the model takes {most} events at most" in told
 
 
 def admit(inputs: dict[str, Any], door: Door | None = None) -> dict[str, Any]:
