@@ -86,6 +86,15 @@ class Measure:
     bound: float
     exact: float | None = None
 
+    def told(self, value: float) -> str:
+        """A value of it for a message: a change has its sign, a share none."""
+        return f"{value:.6f}" if self.exact is None else f"{value:+.6f}"
+
+    @property
+    def allows(self) -> str:
+        """What the budget allows, for a message."""
+        return f"at least {self.bound:g}" if self.exact is None else f"at most {self.bound:g}"
+
     @property
     def verdict(self) -> Verdict:
         """Whether the bound holds, surely; is broken by the estimate itself; or lies within the interval."""

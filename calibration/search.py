@@ -250,7 +250,7 @@ def _blamed(part: Part, formats: Formats, tried: Tried) -> str:
     return (
         f"no {what} can be {format.kind} under the budget: {part.name!r}{scales}, "
         f"{'made' if of_state else 'read'} by {part.node}, "
-        f"alone gives {worst.name} {worst.estimate.value:+.6f}, allowed {worst.bound:g}; loosen --budget"
+        f"alone gives {worst.name} {worst.told(worst.estimate.value)}, allowed {worst.allows}; loosen --budget"
         f"{' or change --granularity' if of_state else ''}"
     )
 
@@ -262,7 +262,8 @@ def _worst(tried: Tried, requests: int) -> Measure:
 def _too_small(tried: Tried, requests: int) -> str:
     worst = _worst(tried, requests)
     e, needed = worst.estimate, worst.requests_needed(requests)
+    value, low, high = map(worst.told, (e.value, e.low, e.high))
     return (
-        f"the trace is too small to decide: {worst.name} is {e.value:+.6f}, between {e.low:+.6f} and {e.high:+.6f}, "
-        f"the budget allows {worst.bound:g}; record about {needed} requests, now {requests}"
+        f"the trace is too small to decide: {worst.name} is {value}, between {low} and {high}, "
+        f"the budget allows {worst.allows}; record about {needed} requests, now {requests}"
     )

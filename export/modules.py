@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import inspect
 import os
+import re
 import sys
 import sysconfig
 import traceback
@@ -86,7 +87,17 @@ def _fix(error: Exception, inputs: Sequence[TensorSpec]) -> str:
             "; pad each bag's ids to one length, give them as [batch, ids] without offsets, and set padding_idx to the "
             "id that fills up"
         )
+    if len(names := _names_of_unlike(text, inputs)) == 2:
+        return f"; the specs call these sizes {names[0]!r} and {names[1]!r}: where they are one, call both by one name"
     return "; mend these, or the model"
+
+
+def _names_of_unlike(text: str, inputs: Sequence[TensorSpec]) -> list[str]:
+    """What the specs call the sizes of which torch says that they must match."""
+    told = re.findall(r"(?:tensor [ab] \(|\bsize )(\d+)", text) if "must match" in text else []
+    made = example_inputs(inputs)
+    sizes = {n: str(size) for s in inputs for n, size in zip(s.shape, made[s.name].shape, strict=True)}
+    return [n for n, size in sizes.items() if isinstance(n, str) and size in told]
 
 
 class _Adapted(nn.Module):

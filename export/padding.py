@@ -159,7 +159,8 @@ class _Asked:
         found = self._by_lengths() or self._by_mask() or self._by_value()
         self.marked = found is not None
         if found is not None and found.side is not None:
-            self.shown = "the model was seen to ignore it"
+            alike = "the model was seen to score alike with it on the left"  # and not with more or less of it
+            self.shown = "the model was seen to ignore what is there" if found.lengths else alike
         elif found is not None and not self.free and self.options.side is None:
             found = self._by_place(found, last)
         other = self.options.side and found is not None and found.side not in (None, self.options.side)

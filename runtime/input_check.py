@@ -280,6 +280,8 @@ _KINDS: Final = {"U": "text", "S": "bytes", "O": "objects", "M": "dates", "m": "
 
 
 def _said(raw: Array) -> str:
+    if raw.dtype == object and raw.size and raw.flat[0] is None:
+        return "holds None" if raw.ndim else "is None"
     kind = _KINDS.get(raw.dtype.kind)
     return f"holds {kind}" if kind else f"has dtype {raw.dtype!s:.60}"
 

@@ -144,10 +144,9 @@ def _table(data: dict[str, Any], found: Found, new: str) -> list[str]:
     lines += [f"taken: {_choice(found.taken)}, largest change of a score {found.taken.largest:.2g}"]
     for m in found.taken.measures:
         e = m.estimate
+        value, low, high = map(m.told, (e.value, e.low, e.high))
         of = f" of {m.exact:.4f}" if m.exact is not None else ""
-        lines.append(
-            f"  {m.name}: {e.value:+.6f}{of} ({e.low:+.6f} to {e.high:+.6f}), allowed {m.bound:g}: {m.verdict}"
-        )
+        lines.append(f"  {m.name}: {value}{of} ({low} to {high}), allowed {m.allows}: {m.verdict}")
     for p in sorted(found.parts, key=lambda p: -p.rms):
         if p.name in found.taken.high:
             lines.append(f"kept high: {p.name}, {p.node}: alone rms {p.rms:.2g}, would save {p.saved:,} bytes")

@@ -160,10 +160,12 @@ def test_a_request_without_targets_tells_nothing():
 
 
 def test_a_trace_that_cannot_decide_says_how_much_would(own):
-    with one_line(UsageError, "too small to decide: top10 all", "record about 36 requests, now 9"):
+    with one_line(
+        UsageError, "too small to decide: top10 all is 0.", "allows at least 0.5", "record about 36 requests, now 9"
+    ):
         Told(own, lambda n: (0.75, 0.25, 1.25)).found()
     with one_line(
-        ParityError, "'t00' with a scale for each tensor, made by node 'it'", "top10 all +0.400000, allowed 0.5"
+        ParityError, "'t00' with a scale for each tensor, made by node 'it'", "top10 all 0.400000, allowed at least 0.5"
     ):
         Told(own, lambda n: (0.4, 0.4, 0.4)).found()
 

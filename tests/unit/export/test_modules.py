@@ -201,6 +201,17 @@ def test_mistakes_are_told_in_one_line(kind, words):
         adapted(RequestModel(kind(), INPUTS))
 
 
+@pytest.mark.parametrize("together", [lambda u, i: u * i, lambda u, i: torch.cat([u, i], 1)])
+def test_one_size_under_two_names_is_told_with_both(together):
+    class Pointwise(nn.Module):
+        def forward(self, inputs):
+            return together(inputs["hist"].float(), inputs["item"].float()[:, None]).sum(1)
+
+    inputs = (TensorSpec("hist", "int64", ("batch", 4), "user", limit=9), INPUTS[1])
+    with one_line(ExportError, "'batch' and 'N_t'", "call both by one name"):
+        adapted(RequestModel(Pointwise(), inputs))
+
+
 def test_what_cannot_be_traced_is_told_with_its_line_and_a_way_out(capfd):
     with one_line(ExportError, "test_modules.py:", "dynamo=False", "stca split"):
         to_request_graph(adapted(RequestModel(Branches(), INPUTS)))

@@ -166,6 +166,13 @@ def test_a_mask_of_a_free_length_is_made_too() -> None:
     assert asked(scores, *free).padding == (Padding((EventInput("items", 1), EventInput("mask", 1, 0, 1))),)
 
 
+def test_no_more_is_said_than_was_seen() -> None:
+    """A mean over all places is the same with padding on either side, and another with more of it."""
+    found = asked(lambda feeds: by_id(feeds) / L + (feeds["items"][0] == 0).sum(), ITEMS, known={"items": 0})
+    assert "score alike with it on the left" in found.told[0]
+    assert "ignore" not in found.told[0]
+
+
 def test_options_that_contradict_the_model_are_refused() -> None:
     with one_line(SplitError, "--pad-value", "5", "items", "0"):
         asked(by_id, ITEMS, TIMES, known={"items": 0}, values={"items": 5})
