@@ -43,12 +43,14 @@ class Match:
 
     Attributes:
         name, out: of the sum, and labels of its axes.
+        spread: the product that is summed.
         summed: the label that is summed over.
         many, one: the factors.
     """
 
     name: str
     out: tuple[int, ...]
+    spread: str
     summed: int
     many: Operand
     one: Operand
@@ -80,10 +82,12 @@ class SumAsProduct:
             for (name, labels), axes in zip(sides, (left, right), strict=True)
         ]
         many, one = sorted(operands, key=lambda side: (-len(side.own), made.out_labels.index(side.own[0])))
-        return Match(made.out, made.out_labels, made.summed[0], many, one) if len(one.own) == 1 else None
+        return Match(made.out, made.out_labels, node.input[0], made.summed[0], many, one) if len(one.own) == 1 else None
 
     def check(self, view: View, match: Match) -> str | None:
         """Only where what is not written is more than what may have to be arranged for it."""
+        if why := view.others_read(match.spread):
+            return why
         sizes: dict[int, int] = {}
         for side in (match.many, match.one):
             if side.shape is None:

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from stca import probe
 from stca.serve.server import Server
 from stca.serve.settings import Settings
 
@@ -104,3 +107,9 @@ class Held:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
+
+
+def some(server: Running) -> dict[str, Any]:
+    """Inputs of a request that its model takes."""
+    specs = server.served.session.manifest.graphs["request"].inputs
+    return probe.single(specs, 5, 3, np.random.default_rng(0))

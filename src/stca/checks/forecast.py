@@ -85,18 +85,19 @@ def forecast(bundle: Bundle, rates: Rates, history: int, targets: int) -> Foreca
 def items(bundle: Bundle, half: str, history: int, targets: int) -> list[Item]:
     """What a half's nodes do for one request; those that cost nothing are left out."""
     from stca.export.analysis import operators
+    from stca.export.analysis.scope import Scope, infer_scopes
     from stca.export.passes.lower import is_operator
 
     sizes = probe.row_sizes(bundle.manifest.graphs["request"].inputs, history, targets)
     model, at = counted(bundle, half, {**bundle.manifest.split.get("workload", {}), **sizes})
-    constant = {t.name for t in model.graph.initializer}
+    scopes = infer_scopes(model, {value.name: Scope.REQUEST for value in model.graph.input})
+    constant = {name for name, scope in scopes.items() if scope == Scope.CONSTANT}
     fused = _fused(model.graph)
     outputs = {value.name for value in model.graph.output}
     found = []
     for node in model.graph.node:
-        if node.op_type not in operators.RANDOM and constant.issuperset(filter(None, node.input)):
-            constant.update(node.output)  # an engine computes it when it opens
-            continue
+        if constant.issuperset(node.output):
+            continue  # an engine computes it when it opens
         names = [n for n in (*node.input, *node.output) if n and n not in constant]
         moved, between = (sum(at.bytes(n) or 0 for n in some) for some in (names, [n for n in names if n in fused]))
         if is_operator(node):

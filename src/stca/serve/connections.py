@@ -63,8 +63,16 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol.data_received`."""
         self._heard = self.loop.time()
+        answered = self.conn.our_state is h11.DONE  # before its body was here, of which this is the rest
         super().data_received(data)
         self._asked |= not self._waits
+        if answered and self.conn.their_state is h11.IDLE:
+            self._unwatch()
+            if not self.conn.trailing_data[0]:  # as after any other answer, which the rest came too late for
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
+                return
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:

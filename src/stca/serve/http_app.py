@@ -102,7 +102,7 @@ class Refusing:
         headers, work, call = Headers(scope=scope), self._serving.work, Call()
         if (asked := _INFER.fullmatch(scope["path"])) is None or scope["http_version"] != "1.1":
             return None
-        if "expect" in headers or "close" in headers.get("connection", "").lower():
+        if "expect" in headers or "close" in ",".join(headers.getlist("connection")).lower():
             return None
         try:
             served = self._serving.models.find(asked[1], asked[2] or "")

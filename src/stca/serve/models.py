@@ -7,7 +7,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -236,13 +236,20 @@ def _amend(served: Served, request: InferRequest, _: Call) -> dict[str, Any]:
 
 def _forget(served: Served, request: InferRequest, _: Call) -> dict[str, Any]:
     given = parameters(ForgetParameters, request.parameters)
+    _check_user(given.user)
     return {"forgotten": served.session.forget(given.user)}
 
 
 def _residence(served: Served, request: InferRequest, _: Call) -> dict[str, Any]:
     given = parameters(ResidenceParameters, request.parameters)
+    _check_user(given.user)
     found = served.session.residence(given.user, given.version)
     return {"tier": None, "bytes": 0, "version": None} if found is None else dataclasses.asdict(found)
+
+
+def _check_user(user: Hashable) -> None:
+    if user is None:
+        raise RequestError("parameters: misses 'user', whose state is meant")
 
 
 def _warm(served: Served, request: InferRequest, call: Call) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 from stca.errors import CancelledError, DeadlineError, StcaError
@@ -69,7 +69,7 @@ class Work:
         self._workers = workers
         self.admitted_now = self.refused_early = 0
         self.open = self._closed = False
-        # Jobs that did not end, since when they run or the last one ended; and of late, seconds of work and its ends.
+        # Jobs that did not end, since when so many; and of late, seconds of all workers and the ends of jobs in them.
         self._jobs, self._since, self._worked, self._ends = 0, 0.0, 0.0, 0.0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -79,13 +79,17 @@ class Work:
     @property
     def wait(self) -> float:
         """Seconds until a request that comes now is computed, as far as can be told: the mean time between two ends of
-        jobs, for each request that is here; 0 while a worker is free.
+        jobs while all workers are busy, for each request that is here; 0 while a worker is free.
         """
-        busy = self.admitted_now >= self._workers and self._ends > 0
-        return self.admitted_now * self._worked / self._ends if busy else 0.0
+        return self.admitted_now * self._between if self.admitted_now >= self._workers else 0.0
+
+    @property
+    def _between(self) -> float:
+        return self._worked / max(1.0, self._ends) if self._ends else 0.0
 
     def refusal(self, seconds: float | None) -> StcaError | None:
         """Why a request that comes now is not computed, of what is known without a look at it; None where it may be.
+        Those refused for their deadlines are counted.
 
         Args:
             seconds: in which its answer is of use; None for any time.
@@ -93,16 +97,18 @@ class Work:
         Returns:
             UnavailableError: when the server is not ready, or ends.
             DeadlineError: when no time is left.
-            OverloadedError: when all places are taken, or the wait to expect is longer than `seconds`.
+            OverloadedError: when all places are taken, or the wait and a job, as long as they are in the mean, take
+                longer than `seconds`.
         """
         if not self.open:
             return UnavailableError("the server takes no requests now: it loads its bundles, or ends; try another one")
         if seconds is not None and seconds <= 0:
             return DeadlineError("the deadline passed before the request came; allow more time")
         wait, full = self.wait, self.admitted_now >= self.limit
-        if not full and (seconds is None or seconds >= wait):
+        answered = wait + self._workers * self._between if wait else 0.0
+        if not full and (seconds is None or seconds >= answered):
             return None
-        told = "" if full else f", for {wait:.2g} s, and the deadline is in {seconds:.2g} s"
+        told = "" if full else f"; one more would take {answered:.2g} s, and the deadline is in {seconds:.2g} s"
         error = OverloadedError(f"{self.admitted_now} requests are being computed or wait{told}; try again later")
         error.retry_after = max(1, math.ceil(wait))
         self.refused_early += not full
@@ -148,9 +154,9 @@ class Work:
             raise UnavailableError("the server ends; try another one")
         submitted = self._pool.submit(_begun, call, job)
         ticket.handed_over = True
-        self._since = self._since if self._jobs else time.monotonic()
+        self._pass_time()
         self._jobs += 1
-        submitted.add_done_callback(lambda _: loop.call_soon_threadsafe(self._ended, ticket))
+        submitted.add_done_callback(lambda ended: loop.call_soon_threadsafe(self._ended, ticket, _is_of_use(ended)))
         future = asyncio.wrap_future(submitted)
         watch = None if gone is None else asyncio.ensure_future(gone)
         try:
@@ -181,14 +187,24 @@ class Work:
         if not self.admitted_now:
             self._idle.set()
 
-    def _ended(self, ticket: Ticket) -> None:
+    def _pass_time(self) -> None:
         now = time.monotonic()
-        took, self._since = now - self._since, now
+        # A job alone says how long one takes, and not how soon the next could end beside it.
+        worked, self._since = (now - self._since) * min(1.0, self._jobs / self._workers), now
         # By time and not by ends: jobs of one run end at once, and would stand for all there was.
-        kept = math.exp(-took / _MEAN_SECONDS)
-        self._worked, self._ends = kept * self._worked + took, kept * self._ends + 1
+        kept = math.exp(-worked / _MEAN_SECONDS)
+        self._worked, self._ends = kept * self._worked + worked, kept * self._ends
+
+    def _ended(self, ticket: Ticket, of_use: bool) -> None:
+        self._pass_time()
+        self._ends += of_use
         self._jobs -= 1
         ticket.release()
+
+
+def _is_of_use(ended: Future[Any]) -> bool:
+    """Jobs that nobody waits for end early: they say nothing of how long others take."""
+    return not ended.cancelled() and not isinstance(ended.exception(), (CancelledError, DeadlineError))
 
 
 def _begun(call: Call, job: Callable[[], T]) -> T:

@@ -7,7 +7,6 @@ import contextlib
 import http.client
 import json
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,9 +17,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from support.serving import DATATYPES, Held, Running, body_of, running
+from support.serving import DATATYPES, Held, Running, body_of, running, some
 
-from stca import probe
 from stca.errors import DeadlineError, EngineError
 from stca.runtime import Request
 from stca.serve.errors import OverloadedError, UnavailableError
@@ -91,14 +89,22 @@ def test_the_wait_to_expect_is_the_time_between_ends_for_each_request_that_is_he
         with work.admitted(Call()):
             assert work.wait == 0.0, "a worker is free"
             with work.admitted(Call()):
-                assert work.wait == pytest.approx(2 * 0.5)
+                assert work.wait == pytest.approx(2 * 0.25), "of two at a time, if one takes half a second"
                 for _ in range(20):
                     await run(4, 2.0)
                 assert work.wait == pytest.approx(2 * 2.0 / 4, rel=0.01), "not of the last one that ended"
-                assert work.refusal(None) is work.refusal(2.0) is None
-                refused = work.refusal(0.5)
+                assert work.refusal(None) is work.refusal(2.1) is None, (
+                    "a second of waiting, and one on one of two workers"
+                )
+                refused = work.refusal(1.9)
                 assert isinstance(refused, OverloadedError)
                 assert (refused.retry_after, work.refused_early) == (1, 1)
+                assert "would take 2 s, and the deadline is in 1.9 s" in str(refused)
+                with work.admitted(Call()) as place, pytest.raises(DeadlineError):
+                    await work.run(place, Call(0.0), lambda: None, None)
+                while work._jobs:
+                    await asyncio.sleep(0)
+                assert work.wait == pytest.approx(2 * 0.5, rel=0.01), "not of one that nobody waited for"
                 assert isinstance(work.refusal(0.0), DeadlineError)
                 work.open = False
                 assert isinstance(work.refusal(0.0), UnavailableError)
@@ -107,9 +113,30 @@ def test_the_wait_to_expect_is_the_time_between_ends_for_each_request_that_is_he
     asyncio.run(some_work())
 
 
-def some(server: Running) -> dict[str, Any]:
-    specs = server.served.session.manifest.graphs["request"].inputs
-    return probe.single(specs, 5, 3, np.random.default_rng(0))
+def test_jobs_that_ran_alone_say_nothing_of_a_queue(monkeypatch):
+    """After light load, a burst that could be served in time is."""
+    now = [0.0]
+    monkeypatch.setattr("stca.serve.work.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def burst() -> None:
+        work = Work(8, 64)
+        work.open = True
+        for _ in range(100):
+            with work.admitted(Call()) as place:
+                made = asyncio.ensure_future(work.run(place, Call(), lambda: None, None))
+                await asyncio.sleep(0)
+                now[0] += 0.005
+                await made
+            while work._jobs:
+                await asyncio.sleep(0)
+        with contextlib.ExitStack() as places:
+            for _ in range(40):
+                places.enter_context(work.admitted(Call()))
+            assert work.refusal(0.05) is None, "40 jobs of 5 ms on 8 workers, and one more"
+            assert work.refusal(0.02) is not None
+        work.close()
+
+    asyncio.run(burst())
 
 
 def until(true: Any) -> None:
@@ -181,85 +208,6 @@ def test_a_request_whose_deadline_is_sooner_than_its_turn_is_refused_at_once(hel
     for wrong in ("-1", "nan", "1e3", "", "٣", "9" * 13):
         status, _, told = server.http(INFER, body, stca_deadline_ms=wrong.encode().decode("latin-1"))
         assert (status, told["code"], "stca-deadline-ms" in told["error"]) == (400, "bad_request", True)
-
-
-@contextlib.contextmanager
-def full(server: Running) -> Iterator[None]:
-    """All places are taken."""
-    work, places = server.server.serving.work, contextlib.ExitStack()
-
-    async def take() -> None:
-        for _ in range(work.limit):
-            places.enter_context(work.admitted(Call()))
-
-    async def give_back() -> None:
-        places.close()
-
-    server.call(take())
-    try:
-        yield
-    finally:
-        server.call(give_back())
-
-
-HEAD = f"POST {INFER} HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n%s\r\n"
-
-
-def head_of(answer: Any) -> bytes:
-    """The head of an answer, whose body is read."""
-    head = b"".join(iter(answer.readline, b"\r\n"))
-    answer.read(next(int(line[15:]) for line in head.lower().splitlines() if line.startswith(b"content-length:")))
-    return head
-
-
-def test_a_refusal_reads_no_body_and_leaves_the_connection(bundle_dir, monkeypatch):
-    monkeypatch.setattr("stca.serve.http_app._SECONDS_REFUSED", 1000.0)  # whoever waits for a body fails here
-    with running(bundle_dir, workers=1, queue=0) as server:
-        body, size = json.dumps(body_of(some(server))).encode(), 1 << 24
-        with socket.create_connection(("127.0.0.1", server.ports["http"]), timeout=20) as s, s.makefile("rb") as answer:
-            with full(server):
-                for _ in range(2):
-                    s.sendall((HEAD % (size, "")).encode())
-                    assert head_of(answer).startswith(b"HTTP/1.1 429 ")
-                    s.sendall(b" " * size)
-                s.sendall((HEAD % (size, "")).replace(f"Content-Length: {size}", "Transfer-Encoding: chunked").encode())
-                assert head_of(answer).startswith(b"HTTP/1.1 429 ")
-                s.sendall(b"4\r\nabcd\r\n0\r\n\r\n")
-            s.sendall((HEAD % (len(body), "")).encode() + body)
-            assert head_of(answer).startswith(b"HTTP/1.1 200 ")
-
-
-@pytest.mark.parametrize("more", ["Connection: keep-alive, Close\r\n", "Expect: 100-continue\r\n"])
-def test_a_refusal_that_ends_its_connection_is_read_by_the_client(bundle_dir, more):
-    with running(bundle_dir, workers=1, queue=0) as server, full(server):
-        size = 1 << 24
-        with socket.create_connection(("127.0.0.1", server.ports["http"]), timeout=20) as s, s.makefile("rb") as answer:
-            s.sendall((HEAD % (size, more)).encode())
-            if "Expect" not in more:
-                s.sendall(b" " * size)
-            assert head_of(answer).startswith(b"HTTP/1.1 429 "), "and not 100"
-            if "Expect" not in more:
-                assert answer.read() == b""
-
-
-def test_a_refused_body_that_does_not_come_is_not_waited_for(bundle_dir):
-    with (
-        running(bundle_dir, workers=1, queue=0, body_seconds=0.1) as server,
-        full(server),
-        socket.create_connection(("127.0.0.1", server.ports["http"]), timeout=20) as s,
-        s.makefile("rb") as answer,
-    ):
-        s.sendall((HEAD % (100, "")).encode())
-        assert head_of(answer).startswith(b"HTTP/1.1 429 ")
-        s.sendall(b" ")
-        assert answer.read() == b"", "the end of the connection, which the server makes"
-
-
-def test_a_model_that_is_not_there_is_told_so_by_a_full_server(bundle_dir):
-    with running(bundle_dir, workers=1, queue=0) as server, full(server):
-        assert server.http("/v2/models/other/infer", b"{}")[0] == 404
-        assert server.http(f"{INFER}/", b"{}", stca_deadline_ms="x")[0] in (404, 307)
-        assert server.http("/v2/models/ranker/versions/1/infer", b"{}")[0] == 429
 
 
 def test_a_request_whose_deadline_passed_is_not_computed(held):

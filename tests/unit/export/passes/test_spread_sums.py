@@ -72,6 +72,14 @@ def test_a_small_sum_stays_with_its_reason() -> None:
     assert "would arrange" in str(verdict.why)
 
 
+def test_a_product_that_others_read_is_written_anyway() -> None:
+    body = f"w = Unsqueeze (weights, last) p = Mul (w, events) s = {ONCE} (p, one)"
+    (verdict,) = freed(
+        view(f"{body} m = ReduceMax <keepdims: int = 0> (p, one) y = Add (s, m)"), INPUTS, SumAsProduct()
+    ).verdicts
+    assert verdict.why == "'p' has other readers"
+
+
 def test_other_rules_leave_it_what_it_is() -> None:
     for rules in (RULES, RULES[::-1]):
         before = view(SPELLINGS["weights times events"])
