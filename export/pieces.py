@@ -76,7 +76,7 @@ def in_pieces(scorer: onnx.ModelProto, offsets: Collection[str], pieces: int) ->
     for node in graph.node:
         if _attends(node) and node.input[_KEY] in inputs:
             apart_columns = columns.get(node.input[_KEY], ())
-            for view in (v for part in apart_columns for v in part.views):
+            for view in (v for part in apart_columns for v in part.views if v.output[0] not in inputs):
                 inputs.update(view.output)
                 made.graph.node.extend(_copy(view, own, piece) for piece, own in enumerate(names))
             made.graph.node.extend(_piece_by_piece(node, names, apart_columns))

@@ -38,7 +38,7 @@ BeginPieces <scale> (query, key, value) => (stacked, mixed, most, total)
     mixed_shape = Concat <axis: int = 0> (outer, value_depth)
     mixed = ConstantOfShape <value: tensor = float[1] {0}> (mixed_shape)
     single = Concat <axis: int = 0> (outer, one)
-    most = ConstantOfShape <value: tensor = float[1] {-1e38}> (single)
+    most = ConstantOfShape <value: tensor = float[1] {-3.4028234e38}> (single)
     total = ConstantOfShape <value: tensor = float[1] {0}> (single)
 }
 """
@@ -48,7 +48,7 @@ BeginPieces <scale> (query, key, value) => (stacked, mixed, most, total)
 # its digits: the largest of a few, which costs nothing, or else the largest of all.
 _ATTEND = """
 <domain: "stca", opset_import: ["" : 18]>
-AttendPiece (stacked, key, value, mixed, most, total) => (mixed_after, most_after, total_after)
+AttendShiftedPiece (stacked, key, value, shift, mixed, most, total) => (mixed_after, most_after, total_after)
 {
     zero = Constant <value: tensor = int64 {0}> ()
     rows = Shape <start: int = 0, end: int = 1> (key)
@@ -72,7 +72,7 @@ AttendPiece (stacked, key, value, mixed, most, total) => (mixed_after, most_afte
             least = ReduceMin <keepdims: int = 0> (few_share)
             enough = Constant <value_float: float = 1e-20> ()
             told = Greater (least, enough)
-            highest, share = If (told) <
+            unshifted, share = If (told) <
                 then_branch = by_few () => (float[g, r, i] highest_few, float[g, r, i] share_few) {
                     highest_few = Identity (few_highest)
                     share_few = Identity (few_share)
@@ -82,6 +82,7 @@ AttendPiece (stacked, key, value, mixed, most, total) => (mixed_after, most_afte
                     share_all = ReduceMax (weights, last)
                 }
             >
+            highest = Add (unshifted, shift)
             own = MatMul (weights, value_by_head)
             most_more = Max (most, highest)
             lowered = Sub (most, most_more)
@@ -104,9 +105,18 @@ AttendPiece (stacked, key, value, mixed, most, total) => (mixed_after, most_afte
 }
 """
 
+_ATTEND_UNSHIFTED = """
+<domain: "stca", opset_import: ["" : 18, "stca" : 1]>
+AttendPiece (stacked, key, value, mixed, most, total) => (mixed_after, most_after, total_after)
+{
+    none = Constant <value_float: float = 0.0> ()
+    mixed_after, most_after, total_after = stca.AttendShiftedPiece (stacked, key, value, none, mixed, most, total)
+}
+"""
+
 # Some columns of the key, `more`, are apart, as a bias is that joins it in a column of its own. Where all rows of a
-# piece have the same there, as of a neighbour's similarity, they add one number to all logits of a target: the logit
-# that sums are relative to is lowered by it, and raised afterwards. Otherwise the key's columns are put together.
+# piece have the same there, as of a neighbour's similarity, they add one number to all logits of a target, and so
+# to that which the piece's sums are relative to. Otherwise the key's columns are put together.
 _ATTEND_BIASED = """
 <domain: "stca", opset_import: ["" : 18, "stca" : 1]>
 AttendBiasedPiece (stacked, stacked_more, key, more, value, mixed, most, total)
@@ -119,20 +129,21 @@ AttendBiasedPiece (stacked, stacked_more, key, more, value, mixed, most, total)
     one = Constant <value: tensor = int64[1] {1}> ()
     more32 = Cast <to: int = 1> (more)
     first = Slice (more32, begin, one, begin)
-    differs = Sub (more32, first)
-    distance = Abs (differs)
-    farthest = ReduceSum <keepdims: int = 0> (distance)
+    equal = Equal (more32, first)
+    differs = Not (equal)
+    counted = Cast <to: int = 1> (differs)
+    others = ReduceSum <keepdims: int = 0> (counted)
     none = Constant <value_float: float = 0.0> ()
-    same = Equal (farthest, none)
+    same = Equal (others, none)
     some = Greater (count, zero)
     shared = And (same, some)
     mixed_after, most_after, total_after = If (shared) <
         then_branch = shift () => (float[g, r, d] mixed_more, float[g, r, i] most_more, float[g, r, i] total_more) {
             first_by_head = Transpose <perm: ints = [1, 2, 0]> (first)
             bias = MatMul (stacked_more, first_by_head)
-            lowered = Sub (most, bias)
-            mixed_more, highest, total_more = stca.AttendPiece (stacked, key, value, mixed, lowered, total)
-            most_more = Add (highest, bias)
+            mixed_more, most_more, total_more = stca.AttendShiftedPiece (
+                stacked, key, value, bias, mixed, most, total
+            )
         },
         else_branch = join () => (float[g, r, d] mixed_all, float[g, r, i] most_all, float[g, r, i] total_all) {
             key32 = Cast <to: int = 1> (key)
@@ -166,7 +177,7 @@ EndPieces (query, mixed, total) => (out)
 @functools.cache
 def functions(opset: int = OLDEST_OPSET) -> tuple[onnx.FunctionProto, ...]:
     """The bodies, for a model of that opset."""
-    parsed = tuple(parser.parse_function(text) for text in (_BEGIN, _ATTEND, _ATTEND_BIASED, _END))
+    parsed = tuple(parser.parse_function(text) for text in (_BEGIN, _ATTEND, _ATTEND_UNSHIFTED, _ATTEND_BIASED, _END))
     for function in parsed:
         function.opset_import[0].version = opset
     return parsed

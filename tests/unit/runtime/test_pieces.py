@@ -296,3 +296,58 @@ def test_a_similarity_for_each_user_copies_no_key(tmp_path):
             assert copied > 0.5 * kept  # where a bias is of each event, its column joins those of the key
         else:
             assert copied < 0.1 * kept  # of logits and of queries, for five targets
+
+
+@pytest.mark.parametrize("low", [-1e9, -3e38, -np.inf])
+def test_a_piece_that_a_bias_takes_all_weight_from(tmp_path, low):
+    similarity = TensorSpec("similarity", "float32", (TOKENS,), "request")
+    bundle = module_bundle(Similar, tmp_path / "bundle", [*HISTORY, similarity, *TARGET], 3, prove=tiny.no_proof)
+    session, rng = Session.load(bundle.path, threads=1), np.random.default_rng(0)
+    users = [{"events": rng.integers(0, 50, 20), "similarity": 1.0} for _ in range(3)]
+    near = [Request(one) for one in users[1:]]
+    feeds = fed(session, Request({**users[0], "items": np.arange(5)}, neighbours=near))
+    inputs = bundle.manifest.graphs["target_scorer"].inputs
+    apart, whole = (ort.InferenceSession(bundle.file(graph)) for graph in (PIECES, "target_scorer"))
+    for biases in itertools.product((1.0, 0.2, low), repeat=3):
+        if min(biases) == max(biases):
+            continue
+        feeds |= {piece_of("similarity", i): np.full(20, bias, np.float32) for i, bias in enumerate(biases)}
+        rows = {
+            s.name: np.concatenate([feeds[piece_of(s.name, i)] for i in range(3)])
+            for s in inputs
+            if s.shape[:1] == (TOKENS,)
+        }
+        joined = {
+            s.name: np.array([0, 60], s.dtype) if s.is_offsets else feeds[s.name] for s in inputs if s.name not in rows
+        }
+        (expected,), (found,) = whole.run(None, {**rows, **joined}), apart.run(None, feeds)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5, err_msg=str(biases))
+
+
+class Twice(Similar):
+    """Two attentions over one key with a bias."""
+
+    def forward(self, inputs):
+        key, history = self.wide(self.events(inputs["events"])), inputs["history_offsets"]
+        biased = torch.cat([key, inputs["similarity"][:, None]], dim=1)[:, None]
+        query = self.wide(self.items(inputs["items"]))
+        attend, lengths = torch.ops.stca.target_history_attention, history[1:] - history[:-1]
+        found = []
+        for scale in (1.0, 0.5):
+            asked = torch.cat([scale * query, torch.ones_like(query[:, :1])], dim=1)[:, None]
+            out = attend(asked, biased, key[:, None], inputs["target_offsets"], history, lengths, 1.0)
+            found.append(out[:, 0, :1])
+        return torch.cat(found, dim=1)
+
+
+def test_two_attentions_over_one_biased_key(tmp_path):
+    similarity = TensorSpec("similarity", "float32", (TOKENS,), "request")
+    bundle = module_bundle(Twice, tmp_path / "bundle", [*HISTORY, similarity, *TARGET], 3, prove=tiny.no_proof)
+    onnx.checker.check_model(str(bundle.file(PIECES)))
+    session, events, items = Session.load(bundle.path, threads=1), np.arange(20), np.arange(5)
+    rows = np.repeat(np.float32([1.0, 0.2]), 10)
+    whole = session.score(Request({"events": events, "similarity": rows, "items": items}))
+    near = [Request({"events": events[10:], "similarity": 0.2})]
+    found = session.answer(Request({"events": events[:10], "similarity": 1.0, "items": items}, neighbours=near))
+    assert found.copied == 0
+    np.testing.assert_allclose(found.scores, whole, rtol=0, atol=1e-5)
