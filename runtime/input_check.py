@@ -129,10 +129,10 @@ class InputCheck:
         for n, size in zip(raw.shape, shape, strict=True):
             expected, because = sizes.setdefault(size, (n, self.name)) if isinstance(size, str) else (size, "")
             if n != expected:
-                like = f" with {size} = {expected} as in {because}" if because else ""
-                raise RequestError(
-                    f"{self.name}: has shape {list(raw.shape)}, expected {shape_of(self.spec)}{like}{self._advice(raw)}"
-                )
+                wrong = f"expected {shape_of(self.spec)}"
+                if because:  # which of the two is wrong, nothing tells
+                    wrong = f"so {size} = {n}, but {because} has {size} = {expected}; send as many of both"
+                raise RequestError(f"{self.name}: has shape {list(raw.shape)}, {wrong}{self._advice(raw)}")
             if size == TARGETS:
                 self._limits.check_targets(n, self.name)
             elif size == TOKENS:

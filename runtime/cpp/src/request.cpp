@@ -300,10 +300,12 @@ Array Door::array(std::size_t index, Array raw, Agreed& sizes) const {
       if (symbol == static_cast<int>(targets_id)) check_targets(bound.size, spec.name);
       continue;
     }
-    const std::string like =
-        symbol < 0 ? "" : " with " + axis.symbol + " = " + std::to_string(bound.size) + " as in " + bound.because;
-    request_error(spec.name, ": has shape ", raw.shape.text(), ", expected ", spec.shape_text(), like,
-                  advice(spec, raw.shape));
+    std::string wrong = "expected " + spec.shape_text();
+    if (symbol >= 0 && *bound.because != 0) {  // which of the two is wrong, nothing tells
+      wrong = "so " + axis.symbol + " = " + std::to_string(raw.shape[i]) + ", but " + bound.because + " has " +
+              axis.symbol + " = " + std::to_string(bound.size) + "; send as many of both";
+    }
+    request_error(spec.name, ": has shape ", raw.shape.text(), ", ", wrong, advice(spec, raw.shape));
   }
   return checked(spec, raw);
 }

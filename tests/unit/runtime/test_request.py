@@ -151,7 +151,7 @@ WRONG = [
     ("history_item", [1, 2, 9, 4], ("9", "[2]", "[0, 8]")),
     ("history_item", [1, 2, 3, -1], ("-1", "[3]", "[0, 8]")),
     ("history_time", np.array([1, 2, 3, 2**64 - 1], np.uint64), (str(2**64 - 1), "[3]", str(2**63 - 1))),
-    ("history_time", [1, 2, 3], ("[3]", "4", "history_item")),
+    ("history_time", [1, 2, 3], ("[3], so N_h = 3, but history_item has N_h = 4; send as many of both",)),
     ("history_time", [1, 2, 3, 4, 5], ("[5]", "4", "history_item")),
     ("history_vector", np.zeros((4, 3), "f"), ("[4, 3]", "[N_h, 2]")),
     ("history_vector", np.zeros((3, 2), "f"), ("[3, 2]", "4")),
