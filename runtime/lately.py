@@ -17,11 +17,11 @@ from stca.arrays import Array
 # A split is better where it saves so much more, as a share of what is saved.
 BETTER: Final = 0.02
 # Decisions that are remembered; and those before a change that tell what chance does.
-_MOST, _BEFORE = 256, 16
+_MOST, _BEFORE = 256, 32
 # Decisions of a newest part.
 _NEWEST: Final = (1, 2, 4)
-# Standard errors that are no chance: the best of many splits is looked for, at each decision.
-_BEYOND_CHANCE: Final = 6.0
+# Standard deviations that are no chance: of rare hits that save much, many at once are no rarity.
+_BEYOND_CHANCE: Final = 8.0
 
 
 def best_split(pages: Mapping[str, int], saved: Mapping[str, Array]) -> dict[str, int]:
@@ -72,6 +72,7 @@ class Lately:
     def __init__(self, names: list[str]) -> None:
         self._names = names
         self._parts = np.zeros((0, len(names), 0))
+        self._gains = np.zeros((0, len(_NEWEST)))
 
     def add(self, saved: Mapping[str, Array], pages: Mapping[str, int]) -> dict[str, Array]:
         """Seconds that so many pages would have saved each lately, by name.
@@ -84,26 +85,29 @@ class Lately:
         if part.any() or not len(self._parts):  # a time without requests tells nothing
             self._parts = np.concatenate([self._parts.reshape(-1, *part.shape), part[None]])[-_MOST:]
             wholly = best_split(pages, self._sum(self._parts))
-            for newest in _NEWEST:
-                if len(self._parts) >= _BEFORE + newest and self._contradicts(newest, wholly, pages):
-                    self._parts = self._parts[-newest:]
+            gains = [self._gain(newest, wholly, pages) for newest in _NEWEST]
+            self._gains = np.concatenate([self._gains, [[gain for gain, _ in gains]]])[-_MOST:]
+            for newest, (gain, little), before in zip(_NEWEST, gains, self._gains.T, strict=True):
+                before = before[:-newest]
+                if len(before) >= _BEFORE and gain > max(little, before.mean() + _BEYOND_CHANCE * before.std(ddof=1)):
+                    self._parts, self._gains = self._parts[-newest:], self._gains[-newest:]
                     break
         return self._sum(self._parts)
 
     def _sum(self, parts: Array) -> dict[str, Array]:
         return dict(zip(self._names, parts.sum(axis=0), strict=True))
 
-    def _contradicts(self, newest: int, wholly: Mapping[str, int], pages: Mapping[str, int]) -> bool:
-        """Whether the split that was best in the newest decisions gained on the one that is best in all of them, and
-        that by more than it does by chance.
+    def _gain(self, newest: int, wholly: Mapping[str, int], pages: Mapping[str, int]) -> tuple[float, float]:
+        """What the split that is best in the newest decisions gains there on `wholly`, best in all; and a little.
+
+        Chosen and judged on the same ones, it gains by chance, too: by the square root of how much is asked for. What
+        it gains is therefore told by that, and compared with what newest parts gained before.
         """
-        here = best_split(pages, self._sum(self._parts[-newest:]))
-        if here == wholly:
-            return False
-        at = np.arange(len(self._names))
-        saved, usually = (self._parts[:, at, [split[n] for n in self._names]].sum(axis=1) for split in (here, wholly))
-        more = saved - usually
-        before, now = more[:-newest], more[-newest:].mean()
-        chance = before.std(ddof=1) * (1 / newest + 1 / len(before)) ** 0.5
-        worth = BETTER * abs(usually[-newest:].mean())
-        return bool(now > max(worth, before.mean() + _BEYOND_CHANCE * chance))
+        part = self._sum(self._parts[-newest:])
+        best, usual = (
+            sum(float(part[n][split[n]]) for n in self._names) for split in (best_split(pages, part), wholly)
+        )
+        if best <= 0:
+            return 0.0, 0.0
+        by = max(usual, BETTER * best) ** 0.5  # after a change, what was best may save nothing
+        return (best - usual) / by, BETTER * abs(usual) / by
