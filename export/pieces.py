@@ -16,6 +16,7 @@ from stca.export.analysis.cost import NominalSizes, any_sizes
 from stca.export.analysis.scope import Dataflow, attribute, label, opset_of, reads
 from stca.export.analysis.tokenwise import Tokenwise
 from stca.export.appending import Appending
+from stca.export.passes.lower import one_segment, uses_all_tokens
 from stca.pieces import PIECES, piece_of
 from stca.plugins import onnx_pieces
 from stca.plugins.spec import DOMAIN, OP_NAME, PLAIN
@@ -106,27 +107,38 @@ def why_joined(scorer: onnx.ModelProto, offsets: Collection[str]) -> str | None:
     if opset_of(scorer) < onnx_pieces.OLDEST_OPSET:
         return f"the model is of ONNX's opset {opset_of(scorer)}; save it in {onnx_pieces.OLDEST_OPSET} or newer"
     apart = {i.name for i in scorer.graph.input if _dims(i)[:1] == [TOKENS]}
-    shown, given = Tokenwise(scorer, dict.fromkeys(apart, 0)), {i.name for i in scorer.graph.input}
-    of_tokens, of_offsets = set(apart), set(offsets)
-    attends = False
+    shown = Tokenwise(scorer, dict.fromkeys(apart, 0))
+    of_tokens, attends = set(apart), False
     for node in scorer.graph.node:
         names = reads(node)
         if _attends(node) and node.input[_KEY] in of_tokens:
             attends = True
-            key, value, structure = node.input[_KEY], node.input[_VALUE], set(node.input[4 : len(PLAIN)])
+            key, value = node.input[_KEY], node.input[_VALUE]
             if any(node.input[len(PLAIN) :]):
                 return f"node {label(node)!r} reads lists of segments"
             if not shown.rows.issuperset((key, value)) or not of_tokens.isdisjoint((node.input[0], node.input[3])):
                 return f"node {label(node)!r} reads what is not a row of one token's own"
-            if structure & given - of_offsets or not structure <= of_offsets | shown.fixed | shown.sizes:
+            if not _reads_all(scorer, node, offsets):
                 return f"node {label(node)!r} does not read the whole history"
         elif not of_tokens.isdisjoint(names):
             of_tokens.update(node.output)
-        elif not of_offsets.isdisjoint(names) and of_offsets.issuperset(set(names) - shown.fixed - shown.sizes):
-            of_offsets.update(node.output)
     if found := of_tokens.intersection(o.name for o in scorer.graph.output):
         return f"output {min(found)!r} depends on history tokens without attention"
     return None if attends else "no attention reads the history"
+
+
+def _reads_all(scorer: onnx.ModelProto, node: onnx.NodeProto, offsets: Collection[str]) -> bool:
+    """Whether an attention's history is all rows of its key, as far as its offsets and lengths can be computed."""
+    flow, (begins, lengths) = Dataflow(scorer.graph), node.input[4:6]
+    source = begins
+    while (at := flow.writer.get(source)) is not None and scorer.graph.node[at].op_type in ("Cast", "Identity"):
+        source = scorer.graph.node[at].input[0]
+    try:
+        if source in offsets:
+            return uses_all_tokens(scorer, node)
+        return one_segment(scorer, node.input[_KEY], begins, lengths)
+    except Exception:  # an operator that takes one request alone, perhaps: not shown
+        return False
 
 
 def _attends(node: onnx.NodeProto) -> bool:

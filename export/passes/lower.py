@@ -32,6 +32,9 @@ from stca.plugins.spec import DOMAIN, OP_NAME, PLAIN
 Form = Literal["fused", "decomposed"]
 ATTENTION_OPSET: Final = 23
 _SINGLE: Final = {"B": 1, "B_plus_1": 2}
+# Rows of a history that offsets and lengths are computed for; so many that a bound on what is read would show.
+_MANY: Final = 1_000_000
+_ROWS: Final = (0, 7, _MANY)
 # Head sizes of TensorRT's fused attention, as tried.
 _LEAST_HEAD: Final = 16
 _HEAD_STEP: Final = 8
@@ -192,13 +195,13 @@ def fix_to_one_request(model: onnx.ModelProto) -> None:
 
 
 def uses_all_tokens(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
-    """Whether `history_lengths` of an operator are the segments' own, shown by computing them for three batches.
+    """Whether `history_lengths` of an operator are the segments' own, shown by computing them for a few batches.
 
     False also where they depend on anything but `history_offsets`: then some tokens of a segment may be left out.
     Where offsets and lengths follow from the key's rows alone, there is one segment, of all of them.
     """
     key, offsets, lengths = node.input[1], node.input[4], node.input[5]
-    if _one_segment(model, key, offsets, lengths):
+    if one_segment(model, key, offsets, lengths):
         return True
     nodes, leaves = Dataflow(model.graph).needed([lengths], given=[offsets])
     constants = known_integers(model.graph)
@@ -213,14 +216,15 @@ def uses_all_tokens(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
         [constants[name] for name in sorted(leaves - {offsets})],
     )
     evaluator = ReferenceEvaluator(helper.make_model(graph, opset_imports=model.opset_import))
-    for batch in ([0, 7], [0, 0, 5], [0, 3, 3, 11]):
+    for batch in ([0, 7], [0, 0, 5], [0, 3, 3, 11], [0, _MANY]):
         computed: Any = evaluator.run(None, {offsets: np.array(batch, dtype=np.int32)})
         if not np.array_equal(computed[0], np.diff(batch)):
             return False
     return True
 
 
-def _one_segment(model: onnx.ModelProto, key: str, offsets: str, lengths: str) -> bool:
+def one_segment(model: onnx.ModelProto, key: str, offsets: str, lengths: str) -> bool:
+    """Whether offsets and lengths follow from the key's rows alone, and are those of one segment of all of them."""
     nodes, leaves = Dataflow(model.graph).needed([offsets, lengths], given=[key])
     constants = known_integers(model.graph)
     if key not in leaves or not leaves <= {key, *constants}:
@@ -233,8 +237,8 @@ def _one_segment(model: onnx.ModelProto, key: str, offsets: str, lengths: str) -
         [constants[name] for name in sorted(leaves - {key})],
     )
     evaluator = ReferenceEvaluator(helper.make_model(graph, opset_imports=model.opset_import))
-    computed: Any = [evaluator.run(None, {key: np.zeros((n, 1, 1), np.float32)}) for n in (0, 7)]
-    return all(o.tolist() == [0, n] and used.tolist() == [n] for n, (o, used) in zip((0, 7), computed, strict=True))
+    computed: Any = [evaluator.run(None, {key: np.zeros((n, 1, 1), np.float32)}) for n in _ROWS]
+    return all(o.tolist() == [0, n] and used.tolist() == [n] for n, (o, used) in zip(_ROWS, computed, strict=True))
 
 
 def _take_the_only_row(model: onnx.ModelProto) -> None:

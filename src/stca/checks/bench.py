@@ -28,7 +28,7 @@ from stca.checks.timing import machine, measure, measure_in_turn
 from stca.errors import BuildError, RequestError, told
 from stca.runtime import Engine, OnnxRuntimeEngine, OnnxRuntimeOptions, Request, Session
 from stca.runtime.tables import with_tables
-from stca.specs import HALVES, OFFSETS, POINTWISE, TensorSpec
+from stca.specs import OFFSETS, POINTWISE, TensorSpec
 
 if TYPE_CHECKING:
     from stca.checks.ceilings import CpuCeilings
@@ -157,8 +157,8 @@ def bench(
     names = dict(sessions[first].engines)
     baseline = {
         n: with_tables(bundle, n, OnnxRuntimeEngine(bundle.file(n), threads=threads))
-        for n in bundle.manifest.graphs
-        if pointwise and n not in HALVES
+        for n in ("request", POINTWISE)
+        if pointwise and n in bundle.manifest.graphs
     }
     names |= {name: engine.name for name, engine in baseline.items()}
     rng = np.random.default_rng(0)

@@ -19,6 +19,7 @@ from stca import probe
 from stca.bundle import seal
 from stca.calibration.quantized_bundle import write_quantized
 from stca.calibration.quantized_state import StateFormat
+from stca.checks.bench import bench
 from stca.checks.verify import prove
 from stca.errors import ParityError
 from stca.export.analysis.scope import walk
@@ -118,6 +119,12 @@ def test_no_node_copies_a_state(bundle, tmp_path):
     assert readers(graph, names) == {"FusedMatMul", "Shape"}  # products read it in place, transposed or not
 
 
+def test_a_benchmark_opens_it_once(bundle):
+    report = bench(bundle, [5], [2], threads=1, seconds=0)
+    assert "request" in report.engines
+    assert PIECES not in report.engines
+
+
 def fed(session, request):
     """What the graph for pieces is given for a request."""
     engine, seen = session._model.pieces_scorer, {}
@@ -177,7 +184,10 @@ class Sharp(torch.nn.Module):
         key, history = self.events(inputs["events"])[:, None], inputs["history_offsets"]
         query, lengths = self.items(inputs["items"])[:, None], history[1:] - history[:-1]
         attend = torch.ops.stca.target_history_attention
-        return attend(query, key, key, inputs["target_offsets"], history, lengths, 60.0)[:, 0]
+        return attend(query, key, key, inputs["target_offsets"], history, self.used(lengths), 60.0)[:, 0]
+
+    def used(self, lengths):
+        return lengths
 
 
 def module_bundle(module, folder, inputs, pieces, **kwargs):
@@ -351,3 +361,20 @@ def test_two_attentions_over_one_biased_key(tmp_path):
     found = session.answer(Request({"events": events[:10], "similarity": 1.0, "items": items}, neighbours=near))
     assert found.copied == 0
     np.testing.assert_allclose(found.scores, whole, rtol=0, atol=1e-5)
+
+
+class AllButOne(Sharp):
+    def used(self, lengths):
+        return torch.clamp(lengths - 1, min=0)
+
+
+class AtMost(Sharp):
+    def used(self, lengths):
+        return torch.clamp(lengths, max=1_000)
+
+
+@pytest.mark.parametrize("module", [AllButOne, AtMost])
+def test_an_attention_over_less_than_the_history_is_not_parted(tmp_path, module):
+    bundle = module_bundle(module, tmp_path / "bundle", [*HISTORY, *TARGET], 3, prove=tiny.no_proof)
+    assert PIECES not in bundle.manifest.graphs
+    assert any("does not read the whole history" in note for note in bundle.manifest.split["notes"])

@@ -285,7 +285,8 @@ class Session {
   /// Where the user's state is kept, for a router; nothing where a request would be a miss. It counts as no use.
   /// `version`: only of this history.
   std::optional<Residence> residence(const std::string& user, const std::optional<std::string>& version = {}) const {
-    const char *name = detail::c_str(user, "user"), *wanted = detail::c_str(version, "version");
+    const std::optional<std::string> named = user;  // which lives as long as what points into it
+    const char *name = detail::c_str(named, "user"), *wanted = detail::c_str(version, "version");
     stca_residence found{};
     std::string text;
     do {  // until it is whole: another state may have come in between
