@@ -111,7 +111,7 @@ constexpr std::int32_t most_threads = 1024;
 
 Options options_of(const stca_options* given_options) {
   stca_options o;
-  stca_options_init(&o);
+  stca_options_init_sized(&o, sizeof o);  // by name: where files are compiled together, c_api.cpp has undone the macro
   if (given_options != nullptr) {
     if (given_options->size < first_options_size) {
       fail(STCA_USAGE_ERROR, "options have size ", given_options->size, "; call stca_options_init first");
