@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/stca demo --out demo-out
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

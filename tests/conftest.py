@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,18 +24,22 @@ settings.load_profile("stca")
 Exporter = Callable[[str, str], Path]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep a file's tests, and all of C++, in one process each: they share what takes long to make.
-
-    C++ compiles for minutes and therefore starts first.
-    """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """C++ compiles for minutes and therefore starts first."""
     items.sort(key=lambda item: item.path.parent.name != "runtime_cpp")
-    for item in items:
-        cpp = item.path.parent.name == "runtime_cpp"
-        item.add_marker(pytest.mark.xdist_group("C++" if cpp else str(item.path)))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, whose own groups pytest 9.2 does not know any more
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep a file's tests, and all of C++, in one process each: they share what takes long to make."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "C++" if "/runtime_cpp/" in file else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture
