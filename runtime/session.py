@@ -224,7 +224,8 @@ class Session:
             user: whose state.
             events: the per-token user inputs of the new events, by name; where states are sums over events (the
                 manifest's `append`), the user's other inputs too, as they are now.
-            version: of the history with the new events; the next request for it is a hit.
+            version: of the history with the new events; the next request for it is a hit. Where it is kept already, the
+                call counts as one made again, and adds nothing.
             after: version of the history they follow. Nothing is appended to another one, so no event lost on the way
                 goes unnoticed; None appends to whichever is kept in memory.
 
