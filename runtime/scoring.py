@@ -268,10 +268,8 @@ def _read_together(
             name: [along(name, row[name], s) for row, s in zip(parts, (own, *others), strict=True)]
             for name in model.door.of_tokens
         }
-        if in_pieces := 0 < len(others) <= len(model.pieces):
-            rows.append({**one.row, **_apart(model, per_token)})
-        else:
-            rows.append({**one.row, **{name: np.concatenate(values) for name, values in per_token.items()}})
+        in_pieces = 0 < len(others) <= len(model.pieces)
+        rows.append({**one.row, **_laid(model, per_token, in_pieces)})
         read.append(_several(model, own, others, in_pieces) if others else own)
     return read, rows
 
@@ -295,12 +293,13 @@ def _several(model: Model, own: UserState, others: Sequence[UserState], in_piece
             tensors[spec.name] = np.array([0, tokens], spec.dtype)
         elif spec.shape[:1] == (TOKENS,):
             rows[spec.name] = [one.tensors[spec.name] for one in states]
-    laid = _apart(model, rows) if in_pieces else {name: join(values) for name, values in rows.items()}
-    return UserState({**tensors, **laid}, tokens, in_pieces=in_pieces)
+    return UserState({**tensors, **_laid(model, rows, in_pieces)}, tokens, in_pieces=in_pieces)
 
 
-def _apart(model: Model, rows: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Rows of each user as the graph for pieces takes them: none of users that there are not."""
+def _laid(model: Model, rows: Mapping[str, Sequence[Any]], in_pieces: bool) -> dict[str, Any]:
+    """Rows of each user as a scorer takes them: joined, or apart, with none of users that there are not."""
+    if not in_pieces:
+        return {name: join(values) for name, values in rows.items()}
     feeds = {name: values[0] for name, values in rows.items()}
     for piece, inputs in enumerate(model.pieces, 1):
         for name, values in rows.items():

@@ -17,6 +17,9 @@ from stca import probe
 from stca.serve.server import Server
 from stca.serve.settings import Settings
 
+# Where clients ask for scores.
+INFER = "/v2/models/ranker/infer"
+
 
 class Running:
     """A server that was started, and what tests do with it."""

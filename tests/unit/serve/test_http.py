@@ -17,7 +17,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import uvicorn
-from support.serving import DATATYPES, Running, body_of, running
+from support.serving import DATATYPES, INFER, Running, body_of, running
 from uvicorn.server import ServerState
 
 from stca.runtime import Request
@@ -26,8 +26,6 @@ from stca.serve.connections import Connection, most_connections
 from stca.serve.http_body import HEADER_LENGTH
 from stca.serve.log import Seldom
 from stca.serve.server import _bound
-
-INFER = "/v2/models/ranker/infer"
 
 
 def targets_alone(server: Running, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.serving import Running, body_of, running, some
+from support.serving import INFER, Running, body_of, running, some
 
 from stca.serve.work import Call
-
-INFER = "/v2/models/ranker/infer"
 
 
 @contextlib.contextmanager

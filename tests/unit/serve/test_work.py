@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from support.serving import DATATYPES, Held, Running, body_of, running, some
+from support.serving import DATATYPES, INFER, Held, Running, body_of, running, some
 
 from stca.errors import DeadlineError, EngineError
 from stca.runtime import Request
@@ -26,8 +26,6 @@ from stca.serve.messages import SERVICE, message
 from stca.serve.server import Server, serve
 from stca.serve.settings import Settings
 from stca.serve.work import Call, Work
-
-INFER = "/v2/models/ranker/infer"
 
 
 @pytest.fixture
